@@ -1,0 +1,211 @@
+"""Every setting of a pretraining run, and how the command line and recipes fill them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from vicreg_hf.data import DEMO
+from vicreg_hf.optim import default_base_lr
+from vicreg_hf.views import PRESETS
+
+SMALL_IMAGE = 64
+"""Side in pixels up to which images are taken at their own size, with the `cifar` views."""
+
+
+def _setting(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass
+class PretrainingArguments:
+    """Settings of `pretrain`; the defaults are the authors' where they have one.
+
+    A None is filled in from the other settings or the data, and config.yaml shows with what.
+    """
+
+    dataset_name: str = _setting(DEMO, "Hub id, local folder, or demo, the embedded digits.")
+    dataset_config_name: str | None = _setting(None, "Configuration of a Hub data set.")
+    train_split: str = _setting("train", "Split to train on; its labels are never used for that.")
+    eval_split: str | None = _setting(
+        None, "Held-out split of the kNN monitor; by default test or validation, if there."
+    )
+    image_column: str | None = _setting(None, "Column of images; found by its type if only one.")
+    label_column: str | None = _setting(
+        None, "Column of classes for the kNN monitor; labels never reach the encoder."
+    )
+    architecture: str = _setting("resnet50", "Any timm model.")
+    model_args: dict[str, Any] | str | None = _setting(
+        None, "JSON of keyword arguments for timm.create_model."
+    )
+    pretrained: bool = _setting(False, "Start from timm's pretrained weights.")
+    expander_dims: str = _setting("8192-8192-8192", "Widths of the expander's layers.")
+    sim_coeff: float = _setting(25.0, "Weight of the invariance term.")
+    std_coeff: float = _setting(25.0, "Weight of the variance term.")
+    cov_coeff: float = _setting(1.0, "Weight of the covariance term.")
+    image_size: int | None = _setting(
+        None, "Side of a view in pixels; by default 224, or the images' own if at most 64."
+    )
+    augmentation: str | None = _setting(
+        None, f"One of {', '.join(PRESETS)}; by default authors, or cifar up to 64 pixels."
+    )
+    batch_size: int = _setting(256, "Images per step over all processes; each gives two views.")
+    num_train_epochs: float = _setting(100.0, "Passes over the training split.")
+    max_steps: int | None = _setting(None, "Optimiser steps, instead of num_train_epochs.")
+    optimizer: str = _setting("lars", "lars (the authors') or any optimiser of timm.")
+    base_lr: float | None = _setting(
+        None, "Learning rate per 256 images; by default the paper's for the batch size."
+    )
+    weight_decay: float = _setting(1e-6, "Left out for biases and normalisation.")
+    warmup_epochs: float | None = _setting(
+        None, "Epochs of linear warm-up; by default 10, but at most a tenth of the run."
+    )
+    seed: int = _setting(0, "Decides weights, order and views.")
+    num_workers: int | None = _setting(
+        None, "Image-decoding workers per process; by default its share of the cores."
+    )
+    output_dir: str | None = _setting(None, "By default runs/ and the data set's name.")
+    logging_steps: int = _setting(50, "Steps between lines of metrics.jsonl.")
+    save_steps: int = _setting(1000, "Steps between checkpoints; one is also saved at the end.")
+    resume: str = _setting("auto", "auto, never, or required: go on from the newest checkpoint.")
+    knn_steps: int | None = _setting(
+        None, "Steps between kNN measurements; by default only before and after training."
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model_args, str):
+            try:
+                self.model_args = json.loads(self.model_args)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"model_args must be a JSON object, got {self.model_args!r}: {error}."
+                ) from error
+        if self.model_args is not None and not isinstance(self.model_args, dict):
+            raise ValueError(f"model_args must be a JSON object, got {self.model_args!r}.")
+        if self.augmentation is not None and self.augmentation not in PRESETS:
+            raise ValueError(
+                f"augmentation must be one of {', '.join(PRESETS)}, got {self.augmentation!r}."
+            )
+        if self.resume not in ("auto", "never", "required"):
+            raise ValueError(f"resume must be auto, never or required, got {self.resume!r}.")
+        for name in ("batch_size", "logging_steps", "save_steps", "image_size", "max_steps",
+                     "knn_steps", "num_train_epochs"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}.")
+        for name in ("base_lr", "weight_decay", "warmup_epochs", "num_workers", "seed",
+                     "sim_coeff", "std_coeff", "cov_coeff"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}.")
+        _ = self.expander_widths
+        if self.base_lr is None:
+            self.base_lr = default_base_lr(self.optimizer, self.batch_size)
+        if self.output_dir is None:
+            self.output_dir = f"runs/{Path(self.dataset_name).name or DEMO}"
+
+    @property
+    def expander_widths(self) -> list[int]:
+        """`expander_dims` as integers."""
+        try:
+            widths = [int(width) for width in str(self.expander_dims).split("-")]
+        except ValueError:
+            widths = []
+        if not widths or min(widths) < 1:
+            raise ValueError(
+                "expander_dims must be positive widths joined by '-', as 8192-8192-8192, got "
+                f"{self.expander_dims!r}."
+            )
+        return widths
+
+    def to_yaml(self) -> str:
+        """All settings, as --config takes them."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+    @classmethod
+    def from_recipe(cls, name_or_path: str, **overrides: Any) -> PretrainingArguments:
+        """A shipped recipe or YAML file, with some settings replaced."""
+        return parse_arguments(["--config", name_or_path, *_as_flags(overrides)])
+
+
+def recipe_names() -> list[str]:
+    """Names that --config takes besides files."""
+    folder = resources.files("vicreg_hf") / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
+
+
+def read_recipe(name_or_path: str) -> dict[str, Any]:
+    """Settings of a shipped recipe or a YAML file.
+
+    Raises:
+        ValueError: no such recipe or file, not a mapping, or settings that do not exist.
+    """
+    if name_or_path in recipe_names():
+        text = (resources.files("vicreg_hf") / "recipes" / f"{name_or_path}.yaml").read_text()
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text(encoding="utf-8")
+    else:
+        raise ValueError(
+            f"config must be a recipe ({', '.join(recipe_names())}) or a YAML file, "
+            f"got {name_or_path!r}."
+        )
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config must be valid YAML, {name_or_path} is not: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config must map settings to values, got {settings!r} in {name_or_path}.")
+    unknown = set(settings) - {f.name for f in fields(PretrainingArguments)}
+    if unknown:
+        raise ValueError(
+            f"config must hold settings of scripts/pretrain.py, got {', '.join(sorted(unknown))} "
+            f"in {name_or_path}; --help lists them."
+        )
+    return settings
+
+
+def _as_flags(settings: dict[str, Any]) -> list[str]:
+    """Settings as command-line words, so that YAML and shell pass through one parser."""
+    words = []
+    for name, value in settings.items():
+        if value is not None:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            words.append(f"--{name}={text}")
+    return words
+
+
+def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
+    """Settings from command-line words: a recipe first, flags on top.
+
+    Without --config, `demo` data come with the recipe `demo`.
+
+    Raises:
+        ValueError: a setting that cannot be.
+        SystemExit: words that are not flags, or --help.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--dataset_name", default=DEMO)
+    known, _ = first.parse_known_args(list(argv))
+    config = known.config or (DEMO if known.dataset_name == DEMO else None)
+    parser = HfArgumentParser(
+        PretrainingArguments,  # pyright: ignore[reportArgumentType]
+        allow_abbrev=False,
+        description="Pretrain a timm backbone with VICReg on images without labels.",
+    )
+    parser.add_argument(
+        "--config",
+        help=f"A recipe ({', '.join(recipe_names())}) or a YAML file; flags override it.",
+    )
+    words = [*(_as_flags(read_recipe(config)) if config else []), *argv]
+    namespace = vars(parser.parse_args(words))
+    namespace.pop("config")
+    return PretrainingArguments(**namespace)

@@ -1,0 +1,126 @@
+"""What several processes must agree on: sums, gathered rows, and batch statistics with gradients.
+
+Without an initialised process group everything here is the single-process case.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+ProcessGroup = dist.ProcessGroup | None
+
+
+def world_size(group: ProcessGroup = None) -> int:
+    """Processes in the group; 1 when torch.distributed is not in use."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank(group: ProcessGroup = None) -> int:
+    """This process's place in the group; 0 when torch.distributed is not in use."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def sum_over_processes(x: Tensor, group: ProcessGroup = None) -> Tensor:
+    """Sum x over the group, in place, without a gradient."""
+    if world_size(group) > 1:
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def gather_rows(x: Tensor, group: ProcessGroup = None) -> Tensor:
+    """Concatenate the rows of all processes in rank order, without a gradient.
+
+    Args:
+        x: (B, ...), the same shape in every process.
+
+    Returns:
+        (B * world size, ...).
+    """
+    size = world_size(group)
+    if size == 1:
+        return x
+    rows = x.new_empty(size * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(rows, x.contiguous(), group=group)
+    return rows
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalisation over the rows of all processes, on any device.
+
+    torch's own raises on CPU. Statistics and gradients equal those of one process that holds every
+    row. It also carries the activation and dropout that timm fuses into its BatchNormAct2d.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.drop: nn.Module = nn.Identity()
+        self.act: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and self.running_mean is not None:
+            normal = F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        else:
+            normal = self._normalise(x)
+        return self.act(self.drop(normal))
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        dims = [d for d in range(x.ndim) if d != 1]
+        dtype = x.dtype
+        x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
+        count = x.new_tensor([x.numel() // x.shape[1]])
+        # Two reductions, centred before squaring: sums of squares cancel in float32.
+        total = differentiable_all_reduce(torch.cat([x.sum(dims), count]))
+        rows, mean = total[-1], total[:-1] / total[-1]
+        centred = x - mean.view(shape)
+        variance = differentiable_all_reduce(centred.square().sum(dims)) / rows
+        self._update_running(mean.detach(), variance.detach(), rows.detach())
+        scale = (variance + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        normal = centred * scale.view(shape)
+        if self.bias is not None:
+            normal = normal + self.bias.view(shape)
+        return normal.to(dtype)
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, variance: Tensor, rows: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        share = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
+        unbiased = variance * (rows / (rows - 1))
+        self.running_mean += share * (mean - self.running_mean)
+        self.running_var += share * (unbiased - self.running_var)
+
+    @classmethod
+    def convert(cls, module: nn.Module) -> nn.Module:
+        """Replace every batch normalisation inside module; names and state stay the same."""
+        if isinstance(module, _BatchNorm) and not isinstance(module, cls):
+            return cls._from(module)
+        for name, child in module.named_children():
+            converted = cls.convert(child)
+            if converted is not child:
+                module.register_module(name, converted)
+        return module
+
+    @classmethod
+    def _from(cls, norm: _BatchNorm) -> SyncBatchNorm:
+        new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        if isinstance(norm, BatchNormAct2d):
+            new.drop, new.act = norm.drop, norm.act  # pyright: ignore[reportAttributeAccessIssue]
+        new.weight, new.bias = norm.weight, norm.bias
+        new.running_mean, new.running_var = norm.running_mean, norm.running_var
+        new.num_batches_tracked = norm.num_batches_tracked
+        return new.train(norm.training)

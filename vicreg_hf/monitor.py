@@ -1,0 +1,104 @@
+"""The kNN monitor of a run: held-out accuracy of the encoder, without training anything.
+
+Shapes: N rows, F features, S side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vicreg_hf.data import ImageSplit, evaluation_batches
+from vicreg_hf.evaluation import extract_features, knn_accuracy
+from vicreg_hf.randomness import permutation
+
+K = 20
+MAX_TRAIN, MAX_TEST = 50_000, 10_000
+"""Images the monitor uses at most; of larger splits it takes a fixed random part."""
+
+
+@dataclass
+class KNNMonitor:
+    """20-NN accuracy on a held-out split. Labels are used here and nowhere else."""
+
+    train: ImageSplit
+    train_images: ImageSplit | Tensor
+    held_out: ImageSplit
+    image_size: int
+    settings: dict[str, Any] = field(repr=False)
+    """Arguments of `extract_features` and of `evaluation_batches`."""
+    mean: Sequence[float]
+    std: Sequence[float]
+    seed: int
+
+    @classmethod
+    def create(
+        cls,
+        train: ImageSplit,
+        train_images: ImageSplit | Tensor,
+        held_out: ImageSplit | None,
+        *,
+        image_size: int,
+        crop_pct: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+        num_workers: int,
+        seed: int,
+    ) -> KNNMonitor | None:
+        """A monitor, or None where labels or a held-out split are missing."""
+        if held_out is None or held_out.labels is None or train.labels is None or len(train) < K:
+            return None
+        if train.label_names != held_out.label_names:
+            raise ValueError(
+                f"{train.name} and {held_out.name} must have the same classes, got "
+                f"{train.label_names} and {held_out.label_names}; choose another --eval_split."
+            )
+        settings = {"crop_pct": crop_pct, "num_workers": num_workers}
+        return cls(train, train_images, held_out, image_size, settings, mean, std, seed)
+
+    @property
+    def description(self) -> str:
+        """What the accuracy is of."""
+        return (
+            f"{K}-NN accuracy on {len(self._rows(self.held_out, MAX_TEST))} images of "
+            f"{self.held_out.name}, neighbours from {len(self._rows(self.train, MAX_TRAIN))}"
+        )
+
+    def accuracy(self, encoder: nn.Module, device: torch.device) -> float:
+        """Share of held-out images, 0 to 1, that their neighbours classify rightly."""
+        train_rows = self._rows(self.train, MAX_TRAIN)
+        test_rows = self._rows(self.held_out, MAX_TEST)
+        assert self.train.labels is not None
+        assert self.held_out.labels is not None
+        return knn_accuracy(
+            self._features(encoder, self.train_images, train_rows, device),
+            self.train.labels[torch.from_numpy(train_rows)].to(device),
+            self._features(encoder, self.held_out, test_rows, device),
+            self.held_out.labels[torch.from_numpy(test_rows)].to(device),
+            k=K,
+        )
+
+    def pixels(self) -> float:
+        """The same of the images themselves, which an encoder has to beat."""
+        return self.accuracy(nn.Flatten(), torch.device("cpu"))
+
+    def _rows(self, split: ImageSplit, most: int) -> NDArray[np.int64]:
+        if len(split) <= most:
+            return np.arange(len(split))
+        return np.sort(permutation(len(split), seed=self.seed, epoch=0)[:most])
+
+    def _features(
+        self,
+        encoder: nn.Module,
+        images: ImageSplit | Tensor,
+        rows: NDArray[np.int64],
+        device: torch.device,
+    ) -> Tensor:
+        batches = evaluation_batches(images, rows, self.image_size, **self.settings)
+        return extract_features(encoder, batches, mean=self.mean, std=self.std, device=device)

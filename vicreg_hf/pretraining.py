@@ -1,0 +1,464 @@
+"""The one training loop: setup, fit, finish.
+
+Everything that changes during a run is in the model, the optimiser and the step number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from vicreg_hf.arguments import SMALL_IMAGE, PretrainingArguments
+from vicreg_hf.checkpointing import (
+    CheckpointError,
+    load_checkpoint,
+    newest_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from vicreg_hf.configuration_vicreg import VICRegConfig, encoder_pretrained_cfg
+from vicreg_hf.data import (
+    GlobalBatches,
+    ImageSplit,
+    default_num_workers,
+    eval_split_name,
+    image_split,
+    load_in_memory,
+    open_dataset,
+    training_views,
+)
+from vicreg_hf.distributed import SyncBatchNorm, gather_rows
+from vicreg_hf.evaluation import effective_rank, embedding_std
+from vicreg_hf.modeling_vicreg import VICRegModel, check_architecture
+from vicreg_hf.monitor import KNNMonitor
+from vicreg_hf.optim import create_optimizer, learning_rate
+from vicreg_hf.randomness import Stream, derive_seed
+from vicreg_hf.views import TwoViews
+
+# Settings a resumed run may change: they say where and how often, not what is computed.
+FREE_TO_CHANGE = {
+    "output_dir", "resume", "num_workers", "logging_steps", "save_steps", "knn_steps", "eval_split",
+    "label_column", "dataset_name",
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """What `setup` makes and `fit` uses."""
+
+    args: PretrainingArguments
+    accelerator: Accelerator
+    model: VICRegModel
+    wrapped: torch.nn.Module
+    """The model as accelerate prepared it: under autocast, and in DDP on several processes."""
+    optimizer: Optimizer
+    images: ImageSplit | Tensor
+    batches: GlobalBatches
+    views: TwoViews
+    total_steps: int
+    monitor: KNNMonitor | None
+    log: MetricsLog
+    step: int = 0
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step about to be taken."""
+        args, per_epoch = self.args, self.batches.steps_per_epoch
+        warmup = args.warmup_epochs
+        warmup_steps = int(per_epoch * (10 if warmup is None else warmup))
+        if warmup is None:
+            warmup_steps = min(warmup_steps, self.total_steps // 10)
+        assert args.base_lr is not None
+        peak = args.base_lr * args.batch_size / 256
+        return learning_rate(
+            self.step, peak=peak, warmup_steps=warmup_steps, total_steps=self.total_steps
+        )
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, written by the main process."""
+
+    def __init__(self, path: Path, enabled: bool) -> None:
+        self.path, self.enabled = path, enabled
+
+    def rows(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines() if line]
+
+    def add(self, row: dict[str, Any]) -> None:
+        if self.enabled:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def keep_until(self, step: int) -> None:
+        """Drop what a run wrote after the checkpoint it resumes from."""
+        if self.enabled:
+            kept = [row for row in self.rows() if row["step"] <= step]
+            aside = self.path.with_suffix(".partial")
+            aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            aside.replace(self.path)
+
+
+def pretrain(args: PretrainingArguments) -> Path:
+    """Pretrain as the settings say, resuming from the newest checkpoint in output_dir.
+
+    Returns:
+        The directory of the published encoder.
+
+    Raises:
+        ValueError: a setting that cannot be, before any training.
+        CheckpointError: resuming was required and nothing valid is there, or the checkpoint is of
+            another run, or one could not be written.
+        FloatingPointError: the loss is not finite.
+    """
+    run = setup(args)
+    measure(run)
+    fit(run)
+    return finish(run)
+
+
+def setup(args: PretrainingArguments) -> Run:
+    """Check every setting, load the data, build the model, resume."""
+    check_architecture(args.architecture)
+    accelerator = _accelerator()
+    output_dir = Path(str(args.output_dir))
+    _check_writable(output_dir)
+    train, held_out = _open_splits(args, accelerator)
+    batches = GlobalBatches(
+        len(train), args.batch_size, seed=args.seed,
+        rank=accelerator.process_index, world_size=accelerator.num_processes,
+    )  # fmt: skip
+    side = _common_side(train)
+    images = train if side is None else load_in_memory(train)
+    args.image_size = args.image_size or side or 224
+    args.augmentation = args.augmentation or ("authors" if side is None else "cifar")
+    if args.num_workers is None:
+        args.num_workers = default_num_workers(accelerator.num_processes)
+    model = _build_model(args).to(accelerator.device)
+    if accelerator.num_processes > 1:
+        SyncBatchNorm.convert(model)
+    assert args.base_lr is not None
+    optimizer = create_optimizer(
+        args.optimizer, model, lr=args.base_lr, weight_decay=args.weight_decay
+    )
+    cfg = model.config.pretrained_cfg
+    assert cfg is not None
+    views = TwoViews(
+        args.image_size, args.augmentation, mean=cfg["mean"], std=cfg["std"], seed=args.seed
+    )
+    total_steps = args.max_steps or int(args.num_train_epochs * batches.steps_per_epoch)
+    log = MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process)
+    step = _resume(args, accelerator, model, optimizer, log)
+    if accelerator.is_main_process:
+        (output_dir / "config.yaml").write_text(args.to_yaml())
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    images = train if images is None else images
+    monitor = KNNMonitor.create(
+        train, images, held_out, image_size=args.image_size, crop_pct=cfg["crop_pct"],
+        mean=cfg["mean"], std=cfg["std"], num_workers=args.num_workers, seed=args.seed,
+    )  # fmt: skip
+    return Run(
+        args, accelerator, model, wrapped, prepared, images, batches, views, total_steps,
+        monitor, log, step,
+    )  # fmt: skip
+
+
+def fit(run: Run) -> None:
+    """Train from the run's step to its last."""
+    args, accelerator = run.args, run.accelerator
+    views = training_views(
+        run.images, run.batches, run.views, steps=range(run.step, run.total_steps),
+        device=accelerator.device, num_workers=args.num_workers or 0,
+    )  # fmt: skip
+    bar = tqdm(
+        views, "pretraining", run.total_steps, initial=run.step, unit="step",
+        disable=not accelerator.is_local_main_process,
+    )  # fmt: skip
+    run.wrapped.train()
+    clock = Clock(2 * args.batch_size)
+    for x, x_prime in bar:
+        lr = run.lr
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        # Dropout and drop-path draw from torch's generator: keyed too, so that resuming is exact.
+        torch.manual_seed(
+            derive_seed(
+                args.seed, epoch=run.step, index=accelerator.process_index, stream=Stream.MODEL
+            )
+        )
+        output = run.wrapped(x, x_prime)
+        _check_finite(output, run.step + 1)
+        accelerator.backward(output.loss)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.step += 1
+        clock.tick()
+        last = run.step == run.total_steps
+        if run.step % args.logging_steps == 0 or last:
+            row = _metrics(run, output, lr, clock)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            if last or (args.knn_steps and run.step % args.knn_steps == 0):
+                row |= _knn(run)
+            run.log.add(row)
+            clock.restart()
+        elif args.knn_steps and run.step % args.knn_steps == 0:
+            run.log.add(_place(run) | _knn(run))
+            clock.restart()
+        if run.step % args.save_steps == 0 or last:
+            save(run)
+            clock.restart()
+
+
+def measure(run: Run) -> None:
+    """Before the first step: kNN accuracy of the pixels and of the untrained encoder."""
+    if run.step == 0 and run.monitor is not None:
+        pixels = {"knn_pixels": run.monitor.pixels()} if run.accelerator.is_main_process else {}
+        run.log.add(_place(run) | _knn(run) | pixels)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint; every process waits for it."""
+    if run.accelerator.is_main_process:
+        scaler = run.accelerator.scaler
+        state = {
+            "settings": asdict(run.args),
+            "num_processes": run.accelerator.num_processes,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        inner = getattr(run.optimizer, "optimizer", run.optimizer)
+        save_checkpoint(run.output_dir / "checkpoints", run.step, run.model, inner, state)
+    run.accelerator.wait_for_everyone()
+
+
+def finish(run: Run) -> Path:
+    """Write the encoder and say what was reached."""
+    directory = run.output_dir / "encoder"
+    if run.accelerator.is_main_process:
+        run.model.save_pretrained(directory)
+        print(summary(directory, run.log.rows(), run.monitor))
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+    return directory
+
+
+def summary(encoder: Path, rows: list[dict[str, Any]], monitor: KNNMonitor | None) -> str:
+    """The last lines of a run: where the encoder is, how to load it, how good it is."""
+    lines = [
+        "",
+        f"The encoder is in {encoder}. To load it, with nothing but transformers and timm:",
+        "",
+        "    from transformers import AutoImageProcessor, AutoModel",
+        f'    model = AutoModel.from_pretrained("{encoder}")',
+        f'    processor = AutoImageProcessor.from_pretrained("{encoder}")',
+        "",
+    ]
+    measured = [row for row in rows if "knn" in row]
+    if monitor is None:
+        lines.append("No labelled held-out split, so no kNN accuracy was measured.")
+    elif measured:
+        lines.append(f"{monitor.description}:")
+        if "knn_pixels" in measured[0]:
+            lines.append(f"    raw pixels          {100 * measured[0]['knn_pixels']:5.1f} %")
+        if measured[0]["step"] == 0:
+            lines.append(f"    encoder at step 0   {100 * measured[0]['knn']:5.1f} %")
+        last = measured[-1]
+        lines.append(f"    trained encoder     {100 * last['knn']:5.1f} % (step {last['step']})")
+    return "\n".join(lines)
+
+
+class Clock:
+    """Views per second since the last restart; evaluation and saving are not counted."""
+
+    def __init__(self, views_per_step: int) -> None:
+        self.views_per_step = views_per_step
+        self.restart()
+
+    def restart(self) -> None:
+        self.steps, self.started = 0, time.perf_counter()
+
+    def tick(self) -> None:
+        self.steps += 1
+
+    def rate(self) -> float:
+        return self.steps * self.views_per_step / (time.perf_counter() - self.started)
+
+
+def _accelerator() -> Accelerator:
+    transformers.utils.logging.disable_progress_bar()
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(kwargs_handlers=[ddp])
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"every launched process must take part, got WORLD_SIZE={launched} and "
+            f"{accelerator.num_processes} in accelerate; see README, 'Several processes'."
+        )
+    if accelerator.device.type == "cpu":
+        # accelerate launch sets OMP_NUM_THREADS=1, which leaves all cores but one idle
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    return accelerator
+
+
+def _check_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir must be a directory that can be written, got {directory}: {error}."
+        ) from error
+
+
+def _open_splits(
+    args: PretrainingArguments, accelerator: Accelerator
+) -> tuple[ImageSplit, ImageSplit | None]:
+    with accelerator.main_process_first():
+        splits = open_dataset(args.dataset_name, args.dataset_config_name)
+    columns: Any = {
+        "dataset_name": Path(args.dataset_name).name or args.dataset_name,
+        "image_column": args.image_column,
+        "label_column": args.label_column,
+    }
+    train = image_split(splits, args.train_split, **columns)
+    name = eval_split_name(splits, args.eval_split, args.train_split)
+    return train, None if name is None else image_split(splits, name, **columns)
+
+
+def _common_side(split: ImageSplit) -> int | None:
+    """The side of the images if they look small, square and alike; else None."""
+    few = split.read(range(min(8, len(split))))
+    height, width = few[0].shape[-2:]
+    alike = all(image.shape == few[0].shape for image in few)
+    return height if alike and height == width <= SMALL_IMAGE else None
+
+
+def _build_model(args: PretrainingArguments) -> VICRegModel:
+    """The model with weights from the seed, taking views of image_size."""
+    torch.manual_seed(derive_seed(args.seed, epoch=0, index=0, stream=Stream.MODEL))
+    assert args.image_size is not None
+    assert not isinstance(args.model_args, str)
+    model_args = dict(args.model_args or {})
+    method: Any = {
+        "expander_dims": args.expander_widths,
+        "sim_coeff": args.sim_coeff,
+        "std_coeff": args.std_coeff,
+        "cov_coeff": args.cov_coeff,
+    }
+
+    def build() -> VICRegModel:
+        if args.pretrained:
+            return VICRegModel.from_timm(args.architecture, model_args=model_args or None, **method)
+        config = VICRegConfig(
+            architecture=args.architecture, model_args=model_args or None, **method
+        )
+        return VICRegModel(config)
+
+    model = build()
+    cfg = model.config.pretrained_cfg
+    assert cfg is not None
+    if cfg.get("fixed_input_size") and cfg["input_size"][-1] != args.image_size:
+        model_args["img_size"] = args.image_size
+        model = build()
+    cfg = encoder_pretrained_cfg(model.config.pretrained_cfg or {}, model_args, args.image_size)
+    # Small images are seen whole; larger ones are evaluated on the authors' central crop.
+    crop_pct = 1.0 if args.image_size <= SMALL_IMAGE else 0.875
+    model.config.pretrained_cfg = cfg | {"crop_pct": crop_pct, "interpolation": "bicubic"}
+    return model
+
+
+def _resume(
+    args: PretrainingArguments,
+    accelerator: Accelerator,
+    model: VICRegModel,
+    optimizer: Optimizer,
+    log: MetricsLog,
+) -> int:
+    """Load the newest valid checkpoint; the step to go on from."""
+    folder = Path(str(args.output_dir)) / "checkpoints"
+    path, damaged = (None, []) if args.resume == "never" else newest_checkpoint(folder)
+    for sentence in damaged:
+        accelerator.print(f"warning: {sentence}")
+    if path is None:
+        if args.resume == "required":
+            raise CheckpointError(f"resume=required, but {folder} holds no valid checkpoint.")
+        log.keep_until(-1)
+        return 0
+    step, state = read_state(path)
+    _check_same_run(args, state["settings"], path)
+    load_checkpoint(path, model, optimizer)
+    if accelerator.scaler is not None and state["scaler"] is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    log.keep_until(step)
+    accelerator.print(f"Resuming from {path}.")
+    return step
+
+
+def _check_same_run(args: PretrainingArguments, saved: dict[str, Any], path: Path) -> None:
+    now = json.loads(json.dumps(asdict(args)))
+    changed = [
+        f"{f.name} was {saved[f.name]}, is {now[f.name]}"
+        for f in fields(args)
+        if f.name not in FREE_TO_CHANGE and saved.get(f.name) != now[f.name]
+    ]
+    if changed:
+        raise CheckpointError(
+            f"a resumed run must keep its settings, but against {path}: {'; '.join(changed)}. "
+            "Choose another output_dir, or --resume never to start over."
+        )
+
+
+def _check_finite(output: Any, step: int) -> None:
+    # The loss is global, so every process comes to the same answer.
+    if not bool(torch.isfinite(output.loss)):
+        terms = {k: output[k].item() for k in ("loss", "invariance", "variance", "covariance")}
+        raise FloatingPointError(
+            f"the loss must be finite, got {terms} at step {step}; lower --base_lr, lengthen "
+            "--warmup_epochs, or use bf16 instead of fp16. The last checkpoint is untouched."
+        )
+
+
+def _place(run: Run) -> dict[str, Any]:
+    return {"step": run.step, "epoch": run.step / run.batches.steps_per_epoch}
+
+
+def _metrics(run: Run, output: Any, lr: float, clock: Clock) -> dict[str, Any]:
+    rate = clock.rate()
+    z = gather_rows(output.embeddings[0].detach())
+    return _place(run) | {
+        "loss": output.loss.item(),
+        "invariance": output.invariance.item(),
+        "variance": output.variance.item(),
+        "covariance": output.covariance.item(),
+        "lr": lr,
+        "views_per_second": round(rate, 1),
+        "embedding_std": embedding_std(z).item(),
+        "effective_rank": effective_rank(z).item(),
+    }
+
+
+def _knn(run: Run) -> dict[str, float]:
+    """Measured by the main process while the others wait."""
+    row = {}
+    if run.monitor is not None and run.accelerator.is_main_process:
+        row["knn"] = run.monitor.accuracy(run.model.encoder, run.accelerator.device)
+    run.accelerator.wait_for_everyone()
+    return row
