@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
@@ -99,13 +100,15 @@ class PretrainingArguments:
         for name in ("batch_size", "logging_steps", "save_steps", "image_size", "max_steps",
                      "knn_steps", "num_train_epochs"):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value}.")
         for name in ("base_lr", "weight_decay", "warmup_epochs", "num_workers", "seed",
                      "sim_coeff", "std_coeff", "cov_coeff"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}.")
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}.")
         _ = self.expander_widths
         if self.base_lr is None:
             self.base_lr = default_base_lr(self.optimizer, self.batch_size)
@@ -163,7 +166,7 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
         raise ValueError(f"config must be valid YAML, {name_or_path} is not: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"config must map settings to values, got {settings!r} in {name_or_path}.")
-    unknown = set(settings) - {f.name for f in fields(PretrainingArguments)}
+    unknown = {str(name) for name in settings} - {f.name for f in fields(PretrainingArguments)}
     if unknown:
         raise ValueError(
             f"config must hold settings of scripts/pretrain.py, got {', '.join(sorted(unknown))} "

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 MANIFEST = "manifest.json"
+FILES = {"config.json", "model.safetensors", "optimizer.json", "optimizer.safetensors"}
 PREFIX = "step-"
 KEEP = 2
 """Checkpoints that remain; the older one is there in case the newer is damaged."""
@@ -58,6 +59,7 @@ def save_checkpoint(
         (aside / "optimizer.json").write_text(json.dumps(rest))
         files = {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in aside.iterdir()}
         manifest = {"step": step, "state": state, "files": files}
+        manifest["sha256"] = _digest(manifest)
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
         for file in (*aside.iterdir(), aside):
             _fsync(file)
@@ -72,8 +74,11 @@ def save_checkpoint(
             f"a checkpoint could not be written to {final}: {error}. Earlier checkpoints are "
             "untouched; free some space or choose another output_dir, and start again to resume."
         ) from error
-    for old in list(_by_step(folder))[KEEP:]:
-        shutil.rmtree(old)
+    # Later steps are of a run that was started over; they must not outlive what replaces them.
+    kept = [path for path in _by_step(folder) if _step(path) <= step][:KEEP]
+    for path in _by_step(folder):
+        if path not in kept:
+            shutil.rmtree(path)
     return final
 
 
@@ -104,23 +109,43 @@ def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: Optimizer) ->
     Raises:
         CheckpointError: the checkpoint belongs to another model.
     """
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
-        model.load_state_dict(load_file(path / "model.safetensors"))
-    except RuntimeError as error:
-        raise CheckpointError(f"checkpoint {path} holds another model: {error}") from error
-    rest = json.loads((path / "optimizer.json").read_text())
-    optimizer.load_state_dict(_join_tensors(load_file(path / "optimizer.safetensors"), rest))
+        weights = load_file(path / "model.safetensors")
+        tensors = load_file(path / "optimizer.safetensors")
+        state = _join_tensors(tensors, json.loads((path / "optimizer.json").read_text()))
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+    # RuntimeError and ValueError are torch's words for other shapes and other parameter groups.
+    except (OSError, SafetensorError, RuntimeError, ValueError, LookupError) as error:
+        model.load_state_dict(before)
+        raise CheckpointError(
+            f"checkpoint {path} does not fit this model and optimiser: "
+            f"{' '.join(str(error).split())} Choose another output_dir, or --resume never to "
+            "start over."
+        ) from error
 
 
 def _by_step(folder: Path) -> Iterator[Path]:
-    found = [p for p in folder.glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit()]
-    yield from sorted(found, key=lambda p: -int(p.name[len(PREFIX) :]))
+    """Newest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
+    yield from sorted(found, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name[len(PREFIX) :])
 
 
 def _fault(path: Path) -> str | None:
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        for name, expected in files.items():
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest.pop("sha256") != _digest(manifest):
+            return f"{MANIFEST} has another checksum"
+        if manifest["step"] != _step(path):
+            return f"{MANIFEST} is of step {manifest['step']}"
+        if manifest["files"].keys() != FILES:
+            return f"{MANIFEST} lists other files"
+        for name, expected in manifest["files"].items():
             if (path / name).stat().st_size != expected["size"]:
                 return f"{name} has another size"
             if _sha256(path / name) != expected["sha256"]:
@@ -150,6 +175,10 @@ def _join_tensors(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str,
         index, name = key.split(".", 1)
         state[int(index)][name] = value
     return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

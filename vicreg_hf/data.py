@@ -170,15 +170,29 @@ def image_split(
     column = find_image_column(table.features, image_column)
     label = find_label_column(table.features, label_column)
     labels, names = (None, ()) if label is None else _labels(table, label)
+    if label_column is not None and labels is None:
+        raise ValueError(
+            f"label_column must hold a class in every row, got rows of {dataset_name} ({name}) "
+            f"without one in {label_column!r}; choose another or leave it out."
+        )
     table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return ImageSplit(table, column, f"{dataset_name} ({name})", labels, names)
 
 
-def _labels(table: datasets.Dataset, column: str) -> tuple[Tensor, tuple[str, ...]]:
-    values, feature = table.with_format("numpy")[column], table.features[column]
+def _labels(table: datasets.Dataset, column: str) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Classes from 0 and their names; None where a row has no class (null, or -1)."""
+    values, feature = (
+        table.select_columns([column]).with_format("arrow")[:][column],
+        table.features[column],
+    )
+    if values.null_count:
+        return None, ()
+    values = values.to_numpy()
     if isinstance(feature, datasets.ClassLabel):
-        return torch.as_tensor(np.asarray(values), dtype=torch.long), tuple(feature.names)
-    names, classes = np.unique(np.asarray(values), return_inverse=True)
+        if values.min() < 0:
+            return None, ()
+        return torch.from_numpy(values.astype(np.int64)), tuple(feature.names)
+    names, classes = np.unique(values, return_inverse=True)
     return torch.as_tensor(classes, dtype=torch.long), tuple(str(name) for name in names)
 
 
@@ -226,22 +240,28 @@ class GlobalBatches:
     def __init__(
         self, num_samples: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
+        least, most = 2 * world_size, num_samples // world_size * world_size
+        if most < least:
+            raise ValueError(
+                f"a data set must hold at least 2 images per process, got {num_samples} images and "
+                f"num_processes={world_size}."
+            )
         if num_samples < batch_size:
             raise ValueError(
                 f"batch_size must not exceed the number of images, got batch_size={batch_size} "
-                f"and {num_samples} images; use at most {num_samples}."
+                f"and {num_samples} images; use at most {most}."
             )
         if batch_size % world_size:
-            nearest = max(1, round(batch_size / world_size)) * world_size
+            nearest = min(max(round(batch_size / world_size) * world_size, least), most)
             raise ValueError(
                 f"batch_size must divide evenly over processes, got batch_size={batch_size} and "
                 f"num_processes={world_size}; the nearest that does is {nearest}."
             )
-        if batch_size < 2 * world_size:
+        if batch_size < least:
             raise ValueError(
                 "batch_size must give every process at least 2 images, got "
                 f"batch_size={batch_size} and num_processes={world_size}; "
-                f"use at least {2 * world_size}."
+                f"use at least {least}."
             )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.steps_per_epoch = num_samples // batch_size

@@ -5,13 +5,12 @@ Without an initialised process group everything here is the single-process case.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -52,6 +51,23 @@ def gather_rows(x: Tensor, group: ProcessGroup = None) -> Tensor:
     return rows
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over processes; the gradient of a sum is the sum of the gradients."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return sum_over_processes(x.clone())
+
+    @staticmethod
+    def backward(_: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return sum_over_processes(grad.clone(memory_format=torch.contiguous_format))
+
+
+def differentiable_sum(x: Tensor) -> Tensor:
+    """Sum x over all processes, with the gradient of every process's result."""
+    return cast(Tensor, _Sum.apply(x))
+
+
 class SyncBatchNorm(_BatchNorm):
     """Batch normalisation over the rows of all processes, on any device.
 
@@ -80,10 +96,10 @@ class SyncBatchNorm(_BatchNorm):
         x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
         count = x.new_tensor([x.numel() // x.shape[1]])
         # Two reductions, centred before squaring: sums of squares cancel in float32.
-        total = differentiable_all_reduce(torch.cat([x.sum(dims), count]))
+        total = differentiable_sum(torch.cat([x.sum(dims), count]))
         rows, mean = total[-1], total[:-1] / total[-1]
         centred = x - mean.view(shape)
-        variance = differentiable_all_reduce(centred.square().sum(dims)) / rows
+        variance = differentiable_sum(centred.square().sum(dims)) / rows
         self._update_running(mean.detach(), variance.detach(), rows.detach())
         scale = (variance + self.eps).rsqrt()
         if self.weight is not None:

@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from vicreg_hf.distributed import ProcessGroup, gather_rows, rank, sum_over_processes, world_size
 
@@ -163,8 +162,11 @@ class _VICReg(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True; the saved gradient is a constant
+            raise RuntimeError(
+                "vicreg_loss has no second derivative; call backward without create_graph=True."
+            )
         saved = iter(ctx.saved_tensors)
         grads = [
             (next(saved) * grad_outputs[0]).to(dtype) if wanted else None

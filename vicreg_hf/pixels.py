@@ -1,8 +1,7 @@
 """Image operations of the views, batched, each sample with its own parameter.
 
 Every operation takes and gives whole grey levels (0 to 255) in float32 and rounds where PIL rounds,
-so that a chain of them stays within two levels of the authors' PIL pipeline and does not depend on
-the device.
+so that each stays within two levels of PIL's, which the authors use, on every device.
 
 Shapes: B images, C channels, H x W source pixels, S side of a view.
 """
@@ -104,8 +103,11 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     chroma = value - x.amin(1)
     safe = chroma.clamp(min=1)
     rc, gc, bc = (value - r) / safe, (value - g) / safe, (value - b) / safe
-    hue = torch.where(value == r, bc - gc, torch.where(value == g, 2 + rc - bc, 4 + gc - rc))
-    hue = _floor_of_255_times(torch.where(hue < 0, hue + 6, hue) / 6)
+    # 2 + rc - bc and 4 + gc - rc with one rounding: of the two lesser channels, one has distance 1
+    green = torch.where(rc == 1, 3 - bc, 1 + rc)
+    blue = torch.where(gc == 1, 5 - rc, 3 + gc)
+    sixth = torch.where(value == r, bc - gc, torch.where(value == g, green, blue)) / 6
+    hue = _floor_of_255_times(torch.where(sixth < 0, 1 + sixth, sixth))
     hue = (hue + (shift * 255).trunc().view(-1, 1, 1)) % 256 * (6 / 255)
     saturation = _floor_of_255_times(chroma / value.clamp(min=1)) / 255
     # channel n is value * (1 - saturation * clip(min(k, 4 - k), 0, 1)) with k = (n + hue) mod 6

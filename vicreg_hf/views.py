@@ -68,6 +68,7 @@ class ViewRecipe:
 _AUTHORS = ViewRecipe()
 _PAPER = replace(_AUTHORS, blur=0.5, solarize=0.1)
 _CIFAR = ViewRecipe(scale=(0.2, 1.0), solarize=0.1)
+_TINY = ViewRecipe(scale=(0.4, 1.0), jitter=0.6, grayscale=0.1)
 _DEMO = ViewRecipe(scale=(0.3, 1.0), flip=0.0, grayscale=0.0)
 
 PRESETS: Mapping[str, tuple[ViewRecipe, ViewRecipe]] = {
@@ -77,6 +78,8 @@ PRESETS: Mapping[str, tuple[ViewRecipe, ViewRecipe]] = {
     "paper": (_PAPER, _PAPER),
     # solo-learn's recipe for CIFAR: larger crops, no blur.
     "cifar": (_CIFAR, _CIFAR),
+    # Gentler than cifar, for small images and backbones of under a million parameters.
+    "tiny": (_TINY, _TINY),
     # Handwritten digits: a mirrored digit is not a digit.
     "demo": (_DEMO, _DEMO),
 }
@@ -141,10 +144,7 @@ def draw_crops(
     central = [(height - central_h) // 2, (width - central_w) // 2, central_h, central_w]
     boxes = np.concatenate([top, left, h, w], 1)
     boxes = np.where(fits.any(1, keepdims=True), boxes, np.concatenate(central, 1))
-    boxes = np.maximum(boxes.astype(np.int64), [0, 0, 1, 1])
-    # A uniform just below one can round up to the size itself in float32.
-    boxes[:, :2] = np.minimum(boxes[:, :2], size - boxes[:, 2:])
-    return boxes
+    return np.maximum(boxes.astype(np.int64), [0, 0, 1, 1])
 
 
 def draw_colour(u: NDArray[np.float32], recipe: ViewRecipe) -> ColourParameters:

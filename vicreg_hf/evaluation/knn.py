@@ -69,6 +69,11 @@ def knn_accuracy(
     temperature: float = 0.07,
 ) -> float:
     """Share of test rows, 0 to 1, that `knn_predict` classifies rightly."""
+    if len(test_features) != len(test_labels):
+        raise ValueError(
+            "every test row needs one label, got "
+            f"{len(test_features)} rows and {len(test_labels)} labels."
+        )
     predicted = knn_predict(
         train_features, train_labels, test_features, k=k, temperature=temperature
     )

@@ -1,0 +1,258 @@
+"""What files decode to, and which are refused."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from vicreg_hf.images import MAX_PIXELS, ImageError, decode_image
+
+Pixels = NDArray[np.uint8]
+
+# Smooth, so that lossy formats keep it; no row, column or channel is another's mirror image.
+ROWS, COLUMNS = np.mgrid[0:40, 0:56]
+RGB: Pixels = np.stack([4 * COLUMNS, 6 * ROWS, 2 * ROWS + 2 * COLUMNS], -1).astype(np.uint8)
+GRAY: Pixels = RGB[..., 2]
+
+
+def encode(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def decode(data: bytes) -> Pixels:
+    """As (H, W, 3)."""
+    decoded = decode_image(data)
+    assert decoded.dtype == torch.uint8
+    return decoded.permute(1, 2, 0).numpy()
+
+
+def assert_pixels_close(actual: Pixels, expected: Pixels, *, tolerance: int) -> None:
+    assert actual.shape == expected.shape
+    assert np.abs(actual.astype(int) - expected.astype(int)).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options", "tolerance"),
+    [
+        ("PNG", {}, 0),
+        ("TIFF", {}, 0),
+        ("BMP", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("WEBP", {"quality": 95}, 8),
+        ("JPEG", {"quality": 95, "subsampling": 0}, 8),
+        ("JPEG", {"quality": 95, "progressive": True}, 8),
+    ],
+)
+def test_colours_survive(file_format: str, options: dict[str, Any], tolerance: int) -> None:
+    data = encode(Image.fromarray(RGB), file_format, **options)
+    assert_pixels_close(decode(data), RGB, tolerance=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("file_format", "tolerance"), [("PNG", 0), ("TIFF", 0), ("GIF", 0), ("JPEG", 4)]
+)
+def test_gray_becomes_three_equal_channels(file_format: str, tolerance: int) -> None:
+    decoded = decode(encode(Image.fromarray(GRAY), file_format))
+    assert_pixels_close(decoded, np.stack([GRAY] * 3, -1), tolerance=tolerance)
+
+
+def test_black_and_white_becomes_0_and_255() -> None:
+    bits = RGB[..., 0] > 100
+    expected = np.stack([bits * np.uint8(255)] * 3, -1)
+    assert_pixels_close(decode(encode(Image.fromarray(bits), "PNG")), expected, tolerance=0)
+
+
+@pytest.mark.parametrize("alpha", [0, 90, 255])
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_alpha_is_dropped_from_colour(file_format: str, alpha: int) -> None:
+    rgba = np.dstack([RGB, np.full_like(GRAY, alpha)])
+    assert_pixels_close(decode(encode(Image.fromarray(rgba), file_format)), RGB, tolerance=0)
+
+
+@pytest.mark.parametrize("alpha", [0, 90, 255])
+def test_alpha_is_dropped_from_gray(alpha: int) -> None:
+    both = Image.merge("LA", [Image.fromarray(GRAY), Image.new("L", (56, 40), alpha)])
+    expected = np.stack([GRAY] * 3, -1)
+    assert_pixels_close(decode(encode(both, "PNG")), expected, tolerance=0)
+
+
+PALETTE: Pixels = np.array([[200, 10, 30], [0, 90, 250], [7, 7, 7], [255, 255, 0]], np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options"),
+    [
+        ("PNG", {}),
+        ("GIF", {}),
+        ("TIFF", {}),
+        pytest.param("PNG", {"transparency": 1}, id="PNG-one-transparent"),
+        pytest.param("GIF", {"transparency": 1}, id="GIF-one-transparent"),
+        pytest.param("PNG", {"transparency": bytes([0, 90, 255, 9])}, id="PNG-opacity-each"),
+    ],
+)
+def test_a_palette_becomes_its_colours(file_format: str, options: dict[str, Any]) -> None:
+    indices = ((ROWS // 10 + COLUMNS // 7) % 4).astype(np.uint8)
+    image = Image.fromarray(indices)
+    image.putpalette(PALETTE.tobytes())
+    data = encode(image, file_format, **options)
+    assert_pixels_close(decode(data), PALETTE[indices], tolerance=0)
+
+
+@pytest.mark.parametrize(("file_format", "tolerance"), [("TIFF", 0), ("JPEG", 10)])
+def test_cmyk_becomes_rgb(file_format: str, tolerance: int) -> None:
+    black = np.zeros_like(GRAY)
+    image = Image.frombytes("CMYK", (56, 40), np.dstack([255 - RGB, black]).tobytes())
+    data = encode(image, file_format, **({"quality": 95} if file_format == "JPEG" else {}))
+    assert_pixels_close(decode(data), RGB, tolerance=tolerance)
+
+
+# What a viewer does with the stored pixels, per value of the EXIF tag Orientation.
+UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize(
+    ("file_format", "options", "tolerance"),
+    [
+        ("PNG", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("JPEG", {"quality": 95, "subsampling": 0}, 8),
+    ],
+)
+def test_images_are_turned_upright(
+    file_format: str, options: dict[str, Any], tolerance: int, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(RGB), file_format, exif=exif, **options)
+    assert_pixels_close(decode(data), UPRIGHT[orientation](RGB), tolerance=tolerance)
+
+
+def test_16_bit_images_are_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(GRAY.astype(np.uint16) * 257), "PNG", exif=exif)
+    expected = np.stack([np.rot90(GRAY, -1)] * 3, -1)
+    assert_pixels_close(decode(data), expected, tolerance=0)
+
+
+def test_cmyk_jpegs_are_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    image = Image.frombytes("CMYK", (56, 40), np.dstack([255 - RGB, 0 * GRAY]).tobytes())
+    data = encode(image, "JPEG", quality=95, exif=exif)
+    assert_pixels_close(decode(data), np.rot90(RGB, 1), tolerance=10)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_16_bits_are_rescaled_and_not_clipped(file_format: str) -> None:
+    values = np.linspace(0, 65535, 40 * 56).reshape(40, 56).round().astype(np.uint16)
+    expected = np.stack([(values / 257).round().astype(np.uint8)] * 3, -1)
+    decoded = decode(encode(Image.fromarray(values), file_format))
+    assert_pixels_close(decoded, expected, tolerance=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([[-3.0, 0.0, 2.0]], [[0, 153, 255]]),  # 3 / 5 of 255
+        ([[0.0, 0.25, 1.0]], [[0, 64, 255]]),
+        ([[7.0, 7.0, 7.0]], [[0, 0, 0]]),  # constant
+        ([[np.nan, 1.0, 3.0]], [[0, 0, 255]]),
+        ([[-np.inf, 1.0, np.inf]], [[0, 0, 255]]),
+    ],
+)
+def test_float_pixels_are_stretched_over_the_grey_levels(
+    values: list[list[float]], expected: list[list[int]]
+) -> None:
+    data = encode(Image.fromarray(np.array(values, np.float32)), "TIFF")
+    gray = np.array(expected, np.uint8)
+    assert_pixels_close(decode(data), np.stack([gray] * 3, -1), tolerance=0)
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_an_animation_gives_its_first_frame(file_format: str) -> None:
+    first, second = Image.new("RGB", (9, 5), (255, 0, 0)), Image.new("RGB", (9, 5), (0, 0, 255))
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    data = encode(first, file_format, save_all=True, append_images=[second], **options)
+    assert_pixels_close(decode(data), np.array(first), tolerance=0)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (3000, 1), (1, 3000)])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_extreme_shapes_decode(file_format: str, width: int, height: int) -> None:
+    image = Image.new("RGB", (width, height), (10, 200, 90))
+    assert_pixels_close(decode(encode(image, file_format)), np.array(image), tolerance=4)
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises width x height RGB pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"\x00", id="one-byte"),
+        pytest.param(b"<!DOCTYPE html><html><body>404 Not Found</body></html>", id="html"),
+        pytest.param(b'{"error": "rate limit"}', id="json"),
+        pytest.param(np.arange(256, dtype=np.uint8).tobytes(), id="all-bytes"),
+        pytest.param(png_claiming(10, 10), id="png-without-pixels"),
+    ],
+)
+def test_what_is_not_an_image_is_refused(data: bytes) -> None:
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        decode_image(data)
+
+
+def test_an_empty_file_is_said_to_be_empty() -> None:
+    with pytest.raises(ImageError, match="0 bytes"):
+        decode_image(b"")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_truncated_files_are_refused(file_format: str, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), file_format)
+    with pytest.raises(ImageError):
+        decode_image(data[: int(len(data) * share)])
+
+
+# PIL warns above 89 million pixels, and raises its own error above twice as many.
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("width", "height"), [(60_000, 60_000), (12_000, 10_000), (1, MAX_PIXELS + 1)]
+)
+def test_a_header_that_claims_too_many_pixels_is_refused_before_they_are_read(
+    width: int, height: int
+) -> None:
+    counted = f"{width} x {height} pixels|{width * height} pixels"
+    with pytest.raises(ImageError, match=counted):
+        decode_image(png_claiming(width, height))

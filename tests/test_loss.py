@@ -1,0 +1,313 @@
+"""The loss against values worked by hand and against the authors' formulas in float64."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from vicreg_hf import VICRegLoss, loss, vicreg_loss
+from vicreg_hf.loss import VarianceReduction
+
+SHAPES = [(6, 4), (5, 5), (4, 9)]  # N > D, N = D, N < D: both forms of the covariance term
+
+
+class Terms(NamedTuple):
+    """The reference's loss and its terms."""
+
+    loss: Tensor
+    invariance: Tensor
+    variance: Tensor
+    covariance: Tensor
+
+
+def authors_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    sim_coeff: float = 25.0,
+    std_coeff: float = 25.0,
+    cov_coeff: float = 1.0,
+    gamma: float = 1.0,
+    eps: float = 1e-4,
+    variance_reduction: VarianceReduction = "mean",
+) -> Terms:
+    """vicreg@4e12602, main_vicreg.py, VICReg.forward, written out; autograd differentiates it."""
+    num_rows, dim = x.shape
+    invariance = F.mse_loss(x, y)
+    hinges, squares = [], []
+    for branch in (x, y):
+        centred = branch - branch.mean(dim=0)
+        deviation = torch.sqrt(centred.var(dim=0) + eps)
+        hinges.append(torch.mean(F.relu(gamma - deviation)))
+        covariance = (centred.T @ centred) / (num_rows - 1)
+        off_diagonal = covariance[~torch.eye(dim, dtype=torch.bool)]
+        squares.append(off_diagonal.pow(2).sum() / dim)
+    variance = hinges[0] + hinges[1]
+    if variance_reduction == "mean":
+        variance = variance / 2
+    covariance = squares[0] + squares[1]
+    total = sim_coeff * invariance + std_coeff * variance + cov_coeff * covariance
+    return Terms(total, invariance, variance, covariance)
+
+
+def embeddings(rows: int, dim: int, *, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    z, z_prime = torch.randn(2, rows, dim, generator=generator, dtype=torch.float64) * scale
+    return z, z_prime
+
+
+def gradients(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(value, inputs)
+
+
+def assert_same_loss_and_gradients(z: Tensor, z_prime: Tensor, **settings: Any) -> None:
+    """`vicreg_loss` and the authors' formulas agree to 1e-10 of the size of each."""
+    inputs = [x.detach().clone().requires_grad_() for x in (z, z_prime)]
+    ours, theirs = vicreg_loss(*inputs, **settings), authors_loss(*inputs, **settings)
+    for name in Terms._fields:
+        torch.testing.assert_close(
+            getattr(ours, name), getattr(theirs, name), rtol=1e-10, atol=1e-13, check_dtype=True
+        )
+    theirs_grads = gradients(theirs.loss, *inputs)
+    size = max(float(grad.abs().max()) for grad in theirs_grads)
+    torch.testing.assert_close(
+        gradients(ours.loss, *inputs), theirs_grads, rtol=0, atol=1e-10 * size + 1e-13
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([[0.0, 0.0, 0.0], [2.0, 2.0, 2.0]], 16.00),  # no hinge; 2 views * 6 pairs * 2**2 / 3
+        ([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], 24.75),  # collapsed: 25 * (1 - sqrt(1e-4))
+        ([[1.0], [3.0]], 0.00),  # one dimension of variance 2: nothing to correlate with
+        ([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], 25 * (1 - (2 / 3 + 1e-4) ** 0.5)),
+    ],
+)
+def test_loss_of_equal_views_matches_values_worked_by_hand(
+    rows: list[list[float]], expected: float
+) -> None:
+    z = torch.tensor(rows)
+    torch.testing.assert_close(vicreg_loss(z, z).loss, torch.tensor(expected))
+
+
+def test_terms_match_values_worked_by_hand() -> None:
+    z = torch.tensor([[0.0, 0.0], [2.0, 4.0], [4.0, 2.0]])
+    z_prime = torch.tensor([[1.0, 0.0], [1.0, 3.0], [4.0, 0.0]])
+    terms = vicreg_loss(z, z_prime)
+    # differences 1, 1, 1, 1, 0, 2 -> (1 + 0 + 1 + 1 + 0 + 4) / 6
+    torch.testing.assert_close(terms.invariance, torch.tensor(7 / 6))
+    # variances 4, 4, 3, 3: no hinge
+    torch.testing.assert_close(terms.variance, torch.tensor(0.0))
+    # covariances 2 and -1.5: (2 * 2**2 + 2 * 1.5**2) / 2
+    torch.testing.assert_close(terms.covariance, torch.tensor(6.25))
+    torch.testing.assert_close(terms.loss, torch.tensor(25 * 7 / 6 + 6.25))
+
+
+def test_summed_variance_is_twice_the_mean_over_branches() -> None:
+    z = torch.zeros(2, 3)
+    terms = vicreg_loss(z, z, variance_reduction="sum")
+    torch.testing.assert_close(terms.variance, torch.tensor(2 * 0.99))
+
+
+def test_coefficients_weigh_their_own_terms() -> None:
+    z, z_prime = embeddings(6, 4, scale=0.5)
+    terms = vicreg_loss(z, z_prime, sim_coeff=2.0, std_coeff=3.0, cov_coeff=5.0)
+    expected = 2 * terms.invariance + 3 * terms.variance + 5 * terms.covariance
+    torch.testing.assert_close(terms.loss, expected)
+
+
+@given(
+    rows=st.integers(2, 12),
+    dim=st.integers(1, 12),
+    seed=st.integers(0, 2**32),
+    scale=st.sampled_from([1e-3, 0.3, 1.0, 30.0]),
+    reduction=st.sampled_from(["mean", "sum"]),
+)
+def test_random_embeddings_give_the_authors_loss_and_gradients(
+    rows: int, dim: int, seed: int, scale: float, reduction: str
+) -> None:
+    z, z_prime = embeddings(rows, dim, seed=seed, scale=scale)
+    assert_same_loss_and_gradients(z, z_prime, variance_reduction=reduction)
+
+
+@given(
+    rows=st.integers(2, 6),
+    dim=st.integers(1, 6),
+    seed=st.integers(0, 2**32),
+    coefficients=st.tuples(st.floats(0, 100), st.floats(0, 100), st.floats(0, 100)),
+    gamma=st.floats(0.1, 3),
+    eps=st.floats(1e-6, 1e-1),
+)
+def test_any_settings_give_the_authors_loss_and_gradients(
+    rows: int,
+    dim: int,
+    seed: int,
+    coefficients: tuple[float, float, float],
+    gamma: float,
+    eps: float,
+) -> None:
+    sim, std, cov = coefficients
+    assert_same_loss_and_gradients(
+        *embeddings(rows, dim, seed=seed),
+        sim_coeff=sim, std_coeff=std, cov_coeff=cov, gamma=gamma, eps=eps,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "dim"), [*SHAPES, (2, 1), (2, 2), (2, 7)])
+@pytest.mark.parametrize("kind", ["all rows equal", "rows in pairs", "one dimension constant"])
+def test_degenerate_embeddings_give_the_authors_loss_and_gradients(
+    rows: int, dim: int, kind: str
+) -> None:
+    z, z_prime = embeddings(rows, dim)
+    for branch in (z, z_prime):
+        if kind == "all rows equal":
+            branch[:] = branch[0]
+        elif kind == "rows in pairs":
+            branch[1::2] = branch[: rows - 1 : 2]
+        else:
+            branch[:, 0] = 0.7
+    assert_same_loss_and_gradients(z, z_prime)
+
+
+@pytest.mark.parametrize(("rows", "dim"), SHAPES)
+def test_gradients_match_finite_differences(rows: int, dim: int) -> None:
+    inputs = [x.requires_grad_() for x in embeddings(rows, dim, scale=0.7)]
+    assert torch.autograd.gradcheck(lambda *x: vicreg_loss(*x).loss, inputs)
+
+
+@pytest.mark.parametrize("block_elements", [1, 23])
+@pytest.mark.parametrize(("rows", "dim"), SHAPES)
+def test_work_in_blocks_gives_the_same_loss_and_gradients(
+    rows: int, dim: int, block_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", block_elements)
+    assert_same_loss_and_gradients(*embeddings(rows, dim))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "dim"), [(64, 32), (32, 64)])
+def test_half_precision_under_autocast_is_computed_in_float32(
+    rows: int, dim: int, dtype: torch.dtype, scale: float
+) -> None:
+    z, z_prime = (x.to(dtype) for x in embeddings(rows, dim, scale=scale))
+    with torch.autocast("cpu", dtype=dtype):
+        value = vicreg_loss(z, z_prime).loss
+    assert value.dtype == torch.float32
+    expected = authors_loss(z.double(), z_prime.double()).loss
+    torch.testing.assert_close(value, expected.float(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_have_the_dtype_of_their_input(dtype: torch.dtype) -> None:
+    z, z_prime = (x.to(dtype).requires_grad_() for x in embeddings(8, 16))
+    grads = gradients(vicreg_loss(z, z_prime).loss, z, z_prime)
+    assert [grad.dtype for grad in grads] == [dtype, dtype]
+
+
+@pytest.mark.parametrize("top", [1.0, 30.0, 1e3])
+@pytest.mark.parametrize(("rows", "dim"), [(64, 48), (64, 256)])
+def test_float32_agrees_with_float64_where_one_dimension_dominates(
+    rows: int, dim: int, top: float
+) -> None:
+    z, z_prime = embeddings(rows, dim)
+    z[:, 0] *= top
+    z_prime[:, 0] *= top
+    value = vicreg_loss(z.float(), z_prime.float()).covariance
+    expected = authors_loss(z, z_prime).covariance
+    torch.testing.assert_close(value, expected.float(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("branch", [0, 1])
+@pytest.mark.parametrize(("rows", "dim"), SHAPES)
+def test_one_branch_alone_gets_the_gradient_it_gets_beside_the_other(
+    rows: int, dim: int, branch: int
+) -> None:
+    both = [x.requires_grad_() for x in embeddings(rows, dim)]
+    expected = gradients(vicreg_loss(*both).loss, *both)[branch]
+    alone = [x.detach().requires_grad_(index == branch) for index, x in enumerate(both)]
+    (actual,) = gradients(vicreg_loss(*alone).loss, alone[branch])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "dim"), SHAPES)
+def test_one_tensor_as_both_branches_gets_the_sum_of_their_gradients(rows: int, dim: int) -> None:
+    z = embeddings(rows, dim)[0].requires_grad_()
+    torch.testing.assert_close(
+        gradients(vicreg_loss(z, z).loss, z), gradients(authors_loss(z, z).loss, z)
+    )
+
+
+@pytest.mark.parametrize(("rows", "dim"), SHAPES)
+def test_embeddings_are_left_as_they_were(rows: int, dim: int) -> None:
+    z, z_prime = embeddings(rows, dim)
+    before = z.clone(), z_prime.clone()
+    vicreg_loss(z, z_prime)
+    assert torch.equal(z, before[0])
+    assert torch.equal(z_prime, before[1])
+
+
+def test_a_scaled_loss_scales_its_gradients() -> None:
+    inputs = [x.requires_grad_() for x in embeddings(4, 9)]
+    once = gradients(vicreg_loss(*inputs).loss, *inputs)
+    scaled = gradients(vicreg_loss(*inputs).loss * 1024, *inputs)
+    torch.testing.assert_close(scaled, tuple(grad * 1024 for grad in once), rtol=0, atol=0)
+
+
+def test_only_the_loss_carries_a_gradient() -> None:
+    terms = vicreg_loss(*[x.requires_grad_() for x in embeddings(6, 4)])
+    assert [term.requires_grad for term in terms] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(("rows", "dim"), SHAPES)
+def test_second_order_gradients_are_refused_and_not_silently_left_out(rows: int, dim: int) -> None:
+    z, z_prime = (x.requires_grad_() for x in embeddings(rows, dim))
+    value = vicreg_loss(z, z_prime).loss
+
+    def gradient_of_a_gradient_penalty() -> None:
+        (grad,) = torch.autograd.grad(value, z, create_graph=True)
+        (value + grad.square().sum()).backward()
+
+    with pytest.raises(RuntimeError):
+        gradient_of_a_gradient_penalty()
+
+
+@pytest.mark.parametrize(
+    ("z", "z_prime", "message"),
+    [
+        (torch.zeros(4, 3), torch.zeros(4, 2), r"\(4, 3\) and \(4, 2\)"),
+        (torch.zeros(4, 3), torch.zeros(3, 3), r"\(4, 3\) and \(3, 3\)"),
+        (torch.zeros(4), torch.zeros(4), r"\(rows, dimensions\)"),
+        (torch.zeros(4, 3, 2), torch.zeros(4, 3, 2), r"\(rows, dimensions\)"),
+        (torch.zeros(4, 3).long(), torch.zeros(4, 3).long(), "floating point"),
+        (torch.zeros(4, 3), torch.zeros(4, 3).long(), "floating point"),
+        (torch.zeros(1, 3), torch.zeros(1, 3), "at least 2 rows over all processes, got 1"),
+        (torch.zeros(0, 3), torch.zeros(0, 3), "at least 2 rows over all processes, got 0"),
+    ],
+)
+def test_embeddings_that_cannot_be_are_refused(z: Tensor, z_prime: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        vicreg_loss(z, z_prime)
+
+
+def test_an_unknown_variance_reduction_is_refused() -> None:
+    reduction: Any = "median"
+    with pytest.raises(ValueError, match="mean or sum, got 'median'"):
+        vicreg_loss(*embeddings(4, 3), variance_reduction=reduction)
+
+
+def test_the_module_computes_the_function_with_its_settings() -> None:
+    z, z_prime = embeddings(6, 4, scale=0.5)
+    module = VICRegLoss(2.0, 3.0, 5.0, gamma=1.5, eps=1e-3, variance_reduction="sum")
+    expected = authors_loss(
+        z, z_prime, sim_coeff=2.0, std_coeff=3.0, cov_coeff=5.0, gamma=1.5, eps=1e-3,
+        variance_reduction="sum",
+    )  # fmt: skip
+    torch.testing.assert_close(tuple(module(z, z_prime)), tuple(expected))

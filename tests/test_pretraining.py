@@ -1,0 +1,273 @@
+"""Whole runs, started as users start them."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from workflow import ROOT, SMALL, environment, launch, metrics, run, write_images
+
+from vicreg_hf import PretrainingArguments, VICRegModel, pretrain
+from vicreg_hf.checkpointing import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory of an uninterrupted run of eight steps, and what it printed."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    result = launch(
+        *SMALL, f"--dataset_name={images}", "--max_steps=8", f"--output_dir={directory}"
+    )
+    assert result.returncode == 0, result.stderr
+    return directory, result.stdout
+
+
+def test_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> None:
+    directory, printed = finished
+    rows = metrics(directory)
+    assert [row["step"] for row in rows] == list(range(9))
+    assert rows[0].keys() == {"step", "epoch", "knn", "knn_pixels"}
+    assert rows[-1].keys() == {
+        "step", "epoch", "loss", "invariance", "variance", "covariance", "lr",
+        "views_per_second", "embedding_std", "effective_rank", "knn",
+    }  # fmt: skip
+    last = rows[-1]
+    total = 25 * last["invariance"] + 25 * last["variance"] + last["covariance"]
+    assert last["loss"] == pytest.approx(total, rel=1e-5)
+    assert (directory / "checkpoints" / "step-8").is_dir()
+    assert f'AutoModel.from_pretrained("{directory / "encoder"}")' in printed
+    assert "raw pixels" in printed
+    assert "encoder at step 0" in printed
+    assert "trained encoder" in printed
+
+
+def test_config_yaml_repeats_the_run(finished: tuple[Path, str], tmp_path: Path) -> None:
+    directory, _ = finished
+    config = directory / "config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    assert settings["image_size"] == 32
+    assert settings["augmentation"] == "cifar"
+    result = launch("--config", str(config), f"--output_dir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    timeless = [{k: v for k, v in row.items() if k != "views_per_second"} for row in
+                metrics(tmp_path)]  # fmt: skip
+    expected = [{k: v for k, v in row.items() if k != "views_per_second"} for row in
+                metrics(directory)]  # fmt: skip
+    assert timeless == expected
+
+
+def test_three_printed_lines_load_the_encoder_without_vicreg_hf(
+    finished: tuple[Path, str],
+) -> None:
+    directory, printed = finished
+    lines = [line.strip() for line in printed.splitlines() if line.startswith("    ")][:3]
+    script = "\n".join(
+        [
+            "import sys; sys.modules['vicreg_hf'] = None",
+            *lines,
+            "import numpy, timm, torch, transformers",
+            "from PIL import Image",
+            "image = Image.fromarray(numpy.arange(3072, dtype='uint8').reshape(32, 32, 3))",
+            "pixels = processor(image, return_tensors='pt')['pixel_values']",
+            "features = model(pixels).pooler_output",
+            f"same = timm.create_model('local-dir:{directory}/encoder', pretrained=True).eval()",
+            "torch.testing.assert_close(same(pixels), features)",
+            "pipe = transformers.pipeline('image-feature-extraction', model=model, "
+            "image_processor=processor, pool=True)",
+            "torch.testing.assert_close(torch.tensor(pipe(image)), features)",
+            "print(type(model).__name__, tuple(pixels.shape), pixels.mean().item())",
+        ]
+    )
+    result = run([sys.executable, "-c", script])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("TimmWrapperModel (1, 3, 32, 32)")
+
+
+def test_from_pretrained_gives_backbone_and_expander_back(finished: tuple[Path, str]) -> None:
+    directory, _ = finished
+    trained = load_file(directory / "checkpoints" / "step-8" / "model.safetensors")
+    model = VICRegModel.from_pretrained(directory / "encoder")
+    assert model.state_dict().keys() == trained.keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+
+
+def test_killed_run_goes_on_to_the_same_weights(
+    images: Path, finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    whole, _ = finished
+    flags = [*SMALL, f"--dataset_name={images}", f"--output_dir={tmp_path}", "--save_steps=3"]
+    # Long enough that it is killed on its way; the schedule must be that of eight steps.
+    command = [sys.executable, "scripts/pretrain.py", *flags, "--max_steps=8"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "checkpoints" / "step-3").is_dir():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "encoder").exists()
+    result = launch(*flags, "--max_steps=8")
+    assert result.returncode == 0, result.stderr
+    assert "Resuming from" in result.stdout
+    assert [row["step"] for row in metrics(tmp_path)] == list(range(9))
+    expected = load_file(whole / "encoder" / "model.safetensors")
+    for name, value in load_file(tmp_path / "encoder" / "model.safetensors").items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_two_processes_have_the_loss_curve_of_one(
+    images: Path, finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    whole, _ = finished
+    flags = [*SMALL, f"--dataset_name={images}", f"--output_dir={tmp_path}", "--max_steps=8"]
+    result = launch(*flags, processes=2)
+    assert result.returncode == 0, result.stderr
+    for one, two in zip(metrics(whole)[1:], metrics(tmp_path)[1:], strict=True):
+        for term in ("loss", "invariance", "variance", "covariance", "embedding_std"):
+            assert two[term] == pytest.approx(one[term], rel=1e-3), (one["step"], term)
+
+
+def test_two_processes_agree_with_one_in_double_precision(tmp_path: Path) -> None:
+    # In float32 rounding grows from step to step; in float64 it cannot hide a wrong gradient.
+    script = tmp_path / "train.py"
+    script.write_text(DOUBLE_PRECISION_TRAINING)
+    one = run([sys.executable, str(script)])
+    two = run(["torchrun", "--nproc_per_node=2", "--master_port=0", str(script)])
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    losses = [[float(line) for line in out.stdout.split()] for out in (one, two)]
+    assert len(losses[0]) == 8
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+
+
+DOUBLE_PRECISION_TRAINING = """
+import os, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from vicreg_hf import TwoViews, VICRegConfig, VICRegModel
+from vicreg_hf.data import GlobalBatches, training_views
+from vicreg_hf.distributed import SyncBatchNorm, rank, world_size
+from vicreg_hf.optim import create_optimizer
+
+if "WORLD_SIZE" in os.environ:
+    dist.init_process_group("gloo")
+torch.manual_seed(0)
+images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+model = VICRegModel(VICRegConfig(architecture="test_resnet", expander_dims=[48, 48])).double()
+if world_size() > 1:
+    model = DistributedDataParallel(SyncBatchNorm.convert(model), broadcast_buffers=False)
+optimizer = create_optimizer("adamw", model, lr=2e-3, weight_decay=0.05)
+batches = GlobalBatches(64, 16, seed=0, rank=rank(), world_size=world_size())
+views = TwoViews(32, "cifar")
+cpu = torch.device("cpu")
+for x, x_prime in training_views(images, batches, views, steps=range(8), device=cpu):
+    loss = model(x.double(), x_prime.double()).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    if rank() == 0:
+        print(loss.item())
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+def test_vision_transformer_takes_the_views_size(images: Path, tmp_path: Path) -> None:
+    args = PretrainingArguments(
+        dataset_name=str(images), architecture="test_vit", model_args={"patch_size": 8},
+        expander_dims="32-32", batch_size=16, max_steps=2, optimizer="adamw",
+        output_dir=str(tmp_path), num_workers=0,
+    )  # fmt: skip
+    encoder = VICRegModel.from_pretrained(pretrain(args)).encoder
+    assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 64)
+
+
+def test_large_images_go_through_workers(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "large", rows=20, size=(90, 70))
+    args = PretrainingArguments(
+        dataset_name=str(folder), architecture="test_resnet", expander_dims="32-32",
+        image_size=48, batch_size=8, max_steps=3, logging_steps=1, num_workers=2,
+        output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    pretrain(args)
+    assert args.augmentation == "authors"
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+BAD_SETTINGS = {
+    "architecture": ({"architecture": "resnet5O"}, "got 'resnet5O'; close to it are resnet50"),
+    "image column": ({"image_column": "img"}, "got 'img'; columns of images: picture"),
+    "label column": ({"label_column": "label"}, "got 'label'; columns: picture, kind"),
+    "split": ({"train_split": "training"}, "must be one of train, test, got 'training'"),
+    "too few images": ({"batch_size": 100}, "batch_size=100 and 64 images; use at most 64"),
+    "one sample": ({"batch_size": 1}, "at least 2 images, got batch_size=1"),
+    "optimizer": ({"optimizer": "adamx"}, "got 'adamx'"),
+    "data set": ({"dataset_name": "no/such/folder"}, "got 'no/such/folder'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+def test_bad_setting_is_one_sentence_before_training(
+    images: Path, tmp_path: Path, change: dict[str, str | int], message: str
+) -> None:
+    settings = {"dataset_name": str(images), "architecture": "test_resnet", "batch_size": 16,
+                "expander_dims": "32-32", "output_dir": str(tmp_path)}  # fmt: skip
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        pretrain(PretrainingArguments(**(settings | change)))  # pyright: ignore
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_command_line_prints_the_sentence_and_no_traceback(images: Path, tmp_path: Path) -> None:
+    result = launch(
+        *SMALL, f"--dataset_name={images}", "--batch_size=15", f"--output_dir={tmp_path}",
+        processes=2,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "error: batch_size must divide evenly over processes" in result.stderr
+    assert "the nearest that does is 16" in result.stderr
+
+
+def test_unwritable_output_directory_is_refused(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = launch(*SMALL, f"--dataset_name={images}", f"--output_dir={tmp_path / 'file' / 'run'}")
+    assert result.returncode == 1
+    assert "error: output_dir must be a directory that can be written" in result.stderr
+
+
+def test_empty_split_is_refused(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "empty", rows=0)
+    args = PretrainingArguments(dataset_name=str(folder), output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"dataset_name|rows"):
+        pretrain(args)
+
+
+def test_resuming_with_other_settings_names_them(images: Path, tmp_path: Path) -> None:
+    settings = {"dataset_name": str(images), "architecture": "test_resnet", "batch_size": 16,
+                "expander_dims": "32-32", "output_dir": str(tmp_path), "max_steps": 2}  # fmt: skip
+    pretrain(PretrainingArguments(**settings))  # pyright: ignore
+    with pytest.raises(CheckpointError, match="seed was 0, is 1"):
+        pretrain(PretrainingArguments(**settings, seed=1))  # pyright: ignore
+
+
+def test_resume_required_without_a_checkpoint_fails(images: Path, tmp_path: Path) -> None:
+    args = PretrainingArguments(
+        dataset_name=str(images), architecture="test_resnet", batch_size=16,
+        expander_dims="32-32", output_dir=str(tmp_path), resume="required",
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match="holds no valid checkpoint"):
+        pretrain(args)

@@ -1,0 +1,355 @@
+"""The distribution of the views, their pixels against PIL's, and what they depend on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageOps
+from scipy import stats
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as tv
+
+from vicreg_hf.randomness import Stream, uniforms
+from vicreg_hf.views import (
+    NUM_UNIFORMS,
+    ORDERS,
+    PRESETS,
+    ColourParameters,
+    TwoViews,
+    ViewRecipe,
+    draw_colour,
+    draw_crops,
+)
+
+LARGEST = np.float32(1 - 2**-24)  # uniform there is
+NOTHING = ViewRecipe(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grayscale=0.0)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture(scope="module")
+def photographs() -> Tensor:
+    """(16, 3, 80, 120) uint8 pieces of two photographs."""
+    bundle: Any = load_sample_images()
+    pieces = [
+        image[y : y + 80, x : x + 120]
+        for image in bundle.images
+        for y in (0, 160, 320)
+        for x in (0, 240, 480)
+    ]
+    return torch.from_numpy(np.stack(pieces[:16])).permute(0, 3, 1, 2).contiguous()
+
+
+def random_uniforms(count: int) -> NDArray[np.float32]:
+    return uniforms(np.arange(count), NUM_UNIFORMS, seed=0, stream=Stream.VIEW)
+
+
+def grey_levels(views: tuple[Tensor, Tensor]) -> Tensor:
+    """Undo the normalisation; both views as (2, B, 3, S, S)."""
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    return (torch.stack(views) * std + mean) * 255
+
+
+def assert_same_picture(ours: Tensor, expected: Tensor, *, atol: float) -> None:
+    """At most atol grey levels apart anywhere, and half a level on average."""
+    torch.testing.assert_close(ours, expected, rtol=0, atol=atol)
+    assert (ours - expected).abs().mean() <= 0.5
+
+
+# --- crops
+
+
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(120, 180), (90, 90), (40, 300), (200, 20)],  # the last two often need the central crop
+)
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0)])
+def test_crops_are_distributed_as_torchvisions(
+    height: int, width: int, scale: tuple[float, float]
+) -> None:
+    image, ratio = torch.empty(3, height, width), [3 / 4, 4 / 3]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = np.array(
+            [RandomResizedCrop.get_params(image, list(scale), ratio) for _ in range(4000)]
+        )
+    ours = draw_crops(random_uniforms(20_000), height, width, ViewRecipe(scale=scale))
+    for measure in (
+        lambda box: box[:, 2] * box[:, 3],  # area
+        lambda box: box[:, 3] / box[:, 2],  # ratio
+        lambda box: box[:, 0],  # top
+        lambda box: box[:, 1],  # left
+        lambda box: box[:, 0] / np.maximum(height - box[:, 2], 1),  # top within its room
+        lambda box: box[:, 1] / np.maximum(width - box[:, 3], 1),  # left within its room
+    ):
+        result: Any = stats.ks_2samp(measure(ours), measure(theirs))
+        assert result.pvalue > 1e-3
+
+
+@pytest.mark.parametrize("preset", ["authors", "cifar"])
+@pytest.mark.parametrize("fill", [0.0, 0.5, LARGEST, None])
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(1, 1), (1, 2), (2, 1), (3000, 1), (1, 3000), (3, 4), (4096, 4097), (100_000, 70_000)],
+)
+def test_a_crop_lies_inside_its_image(
+    height: int, width: int, fill: float | None, preset: str
+) -> None:
+    u = random_uniforms(1000)
+    if fill is not None:
+        u = np.full_like(u[:1], fill)
+    top, left, h, w = draw_crops(u, height, width, PRESETS[preset][0]).T
+    assert (np.minimum(top, left) >= 0).all()
+    assert (np.minimum(h, w) >= 1).all()
+    assert (top + h <= height).all()
+    assert (left + w <= width).all()
+
+
+def test_the_largest_uniform_reaches_the_far_corner() -> None:
+    u = random_uniforms(100)
+    u[:, 20:22] = LARGEST  # top and left
+    top, left, h, w = draw_crops(u, 300, 400, ViewRecipe()).T
+    np.testing.assert_array_equal(top + h, 300)
+    np.testing.assert_array_equal(left + w, 400)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (30, 300, (0, 130, 30, 40)),  # too wide: cut to 4/3 in the middle
+        (300, 30, (130, 0, 40, 30)),  # too high: cut to 3/4 in the middle
+        (30, 33, (0, 0, 30, 33)),  # within the ratio: whole
+    ],
+)
+def test_without_a_fitting_attempt_the_crop_is_central(
+    height: int, width: int, expected: tuple[int, ...]
+) -> None:
+    never = ViewRecipe(scale=(3.0, 3.0))  # larger than the image
+    np.testing.assert_array_equal(draw_crops(random_uniforms(3), height, width, never)[0], expected)
+
+
+def test_a_crop_has_a_pixel_even_where_the_ratio_leaves_none() -> None:
+    thin = ViewRecipe(ratio=(0.1, 0.2))
+    np.testing.assert_array_equal(draw_crops(random_uniforms(9), 1, 1, thin), [[0, 0, 1, 1]] * 9)
+
+
+def test_every_image_of_a_batch_may_have_its_own_size() -> None:
+    u, heights, widths = random_uniforms(3), [50, 1, 700], [80, 9, 20]
+    together = draw_crops(u, heights, widths, ViewRecipe())
+    alone = [draw_crops(u[[k]], heights[k], widths[k], ViewRecipe())[0] for k in range(3)]
+    np.testing.assert_array_equal(together, alone)
+
+
+# --- colour
+
+
+# vicreg@4e12602, augmentations.py; the paper's appendix C.1; solo-learn's recipe for CIFAR
+@pytest.mark.parametrize(
+    ("preset", "view", "expected"),
+    [
+        ("authors", 0, {"blur": 1.0, "solarize": 0.0}),
+        ("authors", 1, {"blur": 0.1, "solarize": 0.2}),
+        ("paper", 0, {"blur": 0.5, "solarize": 0.1}),
+        ("paper", 1, {"blur": 0.5, "solarize": 0.1}),
+        ("cifar", 0, {"blur": 0.0, "solarize": 0.1}),
+        ("cifar", 1, {"blur": 0.0, "solarize": 0.1}),
+    ],
+)
+def test_operations_are_as_frequent_as_published(
+    preset: str, view: int, expected: dict[str, float]
+) -> None:
+    drawn = draw_colour(random_uniforms(100_000), PRESETS[preset][view])
+    common = {"flip": 0.5, "jitter": 0.8, "grayscale": 0.2}
+    measured = {name: getattr(drawn, name).mean() for name in common | expected}
+    assert measured == pytest.approx(common | expected, abs=0.008)  # five standard errors
+
+
+@pytest.mark.parametrize("preset", ["authors", "paper", "cifar"])
+@pytest.mark.parametrize("view", [0, 1])
+def test_factors_are_uniform_over_the_published_ranges(preset: str, view: int) -> None:
+    drawn = draw_colour(random_uniforms(100_000), PRESETS[preset][view])
+    ranges = [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1), (0.1, 2.0)]
+    for values, (low, high) in zip([*drawn.factors.T, drawn.sigma], ranges, strict=True):
+        assert stats.kstest(values, stats.uniform(low, high - low).cdf).pvalue > 1e-3
+        assert values.min() >= low - 1e-6
+        assert values.max() <= high + 1e-6
+
+
+def test_all_orders_of_the_jitter_are_equally_frequent() -> None:
+    drawn = draw_colour(random_uniforms(100_000), ViewRecipe()).order
+    orders, counts = np.unique(drawn, axis=0, return_counts=True)
+    np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(4), (24, 1)))
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("fill", [0.0, LARGEST])
+def test_extreme_uniforms_stay_within_the_recipe(fill: float) -> None:
+    drawn = draw_colour(np.full((1, NUM_UNIFORMS), fill, np.float32), replace(NOTHING, blur=1.0))
+    assert drawn.blur.all()  # probability one
+    assert not (drawn.flip | drawn.jitter | drawn.grayscale | drawn.solarize).any()  # zero
+    assert drawn.order[0].tolist() in ORDERS.tolist()
+
+
+def test_changing_one_probability_changes_nothing_else_that_is_drawn() -> None:
+    u = random_uniforms(1000)
+    one, other = draw_colour(u, ViewRecipe()), draw_colour(u, ViewRecipe(solarize=0.5))
+    assert one.solarize.sum() != other.solarize.sum()
+    for name in ("flip", "jitter", "order", "factors", "grayscale", "blur", "sigma"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+# --- pixels
+
+
+def colour_with_pil(crop: Tensor, p: ColourParameters, row: int) -> Tensor:
+    """The authors' operations after the crop, on one PIL image, in their order."""
+    adjust = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+    image: Any = Image.fromarray(crop.permute(1, 2, 0).numpy())
+    if p.flip[row]:
+        image = ImageOps.mirror(image)
+    if p.jitter[row]:
+        for operation in p.order[row]:
+            image = adjust[operation](image, float(p.factors[row, operation]))
+    if p.grayscale[row]:
+        image = image.convert("L").convert("RGB")
+    if p.blur[row]:
+        image = image.filter(ImageFilter.GaussianBlur(float(p.sigma[row])))
+    if p.solarize[row]:
+        image = ImageOps.solarize(image)
+    return tv.normalize(tv.to_tensor(image), list(MEAN), list(STD))
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_the_whole_chain_equals_the_authors_pil_pipeline(view: int, photographs: Tensor) -> None:
+    crops = photographs[:, :, :40, :40].repeat(8, 1, 1, 1)
+    indices = np.arange(len(crops))
+    views = TwoViews(image_size=40, preset="authors")
+    drawn = draw_colour(views.uniforms(indices, 0, view), PRESETS["authors"][view])
+    expected = torch.stack([colour_with_pil(x, drawn, row) for row, x in enumerate(crops)])
+    ours = grey_levels(views.colour(torch.stack([crops, crops], 1), indices))[view]
+    assert_same_picture(ours, grey_levels((expected, expected))[view], atol=6)
+
+
+def test_a_view_without_operations_is_the_normalised_image(photographs: Tensor) -> None:
+    square = photographs[:, :, :32, :32]
+    views = TwoViews(image_size=32, preset=(NOTHING, NOTHING), mean=(0.1, 0.2, 0.3), std=(2, 3, 4))
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([2.0, 3.0, 4.0])
+    expected = (square / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    for view in views(square, np.arange(len(square))):
+        torch.testing.assert_close(view, expected)
+
+
+def in_halves(views: TwoViews, images: Tensor, indices: NDArray[np.int64]) -> Tensor:
+    """The path of a loading worker and of the device after it, as grey levels."""
+    crops = [views.crop(x, int(index), 2) for x, index in zip(images, indices, strict=True)]
+    return grey_levels(views.colour(torch.stack(crops), indices, 2))
+
+
+@pytest.mark.parametrize("side", [16, 64])
+def test_crop_then_colour_equals_the_call(side: int, photographs: Tensor) -> None:
+    plain = ViewRecipe(jitter=0.0, grayscale=0.5, solarize=0.5)
+    views, indices = TwoViews(image_size=side, preset=(plain, plain)), np.arange(16)
+    whole = grey_levels(views(photographs, indices, 2))
+    assert_same_picture(in_halves(views, photographs, indices), whole, atol=2.01)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_crop_then_colour_nearly_equals_the_call_after_jitter(
+    preset: str, photographs: Tensor
+) -> None:
+    # contrast and hue may stretch the one grey level by which crops differ here and there
+    views, indices = TwoViews(image_size=32, preset=preset), np.arange(16)
+    whole = grey_levels(views(photographs, indices, 2))
+    apart = (in_halves(views, photographs, indices) - whole).abs()
+    assert (apart > 2.01).float().mean() < 1e-3
+    assert apart.mean() < 0.05
+    assert apart.max() < 12
+
+
+# --- keys
+
+
+def test_views_do_not_depend_on_the_order_or_the_rest_of_the_batch(photographs: Tensor) -> None:
+    views, indices = TwoViews(image_size=32), np.arange(100, 116)
+    together = grey_levels(views(photographs, indices, 1))
+    for rows in ([3], [9, 3, 12], list(range(16))[::-1]):
+        apart = grey_levels(views(photographs[rows], indices[rows], 1))
+        torch.testing.assert_close(apart, together[:, rows], rtol=0, atol=1.01)
+        assert (apart - together[:, rows]).abs().mean() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("seed", "index", "epoch"), [(1, 5, 3), (0, 6, 3), (0, 5, 4)], ids=["seed", "index", "epoch"]
+)
+def test_another_key_gives_other_views(
+    seed: int, index: int, epoch: int, photographs: Tensor
+) -> None:
+    image = photographs[:1]
+    one = TwoViews(image_size=32)(image, [5], 3)
+    other = TwoViews(image_size=32, seed=seed)(image, [index], epoch)
+    for view in (0, 1):
+        assert not torch.equal(one[view], other[view])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_two_views_of_an_image_differ(preset: str, photographs: Tensor) -> None:
+    x, x_prime = TwoViews(image_size=32, preset=preset)(photographs, np.arange(16))
+    assert ((x - x_prime).abs().amax((1, 2, 3)) > 0).all()
+
+
+def test_every_image_may_have_its_own_epoch(photographs: Tensor) -> None:
+    views = TwoViews(image_size=32)
+    together = grey_levels(views(photographs[:2], [5, 6], [0, 1]))
+    alone = [grey_levels(views(photographs[[k]], [5 + k], k)) for k in (0, 1)]
+    torch.testing.assert_close(together, torch.cat(alone, 1), rtol=0, atol=1.01)
+
+
+def test_without_indices_views_follow_torchs_generator(photographs: Tensor) -> None:
+    views = TwoViews(image_size=32)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first, second = views(photographs)[0], views(photographs)[0]
+        torch.manual_seed(0)
+        repeated = views(photographs)[0]
+    assert torch.equal(first, repeated)
+    assert not torch.equal(first, second)
+
+
+def test_the_images_given_are_left_as_they_are(photographs: Tensor) -> None:
+    before = photographs.clone()
+    views = TwoViews(image_size=80)
+    views(photographs, np.arange(16))
+    views.colour(photographs[:, None, :, :, :80].repeat(1, 2, 1, 1, 1), np.arange(16))
+    assert torch.equal(photographs, before)
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("images", "received"),
+    [
+        (torch.zeros(2, 3, 8, 8), r"torch\.float32 of shape \(2, 3, 8, 8\)"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"torch\.uint8 of shape \(3, 8, 8\)"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), r"torch\.uint8 of shape \(2, 8, 8, 3\)"),
+    ],
+)
+def test_images_of_another_dtype_or_shape_are_named(images: Tensor, received: str) -> None:
+    with pytest.raises(ValueError, match=received):
+        TwoViews(image_size=8)(images, [0, 1])
+
+
+def test_an_unknown_preset_is_answered_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"authors, paper, cifar.*got 'imagenet'"):
+        TwoViews(preset="imagenet")
+
+
+def test_a_view_has_at_least_one_pixel() -> None:
+    with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
+        TwoViews(image_size=0)

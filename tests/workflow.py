@@ -1,0 +1,70 @@
+"""What the whole-workflow tests share: small data sets, and pretraining as users start it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--architecture=test_resnet", "--expander_dims=32-32", "--optimizer=lars", "--base_lr=0.3",
+    "--batch_size=16", "--logging_steps=1", "--num_workers=0",
+]  # fmt: skip
+"""Settings with which a step takes milliseconds."""
+
+
+def write_images(folder: Path, *, rows: int = 64, size: tuple[int, int] = (32, 32)) -> Path:
+    """A parquet data set of two classes, noise on dark or on light, in splits train and test."""
+    rng = np.random.default_rng(0)
+    names = datasets.ClassLabel(names=["dark", "light"])
+    features = datasets.Features({"picture": datasets.Image(), "kind": names})
+    for split, count in {"train": rows, "test": rows // 2}.items():
+        kinds = rng.integers(2, size=count)
+        pictures = []
+        for kind in kinds:
+            pixels = rng.integers(0, 128, size=(size[1], size[0], 3)) + 127 * kind
+            buffer = io.BytesIO()
+            Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+            pictures.append({"bytes": buffer.getvalue(), "path": None})
+        table = datasets.Dataset.from_dict({"picture": pictures, "kind": kinds}, features=features)
+        folder.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a user's shell, with this interpreter's programs first and no network."""
+    programs = str(Path(sys.executable).parent)
+    path = os.pathsep.join([programs, os.environ["PATH"]])
+    return os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"} | extra
+
+
+def run(
+    command: list[str], *, timeout: int = 240, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in the repository's root."""
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def launch(*flags: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Start scripts/pretrain.py, on several CPU processes if asked."""
+    if processes == 1:
+        return run(["accelerate", "launch", "scripts/pretrain.py", *flags])
+    command = ["torchrun", f"--nproc_per_node={processes}", "--master_port=0"]
+    return run([*command, "scripts/pretrain.py", *flags], ACCELERATE_USE_CPU="true")
+
+
+def metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
