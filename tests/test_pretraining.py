@@ -146,7 +146,7 @@ def test_two_processes_agree_with_one_in_double_precision(tmp_path: Path) -> Non
     script = tmp_path / "train.py"
     script.write_text(DOUBLE_PRECISION_TRAINING)
     one = run([sys.executable, str(script)])
-    two = run(["torchrun", "--nproc_per_node=2", "--master_port=0", str(script)])
+    two = run(["torchrun", "--standalone", "--nproc_per_node=2", str(script)])
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     losses = [[float(line) for line in out.stdout.split()] for out in (one, two)]
     assert len(losses[0]) == 8

@@ -61,7 +61,7 @@ def launch(*flags: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Start scripts/pretrain.py, on several CPU processes if asked."""
     if processes == 1:
         return run(["accelerate", "launch", "scripts/pretrain.py", *flags])
-    command = ["torchrun", f"--nproc_per_node={processes}", "--master_port=0"]
+    command = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
     return run([*command, "scripts/pretrain.py", *flags], ACCELERATE_USE_CPU="true")
 
 

@@ -25,6 +25,10 @@ BLOCK_ELEMENTS = 2**22
 """Entries of the Gram or covariance matrix held at once: 16 MiB of float32."""
 
 
+LEADING = 8
+"""Dimensions of largest variance that the Gram form treats apart, see `_gram_covariance`."""
+
+
 class VICRegTerms(NamedTuple):
     """The loss and its three unweighted terms; only `loss` carries a gradient."""
 
@@ -40,45 +44,69 @@ class _Moments(NamedTuple):
     local: Tensor
     """(n, D): this process's rows."""
     everyone: Tensor | None
-    """(N, D): all rows; None in the covariance form."""
+    """(N, D): all rows, of which local is a view; None in the covariance form."""
     variance: Tensor
     """(D,): unbiased."""
-
-
-def _centre(z: Tensor, total: int, group: ProcessGroup) -> _Moments:
-    n, dim = z.shape
-    if total < dim:
-        everyone = gather_rows(z, group)
-        everyone = everyone.to(_compute_dtype(z))
-        everyone = everyone - everyone.mean(0)
-        start = rank(group) * n
-        local = everyone[start : start + n]
-        return _Moments(local, everyone, everyone.square().sum(0) / (total - 1))
-    z = z.to(_compute_dtype(z))
-    local = z - sum_over_processes(z.sum(0), group) / total
-    variance = sum_over_processes(local.square().sum(0), group) / (total - 1)
-    return _Moments(local, None, variance)
 
 
 def _compute_dtype(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
+def _gather_branches(branches: tuple[Tensor, Tensor], group: ProcessGroup) -> list[Tensor]:
+    """All rows (N, D) of both branches, in one communication."""
+    if world_size(group) == 1:
+        return list(branches)
+    return list(gather_rows(torch.stack(branches, 1), group).unbind(1))
+
+
+def _centre_gathered(everyone: Tensor, n: int, group: ProcessGroup) -> _Moments:
+    everyone = everyone.to(_compute_dtype(everyone))
+    everyone = everyone - everyone.mean(0)
+    start = rank(group) * n
+    variance = torch.linalg.vector_norm(everyone, dim=0).square() / (len(everyone) - 1)
+    return _Moments(everyone[start : start + n], everyone, variance)
+
+
+def _centre_local(z: Tensor, total: int, group: ProcessGroup) -> _Moments:
+    z = z.to(_compute_dtype(z))
+    local = z - sum_over_processes(z.sum(0), group) / total
+    squares = torch.linalg.vector_norm(local, dim=0).square()
+    return _Moments(local, None, sum_over_processes(squares, group) / (total - 1))
+
+
 def _gram_covariance(x: _Moments, grad: Tensor | None) -> Tensor:
-    """This process's share of the covariance term; its gradient is added to grad (n, D)."""
+    """This process's share of the covariance term; its gradient is added to grad (n, D).
+
+    The Gram matrix also holds the variances, which are then taken off. That loses digits where few
+    dimensions hold nearly all the variance, so the `LEADING` ones are set apart: their covariances
+    with all dimensions are formed directly, and the Gram matrix is that of the others.
+    """
     assert x.everyone is not None
     total, dim = x.everyone.shape
+    scale, slope = 1 / (total - 1), 4 / ((total - 1) * dim)
     # Every process holds the same variances: one of the W shares of their sum of squares.
     share = len(x.local) / total
-    squares = -x.variance.square().sum() * share
+    leading = x.variance.topk(min(LEADING, dim)).indices
+    top, top_local = x.everyone[:, leading], x.local[:, leading]
+    x.everyone[:, leading] = 0
+    variance = x.variance.index_fill(0, leading, 0)
+    cross = top.T @ x.everyone * scale
+    among = top.T @ top * scale
+    among.diagonal().zero_()
+    squares = among.square().sum() + 2 * cross.square().sum() - variance.square().sum()
+    squares = squares * share
     rows = max(1, BLOCK_ELEMENTS // total)
     for start in range(0, len(x.local), rows):
-        gram = x.local[start : start + rows] @ x.everyone.T / (total - 1)
+        stop = min(start + rows, len(x.local))
+        gram = x.local[start:stop] @ x.everyone.T * scale
         squares = squares + gram.square().sum()
         if grad is not None:
-            grad[start : start + rows] += (gram @ x.everyone) * (4 / ((total - 1) * dim))
+            grad[start:stop].addmm_(gram, x.everyone, alpha=slope)
     if grad is not None:
-        grad -= x.local * (x.variance * (4 / ((total - 1) * dim)))
+        grad.addcmul_(x.local, variance, value=-slope).addmm_(top_local, cross, alpha=slope)
+        grad[:, leading] += (x.local @ cross.T + top_local @ among) * slope
+    x.everyone[:, leading] = top
     return squares / dim
 
 
@@ -93,7 +121,7 @@ def _direct_covariance(x: _Moments, total: int, grad: Tensor | None, group: Proc
         block.diagonal(start).zero_()
         squares = squares + block.square().sum()
         if grad is not None:
-            grad[:, start:stop] += (x.local @ block.T) * (4 / ((total - 1) * dim))
+            grad[:, start:stop].addmm_(x.local, block.T, alpha=4 / ((total - 1) * dim))
     return squares / dim * (len(x.local) / total)
 
 
@@ -132,21 +160,23 @@ class _VICReg(torch.autograd.Function):
         dtype = _compute_dtype(branches[0])
         difference = branches[0].to(dtype) - branches[1].to(dtype)
         hinges, shares, grads = [], [difference.square().sum() / (total * dim)], []
-        for branch, wanted in zip(branches, ctx.needs_input_grad, strict=False):
-            x = _centre(branch, total, group)
-            grad = torch.zeros_like(x.local) if wanted else None
-            if x.everyone is not None:
+        gathered = _gather_branches(branches, group) if total < dim else None
+        for index, wanted in enumerate(ctx.needs_input_grad[:2]):
+            if gathered is not None:
+                x = _centre_gathered(gathered[index], n, group)
+                grad = torch.zeros_like(x.local) if wanted else None
                 shares.append(_gram_covariance(x, grad))
             else:
+                x = _centre_local(branches[index], total, group)
+                grad = torch.zeros_like(x.local) if wanted else None
                 shares.append(_direct_covariance(x, total, grad, group))
             deviation = (x.variance + eps).sqrt()
             hinge = (gamma - deviation).clamp(min=0)
             hinges.append(hinge.mean() * branch_weight)
             if grad is not None:
                 slope = (hinge > 0) / (deviation * (-(total - 1) * dim / branch_weight))
-                grad = (grad * cov).addcmul_(x.local, slope * std)
-                sign = 1 if branch is branches[0] else -1
-                grad.add_(difference, alpha=sign * sim * 2 / (total * dim))
+                grad.mul_(cov).addcmul_(x.local, slope, value=std)
+                grad.add_(difference, alpha=(1, -1)[index] * sim * 2 / (total * dim))
                 # DDP averages over processes; what is global must survive that.
                 grads.append(grad.mul_(processes))
         sums = sum_over_processes(torch.stack(shares), group)

@@ -1,0 +1,74 @@
+"""The README's own commands and Python, run as written but for few steps."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from workflow import ROOT, run, write_images
+
+README = (ROOT / "README.md").read_text()
+CIFAR10 = ROOT / "../shared/data/cifar10"
+SHORT = "--max_steps=2 --batch_size=16 --expander_dims=32-32"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def trainings() -> list[str]:
+    """Every command of the README that trains, in tables too, without the installation."""
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    lines += re.findall(r"\| `(accelerate launch [^`]*)`", README)
+    commands = [line.split("&& ")[-1] for line in lines if "scripts/pretrain.py" in line]
+    return list(dict.fromkeys(commands))
+
+
+def test_readme_shows_the_main_job_first() -> None:
+    first = blocks("bash")[0]
+    assert "pip install -e . && accelerate launch scripts/pretrain.py\n" in first
+
+
+@pytest.mark.parametrize("command", trainings())
+def test_training_commands_run(command: str, tmp_path: Path) -> None:
+    if "cifar10" in command and not CIFAR10.is_dir():
+        pytest.skip("CIFAR-10 is not beside the repository")
+    if "path/or/hub-id" in command:
+        folder = write_images(tmp_path / "images", rows=16, size=(60, 40))
+        command = command.replace("path/or/hub-id", str(folder)) + " --image_size=64"
+        command = command.replace("resnet50", "test_resnet")
+    environment, words = {}, shlex.split(command)
+    while "=" in words[0]:
+        name, _, environment[name] = words.pop(0).partition("=")
+    result = run([*words, *SHORT.split(), f"--output_dir={tmp_path / 'run'}"], **environment)
+    assert result.returncode == 0, result.stderr
+    assert "The encoder is in" in result.stdout
+    assert (tmp_path / "run" / "encoder" / "config.json").is_file()
+
+
+def test_python_loads_what_a_run_has_made(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images")
+    flags = f"--architecture=test_resnet --output_dir={tmp_path / 'runs/r50'} {SHORT}"
+    made = run([sys.executable, "scripts/pretrain.py", f"--dataset_name={folder}", *flags.split()])
+    assert made.returncode == 0, made.stderr
+    loading = [block for block in blocks("python") if "runs/r50" in block]
+    assert len(loading) == 3
+    imports = "import timm\nfrom transformers import AutoModelForImageClassification, pipeline\n"
+    script = (imports + "".join(loading)).replace("runs/r50", str(tmp_path / "runs/r50"))
+    result = run([sys.executable, "-c", script])
+    assert result.returncode == 0, result.stderr
+
+
+def test_python_interface_works_as_shown(tmp_path: Path) -> None:
+    (block,) = [block for block in blocks("python") if "PretrainingArguments" in block]
+    script = block.replace(
+        'output_dir="runs/demo"', f"output_dir={str(tmp_path)!r}, max_steps=2, batch_size=16"
+    )
+    images = "images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)\n"
+    script = "import torch\n" + images + script.replace("image_size=224", "image_size=64")
+    result = run([sys.executable, "-c", script])
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "encoder" / "config.json").is_file()
