@@ -2,16 +2,17 @@
 
 import sys
 
+from safetensors import SafetensorError
+
 from vicreg_hf.arguments import parse_arguments
 from vicreg_hf.checkpointing import CheckpointError
-from vicreg_hf.images import ImageError
 from vicreg_hf.pretraining import pretrain
 
 
 def main() -> None:
     try:
         pretrain(parse_arguments(sys.argv[1:]))
-    except (ValueError, ImageError, CheckpointError, FloatingPointError) as error:
+    except (ValueError, OSError, SafetensorError, CheckpointError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -24,10 +24,10 @@ from vicreg_hf.data import (
     ImageSplit,
     centre_crop,
     default_num_workers,
-    eval_split_name,
     evaluation_batches,
     find_image_column,
     find_label_column,
+    held_out_split,
     image_split,
     load_in_memory,
     open_dataset,
@@ -273,9 +273,23 @@ def test_a_column_with_missing_labels_is_not_taken_unasked(partly_labelled: Data
 def test_the_held_out_split_is_never_the_training_split(
     names: list[str], wanted: str | None, expected: str | None
 ) -> None:
-    table = table_of([b""])
-    splits = DatasetDict(dict.fromkeys(names, table))
-    assert eval_split_name(splits, wanted, train=names[0]) == expected
+    splits = DatasetDict(dict.fromkeys(names, labelled()))
+    found, name = held_out_split(splits, wanted, names[0], dataset_name="flowers")
+    assert name == expected
+    assert (found is None) == (expected is None)
+
+
+def test_an_unlabelled_test_split_does_not_hide_the_validation_split() -> None:
+    table = labelled()
+    hidden = table.map(lambda _: {"label": -1})
+    splits = DatasetDict({"train": table, "test": hidden, "validation": table})
+    assert held_out_split(splits, None, "train", dataset_name="flowers")[1] == "validation"
+
+
+def labelled() -> Dataset:
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["rose", "tulip"])})
+    cells = [{"bytes": b"", "path": None}] * 2
+    return Dataset.from_dict({"image": cells, "label": [0, 1]}, features=features)
 
 
 # --- reading

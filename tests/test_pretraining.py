@@ -203,7 +203,8 @@ def test_large_images_go_through_workers(tmp_path: Path) -> None:
         output_dir=str(tmp_path / "run"),
     )  # fmt: skip
     pretrain(args)
-    assert args.augmentation == "authors"
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert settings["augmentation"] == "authors"
     assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 2, 3]
 
 
@@ -215,6 +216,9 @@ BAD_SETTINGS = {
     "too few images": ({"batch_size": 100}, "batch_size=100 and 64 images; use at most 64"),
     "one sample": ({"batch_size": 1}, "at least 2 images, got batch_size=1"),
     "optimizer": ({"optimizer": "adamx"}, "got 'adamx'"),
+    "no step": ({"num_train_epochs": 0.01}, "at least one step, got 0.01 epochs of 4 steps"),
+    "channels": ({"model_args": {"in_chans": 1}}, "must take RGB images of 32 pixels"),
+    "model_args": ({"model_args": {"depht": 2}}, "got {'depht': 2}"),
     "data set": ({"dataset_name": "no/such/folder"}, "got 'no/such/folder'"),
 }  # fmt: skip
 
@@ -262,6 +266,15 @@ def test_resuming_with_other_settings_names_them(images: Path, tmp_path: Path) -
     pretrain(PretrainingArguments(**settings))  # pyright: ignore
     with pytest.raises(CheckpointError, match="seed was 0, is 1"):
         pretrain(PretrainingArguments(**settings, seed=1))  # pyright: ignore
+
+
+def test_resuming_on_other_data_is_refused(images: Path, tmp_path: Path) -> None:
+    settings = {"architecture": "test_resnet", "batch_size": 16, "expander_dims": "32-32",
+                "output_dir": str(tmp_path / "run"), "max_steps": 1}  # fmt: skip
+    pretrain(PretrainingArguments(dataset_name=str(images), **settings))  # pyright: ignore
+    other = write_images(tmp_path / "other", rows=80)
+    with pytest.raises(CheckpointError, match="must keep its data"):
+        pretrain(PretrainingArguments(dataset_name=str(other), **settings))  # pyright: ignore
 
 
 def test_resume_required_without_a_checkpoint_fails(images: Path, tmp_path: Path) -> None:

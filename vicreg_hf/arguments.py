@@ -14,12 +14,9 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from vicreg_hf.data import DEMO
+from vicreg_hf.data import DEMO, SMALL_IMAGE
 from vicreg_hf.optim import default_base_lr
 from vicreg_hf.views import PRESETS
-
-SMALL_IMAGE = 64
-"""Side in pixels up to which images are taken at their own size, with the `cifar` views."""
 
 
 def _setting(default: Any, meaning: str) -> Any:
@@ -53,7 +50,9 @@ class PretrainingArguments:
     std_coeff: float = _setting(25.0, "Weight of the variance term.")
     cov_coeff: float = _setting(1.0, "Weight of the covariance term.")
     image_size: int | None = _setting(
-        None, "Side of a view in pixels; by default 224, or the images' own if at most 64."
+        None,
+        "Side of a view in pixels; by default 224, or the images' own if "
+        f"all are square, alike and at most {SMALL_IMAGE}.",
     )
     augmentation: str | None = _setting(
         None, f"One of {', '.join(PRESETS)}; by default authors, or cifar up to 64 pixels."
@@ -113,7 +112,8 @@ class PretrainingArguments:
         if self.base_lr is None:
             self.base_lr = default_base_lr(self.optimizer, self.batch_size)
         if self.output_dir is None:
-            self.output_dir = f"runs/{Path(self.dataset_name).name or DEMO}"
+            # resolved, so that . and .. have names
+            self.output_dir = f"runs/{Path(self.dataset_name).resolve().name}"
 
     @property
     def expander_widths(self) -> list[int]:

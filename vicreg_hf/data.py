@@ -8,8 +8,9 @@ Shapes: B images per process, H x W source pixels, S side of a view.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +34,8 @@ from vicreg_hf.views import TwoViews
 
 DEMO = "demo"
 EVAL_SPLITS = ("test", "validation", "valid", "val")
+SMALL_IMAGE = 64
+"""Side in pixels up to which images are taken at their own size, with the `cifar` views."""
 MEMORY_BUDGET = 4 * 2**30
 """Bytes of decoded pixels a process keeps in memory at most."""
 
@@ -53,6 +56,13 @@ class ImageSplit:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells one data set from another: its length, and a digest of its first images."""
+        digest = hashlib.sha256()
+        for cell in self.table[: min(8, len(self))][self.column]:
+            digest.update(_encoded_bytes(cell))
+        return {"images": len(self), "sha256": digest.hexdigest()}
 
     def read(self, rows: Sequence[int]) -> list[Tensor]:
         """Decode some rows.
@@ -79,7 +89,10 @@ def _encoded_bytes(cell: dict[str, Any] | None) -> bytes:
         return b""
     if cell["bytes"] is not None:
         return cell["bytes"]
-    return Path(cell["path"]).read_bytes()
+    try:
+        return Path(cell["path"]).read_bytes()
+    except (OSError, TypeError) as error:
+        raise ImageError(f"the file cannot be read: {error}") from error
 
 
 def open_dataset(name: str, config_name: str | None = None) -> datasets.DatasetDict:
@@ -196,11 +209,28 @@ def _labels(table: datasets.Dataset, column: str) -> tuple[Tensor | None, tuple[
     return torch.as_tensor(classes, dtype=torch.long), tuple(str(name) for name in names)
 
 
-def eval_split_name(splits: datasets.DatasetDict, wanted: str | None, train: str) -> str | None:
-    """The held-out split: the one asked for, else the first customary name, else none."""
+def held_out_split(
+    splits: datasets.DatasetDict, wanted: str | None, train: str, **columns: Any
+) -> tuple[ImageSplit | None, str | None]:
+    """The split to measure on, and its name.
+
+    Args:
+        wanted: None takes the first of `EVAL_SPLITS` that has rows, the columns and labels.
+        train: the split that is trained on.
+        **columns: as for `image_split`.
+
+    Raises:
+        ValueError: the split asked for cannot be used.
+    """
     if wanted is not None:
-        return wanted
-    return next((name for name in EVAL_SPLITS if name in splits and name != train), None)
+        return image_split(splits, wanted, **columns), wanted
+    for name in EVAL_SPLITS:
+        if name in splits and name != train:
+            with suppress(ValueError):
+                found = image_split(splits, name, **columns)
+                if found.labels is not None:
+                    return found, name
+    return None, None
 
 
 def load_in_memory(split: ImageSplit, budget: int = MEMORY_BUDGET) -> Tensor | None:
@@ -327,9 +357,18 @@ def training_views(
         persistent_workers=False,
         prefetch_factor=4 if num_workers else None,
     )
-    for step, crops in zip(steps, loader, strict=True):
+    for step, crops in zip(steps, _one_sentence(loader), strict=True):
         epoch, rows = batches.batch(step)
         yield views.colour(crops.to(device, non_blocking=True), rows, epoch)
+
+
+def _one_sentence(loader: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Pass batches on; of a worker's error only the sentence, not its traceback."""
+    try:
+        yield from loader
+    except ImageError as error:
+        sentence = str(error).strip().splitlines()[-1]
+        raise ImageError(sentence.split("ImageError: ", 1)[-1]) from None
 
 
 class _Keys:
@@ -389,17 +428,23 @@ def evaluation_batches(
         for part in torch.from_numpy(rows).split(batch_size):
             yield centre_crop(images[part], image_size, crop_pct)
         return
-    yield from DataLoader(
+    loader = DataLoader(
         Subset(_CentreCrops(images, image_size, crop_pct), rows.tolist()),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=torch.stack,
     )
+    yield from _one_sentence(loader)
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    with suppress(AttributeError):  # macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def default_num_workers(num_processes: int) -> int:
     """Loading workers for one of the processes on this machine: its share of the cores."""
-    cores = os.cpu_count() or 1
-    with suppress(AttributeError):
-        cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     return max(1, min(16, cores // num_processes - (1 if cores > 2 * num_processes else 0)))

@@ -181,6 +181,7 @@ class VICRegModel(PreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         *,
         include_expander: bool = True,
+        max_shard_size: int | str | None = None,  # noqa: ARG002
     ) -> None:
         """Write the layout that stock AutoModel and timm load; see README, "The encoder".
 
@@ -190,6 +191,7 @@ class VICRegModel(PreTrainedModel):
             state_dict: weights to write instead of the model's own.
             include_expander: also write the expander, in a file that only
                 `VICRegModel.from_pretrained` reads.
+            max_shard_size: taken for transformers' sake; there is always one file.
         """
         if not is_main_process:
             return
@@ -242,6 +244,12 @@ def _create_backbone(name: str, model_args: dict[str, Any], pretrained: bool = F
     except TypeError as error:
         raise ValueError(
             f"model_args must be arguments of timm's {name}, got {model_args}: {error}."
+        ) from error
+    except (RuntimeError, AssertionError, OSError) as error:
+        weights = "with pretrained weights " if pretrained else ""
+        raise ValueError(
+            f"timm must be able to build {name} {weights}from model_args, got {model_args}: "
+            f"{' '.join(str(error).split())}"
         ) from error
 
 

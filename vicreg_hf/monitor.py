@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vicreg_hf.data import ImageSplit, evaluation_batches
+from vicreg_hf.data import SMALL_IMAGE, ImageSplit, evaluation_batches
 from vicreg_hf.evaluation import extract_features, knn_accuracy
-from vicreg_hf.randomness import permutation
+from vicreg_hf.randomness import Stream, permutation
 
 K = 20
 MAX_TRAIN, MAX_TEST = 50_000, 10_000
@@ -35,7 +35,6 @@ class KNNMonitor:
     """Arguments of `extract_features` and of `evaluation_batches`."""
     mean: Sequence[float]
     std: Sequence[float]
-    seed: int
 
     @classmethod
     def create(
@@ -49,7 +48,6 @@ class KNNMonitor:
         mean: Sequence[float],
         std: Sequence[float],
         num_workers: int,
-        seed: int,
     ) -> KNNMonitor | None:
         """A monitor, or None where labels or a held-out split are missing."""
         if held_out is None or held_out.labels is None or train.labels is None or len(train) < K:
@@ -60,7 +58,7 @@ class KNNMonitor:
                 f"{train.label_names} and {held_out.label_names}; choose another --eval_split."
             )
         settings = {"crop_pct": crop_pct, "num_workers": num_workers}
-        return cls(train, train_images, held_out, image_size, settings, mean, std, seed)
+        return cls(train, train_images, held_out, image_size, settings, mean, std)
 
     @property
     def description(self) -> str:
@@ -84,14 +82,16 @@ class KNNMonitor:
             k=K,
         )
 
-    def pixels(self) -> float:
-        """The same of the images themselves, which an encoder has to beat."""
+    def pixels(self) -> float | None:
+        """The same of the images themselves, which an encoder has to beat; None for large ones."""
+        if self.image_size > SMALL_IMAGE:
+            return None
         return self.accuracy(nn.Flatten(), torch.device("cpu"))
 
     def _rows(self, split: ImageSplit, most: int) -> NDArray[np.int64]:
         if len(split) <= most:
             return np.arange(len(split))
-        return np.sort(permutation(len(split), seed=self.seed, epoch=0)[:most])
+        return np.sort(permutation(len(split), seed=0, epoch=0, stream=Stream.SPLIT)[:most])
 
     def _features(
         self,

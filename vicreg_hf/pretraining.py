@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from vicreg_hf.arguments import SMALL_IMAGE, PretrainingArguments
+from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.checkpointing import (
     CheckpointError,
     load_checkpoint,
@@ -29,10 +30,13 @@ from vicreg_hf.checkpointing import (
 )
 from vicreg_hf.configuration_vicreg import VICRegConfig, encoder_pretrained_cfg
 from vicreg_hf.data import (
+    MEMORY_BUDGET,
+    SMALL_IMAGE,
     GlobalBatches,
     ImageSplit,
+    available_cores,
     default_num_workers,
-    eval_split_name,
+    held_out_split,
     image_split,
     load_in_memory,
     open_dataset,
@@ -49,7 +53,7 @@ from vicreg_hf.views import TwoViews
 # Settings a resumed run may change: they say where and how often, not what is computed.
 FREE_TO_CHANGE = {
     "output_dir", "resume", "num_workers", "logging_steps", "save_steps", "knn_steps", "eval_split",
-    "label_column", "dataset_name",
+    "label_column", "dataset_name",  # a folder may move; `fingerprint` tells whether it is another
 }  # fmt: skip
 
 
@@ -69,6 +73,8 @@ class Run:
     total_steps: int
     monitor: KNNMonitor | None
     log: MetricsLog
+    fingerprint: dict[str, Any]
+    """Of the training data; a checkpoint remembers it."""
     step: int = 0
 
     @property
@@ -78,12 +84,10 @@ class Run:
     @property
     def lr(self) -> float:
         """The learning rate of the step about to be taken."""
-        args, per_epoch = self.args, self.batches.steps_per_epoch
-        warmup = args.warmup_epochs
-        warmup_steps = int(per_epoch * (10 if warmup is None else warmup))
-        if warmup is None:
-            warmup_steps = min(warmup_steps, self.total_steps // 10)
+        args = self.args
         assert args.base_lr is not None
+        assert args.warmup_epochs is not None
+        warmup_steps = round(self.batches.steps_per_epoch * args.warmup_epochs)
         peak = args.base_lr * args.batch_size / 256
         return learning_rate(
             self.step, peak=peak, warmup_steps=warmup_steps, total_steps=self.total_steps
@@ -99,7 +103,13 @@ class MetricsLog:
     def rows(self) -> list[dict[str, Any]]:
         if not self.path.is_file():
             return []
-        return [json.loads(line) for line in self.path.read_text().splitlines() if line]
+        rows = []
+        for line in self.path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:  # torn by a kill; what follows is written again
+                break
+        return rows
 
     def add(self, row: dict[str, Any]) -> None:
         if self.enabled:
@@ -127,7 +137,7 @@ def pretrain(args: PretrainingArguments) -> Path:
             another run, or one could not be written.
         FloatingPointError: the loss is not finite.
     """
-    run = setup(args)
+    run = setup(replace(args))
     measure(run)
     fit(run)
     return finish(run)
@@ -139,21 +149,34 @@ def setup(args: PretrainingArguments) -> Run:
     accelerator = _accelerator()
     output_dir = Path(str(args.output_dir))
     _check_writable(output_dir)
-    train, held_out = _open_splits(args, accelerator)
+    train, held_out, held_out_name = _open_splits(args, accelerator)
     batches = GlobalBatches(
         len(train), args.batch_size, seed=args.seed,
         rank=accelerator.process_index, world_size=accelerator.num_processes,
     )  # fmt: skip
+    total_steps = args.max_steps or int(args.num_train_epochs * batches.steps_per_epoch)
+    if total_steps < 1:
+        raise ValueError(
+            f"num_train_epochs must give at least one step, got {args.num_train_epochs} epochs of "
+            f"{batches.steps_per_epoch} steps; use max_steps."
+        )
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(10.0, total_steps // 10 / batches.steps_per_epoch)
     side = _common_side(train)
-    images = train if side is None else load_in_memory(train)
+    images = None if side is None else load_in_memory(train)
+    if side is not None and images is None and 3 * side * side * len(train) <= MEMORY_BUDGET:
+        side = None  # the first images are alike, but not all
+    args.image_column = train.column
+    args.eval_split = args.eval_split or held_out_name
     args.image_size = args.image_size or side or 224
     args.augmentation = args.augmentation or ("authors" if side is None else "cifar")
     if args.num_workers is None:
-        args.num_workers = default_num_workers(accelerator.num_processes)
+        args.num_workers = default_num_workers(_local_processes(accelerator))
     # convolutions are faster in this layout, on CPU too; attention does not mind
     model = _build_model(args).to(accelerator.device, memory_format=torch.channels_last)
     if accelerator.num_processes > 1:
-        SyncBatchNorm.convert(model)
+        on_cuda = accelerator.device.type == "cuda"  # torch's own is fused, and for CUDA alone
+        (convert_sync_batchnorm if on_cuda else SyncBatchNorm.convert)(model)
     assert args.base_lr is not None
     optimizer = create_optimizer(
         args.optimizer, model, lr=args.base_lr, weight_decay=args.weight_decay
@@ -163,20 +186,20 @@ def setup(args: PretrainingArguments) -> Run:
     views = TwoViews(
         args.image_size, args.augmentation, mean=cfg["mean"], std=cfg["std"], seed=args.seed
     )
-    total_steps = args.max_steps or int(args.num_train_epochs * batches.steps_per_epoch)
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process)
-    step = _resume(args, accelerator, model, optimizer, log)
+    fingerprint = train.fingerprint()
+    step = _resume(args, accelerator, model, optimizer, log, fingerprint)
     if accelerator.is_main_process:
         (output_dir / "config.yaml").write_text(args.to_yaml())
     wrapped, prepared = accelerator.prepare(model, optimizer)
     images = train if images is None else images
     monitor = KNNMonitor.create(
         train, images, held_out, image_size=args.image_size, crop_pct=cfg["crop_pct"],
-        mean=cfg["mean"], std=cfg["std"], num_workers=args.num_workers, seed=args.seed,
+        mean=cfg["mean"], std=cfg["std"], num_workers=args.num_workers,
     )  # fmt: skip
     return Run(
         args, accelerator, model, wrapped, prepared, images, batches, views, total_steps,
-        monitor, log, step,
+        monitor, log, fingerprint, step,
     )  # fmt: skip
 
 
@@ -200,7 +223,7 @@ def fit(run: Run) -> None:
         # Dropout and drop-path draw from torch's generator: keyed too, so that resuming is exact.
         torch.manual_seed(
             derive_seed(
-                args.seed, epoch=run.step, index=accelerator.process_index, stream=Stream.MODEL
+                args.seed, epoch=run.step, index=accelerator.process_index, stream=Stream.DROPOUT
             )
         )
         layout = torch.channels_last
@@ -231,8 +254,11 @@ def fit(run: Run) -> None:
 def measure(run: Run) -> None:
     """Before the first step: kNN accuracy of the pixels and of the untrained encoder."""
     if run.step == 0 and run.monitor is not None:
-        pixels = {"knn_pixels": run.monitor.pixels()} if run.accelerator.is_main_process else {}
-        run.log.add(_place(run) | _knn(run) | pixels)
+        row = _place(run) | _knn(run)
+        if run.accelerator.is_main_process:
+            pixels = run.monitor.pixels()
+            run.log.add(row if pixels is None else row | {"knn_pixels": pixels})
+        run.accelerator.wait_for_everyone()
 
 
 def save(run: Run) -> None:
@@ -241,7 +267,7 @@ def save(run: Run) -> None:
         scaler = run.accelerator.scaler
         state = {
             "settings": asdict(run.args),
-            "num_processes": run.accelerator.num_processes,
+            "data": run.fingerprint,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         inner = getattr(run.optimizer, "optimizer", run.optimizer)
@@ -314,9 +340,13 @@ def _accelerator() -> Accelerator:
         )
     if accelerator.device.type == "cpu":
         # accelerate launch sets OMP_NUM_THREADS=1, which leaves all cores but one idle
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, available_cores() // _local_processes(accelerator)))
     return accelerator
+
+
+def _local_processes(accelerator: Accelerator) -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
 
 
 def _check_writable(directory: Path) -> None:
@@ -333,7 +363,8 @@ def _check_writable(directory: Path) -> None:
 
 def _open_splits(
     args: PretrainingArguments, accelerator: Accelerator
-) -> tuple[ImageSplit, ImageSplit | None]:
+) -> tuple[ImageSplit, ImageSplit | None, str | None]:
+    """The training split, and the held-out one with its name if there is any."""
     with accelerator.main_process_first():
         splits = open_dataset(args.dataset_name, args.dataset_config_name)
     columns: Any = {
@@ -342,8 +373,8 @@ def _open_splits(
         "label_column": args.label_column,
     }
     train = image_split(splits, args.train_split, **columns)
-    name = eval_split_name(splits, args.eval_split, args.train_split)
-    return train, None if name is None else image_split(splits, name, **columns)
+    held_out, name = held_out_split(splits, args.eval_split, args.train_split, **columns)
+    return train, held_out, name
 
 
 def _common_side(split: ImageSplit) -> int | None:
@@ -385,7 +416,21 @@ def _build_model(args: PretrainingArguments) -> VICRegModel:
     # Small images are seen whole; larger ones are evaluated on the authors' central crop.
     crop_pct = 1.0 if args.image_size <= SMALL_IMAGE else 0.875
     model.config.pretrained_cfg = cfg | {"crop_pct": crop_pct, "interpolation": "bicubic"}
+    _check_takes_images(model, args.image_size)
     return model
+
+
+@torch.inference_mode()
+def _check_takes_images(model: VICRegModel, side: int) -> None:
+    """Encode one black RGB image, so that what cannot work fails before the data is read."""
+    try:
+        model.eval()(torch.zeros(1, 3, side, side))
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        raise ValueError(
+            f"the backbone must take RGB images of {side} pixels, but {model.config.architecture} "
+            f"with model_args={model.config.model_args} does not: {' '.join(str(error).split())}"
+        ) from error
+    model.train()
 
 
 def _resume(
@@ -394,6 +439,7 @@ def _resume(
     model: VICRegModel,
     optimizer: Optimizer,
     log: MetricsLog,
+    fingerprint: dict[str, Any],
 ) -> int:
     """Load the newest valid checkpoint; the step to go on from."""
     folder = Path(str(args.output_dir)) / "checkpoints"
@@ -407,6 +453,12 @@ def _resume(
         return 0
     step, state = read_state(path)
     _check_same_run(args, state["settings"], path)
+    if state["data"] != fingerprint:
+        raise CheckpointError(
+            f"a resumed run must keep its data, but {path} was trained on "
+            f"{state['data']['images']} other images, and {args.dataset_name} has "
+            f"{fingerprint['images']}. Choose another output_dir, or --resume never to start over."
+        )
     load_checkpoint(path, model, optimizer)
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -418,7 +470,7 @@ def _resume(
 def _check_same_run(args: PretrainingArguments, saved: dict[str, Any], path: Path) -> None:
     now = json.loads(json.dumps(asdict(args)))
     changed = [
-        f"{f.name} was {saved[f.name]}, is {now[f.name]}"
+        f"{f.name} was {saved.get(f.name)}, is {now[f.name]}"
         for f in fields(args)
         if f.name not in FREE_TO_CHANGE and saved.get(f.name) != now[f.name]
     ]

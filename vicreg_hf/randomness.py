@@ -28,6 +28,7 @@ class Stream(IntEnum):
     MODEL = 3
     DEMO = 4
     SPLIT = 5
+    DROPOUT = 6
 
 
 def philox(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
@@ -98,9 +99,11 @@ def uniforms(
     return (bits >> np.uint64(8)).astype(np.float32) * np.float32(2**-24)
 
 
-def permutation(size: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits its samples: a permutation of range(size)."""
-    bits = words(np.arange(size), 2, seed=seed, epoch=epoch, stream=Stream.ORDER)
+def permutation(
+    size: int, *, seed: int, epoch: int, stream: Stream = Stream.ORDER
+) -> NDArray[np.int64]:
+    """A permutation of range(size), such as the order in which an epoch visits its samples."""
+    bits = words(np.arange(size), 2, seed=seed, epoch=epoch, stream=stream)
     return np.argsort((bits[:, 0] << _SHIFT) | bits[:, 1], kind="stable")
 
 

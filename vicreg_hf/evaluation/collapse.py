@@ -23,7 +23,9 @@ def effective_rank(z: Tensor) -> Tensor:
 
     Source: Garrido et al. 2023, "RankMe", arXiv:2210.02885, eq. 1.
     """
-    z = z.double()  # the Gram matrix squares the condition number
+    z = (
+        z.cpu() if z.device.type == "mps" else z
+    ).double()  # the Gram matrix squares the condition number
     gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p = singular / singular.sum().clamp(min=1e-12) + 1e-7
