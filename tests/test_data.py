@@ -356,6 +356,30 @@ def test_epochs_and_seeds_have_their_own_order(change: str) -> None:
     np.testing.assert_array_equal(np.sort(first), np.sort(other))
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("micro_batch_size", [6, 12, 18])
+def test_micro_batches_are_the_same_rows_on_any_number_of_processes(
+    world_size: int, micro_batch_size: int
+) -> None:
+    whole = GlobalBatches(100, 30, seed=3).batch(4)[1]
+    parts = [
+        GlobalBatches(
+            100, 30, seed=3, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size
+        ).batch(4)[1]
+        for rank in range(world_size)
+    ]
+    share = micro_batch_size // world_size
+    for start, local in zip(range(0, 30, micro_batch_size), range(0, 30, share), strict=False):
+        rows = np.concatenate([part[local : local + share] for part in parts])
+        np.testing.assert_array_equal(rows, whole[start : start + micro_batch_size])
+
+
+def test_micro_batches_that_processes_cannot_share_are_refused() -> None:
+    message = "got micro_batch_size=5 and num_processes=2; the nearest that does is 4"
+    with pytest.raises(ValueError, match=message):
+        GlobalBatches(100, 12, seed=0, world_size=2, micro_batch_size=5)
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 6])
 def test_the_rows_of_the_ranks_make_the_global_batch(world_size: int) -> None:
     whole = GlobalBatches(100, 12, seed=3)

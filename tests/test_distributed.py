@@ -11,8 +11,10 @@ import torch.distributed as dist
 from gloo import GlooPool
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vicreg_hf import vicreg_loss
+from vicreg_hf.benchmarks.loss import authors_loss, our_loss
 from vicreg_hf.distributed import (
     SyncBatchNorm,
     gather_rows,
@@ -51,9 +53,15 @@ def assert_all_close(actual: Results, expected: Results, tolerance: float = 1e-1
 # The loss
 
 
-def loss_and_gradients(z: Tensor, z_prime: Tensor, group: Any = None) -> Results:
+def loss_and_gradients(
+    z: Tensor, z_prime: Tensor, group: Any = None, *, compiled: bool = False
+) -> Results:
     z, z_prime = z.requires_grad_(), z_prime.requires_grad_()
-    terms = vicreg_loss(z, z_prime, group=group)
+    compute: Any = vicreg_loss
+    if compiled:
+        torch.compiler.reset()
+        compute = torch.compile(vicreg_loss, fullgraph=True, backend="aot_eager")
+    terms = compute(z, z_prime, group=group)
     grad, grad_prime = torch.autograd.grad(terms.loss, (z, z_prime))
     values = {name: value.detach() for name, value in terms._asdict().items()}
     return values | {"grad": grad, "grad_prime": grad_prime}
@@ -64,10 +72,10 @@ def loss_of_own_rows(dim: int) -> Results:
     return loss_and_gradients(own(z), own(z_prime))
 
 
-def loss_within_pairs(dim: int) -> Results:
+def loss_within_pairs(dim: int, compiled: bool = False) -> Results:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     z, z_prime = all_rows(world_size(), dim)
-    return loss_and_gradients(own(z), own(z_prime), pairs[rank() // 2])
+    return loss_and_gradients(own(z), own(z_prime), pairs[rank() // 2], compiled=compiled)
 
 
 def expected_losses(z: Tensor, z_prime: Tensor, world: int) -> list[Results]:
@@ -107,6 +115,13 @@ def test_a_process_group_sees_only_its_own_rows(gloo: GlooPool, dim: int) -> Non
         assert_all_close(actual, wanted)
 
 
+@pytest.mark.parametrize("dim", DIMS)
+def test_a_compiled_loss_of_a_process_group_equals_the_eager_one(gloo: GlooPool, dim: int) -> None:
+    expected = gloo.run(4, loss_within_pairs, dim)
+    for actual, wanted in zip(gloo.run(4, loss_within_pairs, dim, True), expected, strict=True):
+        assert_all_close(actual, wanted)
+
+
 def loss_of_one_row_each() -> float:
     z, z_prime = all_rows(world_size(), 4)
     return vicreg_loss(own(z)[:1], own(z_prime)[:1]).loss.item()
@@ -116,6 +131,105 @@ def test_one_row_in_each_of_two_processes_is_enough(gloo: GlooPool) -> None:
     z, z_prime = (x[::ROWS_PER_PROCESS] for x in all_rows(2, 4))
     expected = vicreg_loss(z, z_prime).loss.item()
     assert gloo.run(2, loss_of_one_row_each) == pytest.approx([expected, expected], rel=1e-12)
+
+
+def refusal(shapes: list[tuple[int, int]]) -> str:
+    """What the loss of zeros of this process's shape is refused with; a rank must not raise."""
+    z = torch.zeros(shapes[rank()], requires_grad=True)
+    try:
+        vicreg_loss(z, z)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+DIFFERENT_SHAPES = {
+    "fewer rows, N > D": [(3, 4), (3, 4), (2, 4)],
+    "fewer rows, N < D": [(3, 24), (3, 24), (2, 24)],
+    "more rows, on either side of N = D": [(2, 7), (3, 7)],
+    "no rows, N > D": [(0, 4), (5, 4)],
+    "no rows, N < D": [(3, 24), (0, 24)],
+    "other dimensions": [(3, 4), (3, 24)],
+    "equally many elements": [(4, 6), (6, 4)],
+}
+
+
+@pytest.mark.parametrize("shapes", DIFFERENT_SHAPES.values(), ids=DIFFERENT_SHAPES.keys())
+def test_shapes_that_differ_between_processes_are_refused_alike_in_all(
+    gloo: GlooPool, shapes: list[tuple[int, int]]
+) -> None:
+    messages = gloo.run(len(shapes), refusal, shapes)
+    assert len(set(messages)) == 1
+    assert "must hold embeddings of the same shape" in messages[0]
+    assert ", ".join(map(str, shapes)) in messages[0]
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_no_rows_in_any_process_are_refused_in_all(gloo: GlooPool, dim: int) -> None:
+    messages = gloo.run(2, refusal, [(0, dim), (0, dim)])
+    assert len(set(messages)) == 1
+    assert "at least 2 rows over all processes, got 0" in messages[0]
+
+
+# What the loss communicates
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the names of operators, and the elements that gathers result in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.gathered: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        if func.name() == "c10d::_allgather_base_":
+            self.gathered.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+    def collectives(self) -> list[str]:
+        return [name for name in self.names if name.startswith("c10d::")]
+
+
+def communication(authors: bool, dim: int) -> tuple[list[str], list[int], list[str], int]:
+    """Forward's collectives and its gathers' sizes; backward's, and how many operators it has."""
+    z, z_prime = (own(x).requires_grad_() for x in all_rows(world_size(), dim))
+    with Recorder() as forward:
+        loss = (authors_loss if authors else our_loss)(z, z_prime)
+    with Recorder() as backward:
+        torch.autograd.grad(loss, (z, z_prime))
+    seen = backward.collectives()
+    return forward.collectives(), forward.gathered, seen, len(backward.names)
+
+
+SHAPES_GATHERED = 2 * 2  # of two processes
+
+
+def test_the_gram_form_gathers_the_embeddings_once(gloo: GlooPool) -> None:
+    num_rows, dim = 2 * ROWS_PER_PROCESS, 24
+    for collectives, gathered, _, _ in gloo.run(2, communication, False, dim):
+        assert gathered == [SHAPES_GATHERED, 2 * num_rows * dim]
+        assert collectives == ["c10d::_allgather_base_"] * 2 + ["c10d::allreduce_"]  # of scalars
+
+
+def test_the_covariance_form_gathers_no_embeddings(gloo: GlooPool) -> None:
+    for collectives, gathered, _, _ in gloo.run(2, communication, False, 4):
+        assert gathered == [SHAPES_GATHERED]
+        assert set(collectives) == {"c10d::_allgather_base_", "c10d::allreduce_"}
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_backward_communicates_nothing(gloo: GlooPool, dim: int) -> None:
+    for in_forward, _, in_backward, num_operators in gloo.run(2, communication, False, dim):
+        assert in_forward
+        assert num_operators > 0
+        assert not in_backward
+
+
+def test_the_recorder_would_see_what_backward_communicates(gloo: GlooPool) -> None:
+    for _, _, in_backward, _ in gloo.run(2, communication, True, 24):
+        assert in_backward == ["c10d::allreduce_"] * 2  # the authors', one for each branch
 
 
 # A network under DistributedDataParallel

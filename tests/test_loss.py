@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vicreg_hf import VICRegLoss, loss, vicreg_loss
+from vicreg_hf import VICRegLoss, covariance, vicreg_loss
 from vicreg_hf.loss import VarianceReduction
 
 SHAPES = [(6, 4), (5, 5), (4, 9)]  # N > D, N = D, N < D: both forms of the covariance term
+LARGER_SHAPES = [(64, 32), (16, 16), (32, 64)]
 
 
 class Terms(NamedTuple):
@@ -64,6 +67,12 @@ def embeddings(rows: int, dim: int, *, seed: int = 0, scale: float = 1.0) -> tup
 
 def gradients(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(value, inputs)
+
+
+def exact_gradients(inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """Of the authors' formula in float64, at the very values of the inputs."""
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    return gradients(authors_loss(*exact).loss, *exact)
 
 
 def assert_same_loss_and_gradients(z: Tensor, z_prime: Tensor, **settings: Any) -> None:
@@ -187,7 +196,8 @@ def test_gradients_match_finite_differences(rows: int, dim: int) -> None:
 def test_work_in_blocks_gives_the_same_loss_and_gradients(
     rows: int, dim: int, block_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setitem(covariance.BLOCK_ELEMENTS, "cpu", block_elements)
+    monkeypatch.setitem(covariance.STRIPE_ROWS, "cpu", 1 + block_elements // 8)
     assert_same_loss_and_gradients(*embeddings(rows, dim))
 
 
@@ -205,11 +215,95 @@ def test_half_precision_under_autocast_is_computed_in_float32(
     torch.testing.assert_close(value, expected.float(), rtol=1e-4, atol=0)
 
 
+def far_embeddings(
+    rows: int, dim: int, dtype: torch.dtype, *, mean: float, scale: float
+) -> list[Tensor]:
+    return [(x + mean).to(dtype).requires_grad_() for x in embeddings(rows, dim, scale=scale)]
+
+
+@pytest.mark.parametrize(("mean", "scale"), [(0.0, 1e3), (1e3, 1e3), (1e3, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "dim"), LARGER_SHAPES)
+def test_large_half_precision_embeddings_give_the_loss_and_gradients_of_float64(
+    rows: int, dim: int, dtype: torch.dtype, mean: float, scale: float
+) -> None:
+    inputs = far_embeddings(rows, dim, dtype, mean=mean, scale=scale)
+    value, limit = vicreg_loss(*inputs).loss, torch.finfo(dtype).max
+    expected = authors_loss(*[x.detach().double() for x in inputs]).loss
+    torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=0)
+    # Beyond the largest float16 a gradient is that, and not infinite.
+    for actual, exact in zip(gradients(value, *inputs), exact_gradients(inputs), strict=True):
+        assert actual.isfinite().all()
+        exact = exact.clamp(-limit, limit)
+        eps = torch.finfo(dtype).eps
+        tolerance = 1e-5 * float(exact.abs().max())
+        torch.testing.assert_close(actual.double(), exact, rtol=0.51 * eps, atol=tolerance)
+
+
+@pytest.mark.parametrize(("scale", "infinite"), [(8.0, "some"), (1e3, "all")])
+@pytest.mark.parametrize(("rows", "dim"), LARGER_SHAPES)
+def test_float16_gradients_are_infinite_where_a_loss_scale_takes_them_beyond_float16(
+    rows: int, dim: int, scale: float, infinite: str
+) -> None:
+    inputs = far_embeddings(rows, dim, torch.float16, mean=0.0, scale=scale)
+    scaled = gradients(vicreg_loss(*inputs).loss * 65536, *inputs)
+    for actual, exact in zip(scaled, exact_gradients(inputs), strict=True):
+        expected = (exact * 65536).half()
+        assert expected.isinf().any()
+        assert bool(expected.isfinite().any()) == (infinite == "some")
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1.0)
+
+
+def test_a_gradient_scaler_lowers_its_scale_until_the_gradients_fit_and_then_steps() -> None:
+    z, z_prime = (x.float() for x in embeddings(32, 64, scale=8.0))
+    start, z = z.clone().requires_grad_(), z.requires_grad_()
+    optimizer, scaler = torch.optim.SGD([z], lr=0.1), torch.amp.GradScaler("cpu")
+    (exact,) = gradients(vicreg_loss(start.half(), z_prime.half()).loss, start)
+    skipped = 0
+    while torch.equal(z, start):
+        assert scaler.get_scale() == 65536 / 2**skipped
+        optimizer.zero_grad()
+        scaler.scale(vicreg_loss(z.half(), z_prime.half()).loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        skipped += 1
+    skipped -= 1
+    assert 0 < skipped < 16
+    assert scaler.get_scale() == 65536 / 2**skipped
+    torch.testing.assert_close(start - z, 0.1 * exact, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gradients_have_the_dtype_of_their_input(dtype: torch.dtype) -> None:
     z, z_prime = (x.to(dtype).requires_grad_() for x in embeddings(8, 16))
     grads = gradients(vicreg_loss(z, z_prime).loss, z, z_prime)
     assert [grad.dtype for grad in grads] == [dtype, dtype]
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float64, torch.float16),
+    ],
+)
+@pytest.mark.parametrize(("rows", "dim"), LARGER_SHAPES)
+def test_branches_of_different_dtypes_get_gradients_of_their_own(
+    rows: int, dim: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    branches = zip(embeddings(rows, dim), dtypes, strict=True)
+    inputs = [x.to(dtype).requires_grad_() for x, dtype in branches]
+    ours, theirs = vicreg_loss(*inputs), authors_loss(*[x.detach().double() for x in inputs])
+    torch.testing.assert_close(ours.loss.double(), theirs.loss, rtol=1e-5, atol=0)
+    for x, actual, exact in zip(
+        inputs, gradients(ours.loss, *inputs), exact_gradients(inputs), strict=True
+    ):
+        assert actual.dtype == x.dtype
+        tolerance = 1e-5 * float(exact.abs().max())
+        eps = torch.finfo(x.dtype).eps
+        torch.testing.assert_close(actual.double(), exact, rtol=0.51 * eps, atol=tolerance)
 
 
 @pytest.mark.parametrize("top", [1.0, 30.0, 1e3])
@@ -223,6 +317,34 @@ def test_float32_agrees_with_float64_where_one_dimension_dominates(
     value = vicreg_loss(z.float(), z_prime.float()).covariance
     expected = authors_loss(z, z_prime).covariance
     torch.testing.assert_close(value, expected.float(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])  # below the hinge, and around it
+@pytest.mark.parametrize(("rows", "dim"), [(300, 700), (700, 300)])
+def test_float32_agrees_with_float64_beyond_one_stripe_of_the_product(
+    rows: int, dim: int, scale: float
+) -> None:
+    assert min(rows, dim) > covariance.STRIPE_ROWS["cpu"]
+    inputs = [x.float().requires_grad_() for x in embeddings(rows, dim, scale=scale)]
+    ours, theirs = vicreg_loss(*inputs), authors_loss(*[x.detach().double() for x in inputs])
+    for name in Terms._fields:
+        expected = getattr(theirs, name).float()
+        torch.testing.assert_close(getattr(ours, name), expected, rtol=1e-5, atol=0)
+    for actual, exact in zip(gradients(ours.loss, *inputs), exact_gradients(inputs), strict=True):
+        tolerance = 1e-5 * float(exact.abs().max())
+        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+@pytest.mark.parametrize("shape", [(2**11, 2**13), (2**18, 64), (2**24, 1)])
+def test_sums_of_squares_of_many_float32_entries_are_accurate(
+    shape: tuple[int, int], mean: float
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + mean
+    squares = x.double().square()
+    for dim in (None, 0):
+        actual = covariance.sum_of_squares(x, dim).double()
+        torch.testing.assert_close(actual, squares.sum(dim), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("branch", [0, 1])
@@ -259,6 +381,102 @@ def test_a_scaled_loss_scales_its_gradients() -> None:
     once = gradients(vicreg_loss(*inputs).loss, *inputs)
     scaled = gradients(vicreg_loss(*inputs).loss * 1024, *inputs)
     torch.testing.assert_close(scaled, tuple(grad * 1024 for grad in once), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize(("rows", "dim"), SHAPES)
+def test_backward_through_a_retained_graph_gives_the_same_gradients_again(
+    rows: int, dim: int, dtype: torch.dtype
+) -> None:
+    inputs = [x.to(dtype).requires_grad_() for x in embeddings(rows, dim)]
+    value = vicreg_loss(*inputs).loss
+    first, second = (torch.autograd.grad(value, inputs, retain_graph=True) for _ in range(2))
+    last = gradients(value, *inputs)
+    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, first, last))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        gradients(value, *inputs)
+
+
+@pytest.mark.parametrize(("rows", "dim"), SHAPES)
+def test_gradients_add_up_over_two_losses_of_the_same_embeddings(rows: int, dim: int) -> None:
+    inputs = [x.requires_grad_() for x in embeddings(rows, dim)]
+    expected = gradients(authors_loss(*inputs).loss, *inputs)
+    vicreg_loss(*inputs).loss.backward()
+    vicreg_loss(*inputs).loss.backward()
+    for x, grad in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(x.grad, 2 * grad)
+
+
+VIEWS = {
+    "transposed": lambda x: x.T.contiguous().T,
+    "some rows and columns": lambda x: F.pad(x, (1, 2, 3, 1), value=7.0)[3:-1, 1:-2],
+    "every second row, backwards in memory": lambda x: x.repeat_interleave(2, 0).flip(0)[::2],
+    "one row expanded": lambda x: x[:1].expand_as(x),
+    "one column expanded": lambda x: x[:, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize(("rows", "dim"), SHAPES)
+def test_views_that_are_not_contiguous_give_the_authors_loss_and_gradients(
+    rows: int, dim: int, kind: str
+) -> None:
+    inputs = [x.requires_grad_() for x in embeddings(rows, dim)]
+    views = [VIEWS[kind](x) for x in inputs]
+    assert not any(view.is_contiguous() for view in views)
+    ours, theirs = vicreg_loss(*views), authors_loss(*views)
+    torch.testing.assert_close(tuple(ours), tuple(theirs))
+    theirs_grads = gradients(theirs.loss, *inputs)
+    torch.testing.assert_close(gradients(ours.loss, *inputs), theirs_grads)
+
+
+@pytest.mark.parametrize(
+    "without_gradients", [torch.enable_grad(), torch.no_grad(), torch.inference_mode()]
+)
+@pytest.mark.parametrize(("rows", "dim"), SHAPES)
+def test_without_gradients_the_loss_is_the_same(
+    rows: int, dim: int, without_gradients: AbstractContextManager
+) -> None:
+    inputs = embeddings(rows, dim)
+    expected = authors_loss(*inputs)
+    with without_gradients:
+        terms = vicreg_loss(*inputs)
+    assert not terms.loss.requires_grad
+    torch.testing.assert_close(tuple(terms), tuple(expected))
+
+
+class LargestOutput(TorchDispatchMode):
+    """Remembers how many elements the largest tensor has that an operator returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, list | tuple) else [result]:
+            self.elements = max(self.elements, x.numel() if isinstance(x, Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "dim"), [(64, 512), (512, 64), (500, 512), (512, 500), (512, 512)]
+)
+def test_no_tensor_exceeds_the_embeddings_and_the_smaller_product(
+    rows: int, dim: int, dtype: torch.dtype
+) -> None:
+    inputs = [x.to(dtype).requires_grad_() for x in embeddings(rows, dim)]
+    with LargestOutput() as forward:
+        value = vicreg_loss(*inputs).loss
+    with LargestOutput() as backward:
+        gradients(value, *inputs)
+    assert forward.elements == rows * dim  # or else the operators were not seen
+    assert backward.elements == rows * dim
+    with LargestOutput() as theirs:
+        authors_loss(*[x.float() for x in inputs])
+    assert theirs.elements >= dim**2
 
 
 def test_only_the_loss_carries_a_gradient() -> None:

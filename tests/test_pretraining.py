@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from workflow import ROOT, SMALL, environment, launch, metrics, run, write_images
 
 from vicreg_hf import PretrainingArguments, VICRegModel, pretrain
+from vicreg_hf.arguments import parse_arguments
 from vicreg_hf.checkpointing import CheckpointError
 
 
@@ -141,6 +142,54 @@ def test_two_processes_have_the_loss_curve_of_one(
             assert two[term] == pytest.approx(one[term], rel=1e-3), (one["step"], term)
 
 
+TERMS = ("loss", "invariance", "variance", "covariance", "embedding_std", "effective_rank")
+
+
+GENTLE = ["--optimizer=sgd", "--base_lr=0.01", "--max_steps=4"]
+"""Steps small enough that differences in rounding stay small."""
+
+
+@pytest.fixture(scope="module")
+def vit_run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """Flags of a run without batch normalisation in its backbone, and where it was done whole."""
+    directory = tmp_path_factory.mktemp("runs") / "vit"
+    flags = [*SMALL, *GENTLE, f"--dataset_name={images}", "--architecture=test_vit",
+             '--model_args={"patch_size": 8}']  # fmt: skip
+    pretrain(parse_arguments([*flags, f"--output_dir={directory}"]))
+    return flags, directory
+
+
+@pytest.mark.parametrize(("micro_batch_size", "processes"), [(1, 1), (6, 1), (8, 1), (6, 2)])
+def test_without_batch_norm_in_the_backbone_micro_batches_change_memory_alone(
+    vit_run: tuple[list[str], Path], tmp_path: Path, micro_batch_size: int, processes: int
+) -> None:
+    flags, whole = vit_run
+    flags = [*flags, f"--micro_batch_size={micro_batch_size}", f"--output_dir={tmp_path}"]
+    if processes == 1:
+        pretrain(parse_arguments(flags))
+    else:
+        result = launch(*flags, processes=processes)
+        assert result.returncode == 0, result.stderr
+    assert_same_curve(tmp_path, whole)
+
+
+def test_micro_batches_are_the_same_rows_on_one_process_and_on_two(
+    images: Path, tmp_path: Path
+) -> None:
+    # Batch normalisation sees which rows make up a micro-batch.
+    flags = [*SMALL, *GENTLE, f"--dataset_name={images}", "--micro_batch_size=8"]
+    pretrain(parse_arguments([*flags, f"--output_dir={tmp_path / '1'}"]))
+    result = launch(*flags, f"--output_dir={tmp_path / '2'}", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert_same_curve(tmp_path / "2", tmp_path / "1")
+
+
+def assert_same_curve(actual: Path, expected: Path) -> None:
+    for one, other in zip(metrics(expected)[1:], metrics(actual)[1:], strict=True):
+        for term in TERMS:
+            assert other[term] == pytest.approx(one[term], rel=1e-4), (one["step"], term)
+
+
 def test_two_processes_agree_with_one_in_double_precision(tmp_path: Path) -> None:
     # In float32 rounding grows from step to step; in float64 it cannot hide a wrong gradient.
     script = tmp_path / "train.py"
@@ -214,6 +263,10 @@ BAD_SETTINGS = {
     "label column": ({"label_column": "label"}, "got 'label'; columns: picture, kind"),
     "split": ({"train_split": "training"}, "must be one of train, test, got 'training'"),
     "too few images": ({"batch_size": 100}, "batch_size=100 and 64 images; use at most 64"),
+    "one image in the last micro-batch": (
+        {"micro_batch_size": 5},
+        "at least 2 images to compare, got micro_batch_size=5 and batch_size=16; use 6.",
+    ),
     "one sample": ({"batch_size": 1}, "at least 2 images, got batch_size=1"),
     "optimizer": ({"optimizer": "adamx"}, "got 'adamx'"),
     "no step": ({"num_train_epochs": 0.01}, "at least one step, got 0.01 epochs of 4 steps"),

@@ -58,6 +58,11 @@ class PretrainingArguments:
         None, f"One of {', '.join(PRESETS)}; by default authors, or cifar up to 64 pixels."
     )
     batch_size: int = _setting(256, "Images per step over all processes; each gives two views.")
+    micro_batch_size: int | None = _setting(
+        None,
+        "Images of a step, over all processes, of which the backbone holds activations at once; "
+        "less memory for at most half as much time again. By default the whole batch.",
+    )
     num_train_epochs: float = _setting(100.0, "Passes over the training split.")
     max_steps: int | None = _setting(None, "Optimiser steps, instead of num_train_epochs.")
     optimizer: str = _setting("lars", "lars (the authors') or any optimiser of timm.")
@@ -96,8 +101,8 @@ class PretrainingArguments:
             )
         if self.resume not in ("auto", "never", "required"):
             raise ValueError(f"resume must be auto, never or required, got {self.resume!r}.")
-        for name in ("batch_size", "logging_steps", "save_steps", "image_size", "max_steps",
-                     "knn_steps", "num_train_epochs"):  # fmt: skip
+        for name in ("batch_size", "micro_batch_size", "logging_steps", "save_steps", "image_size",
+                     "max_steps", "knn_steps", "num_train_epochs"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value}.")

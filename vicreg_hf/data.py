@@ -257,18 +257,27 @@ class GlobalBatches:
     """Which samples each step sees: a pure function of (seed, step).
 
     Every epoch is a new order of all samples, its last incomplete batch left out. A process takes
-    a run of consecutive rows of the global batch, so that gathering by rank restores the batch.
+    a run of consecutive rows of every micro-batch, so that the micro-batches are the same rows on
+    any number of processes. Without micro-batches, gathering by rank restores the batch.
 
     Args:
         num_samples: N.
         batch_size: global; rank and world_size say which part is this process's.
+        micro_batch_size: global; None is the whole batch.
 
     Raises:
         ValueError: fewer samples than a batch, or a batch that processes cannot share evenly.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch_size: int | None = None,
     ) -> None:
         least, most = 2 * world_size, num_samples // world_size * world_size
         if most < least:
@@ -295,8 +304,15 @@ class GlobalBatches:
             )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.steps_per_epoch = num_samples // batch_size
-        self._local = batch_size // world_size
-        self._offset = rank * self._local
+        self.micro_batch_size = min(micro_batch_size or batch_size, batch_size)
+        if self.micro_batch_size % world_size:
+            nearest = max(round(self.micro_batch_size / world_size), 1) * world_size
+            raise ValueError(
+                "micro_batch_size must divide evenly over processes, got "
+                f"micro_batch_size={self.micro_batch_size} and num_processes={world_size}; "
+                f"the nearest that does is {nearest}."
+            )
+        self.rank, self.world_size = rank, world_size
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
@@ -305,8 +321,15 @@ class GlobalBatches:
     def batch(self, step: int) -> Batch:
         """This process's rows at a step, from 0."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        start = position * self.batch_size + self._offset
-        return epoch, self._order(epoch)[start : start + self._local]
+        start = position * self.batch_size
+        rows = self._order(epoch)[start : start + self.batch_size]
+        parts = range(0, self.batch_size, self.micro_batch_size)
+        own = [self._own(rows[part : part + self.micro_batch_size]) for part in parts]
+        return epoch, np.concatenate(own)
+
+    def _own(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        share = len(rows) // self.world_size
+        return rows[self.rank * share : (self.rank + 1) * share]
 
 
 class _Crops(Dataset[Tensor]):

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +26,28 @@ def world_size(group: ProcessGroup = None) -> int:
 def rank(group: ProcessGroup = None) -> int:
     """This process's place in the group; 0 when torch.distributed is not in use."""
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def find_group(name: str) -> ProcessGroup:
+    """The process group of a `group_name`; the empty name is the default group's."""
+    return c10d._resolve_process_group(cast(Any, name)) if name else None
+
+
+def check_same_shape(x: Tensor, group: ProcessGroup = None) -> None:
+    """Fail in every process, rather than hang, where x has not the same shape in all.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if world_size(group) == 1:
+        return
+    shapes = gather_rows(torch.tensor([x.shape], device=x.device), group).tolist()
+    if any(shape != shapes[0] for shape in shapes):
+        received = ", ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(
+            "every process must hold embeddings of the same shape, got "
+            f"{received}; drop or pad the last batch."
+        )
 
 
 def sum_over_processes(x: Tensor, group: ProcessGroup = None) -> Tensor:

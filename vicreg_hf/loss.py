@@ -8,25 +8,30 @@ With X the centred (N, D) embeddings, the sum of squares of X^T X (D, D) equals 
     Gram, when N < D:         each process forms its own rows of X X^T
     covariance, otherwise:    each process adds its rows' share of X^T X
 
-In both, a process's gradient follows from what it already holds, so backward communicates nothing.
+With that product a process has all that its own gradient needs: backward communicates nothing.
+`vicreg_hf.covariance` holds the two forms.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vicreg_hf.distributed import ProcessGroup, gather_rows, rank, sum_over_processes, world_size
+from vicreg_hf import covariance
+from vicreg_hf.covariance import Branch, Gradient
+from vicreg_hf.distributed import (
+    ProcessGroup,
+    check_same_shape,
+    find_group,
+    gather_rows,
+    sum_over_processes,
+    world_size,
+)
 
 VarianceReduction = Literal["mean", "sum"]
-BLOCK_ELEMENTS = 2**22
-"""Entries of the Gram or covariance matrix held at once: 16 MiB of float32."""
-
-
-LEADING = 8
-"""Dimensions of largest variance that the Gram form treats apart, see `_gram_covariance`."""
 
 
 class VICRegTerms(NamedTuple):
@@ -38,171 +43,152 @@ class VICRegTerms(NamedTuple):
     covariance: Tensor
 
 
-class _Moments(NamedTuple):
-    """One branch after centring over all processes."""
+class _Settings(NamedTuple):
+    """What `vicreg_loss` takes, as numbers; branch_weight is 1/2 for the mean over branches."""
 
-    local: Tensor
-    """(n, D): this process's rows."""
-    everyone: Tensor | None
-    """(N, D): all rows, of which local is a view; None in the covariance form."""
-    variance: Tensor
-    """(D,): unbiased."""
-
-
-def _compute_dtype(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
+    sim: float
+    std: float
+    cov: float
+    gamma: float
+    eps: float
+    branch_weight: float
 
 
-def _gather_branches(branches: tuple[Tensor, Tensor], group: ProcessGroup) -> list[Tensor]:
-    """All rows (N, D) of both branches, in one communication."""
-    if world_size(group) == 1:
-        return list(branches)
-    return list(gather_rows(torch.stack(branches, 1), group).unbind(1))
+def _forward(
+    z: Tensor, z_prime: Tensor, settings: Sequence[float], group_name: str
+) -> list[Tensor]:
+    """The four of `VICRegTerms`, the gathered rows (empty if none are), and two `Branch`es."""
+    by, group = _Settings(*settings), find_group(group_name)
+    check_same_shape(z, group)
+    (n, dim), processes = z.shape, world_size(group)
+    total = n * processes
+    if total < 2:
+        raise ValueError(
+            f"variance needs at least 2 rows over all processes, got {total}; use a larger batch."
+        )
+    with torch.autocast(z.device.type, enabled=False):
+        gathered = z.new_empty(0)
+        if processes > 1 and covariance.prefers_gram(total, dim):
+            gathered = gather_rows(torch.stack((z, z_prime), 1), group)
+        first, second = (
+            covariance.analyse(rows, n, total, group) for rows in _rows(z, z_prime, gathered)
+        )
+        sums = torch.stack([_squared_distance(z, z_prime), first[1] + second[1]])
+        distance, squares = sum_over_processes(sums, group)
+        invariance, squares = distance / (total * dim), squares.clone()
+        hinges = [
+            _hinge(branch, by)[0].mean() * by.branch_weight for branch in (first[0], second[0])
+        ]
+        variance = hinges[0] + hinges[1]
+        loss = by.sim * invariance + by.std * variance + by.cov * squares
+    return [loss, invariance, variance, squares, gathered, *first[0], *second[0]]
 
 
-def _centre_gathered(everyone: Tensor, n: int, group: ProcessGroup) -> _Moments:
-    everyone = everyone.to(_compute_dtype(everyone))
-    everyone = everyone - everyone.mean(0)
-    start = rank(group) * n
-    variance = torch.linalg.vector_norm(everyone, dim=0).square() / (len(everyone) - 1)
-    return _Moments(everyone[start : start + n], everyone, variance)
+def _backward(
+    grad: Tensor,
+    z: Tensor,
+    z_prime: Tensor,
+    saved: list[Tensor],
+    needed: Sequence[bool],
+    settings: Sequence[float],
+    group_name: str,
+) -> list[Tensor]:
+    """Gradients of both branches, from what `_forward` returned; empty where not needed.
 
-
-def _centre_local(z: Tensor, total: int, group: ProcessGroup) -> _Moments:
-    z = z.to(_compute_dtype(z))
-    local = z - sum_over_processes(z.sum(0), group) / total
-    squares = torch.linalg.vector_norm(local, dim=0).square()
-    return _Moments(local, None, sum_over_processes(squares, group) / (total - 1))
-
-
-def _gram_covariance(x: _Moments, grad: Tensor | None) -> Tensor:
-    """This process's share of the covariance term; its gradient is added to grad (n, D).
-
-    The Gram matrix also holds the variances, which are then taken off. That loses digits where few
-    dimensions hold nearly all the variance, so the `LEADING` ones are set apart: their covariances
-    with all dimensions are formed directly, and the Gram matrix is that of the others.
+    `saved` is emptied, so that a branch's product is gone when its gradient is there.
     """
-    assert x.everyone is not None
-    total, dim = x.everyone.shape
-    scale, slope = 1 / (total - 1), 4 / ((total - 1) * dim)
-    # Every process holds the same variances: one of the W shares of their sum of squares.
-    share = len(x.local) / total
-    leading = x.variance.topk(min(LEADING, dim)).indices
-    top, top_local = x.everyone[:, leading], x.local[:, leading]
-    x.everyone[:, leading] = 0
-    variance = x.variance.index_fill(0, leading, 0)
-    cross = top.T @ x.everyone * scale
-    among = top.T @ top * scale
-    among.diagonal().zero_()
-    squares = among.square().sum() + 2 * cross.square().sum() - variance.square().sum()
-    squares = squares * share
-    rows = max(1, BLOCK_ELEMENTS // total)
-    for start in range(0, len(x.local), rows):
-        stop = min(start + rows, len(x.local))
-        gram = x.local[start:stop] @ x.everyone.T * scale
-        squares = squares + gram.square().sum()
-        if grad is not None:
-            grad[start:stop].addmm_(gram, x.everyone, alpha=slope)
-    if grad is not None:
-        grad.addcmul_(x.local, variance, value=-slope).addmm_(top_local, cross, alpha=slope)
-        grad[:, leading] += (x.local @ cross.T + top_local @ among) * slope
-    x.everyone[:, leading] = top
-    return squares / dim
+    by, group = _Settings(*settings), find_group(group_name)
+    gathered, branches = saved[0], [Branch(*saved[6:]), Branch(*saved[1:6])]
+    saved.clear()
+    (n, dim), processes = z.shape, world_size(group)
+    total = n * processes
+    grads = []
+    with torch.autocast(z.device.type, enabled=False):
+        for index, rows in enumerate(_rows(z, z_prime, gathered)):
+            branch = branches.pop()
+            if not needed[index]:
+                grads.append(z.new_empty(0))
+                continue
+            own, other = (z, z_prime) if index == 0 else (z_prime, z)
+            hinge, deviation = _hinge(branch, by)
+            slope = by.std * by.branch_weight / ((total - 1) * dim)
+            weights = Gradient(
+                covariance=4 * by.cov / ((total - 1) * dim),
+                columns=(hinge > 0) / deviation * -slope,
+                difference=2 * by.sim / (total * dim),
+                # DDP averages over processes; what is global must survive that.
+                total=grad * processes,
+            )
+            grads.append(covariance.differentiate(branch, rows, own, other, weights, group))
+    return grads
 
 
-def _direct_covariance(x: _Moments, total: int, grad: Tensor | None, group: ProcessGroup) -> Tensor:
-    """As `_gram_covariance`, from blocks of columns of the covariance matrix."""
-    dim = x.local.shape[1]
-    columns = max(1, BLOCK_ELEMENTS // dim)
-    squares = x.local.new_zeros(())
-    for start in range(0, dim, columns):
-        stop = min(start + columns, dim)
-        block = sum_over_processes(x.local[:, start:stop].T @ x.local, group) / (total - 1)
-        block.diagonal(start).zero_()
-        squares = squares + block.square().sum()
-        if grad is not None:
-            grad[:, start:stop].addmm_(x.local, block.T, alpha=4 / ((total - 1) * dim))
-    return squares / dim * (len(x.local) / total)
+def _rows(z: Tensor, z_prime: Tensor, gathered: Tensor) -> Sequence[Tensor]:
+    """What each branch's product is formed of: all processes' rows if gathered, else the own."""
+    return gathered.unbind(1) if gathered.numel() else (z, z_prime)
+
+
+def _squared_distance(z: Tensor, z_prime: Tensor) -> Tensor:
+    blocks = zip(covariance.in_blocks(z), covariance.in_blocks(z_prime), strict=True)
+    dtype = covariance.compute_dtype(z)
+    return torch.stack([(a.to(dtype) - b.to(dtype)).square_().sum() for a, b in blocks]).sum()
+
+
+def _hinge(branch: Branch, by: _Settings) -> tuple[Tensor, Tensor]:
+    """What each dimension's standard deviation lacks, and that deviation."""
+    deviation = (branch.variance + by.eps).sqrt()
+    return (by.gamma - deviation).clamp(min=0), deviation
+
+
+# torch.compile takes each as one node: nothing to trace, and the same arithmetic as without it.
+_forward_op = torch.library.custom_op("vicreg_hf::loss_forward", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("vicreg_hf::loss_backward", _backward, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(z: Tensor, _: Tensor, __: Sequence[float], group_name: str) -> list[Tensor]:
+    (n, dim), processes = z.shape, world_size(find_group(group_name))
+    gram = covariance.prefers_gram(n * processes, dim)
+    gathered = z.new_empty((n * processes, 2, dim) if gram and processes > 1 else 0)
+    x = z.new_empty(0, dtype=covariance.compute_dtype(z))
+    branches = [covariance.allocate(x, n, n * processes, dim) for _ in range(2)]
+    return [*(x.new_empty(()) for _ in range(4)), gathered, *branches[0], *branches[1]]
+
+
+@_backward_op.register_fake
+def _(_: Tensor, z: Tensor, __: Tensor, ___: Any, needed: Sequence[bool], *____: Any) -> Any:
+    return [z.new_empty(z.shape if wanted else 0) for wanted in needed]
 
 
 class _VICReg(torch.autograd.Function):
-    """Loss and terms; the gradient is formed in forward, where everything needed is at hand."""
+    """`_forward` and `_backward` as one differentiable function."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        z: Tensor,
-        z_prime: Tensor,
-        coefficients: tuple[float, float, float],
-        gamma: float,
-        eps: float,
-        branch_weight: float,
-        group: ProcessGroup,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with torch.autocast(z.device.type, enabled=False):
-            return _VICReg._forward(
-                ctx, (z, z_prime), coefficients, gamma, eps, branch_weight, group
-            )
-
-    @staticmethod
-    def _forward(
-        ctx: Any,
-        branches: tuple[Tensor, Tensor],
-        coefficients: tuple[float, float, float],
-        gamma: float,
-        eps: float,
-        branch_weight: float,
-        group: ProcessGroup,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sim, std, cov = coefficients
-        (n, dim), processes = branches[0].shape, world_size(group)
-        total = n * processes
-        dtype = _compute_dtype(branches[0])
-        difference = branches[0].to(dtype) - branches[1].to(dtype)
-        hinges, shares, grads = [], [difference.square().sum() / (total * dim)], []
-        gathered = _gather_branches(branches, group) if total < dim else None
-        for index, wanted in enumerate(ctx.needs_input_grad[:2]):
-            if gathered is not None:
-                x = _centre_gathered(gathered[index], n, group)
-                grad = torch.zeros_like(x.local) if wanted else None
-                shares.append(_gram_covariance(x, grad))
-            else:
-                x = _centre_local(branches[index], total, group)
-                grad = torch.zeros_like(x.local) if wanted else None
-                shares.append(_direct_covariance(x, total, grad, group))
-            deviation = (x.variance + eps).sqrt()
-            hinge = (gamma - deviation).clamp(min=0)
-            hinges.append(hinge.mean() * branch_weight)
-            if grad is not None:
-                slope = (hinge > 0) / (deviation * (-(total - 1) * dim / branch_weight))
-                grad.mul_(cov).addcmul_(x.local, slope, value=std)
-                grad.add_(difference, alpha=(1, -1)[index] * sim * 2 / (total * dim))
-                # DDP averages over processes; what is global must survive that.
-                grads.append(grad.mul_(processes))
-        sums = sum_over_processes(torch.stack(shares), group)
-        invariance, variance, covariance = sums[0], torch.stack(hinges).sum(), sums[1:].sum()
-        ctx.save_for_backward(*grads)
-        ctx.dtypes = [b.dtype for b in branches]
+        ctx: Any, z: Tensor, z_prime: Tensor, settings: Sequence[float], group_name: str
+    ) -> tuple[Tensor, ...]:
+        run = _forward_op if torch.compiler.is_compiling() else _forward
+        loss, invariance, variance, covariance, *saved = run(z, z_prime, settings, group_name)
+        ctx.save_for_backward(z, z_prime, *saved)
+        ctx.settings, ctx.group_name = settings, group_name
         ctx.mark_non_differentiable(invariance, variance, covariance)
-        return (
-            sim * invariance + std * variance + cov * covariance,
-            invariance,
-            variance,
-            covariance,
-        )
+        return loss, invariance, variance, covariance
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True; the saved gradient is a constant
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        compiling = torch.compiler.is_compiling()  # which refuses second derivatives itself
+        if torch.is_grad_enabled() and not compiling:
             raise RuntimeError(
                 "vicreg_loss has no second derivative; call backward without create_graph=True."
             )
-        saved = iter(ctx.saved_tensors)
-        grads = [
-            (next(saved) * grad_outputs[0]).to(dtype) if wanted else None
-            for wanted, dtype in zip(ctx.needs_input_grad, ctx.dtypes, strict=False)
-        ]
-        return (*grads, None, None, None, None, None)
+        run = _backward_op if compiling else _backward
+        z, z_prime, *saved = ctx.saved_tensors
+        if not compiling:
+            ctx.maybe_clear_saved_tensors()  # unless the graph is retained
+        needed = ctx.needs_input_grad[:2]
+        result = run(grads[0], z, z_prime, saved, needed, ctx.settings, ctx.group_name)
+        both = (g if wanted else None for g, wanted in zip(result, needed, strict=True))
+        return (*both, None, None)
 
 
 def vicreg_loss(
@@ -219,10 +205,17 @@ def vicreg_loss(
 ) -> VICRegTerms:
     """The VICReg loss of two batches of embeddings, over all processes.
 
-    Computed in float32 whatever the autocast (in float64 for float64 input). Where
-    torch.distributed is initialised, statistics are those of the rows of all processes, and the
-    gradient is scaled so that DistributedDataParallel's averaging gives the gradient of one
-    process holding every row.
+    Computed in float32 whatever the autocast (in float64 for float64 input); matrix products are
+    TF32 where torch is told to. Where torch.distributed is initialised, statistics are those of
+    the rows of all processes, and the gradient is scaled so that DistributedDataParallel's
+    averaging gives the gradient of one process holding every row.
+
+    Peak memory of forward and backward on one process, gradients included: three float32 copies
+    of z and one block (`covariance.BLOCK_ELEMENTS`). On W processes: the gathered rows, 2 N D in
+    the dtype of z, and a float32 copy of half of them if N < D; otherwise two (D, D) matrices.
+
+    It has no second derivative: create_graph=True raises. A float16 gradient stops at the largest
+    float16, unless a loss scale takes it beyond, so that a gradient scaler sees the overflow.
 
     Args:
         z: (n, D) embeddings of the first views, the same n in every process.
@@ -234,15 +227,15 @@ def vicreg_loss(
         eps: added to the variance before the root.
         variance_reduction: "mean" averages the variance term over the two branches, as the
             authors' code; "sum" adds them, as the paper's pseudo-code.
-        group: process group; None is the default group.
+        group: the processes that share the batch; None is the default group.
 
     Returns:
         Scalars loss, invariance, variance and covariance, the same in every process. The terms are
         detached and not weighted.
 
     Raises:
-        ValueError: shapes that differ or are not (n, D), integer embeddings, fewer than two rows
-            in all, an unknown variance_reduction.
+        ValueError: shapes that differ, also between processes, or are not (n, D), integer
+            embeddings, fewer than two rows in all, an unknown variance_reduction.
 
     Source: Bardes et al. 2022, arXiv:2105.04906, eq. 1-6; scaling as vicreg@4e12602.
     """
@@ -256,15 +249,13 @@ def vicreg_loss(
             f"embeddings must be floating point, got {z.dtype} and {z_prime.dtype}; "
             "convert them with .float()."
         )
-    if len(z) * world_size(group) < 2:
-        raise ValueError(
-            f"variance needs at least 2 rows over all processes, got {len(z)}; use a larger batch."
-        )
     if variance_reduction not in ("mean", "sum"):
         raise ValueError(f"variance_reduction must be mean or sum, got {variance_reduction!r}.")
     branch_weight = 0.5 if variance_reduction == "mean" else 1.0
-    coefficients = (sim_coeff, std_coeff, cov_coeff)
-    return VICRegTerms(*_VICReg.apply(z, z_prime, coefficients, gamma, eps, branch_weight, group))
+    settings = list(_Settings(sim_coeff, std_coeff, cov_coeff, gamma, eps, branch_weight))
+    name = "" if group is None else group.group_name
+    dtype = torch.promote_types(z.dtype, z_prime.dtype)
+    return VICRegTerms(*_VICReg.apply(z.to(dtype), z_prime.to(dtype), settings, name))
 
 
 class VICRegLoss(nn.Module):

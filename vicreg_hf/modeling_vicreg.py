@@ -145,6 +145,18 @@ class VICRegModel(PreTrainedModel):
             return VICRegOutput(last_hidden_state=features, pooler_output=y)
         # Each view passes by itself, so that batch statistics are a view's own, as the authors'.
         _, y_prime = self._represent(pixel_values_prime)
+        return VICRegOutput(**self.compare(y, y_prime), last_hidden_state=features)
+
+    def compare(self, y: Tensor, y_prime: Tensor) -> VICRegOutput:
+        """Embed the representations of both views and compute the loss.
+
+        Args:
+            y: (B, F) representations of the first views.
+            y_prime: (B, F) representations of the second views.
+
+        Returns:
+            loss, its terms, embeddings, and y as pooler_output.
+        """
         z, z_prime = self.expander(y), self.expander(y_prime)
         terms = vicreg_loss(
             z,
@@ -156,12 +168,7 @@ class VICRegModel(PreTrainedModel):
             eps=self.config.eps,
             variance_reduction=self.config.variance_reduction,  # pyright: ignore
         )
-        return VICRegOutput(
-            **terms._asdict(),
-            embeddings=(z, z_prime),
-            last_hidden_state=features,
-            pooler_output=y,
-        )
+        return VICRegOutput(**terms._asdict(), embeddings=(z, z_prime), pooler_output=y)
 
     def _represent(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         backbone: Any = self.backbone

@@ -17,6 +17,7 @@ import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -44,7 +45,8 @@ from vicreg_hf.data import (
 )
 from vicreg_hf.distributed import SyncBatchNorm, gather_rows
 from vicreg_hf.evaluation import effective_rank, embedding_std
-from vicreg_hf.modeling_vicreg import VICRegModel, check_architecture
+from vicreg_hf.gradcache import backward_in_chunks
+from vicreg_hf.modeling_vicreg import VICRegModel, VICRegOutput, check_architecture
 from vicreg_hf.monitor import KNNMonitor
 from vicreg_hf.optim import create_optimizer, learning_rate
 from vicreg_hf.randomness import Stream, derive_seed
@@ -153,6 +155,7 @@ def setup(args: PretrainingArguments) -> Run:
     batches = GlobalBatches(
         len(train), args.batch_size, seed=args.seed,
         rank=accelerator.process_index, world_size=accelerator.num_processes,
+        micro_batch_size=args.micro_batch_size,
     )  # fmt: skip
     total_steps = args.max_steps or int(args.num_train_epochs * batches.steps_per_epoch)
     if total_steps < 1:
@@ -174,6 +177,7 @@ def setup(args: PretrainingArguments) -> Run:
         args.num_workers = default_num_workers(_local_processes(accelerator))
     # convolutions are faster in this layout, on CPU too; attention does not mind
     model = _build_model(args).to(accelerator.device, memory_format=torch.channels_last)
+    _check_micro_batches(model, batches)
     if accelerator.num_processes > 1:
         on_cuda = accelerator.device.type == "cuda"  # torch's own is fused, and for CUDA alone
         (convert_sync_batchnorm if on_cuda else SyncBatchNorm.convert)(model)
@@ -228,9 +232,8 @@ def fit(run: Run) -> None:
         )
         layout = torch.channels_last
         x, x_prime = x.to(memory_format=layout), x_prime.to(memory_format=layout)
-        output = run.wrapped(x, x_prime)
+        output = backward(run, x, x_prime)
         _check_finite(output, run.step + 1)
-        accelerator.backward(output.loss)
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.step += 1
@@ -249,6 +252,20 @@ def fit(run: Run) -> None:
         if run.step % args.save_steps == 0 or last:
             save(run)
             clock.restart()
+
+
+def backward(run: Run, x: Tensor, x_prime: Tensor) -> VICRegOutput:
+    """The loss of two batches of views, and its gradient in every parameter's `grad`."""
+    accelerator, batches = run.accelerator, run.batches
+    if batches.micro_batch_size < batches.batch_size:
+        return backward_in_chunks(
+            run.model, x, x_prime,
+            chunk_size=batches.micro_batch_size // accelerator.num_processes,
+            wrapped=run.wrapped, backward=accelerator.backward, autocast=accelerator.autocast,
+        )  # fmt: skip
+    output = run.wrapped(x, x_prime)
+    accelerator.backward(output.loss)
+    return output
 
 
 def measure(run: Run) -> None:
@@ -375,6 +392,16 @@ def _open_splits(
     train = image_split(splits, args.train_split, **columns)
     held_out, name = held_out_split(splits, args.eval_split, args.train_split, **columns)
     return train, held_out, name
+
+
+def _check_micro_batches(model: VICRegModel, batches: GlobalBatches) -> None:
+    smallest = batches.batch_size % batches.micro_batch_size or batches.micro_batch_size
+    if smallest == 1 and any(isinstance(m, _BatchNorm) for m in model.backbone.modules()):
+        raise ValueError(
+            "micro_batch_size must leave batch normalisation at least 2 images to compare, got "
+            f"micro_batch_size={batches.micro_batch_size} and batch_size={batches.batch_size}; "
+            f"use {batches.micro_batch_size + 1}."
+        )
 
 
 def _common_side(split: ImageSplit) -> int | None:

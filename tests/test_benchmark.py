@@ -1,0 +1,146 @@
+"""What the benchmark prints when started as a user does, and that it compares equal things."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+import torch
+from gloo import GlooPool
+from torch import Tensor
+from workflow import ROOT, run
+
+from vicreg_hf.benchmarks.loss import _figures, authors_loss, losses, our_loss
+from vicreg_hf.benchmarks.measuring import MIB, memory_process, peak_extra_mib
+from vicreg_hf.distributed import rank, world_size
+
+CPU = torch.device("cpu")
+DIMS = [4, 24]  # fewer dimensions than rows, and more
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux records it")
+
+
+@pytest.mark.parametrize("name", ["benchmark.py", "pretrain.py"])
+def test_a_script_is_at_most_a_page(name: str) -> None:
+    assert len((ROOT / "scripts" / name).read_text().splitlines()) <= 60
+
+
+# The script
+
+
+def benchmark(*flags: str) -> tuple[str, list[str], list[list[str]]]:
+    """The line above the table, the table's header and its rows."""
+    result = run([sys.executable, "scripts/benchmark.py", *flags])
+    assert result.returncode == 0, result.stderr
+    above, *lines = result.stdout.splitlines()
+    assert all(line.startswith("| ") and line.endswith(" |") for line in lines)
+    header, rule, *rows = [line[2:-2].split(" | ") for line in lines]
+    assert rule == ["---"] * len(header)
+    assert all(len(row) == len(header) for row in rows)
+    return above, header, rows
+
+
+def test_one_process_prints_a_line_for_every_pair_of_rows_and_dimensions() -> None:
+    flags = ["--rows", "16", "--dims", "8", "24", "--device", "cpu"]
+    above, header, rows = benchmark("loss", *flags)
+    assert re.search(r"\d+ threads", above)
+    assert f"torch {torch.__version__}" in above
+    assert "commit" in above
+    ratios = [f"{name} / ours" for name in list(losses())[1:]]
+    assert header == ["N", "D", "ms", *ratios, "extra MiB", *ratios]
+    assert [row[:2] for row in rows] == [["16", "8"], ["16", "24"]]
+    for row in rows:
+        times, memory = row[2 : 3 + len(ratios)], row[3 + len(ratios) :]
+        assert all(float(time) > 0 for time in times)
+        assert all(figure == "?" or float(figure) >= 0 for figure in memory)
+
+
+@on_linux
+def test_over_two_processes_ours_sends_and_computes_less_than_the_authors() -> None:
+    flags = ["--processes", "1", "2", "--rows", "256", "--dims", "512"]
+    _, header, rows = benchmark("loss", *flags)
+    columns = ["processes", "loss", "GFLOP per process", "MiB sent per process", "ms"]
+    assert header == ["N", "D", *columns]
+    flops = {(int(row[2]), row[3]): float(row[4]) for row in rows}
+    sent = {(int(row[2]), row[3]): float(row[5]) for row in rows}
+    assert list(flops) == [(world, name) for world in (1, 2) for name in ("vicreg_hf", "authors")]
+    assert sent[1, "vicreg_hf"] == sent[1, "authors"] == 0
+    assert 0 < sent[2, "vicreg_hf"] < sent[2, "authors"]
+    assert all(0 < flops[world, "vicreg_hf"] < flops[world, "authors"] for world in (1, 2))
+    assert flops[2, "vicreg_hf"] < flops[1, "vicreg_hf"]
+
+
+# What it measures
+
+
+def extra_mib_of(blocks: int) -> list[float | None]:
+    """What 64 MiB in so many tensors measure, before and after as much was freed."""
+
+    def allocate() -> None:
+        _ = [torch.ones(64 // blocks * MIB // 4) for _ in range(blocks)]
+
+    return [peak_extra_mib(allocate, CPU) for _ in range(2)]
+
+
+@on_linux
+@pytest.mark.parametrize("blocks", [1, 64])  # of 1 MiB glibc keeps some, unless told not to
+def test_peak_memory_is_what_was_allocated_although_it_was_freed(blocks: int) -> None:
+    with memory_process() as pool:
+        measured = pool.submit(extra_mib_of, blocks).result()
+    assert all(mib is not None and 60 < mib < 80 for mib in measured)
+
+
+def test_there_is_no_ratio_to_memory_that_did_not_rise() -> None:
+    seconds = {"vicreg_hf": 1.0, "authors": 2.0}
+    memory: dict[str, float | None] = {"vicreg_hf": 0.0, "authors": 0.5}
+    assert _figures(seconds, memory) == ["1000.0", "2.00", "0", "?"]
+
+
+# What it compares
+
+
+def all_rows(dim: int) -> tuple[Tensor, Tensor]:
+    """Two branches of six rows; not centred, all terms active."""
+    generator = torch.Generator().manual_seed(0)
+    z, z_prime = torch.randn(2, 6, dim, generator=generator, dtype=torch.float64) * 0.8 + 0.3
+    return z, z_prime
+
+
+def loss_and_gradients(name: str, z: Tensor, z_prime: Tensor) -> list[Tensor]:
+    z, z_prime = z.clone().requires_grad_(), z_prime.clone().requires_grad_()
+    loss = losses()[name](z, z_prime)
+    return [loss.detach(), *torch.autograd.grad(loss, (z, z_prime))]
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("name", list(losses())[1:])
+def test_what_ours_is_compared_to_computes_the_same(name: str, dim: int) -> None:
+    expected = loss_and_gradients("vicreg_hf", *all_rows(dim))
+    actual = loss_and_gradients(name, *all_rows(dim))
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def loss_and_gradients_of_own_rows(name: str, dim: int) -> list[Tensor]:
+    z, z_prime = (x.chunk(world_size())[rank()] for x in all_rows(dim))
+    return loss_and_gradients(name, z, z_prime)
+
+
+def averaged_as_by_ddp(results: list[list[Tensor]]) -> list[Tensor]:
+    """The mean of the losses, and every row's gradient in the mean of the processes' losses."""
+    values, *grads = zip(*results, strict=True)
+    return [torch.stack(values).mean(), *(torch.cat(grad) / len(results) for grad in grads)]
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("name", ["vicreg_hf", "authors"])
+def test_over_two_processes_both_give_what_one_process_gives(
+    gloo: GlooPool, name: str, dim: int
+) -> None:
+    # The authors' invariance is of the own rows: only its mean over processes is the batch's.
+    actual = averaged_as_by_ddp(gloo.run(2, loss_and_gradients_of_own_rows, name, dim))
+    expected = loss_and_gradients("authors", *all_rows(dim))
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_ours_and_the_authors_are_always_compared() -> None:
+    assert list(losses().items())[:2] == [("vicreg_hf", our_loss), ("authors", authors_loss)]

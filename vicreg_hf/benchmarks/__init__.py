@@ -1,0 +1,1 @@
+"""What `scripts/benchmark.py` measures: ratios, side by side in one run."""
