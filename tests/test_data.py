@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
-import traceback
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,19 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
+from vicreg_hf.bad_images import BadImages
+from vicreg_hf.columns import find_image_column, find_label_column
 from vicreg_hf.data import (
-    GlobalBatches,
-    ImageSplit,
+    LoadingError,
     centre_crop,
     default_num_workers,
     evaluation_batches,
-    find_image_column,
-    find_label_column,
-    held_out_split,
-    image_split,
     load_in_memory,
-    open_dataset,
     training_views,
 )
 from vicreg_hf.images import ImageError
+from vicreg_hf.sampler import GlobalBatches
+from vicreg_hf.sources import ImageSplit, held_out_split, image_split, open_dataset
 from vicreg_hf.views import TwoViews
 
 CPU = torch.device("cpu")
@@ -502,15 +501,70 @@ def test_memory_and_workers_give_the_same_views(images: Tensor, split: ImageSpli
     assert apart.max() < 12
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_bad_image_stops_the_loading_and_names_its_row(images: Tensor, num_workers: int) -> None:
+BAD = (3, 13, 14)
+
+
+@pytest.fixture(scope="module")
+def damaged(images: Tensor) -> ImageSplit:
     cells: list[bytes | None] = [png(image) for image in images]
-    cells[13] = b"<html>404</html>"
-    split = image_split(DatasetDict({"train": table_of(cells)}), "train", dataset_name="flowers")
-    with pytest.raises(ImageError, match=r"row 13 of flowers \(train\)") as error:
-        views_of(split, range(5), num_workers=num_workers)
-    # Left to the garbage collector, torch's loader waits 5 seconds for its worker.
-    traceback.clear_frames(error.tb)
+    for row, data in zip(BAD, (b"<html>404</html>", b"", None), strict=True):
+        cells[row] = data
+    return image_split(DatasetDict({"train": table_of(cells)}), "train", dataset_name="flowers")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_image_is_replaced_and_named_whoever_reads_it(
+    damaged: ImageSplit, num_workers: int
+) -> None:
+    batches, bad = GlobalBatches(20, 8, seed=2), BadImages(20, 1.0, None)
+    in_memory = load_in_memory(damaged)
+    assert in_memory is not None
+    training = training_views(
+        damaged, batches, VIEWS, steps=range(5), device=CPU, num_workers=num_workers, bad=bad
+    )
+    for views, expected in zip(training, views_of(in_memory, range(5)), strict=True):
+        apart = (grey_levels(views) - expected).abs()
+        assert apart.mean() < 0.05
+    said: list[str] = []
+    bad.agree(say=said.append)
+    assert {image.row for image in bad.found} == set(BAD)
+    assert re.search(r"3 images could not be used and were replaced; .* row \d+: ", said[0])
+
+
+def test_what_replaces_a_bad_image_depends_on_its_row_alone(
+    damaged: ImageSplit, images: Tensor
+) -> None:
+    alone = [damaged.read_or_replace([row])[0][0] for row in range(20)]
+    together, bad = damaged.read_or_replace(range(20))
+    torch.testing.assert_close(torch.stack(together), torch.stack(alone), rtol=0, atol=0)
+    assert {image.row for image in bad} == set(BAD)
+    for row, image in enumerate(together):
+        sources = [k for k in range(20) if torch.equal(images[k], image)]
+        assert (sources == [row]) == (row not in BAD)
+        assert len(sources) == 1
+
+
+def test_where_nothing_can_be_used_the_first_row_is_named() -> None:
+    splits = DatasetDict({"train": table_of([b"", b"", b""])})
+    split = image_split(splits, "train", dataset_name="flowers")
+    with pytest.raises(ImageError, match=r"row 1 of flowers \(train\), column image: the image is"):
+        split.read_or_replace([1])
+
+
+class DiesAtStep2(TwoViews):
+    """In a worker; views elsewhere."""
+
+    def crop(self, images: Any, indices: Any, epoch: Any = 0) -> Any:
+        if torch.utils.data.get_worker_info() is not None and epoch == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().crop(images, indices, epoch)
+
+
+def test_a_worker_that_is_killed_is_said_to_have_died(split: ImageSplit) -> None:
+    batches, views = GlobalBatches(20, 8, seed=2), DiesAtStep2(image_size=24)
+    with pytest.raises(LoadingError, match=r"worker died: .*Killed.*lower --num_workers"):
+        for _ in training_views(split, batches, views, steps=range(6), device=CPU, num_workers=1):
+            pass
 
 
 # --- evaluation

@@ -42,7 +42,8 @@ def test_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> None
     assert rows[0].keys() == {"step", "epoch", "knn", "knn_pixels"}
     assert rows[-1].keys() == {
         "step", "epoch", "loss", "invariance", "variance", "covariance", "lr",
-        "views_per_second", "embedding_std", "effective_rank", "knn",
+        "views_per_second", "embedding_std", "effective_rank", "alignment", "uniformity",
+        "bad_images", "knn",
     }  # fmt: skip
     last = rows[-1]
     total = 25 * last["invariance"] + 25 * last["variance"] + last["covariance"]
@@ -207,9 +208,10 @@ import os, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from vicreg_hf import TwoViews, VICRegConfig, VICRegModel
-from vicreg_hf.data import GlobalBatches, training_views
+from vicreg_hf.data import training_views
 from vicreg_hf.distributed import SyncBatchNorm, rank, world_size
 from vicreg_hf.optim import create_optimizer
+from vicreg_hf.sampler import GlobalBatches
 
 if "WORLD_SIZE" in os.environ:
     dist.init_process_group("gloo")
@@ -270,7 +272,8 @@ BAD_SETTINGS = {
     "one sample": ({"batch_size": 1}, "at least 2 images, got batch_size=1"),
     "optimizer": ({"optimizer": "adamx"}, "got 'adamx'"),
     "no step": ({"num_train_epochs": 0.01}, "at least one step, got 0.01 epochs of 4 steps"),
-    "channels": ({"model_args": {"in_chans": 1}}, "must take RGB images of 32 pixels"),
+    "channels": ({"model_args": {"in_chans": 2}}, "has 1, 3 or 4 channels, got 2"),
+    "no channels": ({"model_args": {"in_chans": 0}}, "in_chans must be a positive integer, got 0"),
     "model_args": ({"model_args": {"depht": 2}}, "got {'depht': 2}"),
     "data set": ({"dataset_name": "no/such/folder"}, "got 'no/such/folder'"),
 }  # fmt: skip

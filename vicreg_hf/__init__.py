@@ -4,13 +4,14 @@ Importing this registers `VICRegModel` with transformers' Auto classes.
 """
 
 from vicreg_hf.arguments import PretrainingArguments
+from vicreg_hf.augmentation import ViewRecipe
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.evaluation import knn_accuracy
 from vicreg_hf.loss import VICRegLoss, vicreg_loss
 from vicreg_hf.modeling_vicreg import VICRegModel, VICRegOutput
 from vicreg_hf.optim import LARS
 from vicreg_hf.pretraining import pretrain
-from vicreg_hf.views import TwoViews, ViewRecipe
+from vicreg_hf.views import TwoViews
 
 __version__ = "0.1.0"
 

@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from vicreg_hf.data import DEMO, SMALL_IMAGE
+from vicreg_hf.augmentation import PRESETS, describe, find_recipes
+from vicreg_hf.data import SMALL_IMAGE
 from vicreg_hf.optim import default_base_lr
-from vicreg_hf.views import PRESETS
+from vicreg_hf.sources import DEMO
 
 
 def _setting(default: Any, meaning: str) -> Any:
@@ -30,7 +31,9 @@ class PretrainingArguments:
     A None is filled in from the other settings or the data, and config.yaml shows with what.
     """
 
-    dataset_name: str = _setting(DEMO, "Hub id, local folder, or demo, the embedded digits.")
+    dataset_name: str = _setting(
+        DEMO, "Hub id, local folder or file, or demo, the embedded digits."
+    )
     dataset_config_name: str | None = _setting(None, "Configuration of a Hub data set.")
     train_split: str = _setting("train", "Split to train on; its labels are never used for that.")
     eval_split: str | None = _setting(
@@ -39,6 +42,12 @@ class PretrainingArguments:
     image_column: str | None = _setting(None, "Column of images; found by its type if only one.")
     label_column: str | None = _setting(
         None, "Column of classes for the kNN monitor; labels never reach the encoder."
+    )
+    streaming: bool = _setting(
+        False, "Read the data as they are needed, for what does not fit on the disk."
+    )
+    max_bad_fraction: float = _setting(
+        0.05, "Share of images that may be unusable, and are replaced, before a run stops."
     )
     architecture: str = _setting("resnet50", "Any timm model.")
     model_args: dict[str, Any] | str | None = _setting(
@@ -54,8 +63,10 @@ class PretrainingArguments:
         "Side of a view in pixels; by default 224, or the images' own if "
         f"all are square, alike and at most {SMALL_IMAGE}.",
     )
-    augmentation: str | None = _setting(
-        None, f"One of {', '.join(PRESETS)}; by default authors, or cifar up to 64 pixels."
+    augmentation: dict[str, Any] | str | None = _setting(
+        None,
+        f"One of {', '.join(PRESETS)}, or a YAML file of your own; by default authors, or cifar up "
+        "to 64 pixels.",
     )
     batch_size: int = _setting(256, "Images per step over all processes; each gives two views.")
     micro_batch_size: int | None = _setting(
@@ -77,6 +88,9 @@ class PretrainingArguments:
     num_workers: int | None = _setting(
         None, "Image-decoding workers per process; by default its share of the cores."
     )
+    compile: bool | None = _setting(
+        None, "Fuse the making of views with torch.compile; by default on GPUs."
+    )
     output_dir: str | None = _setting(None, "By default runs/ and the data set's name.")
     logging_steps: int = _setting(50, "Steps between lines of metrics.jsonl.")
     save_steps: int = _setting(1000, "Steps between checkpoints; one is also saved at the end.")
@@ -95,10 +109,7 @@ class PretrainingArguments:
                 ) from error
         if self.model_args is not None and not isinstance(self.model_args, dict):
             raise ValueError(f"model_args must be a JSON object, got {self.model_args!r}.")
-        if self.augmentation is not None and self.augmentation not in PRESETS:
-            raise ValueError(
-                f"augmentation must be one of {', '.join(PRESETS)}, got {self.augmentation!r}."
-            )
+        self._settle_augmentation()
         if self.resume not in ("auto", "never", "required"):
             raise ValueError(f"resume must be auto, never or required, got {self.resume!r}.")
         for name in ("batch_size", "micro_batch_size", "logging_steps", "save_steps", "image_size",
@@ -114,11 +125,36 @@ class PretrainingArguments:
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}.")
         _ = self.expander_widths
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(
+                f"max_bad_fraction must lie between 0 and 1, got {self.max_bad_fraction}."
+            )
+        if not isinstance(self.in_chans, int) or self.in_chans < 1:
+            raise ValueError(f"in_chans must be a positive integer, got {self.in_chans!r}.")
         if self.base_lr is None:
             self.base_lr = default_base_lr(self.optimizer, self.batch_size)
         if self.output_dir is None:
             # resolved, so that . and .. have names
             self.output_dir = f"runs/{Path(self.dataset_name).resolve().name}"
+
+    def _settle_augmentation(self) -> None:
+        """Leave the name of a preset; of anything else what it says, so that a run repeats it."""
+        given = self.augmentation
+        if isinstance(given, str) and given.lstrip().startswith("{"):
+            try:
+                given = json.loads(given)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"augmentation must be valid JSON, got {given!r}.") from error
+        if given is not None:
+            recipes = find_recipes(given)
+            preset = isinstance(given, str) and given in PRESETS
+            self.augmentation = given if preset else describe(recipes)
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images, as model_args says."""
+        assert not isinstance(self.model_args, str)
+        return (self.model_args or {}).get("in_chans", 3)
 
     @property
     def expander_widths(self) -> list[int]:

@@ -1,412 +1,264 @@
-"""Data sets to batches of uint8 images, in an order that is a function of (seed, step).
+"""Data sets to batches of views.
 
 Small images of one size are decoded once and stay in memory; others are decoded and cropped by
 loading workers. Which of the two is in use changes the speed and nothing else.
 
-Shapes: B images per process, H x W source pixels, S side of a view.
+Shapes: B images per process, C channels, H x W source pixels, S side of a view.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 
-import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HfHubHTTPError
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms.v2 import functional as tv
 
-from vicreg_hf.demo import load_demo
-from vicreg_hf.images import ImageError, decode_image
-from vicreg_hf.randomness import permutation
-from vicreg_hf.views import TwoViews
+from vicreg_hf.bad_images import BadImages
+from vicreg_hf.columns import BadImage, path_of
+from vicreg_hf.images import ImageError
+from vicreg_hf.prefetch import prefetch
+from vicreg_hf.sampler import GlobalBatches
+from vicreg_hf.sources import ImageSplit
+from vicreg_hf.streaming import ImageStream
+from vicreg_hf.views import TwoViews, Views
 
-DEMO = "demo"
-EVAL_SPLITS = ("test", "validation", "valid", "val")
 SMALL_IMAGE = 64
 """Side in pixels up to which images are taken at their own size, with the `cifar` views."""
 MEMORY_BUDGET = 4 * 2**30
 """Bytes of decoded pixels a process keeps in memory at most."""
+STREAM_CHUNK = 32
+"""Images of a stream that a worker crops together."""
 
-Batch = tuple[int, NDArray[np.int64]]
-"""The epoch and the sample indices of this process's rows."""
-
-
-@dataclass
-class ImageSplit:
-    """One split: encoded images, and labels where the data has them."""
-
-    table: datasets.Dataset
-    column: str
-    name: str
-    labels: Tensor | None = None
-    """(N,) classes from 0."""
-    label_names: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells one data set from another: its length, and a digest of its first images."""
-        digest = hashlib.sha256()
-        for cell in self.table[: min(8, len(self))][self.column]:
-            digest.update(_encoded_bytes(cell))
-        return {"images": len(self), "sha256": digest.hexdigest()}
-
-    def read(self, rows: Sequence[int]) -> list[Tensor]:
-        """Decode some rows.
-
-        Returns:
-            One (3, H, W) uint8 tensor per row.
-
-        Raises:
-            ImageError: names the row.
-        """
-        images = []
-        for row, cell in zip(rows, self.table[list(rows)][self.column], strict=True):
-            try:
-                images.append(decode_image(_encoded_bytes(cell)))
-            except ImageError as error:
-                raise ImageError(
-                    f"row {row} of {self.name}, column {self.column}: {error}"
-                ) from None
-        return images
+Crops = tuple[Views, NDArray[np.int64], list[BadImage]]
+"""Two (B, C, S, S) uint8 tensors, the (B,) keys they were drawn by, and what was replaced."""
 
 
-def _encoded_bytes(cell: dict[str, Any] | None) -> bytes:
-    if cell is None:
-        return b""
-    if cell["bytes"] is not None:
-        return cell["bytes"]
-    try:
-        return Path(cell["path"]).read_bytes()
-    except (OSError, TypeError) as error:
-        raise ImageError(f"the file cannot be read: {error}") from error
+class LoadingError(RuntimeError):
+    """A loading worker died."""
 
 
-def open_dataset(name: str, config_name: str | None = None) -> datasets.DatasetDict:
-    """The splits of `demo`, a Hub id, or a local folder.
-
-    Raises:
-        ValueError: nothing there that `datasets` can load.
-    """
-    if name == DEMO:
-        return load_demo()
-    try:
-        folder = Path(name)
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            loaded = datasets.load_from_disk(name)
-        else:
-            loaded = datasets.load_dataset(name, config_name)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        HfHubHTTPError,
-        DatasetsError,
-    ) as e:
-        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
-        raise ValueError(
-            f"dataset_name must be {DEMO}, a data set on the Hub or a local folder that "
-            f"datasets.load_dataset takes, got {name!r}: {reason}"
-        ) from e
-    if isinstance(loaded, datasets.Dataset):
-        loaded = datasets.DatasetDict({str(loaded.split or "train"): loaded})
-    if not isinstance(loaded, datasets.DatasetDict):
-        raise ValueError(f"dataset_name must give map-style splits, got {type(loaded).__name__}.")
-    return loaded
-
-
-def find_image_column(features: datasets.Features, wanted: str | None) -> str:
-    """The column to train on: the one asked for, or the only one that holds images.
-
-    Raises:
-        ValueError: no such column, or none or several to choose from.
-    """
-    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if wanted is not None:
-        if wanted in found:
-            return wanted
-        raise ValueError(
-            f"image_column must name a column of images, got {wanted!r}; "
-            f"columns of images: {', '.join(found) or 'none'}; all: {', '.join(features)}."
-        )
-    if len(found) == 1:
-        return found[0]
-    raise ValueError(
-        f"image_column must be given unless exactly one column holds images, got {len(found)}; "
-        f"columns of images: {', '.join(found) or 'none'}; all: {', '.join(features)}."
-    )
-
-
-def find_label_column(features: datasets.Features, wanted: str | None) -> str | None:
-    """The column of classes: the one asked for, else the only ClassLabel, else none."""
-    if wanted is not None:
-        if wanted in features:
-            return wanted
-        raise ValueError(
-            f"label_column must name a column, got {wanted!r}; columns: {', '.join(features)}."
-        )
-    found = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    return found[0] if len(found) == 1 else None
-
-
-def image_split(
-    splits: datasets.DatasetDict,
-    name: str,
-    *,
-    dataset_name: str,
-    image_column: str | None = None,
-    label_column: str | None = None,
-) -> ImageSplit:
-    """Pick a split and its columns.
-
-    Raises:
-        ValueError: no such split, no rows, no such column.
-    """
-    if name not in splits:
-        raise ValueError(f"split must be one of {', '.join(map(str, splits))}, got {name!r}.")
-    table = splits[name]
-    if len(table) == 0:
-        raise ValueError(f"a split must have rows, got none in split {name!r} of {dataset_name}.")
-    column = find_image_column(table.features, image_column)
-    label = find_label_column(table.features, label_column)
-    labels, names = (None, ()) if label is None else _labels(table, label)
-    if label_column is not None and labels is None:
-        raise ValueError(
-            f"label_column must hold a class in every row, got rows of {dataset_name} ({name}) "
-            f"without one in {label_column!r}; choose another or leave it out."
-        )
-    table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return ImageSplit(table, column, f"{dataset_name} ({name})", labels, names)
-
-
-def _labels(table: datasets.Dataset, column: str) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Classes from 0 and their names; None where a row has no class (null, or -1)."""
-    values, feature = (
-        table.select_columns([column]).with_format("arrow")[:][column],
-        table.features[column],
-    )
-    if values.null_count:
-        return None, ()
-    values = values.to_numpy()
-    if isinstance(feature, datasets.ClassLabel):
-        if values.min() < 0:
-            return None, ()
-        return torch.from_numpy(values.astype(np.int64)), tuple(feature.names)
-    names, classes = np.unique(values, return_inverse=True)
-    return torch.as_tensor(classes, dtype=torch.long), tuple(str(name) for name in names)
-
-
-def held_out_split(
-    splits: datasets.DatasetDict, wanted: str | None, train: str, **columns: Any
-) -> tuple[ImageSplit | None, str | None]:
-    """The split to measure on, and its name.
-
-    Args:
-        wanted: None takes the first of `EVAL_SPLITS` that has rows, the columns and labels.
-        train: the split that is trained on.
-        **columns: as for `image_split`.
-
-    Raises:
-        ValueError: the split asked for cannot be used.
-    """
-    if wanted is not None:
-        return image_split(splits, wanted, **columns), wanted
-    for name in EVAL_SPLITS:
-        if name in splits and name != train:
-            with suppress(ValueError):
-                found = image_split(splits, name, **columns)
-                if found.labels is not None:
-                    return found, name
-    return None, None
-
-
-def load_in_memory(split: ImageSplit, budget: int = MEMORY_BUDGET) -> Tensor | None:
-    """Decode a whole split.
+def load_in_memory(
+    split: ImageSplit, budget: int = MEMORY_BUDGET, bad: BadImages | None = None
+) -> Tensor | None:
+    """Decode a whole split; what cannot be used is replaced and added to `bad`.
 
     Returns:
-        (N, 3, H, W) uint8, or None where sizes differ or the pixels exceed the budget in bytes.
+        (N, C, H, W) uint8, or None where sizes differ or the pixels exceed the budget in bytes.
     """
-    first = split.read([0])[0]
+    (first,), _ = split.read_or_replace([0])
     if first.numel() * len(split) > budget:
         return None
     images = torch.empty((len(split), *first.shape), dtype=torch.uint8)
+    unusable: list[BadImage] = []
     step = 256
     for start in range(0, len(split), step):
         rows = range(start, min(start + step, len(split)))
-        decoded = split.read(rows)
+        decoded, replaced = split.read_or_replace(rows)
         if any(image.shape != first.shape for image in decoded):
             return None
         torch.stack(decoded, out=images[start : rows.stop])
+        unusable += replaced
+    if bad is not None:
+        bad.add(unusable)
     return images
 
 
-class GlobalBatches:
-    """Which samples each step sees: a pure function of (seed, step).
-
-    Every epoch is a new order of all samples, its last incomplete batch left out. A process takes
-    a run of consecutive rows of every micro-batch, so that the micro-batches are the same rows on
-    any number of processes. Without micro-batches, gathering by rank restores the batch.
-
-    Args:
-        num_samples: N.
-        batch_size: global; rank and world_size say which part is this process's.
-        micro_batch_size: global; None is the whole batch.
-
-    Raises:
-        ValueError: fewer samples than a batch, or a batch that processes cannot share evenly.
-    """
+class _Crops(Dataset[Crops]):
+    """Both crops of a step's samples, cut where they are decoded."""
 
     def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        micro_batch_size: int | None = None,
+        self, split: ImageSplit, batches: GlobalBatches, views: TwoViews, steps: range
     ) -> None:
-        least, most = 2 * world_size, num_samples // world_size * world_size
-        if most < least:
-            raise ValueError(
-                f"a data set must hold at least 2 images per process, got {num_samples} images and "
-                f"num_processes={world_size}."
-            )
-        if num_samples < batch_size:
-            raise ValueError(
-                f"batch_size must not exceed the number of images, got batch_size={batch_size} "
-                f"and {num_samples} images; use at most {most}."
-            )
-        if batch_size % world_size:
-            nearest = min(max(round(batch_size / world_size) * world_size, least), most)
-            raise ValueError(
-                f"batch_size must divide evenly over processes, got batch_size={batch_size} and "
-                f"num_processes={world_size}; the nearest that does is {nearest}."
-            )
-        if batch_size < least:
-            raise ValueError(
-                "batch_size must give every process at least 2 images, got "
-                f"batch_size={batch_size} and num_processes={world_size}; "
-                f"use at least {least}."
-            )
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.steps_per_epoch = num_samples // batch_size
-        self.micro_batch_size = min(micro_batch_size or batch_size, batch_size)
-        if self.micro_batch_size % world_size:
-            nearest = max(round(self.micro_batch_size / world_size), 1) * world_size
-            raise ValueError(
-                "micro_batch_size must divide evenly over processes, got "
-                f"micro_batch_size={self.micro_batch_size} and num_processes={world_size}; "
-                f"the nearest that does is {nearest}."
-            )
-        self.rank, self.world_size = rank, world_size
-        self._order = lru_cache(maxsize=2)(self._permutation)
+        self.split, self.batches, self.views, self.steps = split, batches, views, steps
 
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        return permutation(self.num_samples, seed=self.seed, epoch=epoch)
+    def __len__(self) -> int:
+        return len(self.steps)
 
-    def batch(self, step: int) -> Batch:
-        """This process's rows at a step, from 0."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        start = position * self.batch_size
-        rows = self._order(epoch)[start : start + self.batch_size]
-        parts = range(0, self.batch_size, self.micro_batch_size)
-        own = [self._own(rows[part : part + self.micro_batch_size]) for part in parts]
-        return epoch, np.concatenate(own)
-
-    def _own(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        share = len(rows) // self.world_size
-        return rows[self.rank * share : (self.rank + 1) * share]
+    def __getitem__(self, position: int) -> Crops:
+        epoch, rows = self.batches.batch(self.steps[position])
+        images, bad = self.split.read_or_replace(rows.tolist())
+        return self.views.crop(images, rows, epoch), rows, bad
 
 
-class _Crops(Dataset[Tensor]):
-    """Both crops of a sample, cut where it is decoded."""
+class _StreamCrops(IterableDataset[Crops]):
+    """Both crops of what a stream gives, drawn by the images' content."""
 
-    def __init__(self, split: ImageSplit, views: TwoViews) -> None:
-        self.split, self.views = split, views
+    def __init__(self, stream: ImageStream, views: TwoViews, epoch: int) -> None:
+        self.stream, self.views, self.epoch = stream, views, epoch
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Tensor]:
-        images = self.split.read([index for _, index in keys])
-        return [
-            self.views.crop(image, index, epoch)
-            for image, (epoch, index) in zip(images, keys, strict=True)
-        ]
+    def __iter__(self) -> Iterator[Crops]:
+        images: list[Tensor] = []
+        keys: list[int] = []
+        bad: list[BadImage] = []
+        column = self.stream.column
+        for number, cell in enumerate(self.stream.cells(self.epoch)):
+            try:
+                images.append(column.decode(cell))
+                keys.append(zlib.crc32(column.encoded(cell)))
+            except ImageError as error:
+                bad.append(BadImage(number, path_of(cell), str(error)))
+            if len(images) == STREAM_CHUNK:
+                yield self._cut(images, keys, bad)
+                images, keys, bad = [], [], []
+        if images:
+            yield self._cut(images, keys, bad)
+
+    def _cut(self, images: list[Tensor], keys: list[int], bad: list[BadImage]) -> Crops:
+        rows = np.array(keys, dtype=np.int64)
+        return self.views.crop(images, rows, self.epoch), rows, bad
+
+
+def _loader(source: Dataset[Crops], device: torch.device, num_workers: int) -> DataLoader[Crops]:
+    return DataLoader(
+        source,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if num_workers else None,
+    )
 
 
 def training_views(
-    images: ImageSplit | Tensor,
+    images: ImageSplit | ImageStream | Tensor,
     batches: GlobalBatches,
     views: TwoViews,
     *,
     steps: range,
     device: torch.device,
     num_workers: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    bad: BadImages | None = None,
+) -> Iterator[Views]:
     """The two views of this process's rows at every step, on the device.
 
+    On a GPU the next views are made while a step computes.
+
     Args:
-        images: a split to decode as it goes, or (N, 3, H, W) uint8 in memory.
-        steps: steps to yield; starting late resumes exactly.
+        images: a split to decode as it goes, a stream, or (N, C, H, W) uint8 in memory.
+        batches: which rows each step sees; of a stream only how many.
+        steps: steps to yield; starting late resumes exactly, but for streams.
         num_workers: loading processes; without effect for images in memory.
+        bad: told of images that could not be used.
 
     Yields:
-        Two (B, 3, S, S) float32 tensors.
+        Two (B, C, S, S) float32 tensors.
+
+    Raises:
+        ImageError: nothing usable.
+        LoadingError: a worker died.
     """
     if isinstance(images, Tensor):
-        for step in steps:
-            epoch, rows = batches.batch(step)
-            pixels = images[torch.from_numpy(rows)].to(device, non_blocking=True)
-            yield views(pixels, rows, epoch)
-        return
-    loader = DataLoader(
-        _Crops(images, views),
-        batch_sampler=_Keys(batches, steps),
-        num_workers=num_workers,
-        collate_fn=torch.stack,
-        pin_memory=device.type == "cuda",
-        persistent_workers=False,
-        prefetch_factor=4 if num_workers else None,
-    )
-    for step, crops in zip(steps, _one_sentence(loader), strict=True):
+        made = _views_of_memory(images, batches, views, steps, device)
+    else:
+        if isinstance(images, ImageStream):
+            crops = _crops_of_stream(images, batches, views, steps, device, num_workers)
+        else:
+            loader = _loader(_Crops(images, batches, views, steps), device, num_workers)
+            crops = ((batches.batch(s)[0], c) for s, c in zip(steps, loader, strict=True))
+        made = _views_of_crops(crops, views, device, bad)
+    with loading_errors():
+        yield from prefetch(made, device)
+
+
+def _views_of_memory(
+    images: Tensor, batches: GlobalBatches, views: TwoViews, steps: range, device: torch.device
+) -> Iterator[Views]:
+    for step in steps:
         epoch, rows = batches.batch(step)
-        yield views.colour(crops.to(device, non_blocking=True), rows, epoch)
+        chosen = images[torch.from_numpy(rows)]
+        if device.type == "cuda":
+            chosen = chosen.pin_memory()
+        yield views(chosen.to(device, non_blocking=True), rows, epoch)
 
 
-def _one_sentence(loader: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Pass batches on; of a worker's error only the sentence, not its traceback."""
+def _views_of_crops(
+    crops: Iterable[tuple[int, Crops]], views: TwoViews, device: torch.device, bad: BadImages | None
+) -> Iterator[Views]:
+    for epoch, ((x, x_prime), keys, replaced) in crops:
+        if bad is not None:
+            bad.add(replaced)
+        on_device = (x.to(device, non_blocking=True), x_prime.to(device, non_blocking=True))
+        yield views.colour(on_device, np.asarray(keys), epoch)
+
+
+def _crops_of_stream(
+    stream: ImageStream,
+    batches: GlobalBatches,
+    views: TwoViews,
+    steps: range,
+    device: torch.device,
+    num_workers: int,
+) -> Iterator[tuple[int, Crops]]:
+    """Batches of one size from chunks of any; a pass over the stream follows the other."""
+    size = batches.batch_size // batches.world_size
+    x, x_prime, keys, bad = _nothing(views)
+    epoch, left = steps.start, len(steps)  # a resumed run goes on with passes not yet seen
+    while left:
+        count = 0
+        for (own, own_prime), rows, replaced in _loader(
+            _StreamCrops(stream, views, epoch), device, num_workers
+        ):
+            count += len(rows)
+            x, x_prime = torch.cat([x, own]), torch.cat([x_prime, own_prime])
+            keys, bad = np.concatenate([keys, rows]), bad + replaced
+            while len(keys) >= size and left:
+                yield epoch, ((x[:size], x_prime[:size]), keys[:size], bad)
+                x, x_prime, keys, bad = x[size:], x_prime[size:], keys[size:], []
+                left -= 1
+            if not left:
+                return
+        if not count:
+            raise ImageError(f"{stream.name} must hold images that can be used, got none.")
+        epoch += 1
+
+
+def _nothing(views: TwoViews) -> tuple[Tensor, Tensor, NDArray[np.int64], list[BadImage]]:
+    empty = torch.empty(0, views.in_chans, views.image_size, views.image_size, dtype=torch.uint8)
+    return empty, empty, np.empty(0, np.int64), []
+
+
+@contextmanager
+def loading_errors() -> Iterator[None]:
+    """One sentence instead of a worker's traceback, wherever torch raises it.
+
+    Raises:
+        ImageError: as the worker did.
+        LoadingError: the worker died, and from what.
+    """
     try:
-        yield from loader
+        yield
     except ImageError as error:
         sentence = str(error).strip().splitlines()[-1]
         raise ImageError(sentence.split("ImageError: ", 1)[-1]) from None
+    except RuntimeError as error:
+        # torch's signal handler knows of what the worker died, and its loader only that it did
+        messages = [str(cause) for cause in (error.__cause__, error) if cause is not None]
+        messages = [message for message in messages if "DataLoader worker" in message]
+        if not messages:
+            raise
+        raise LoadingError(_cause_of_death(messages[0])) from None
 
 
-class _Keys:
-    """Batches of (epoch, index), as a DataLoader's batch_sampler."""
-
-    def __init__(self, batches: GlobalBatches, steps: range) -> None:
-        self.batches, self.steps = batches, steps
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in self.steps:
-            epoch, rows = self.batches.batch(step)
-            yield [(epoch, int(row)) for row in rows]
+def _cause_of_death(message: str) -> str:
+    sentence = message.strip().splitlines()[0].rstrip(". ")
+    if "Killed" in message:
+        why = (
+            "Something outside this program killed it, mostly for want of memory: lower "
+            "--num_workers or free some."
+        )
+    elif "Bus error" in message or "shm" in message or "shared memory" in message:
+        why = (
+            "Shared memory is full: enlarge /dev/shm (docker: --shm-size), or lower --num_workers."
+        )
+    else:
+        why = "With --num_workers 0 the main process decodes, and shows what fails."
+    return f"a loading worker died: {sentence}. {why} The last checkpoint is untouched."
 
 
 def centre_crop(image: Tensor, image_size: int, crop_pct: float) -> Tensor:
@@ -433,7 +285,7 @@ class _CentreCrops(Dataset[Tensor]):
         return len(self.split)
 
     def __getitems__(self, rows: list[int]) -> list[Tensor]:
-        images = self.split.read(rows)
+        images, _ = self.split.read_or_replace(rows)
         return [centre_crop(image, self.image_size, self.crop_pct) for image in images]
 
 
@@ -457,7 +309,8 @@ def evaluation_batches(
         num_workers=num_workers,
         collate_fn=torch.stack,
     )
-    yield from _one_sentence(loader)
+    with loading_errors():
+        yield from loader
 
 
 def available_cores() -> int:

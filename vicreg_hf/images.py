@@ -1,72 +1,156 @@
-"""Encoded images to RGB uint8 tensors.
+"""Encoded images to uint8 tensors, whatever their condition.
 
-Shapes: H x W pixels.
+Shapes: C channels, H x W pixels.
 """
 
 from __future__ import annotations
 
 import io
+import warnings
 from contextlib import suppress
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 
 MAX_PIXELS = 89_000_000
 """An image whose header claims more is refused before its pixels are read; PIL warns from here."""
+Image.init()
+FORMATS = tuple(
+    name
+    for name in (
+        "JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "MPO", "AVIF", "JPEG2000", "PPM", "DIB", "ICO",
+        "QOI", "PSD", "PCX", "SGI", "DDS", "TGA",
+    )
+    if name in Image.OPEN
+)  # fmt: skip
+"""Pixels, all of them: PIL's EPS would start Ghostscript on what a stranger wrote."""
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""PIL's mode of an encoded image of so many channels."""
+_JPEG = b"\xff\xd8\xff"
+_JPEG_END = b"\xff\xd9"
 
 
 class ImageError(ValueError):
     """Bytes that are not an image, or not one that can be used."""
 
 
-def decode_image(data: bytes) -> Tensor:
-    """Decode the first frame of an image, upright, as RGB.
+def decode_image(data: bytes, channels: int = 3) -> Tensor:
+    """Decode the first frame of an image, upright.
+
+    CMYK, palettes and gray become colour, alpha is dropped; 16-bit levels are rescaled, and float
+    values stretched over their range, where PIL would clip them.
 
     Args:
-        data: the file's content, of any format PIL reads.
+        data: the file's content, in one of `FORMATS`.
+        channels: C; 1 is gray, 3 RGB, 4 RGB and whatever the fourth channel holds.
 
     Returns:
-        (3, H, W) uint8.
+        (C, H, W) uint8, in either memory layout.
 
     Raises:
         ImageError: empty, damaged or truncated data, another format, more than `MAX_PIXELS`.
     """
+    if channels not in MODES:
+        raise ValueError(
+            f"an encoded image has 1, 3 or 4 channels, got {channels}; give images of others as "
+            "arrays, in a column of type Array3D."
+        )
     if not data:
         raise ImageError("the image is empty (0 bytes).")
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ImageError(
-                    f"the image has {width} x {height} pixels, more than the {MAX_PIXELS} allowed."
-                )
-            return _from_pil(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about damage that does not matter, or that is raised
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise ImageError(
+                        f"the image has {width} x {height} pixels, more than the {MAX_PIXELS} "
+                        "allowed."
+                    )
+                if channels == 3 and _is_plain_jpeg(image, data):
+                    # PIL's own libjpeg, without the copies that PIL makes of the pixels
+                    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                    return decode_jpeg(encoded, ImageReadMode.RGB)  # pyright: ignore[reportReturnType]
+                return _from_pil(image, MODES[channels])
     except ImageError:
         raise
-    except Exception as error:  # PIL's plugins raise whatever their parsing meets
+    except Exception as error:  # decoders raise whatever their parsing meets
         raise ImageError(f"the image cannot be decoded: {error}") from error
 
 
-def _from_pil(image: Image.Image) -> Tensor:
+def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
+    """A JPEG of RGB or gray that is whole and upright.
+
+    Damaged ones are PIL's: torchvision has leaked memory on them, and crashes on damaged PNGs.
+    """
+    if not (data.startswith(_JPEG) and data.endswith(_JPEG_END) and image.mode in ("RGB", "L")):
+        return False
+    with suppress(Exception):
+        return b"Exif\0\0" not in data[:65536] or image.getexif().get(0x0112, 1) == 1
+    return False
+
+
+def _from_pil(image: Image.Image, mode: str) -> Tensor:
     with suppress(Exception):  # broken EXIF is no reason to lose an image
         image = ImageOps.exif_transpose(image)
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        image = _rescale(image)
+        image = Image.fromarray(to_uint8(np.asarray(image)))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    if not (mode == "RGBA" and image.mode == "CMYK"):  # four channels as they are
+        image = image.convert(mode)
+    pixels = np.array(image)
+    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
-def _rescale(image: Image.Image) -> Image.Image:
-    """Bring 16-bit and float pixels to 0..255; PIL's own conversion clips them."""
-    values = np.asarray(image, dtype=np.float64)
-    if image.mode == "F":
-        finite = values[np.isfinite(values)]
+def to_uint8(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Bring pixels of any number type to 0..255.
+
+    Integers of 16 and 32 bits are taken as 16-bit levels; float values are stretched over the range
+    of the finite ones.
+    """
+    if values.dtype == np.uint8:
+        return values.astype(np.uint8)
+    scaled = values.astype(np.float64)
+    if np.issubdtype(values.dtype, np.floating):
+        finite = scaled[np.isfinite(scaled)]
         low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-        values = np.nan_to_num((values - low) / max(high - low, 1e-12), nan=0, posinf=1, neginf=0)
+        scaled = np.nan_to_num((scaled - low) / max(high - low, 1e-12), nan=0, posinf=1, neginf=0)
     else:
-        values = values / 65535
-    return Image.fromarray((values.clip(0, 1) * 255 + 0.5).astype(np.uint8))
+        scaled = scaled / 65535
+    return (scaled.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def image_of_array(values: ArrayLike, channels: int) -> Tensor:
+    """An image given as an array, as data sets keep those of many channels.
+
+    Args:
+        values: (C, H, W) or (H, W, C), of any number type.
+        channels: C.
+
+    Returns:
+        (C, H, W) uint8, as `to_uint8` brings it there.
+
+    Raises:
+        ImageError: no numbers, another shape, no pixels.
+    """
+    try:
+        array = np.asarray(values)
+        if array.dtype == object or not np.issubdtype(array.dtype, np.number):
+            raise ImageError(f"an image must be an array of numbers, got {array.dtype}.")
+        if array.ndim == 3 and array.shape[0] != channels and array.shape[2] == channels:
+            array = array.transpose(2, 0, 1)
+        if array.ndim != 3 or array.shape[0] != channels or array.size == 0:
+            raise ImageError(
+                f"an image must be of shape ({channels}, H, W) or (H, W, {channels}), got "
+                f"{array.shape}."
+            )
+        return torch.from_numpy(np.ascontiguousarray(to_uint8(array)))
+    except (TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"the array is not an image: {error}") from error

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vicreg_hf.data import SMALL_IMAGE, ImageSplit, evaluation_batches
+from vicreg_hf.data import SMALL_IMAGE, evaluation_batches
 from vicreg_hf.evaluation import extract_features, knn_accuracy
 from vicreg_hf.randomness import Stream, permutation
+from vicreg_hf.sources import ImageSplit
 
 K = 20
 MAX_TRAIN, MAX_TEST = 50_000, 10_000

@@ -1,7 +1,8 @@
-"""Image operations of the views, batched, each sample with its own parameter.
+"""Image operations of the views, batched, each image with its own parameter.
 
-Every operation takes and gives whole grey levels (0 to 255) in float32 and rounds where PIL rounds,
-so that each stays within two levels of PIL's, which the authors use, on every device.
+Every operation takes and gives uint8 grey levels, works in float32 in between and rounds where PIL
+rounds, so that each stays within two levels of PIL's, which the authors use, on every device. None
+has a branch or a loop that depends on a value, so that torch.compile makes one kernel of each.
 
 Shapes: B images, C channels, H x W source pixels, S side of a view.
 """
@@ -13,7 +14,13 @@ from torch import Tensor
 
 
 def _column(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)
+    """(B,) against (B, H, W)."""
+    return values.view(-1, 1, 1)
+
+
+def _whole(x: Tensor) -> Tensor:
+    """float32 to uint8, clipped and then truncated."""
+    return x.clamp(0, 255).to(torch.uint8)
 
 
 def _cubic(x: Tensor) -> Tensor:
@@ -48,42 +55,51 @@ def resized_crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
         size: S, in pixels.
 
     Returns:
-        (B, C, S, S) whole grey levels, float32.
+        (B, C, S, S) uint8.
     """
-    boxes = boxes.to(images.device, non_blocking=True)
-    across = _resize_matrices(boxes[:, 1], boxes[:, 3], images.shape[-1], size)
-    down = _resize_matrices(boxes[:, 0], boxes[:, 2], images.shape[-2], size)
-    x = images.float() @ across.mT.unsqueeze(1)
-    x = x.round_().clamp_(0, 255)
-    return (down.unsqueeze(1) @ x).round_().clamp_(0, 255)
+    batch, channels, height, width = images.shape
+    across = _resize_matrices(boxes[:, 1], boxes[:, 3], width, size)
+    down = _resize_matrices(boxes[:, 0], boxes[:, 2], height, size)
+    x = images.reshape(batch, channels * height, width).float()
+    x = torch.bmm(x, across.mT).round_().clamp_(0, 255)
+    x = x.view(batch, channels, height, size).transpose(1, 2).reshape(batch, height, -1)
+    x = torch.bmm(down, x).round_().clamp_(0, 255).to(torch.uint8)
+    return x.view(batch, size, channels, size).transpose(1, 2).contiguous()
 
 
-def luminance(x: Tensor) -> Tensor:
-    """ITU-R 601 grey levels (B, 1, H, W) of RGB (B, 3, H, W), rounded as PIL's mode L."""
-    r, g, b = x.unbind(1)
-    gray = (r * 19595 + g * 38470 + b * 7471 + 32768) / 65536  # PIL's 16-bit integer weights
-    return gray.floor_().unsqueeze(1)
+def _luminance(r: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    """ITU-R 601 grey levels, rounded as PIL's mode L with its 16-bit integer weights."""
+    return ((r * 19595 + g * 38470 + b * 7471 + 32768) / 65536).floor()
+
+
+def _gray(x: Tensor) -> Tensor:
+    """Grey levels (B, H, W) of RGB, or the mean of any other number of channels."""
+    x = x.float()
+    return _luminance(*x.unbind(1)) if x.shape[1] == 3 else x.mean(1)
 
 
 def _blend(x: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
     """PIL's ImageEnhance: other + factor * (x - other), clipped and then truncated."""
-    return ((x - other) * _column(factor) + other).clamp_(0, 255).floor_()
+    return _whole((x.float() - other) * factor.view(-1, 1, 1, 1) + other)
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """Scale x (B, 3, H, W) by factor (B,)."""
+    """Scale x (B, C, H, W) by factor (B,)."""
     return _blend(x, 0.0, factor)
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Spread x (B, 3, H, W) around its mean luminance by factor (B,)."""
-    mean = (luminance(x).mean((1, 2, 3), keepdim=True) + 0.5).floor_()
-    return _blend(x, mean, factor)
+    """Spread x (B, C, H, W) around its mean luminance by factor (B,)."""
+    gray = _gray(x)
+    # whole levels are summed as integers, which no order of summation changes
+    total = gray.to(torch.int32).sum((1, 2)) if x.shape[1] == 3 else gray.sum((1, 2))
+    mean = (total / (gray.shape[1] * gray.shape[2]) + 0.5).floor()
+    return _blend(x, mean.view(-1, 1, 1, 1), factor)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
     """Spread x (B, 3, H, W) around its luminance by factor (B,)."""
-    return _blend(x, luminance(x), factor)
+    return _blend(x, _gray(x).unsqueeze(1), factor)
 
 
 def _floor_of_255_times(x: Tensor) -> Tensor:
@@ -98,9 +114,9 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     Hue and saturation pass through 256 levels, as they do in PIL's HSV mode, which torchvision's
     ColorJitter uses on PIL images.
     """
-    r, g, b = x.unbind(1)
-    value = x.amax(1)
-    chroma = value - x.amin(1)
+    r, g, b = x.float().unbind(1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
     safe = chroma.clamp(min=1)
     rc, gc, bc = (value - r) / safe, (value - g) / safe, (value - b) / safe
     # 2 + rc - bc and 4 + gc - rc with one rounding: of the two lesser channels, one has distance 1
@@ -108,17 +124,28 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     blue = torch.where(gc == 1, 5 - rc, 3 + gc)
     sixth = torch.where(value == r, bc - gc, torch.where(value == g, green, blue)) / 6
     hue = _floor_of_255_times(torch.where(sixth < 0, 1 + sixth, sixth))
-    hue = (hue + (shift * 255).trunc().view(-1, 1, 1)) % 256 * (6 / 255)
+    hue = hue + _column((shift * 255).trunc())
+    hue = torch.where(hue < 0, hue + 256, torch.where(hue < 256, hue, hue - 256)) * (6 / 255)
     saturation = _floor_of_255_times(chroma / value.clamp(min=1)) / 255
-    # channel n is value * (1 - saturation * clip(min(k, 4 - k), 0, 1)) with k = (n + hue) mod 6
-    k = (torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1) + hue.unsqueeze(1)) % 6
-    ramp = torch.minimum(k, 4 - k).clamp_(0, 1)
-    return (value.unsqueeze(1) * (1 - saturation.unsqueeze(1) * ramp) + 0.5).floor_()
+
+    def channel(n: int) -> Tensor:
+        """Value * (1 - saturation * clip(min(k, 4 - k), 0, 1)) with k = (n + hue) mod 6."""
+        k = n + hue
+        k = torch.where(k < 6, k, k - 6)
+        ramp = torch.minimum(k, 4 - k).clamp(0, 1)
+        return (value * (1 - saturation * ramp) + 0.5).to(torch.uint8)
+
+    return torch.stack([channel(5), channel(3), channel(1)], 1)
 
 
 def grayscale(x: Tensor) -> Tensor:
     """Replace RGB (B, 3, H, W) by its luminance, three times."""
-    return luminance(x).expand_as(x)
+    return _gray(x).to(torch.uint8).unsqueeze(1).repeat(1, 3, 1, 1)
+
+
+def mirror(x: Tensor) -> Tensor:
+    """Turn x (B, C, H, W) left to right."""
+    return x.flip(-1)
 
 
 def solarize(x: Tensor, threshold: int = 128) -> Tensor:
@@ -126,31 +153,62 @@ def solarize(x: Tensor, threshold: int = 128) -> Tensor:
     return torch.where(x < threshold, x, 255 - x)
 
 
-def _blur_matrices(sigma: Tensor, side: int) -> Tensor:
-    """PIL's Gaussian blur along one axis, edges repeated, as matrices (B, side, side).
-
-    PIL approximates the Gaussian by three box filters with fractional ends.
+def _box_radius(sigma: Tensor) -> Tensor:
+    """Of three box filters that together have the standard deviation sigma (B,), fractional.
 
     Source: Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box
     filtering", SSVM 2011; Pillow's BoxBlur.c.
     """
-    variance = sigma * sigma / 3  # of each of the three boxes
+    variance = sigma * sigma / 3
     whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
     rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
-    radius = (whole + rest / (6 * (variance - (whole + 1) ** 2))).view(-1, 1, 1)
-    # A box is the overlap of [-radius - 1/2, radius + 1/2] with each pixel; the first and the last
-    # pixel also take what falls off the image.
-    edges = torch.arange(side + 1, device=sigma.device) - 0.5
-    edges[0], edges[-1] = -torch.inf, torch.inf
-    distance = edges.view(1, 1, -1) - torch.arange(side, device=sigma.device).view(1, -1, 1)
-    cumulative = (distance / (2 * radius + 1) + 0.5).clamp(0, 1)
-    box = cumulative.diff(dim=-1)
-    return box @ box @ box
+    return whole + rest / (6 * (variance - (whole + 1) ** 2))
 
 
-def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur x (B, C, H, W) with standard deviations sigma (B,) in pixels, edges repeated."""
-    across = _blur_matrices(sigma, x.shape[-1]).unsqueeze(1)
-    down = across if x.shape[-2] == x.shape[-1] else _blur_matrices(sigma, x.shape[-2]).unsqueeze(1)
-    blurred = down @ (x @ across.mT).round_()
-    return blurred.round_().clamp_(0, 255)
+def box_weights(sigma: Tensor, largest: float) -> Tensor:
+    """What a box gives the pixels 0, 1, ... R away, from sigma (B,) in pixels: (B, R + 1).
+
+    R holds for every sigma up to the largest.
+    """
+    taps = int(_box_radius(torch.tensor([largest], dtype=torch.float64)).floor()) + 2
+    radius = _box_radius(sigma).unsqueeze(1)
+    away = torch.arange(taps, device=sigma.device)
+    return (radius + 1 - away).clamp(0, 1) / (2 * radius + 1)
+
+
+def gaussian_blur(x: Tensor, weights: Tensor) -> Tensor:
+    """Blur x (B, C, H, W), edges repeated, as PIL does: three boxes each way, each rounded.
+
+    Args:
+        x: uint8.
+        weights: (B, R + 1) by `box_weights`.
+    """
+    batch, channels, height, width = x.shape
+    columns = weights.view(-1, 1, 1, weights.shape[1]).unbind(-1)
+    x = x.reshape(batch, channels * height, width)
+    for _ in range(3):
+        x = _box_blur(x, columns, 1)
+    x = x.view(batch, channels, height * width)
+    for _ in range(3):
+        x = _box_blur(x, columns, width)
+    return x.view(batch, channels, height, width)
+
+
+def _box_blur(x: Tensor, weights: tuple[Tensor, ...], step: int) -> Tensor:
+    """One box over rows of pixels (B, _, pixels) whose neighbours lie `step` apart."""
+    length, reach = x.shape[2], len(weights) - 1
+    first, last = x[..., :step], x[..., length - step :]
+    padded = torch.cat([*[first] * reach, x, *[last] * reach], 2).float()
+
+    def shifted(by: int) -> Tensor:
+        return padded.narrow(2, (reach + by) * step, length)
+
+    total = shifted(0) * weights[0]
+    for away in range(1, reach + 1):
+        total += (shifted(-away) + shifted(away)).mul_(weights[away])
+    return total.add_(0.5).clamp_(0, 255).to(torch.uint8)
+
+
+def normalise(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """X (B, C, H, W) uint8 times scale (C, 1, 1) plus shift (C, 1, 1), float32."""
+    return x.float() * scale + shift

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,32 +30,25 @@ from vicreg_hf.checkpointing import (
     save_checkpoint,
 )
 from vicreg_hf.configuration_vicreg import VICRegConfig, encoder_pretrained_cfg
-from vicreg_hf.data import (
-    MEMORY_BUDGET,
-    SMALL_IMAGE,
-    GlobalBatches,
-    ImageSplit,
-    available_cores,
-    default_num_workers,
-    held_out_split,
-    image_split,
-    load_in_memory,
-    open_dataset,
-    training_views,
-)
+from vicreg_hf.data import SMALL_IMAGE, available_cores, loading_errors, training_views
 from vicreg_hf.distributed import SyncBatchNorm, gather_rows
-from vicreg_hf.evaluation import effective_rank, embedding_std
+from vicreg_hf.evaluation import alignment, effective_rank, embedding_std, uniformity
 from vicreg_hf.gradcache import backward_in_chunks
+from vicreg_hf.inputs import Inputs, open_inputs
 from vicreg_hf.modeling_vicreg import VICRegModel, VICRegOutput, check_architecture
 from vicreg_hf.monitor import KNNMonitor
 from vicreg_hf.optim import create_optimizer, learning_rate
 from vicreg_hf.randomness import Stream, derive_seed
+from vicreg_hf.reporting import Clock, MetricsLog, summary
+from vicreg_hf.sampler import GlobalBatches
+from vicreg_hf.streaming import ImageStream
 from vicreg_hf.views import TwoViews
 
 # Settings a resumed run may change: they say where and how often, not what is computed.
 FREE_TO_CHANGE = {
-    "output_dir", "resume", "num_workers", "logging_steps", "save_steps", "knn_steps", "eval_split",
-    "label_column", "dataset_name",  # a folder may move; `fingerprint` tells whether it is another
+    "output_dir", "resume", "num_workers", "compile", "max_bad_fraction", "logging_steps",
+    "save_steps", "knn_steps", "eval_split", "label_column",
+    "dataset_name",  # a folder may move; `fingerprint` tells whether it is another
 }  # fmt: skip
 
 
@@ -69,15 +62,21 @@ class Run:
     wrapped: torch.nn.Module
     """The model as accelerate prepared it: under autocast, and in DDP on several processes."""
     optimizer: Optimizer
-    images: ImageSplit | Tensor
-    batches: GlobalBatches
+    inputs: Inputs
     views: TwoViews
-    total_steps: int
     monitor: KNNMonitor | None
     log: MetricsLog
     fingerprint: dict[str, Any]
     """Of the training data; a checkpoint remembers it."""
     step: int = 0
+
+    @property
+    def batches(self) -> GlobalBatches:
+        return self.inputs.batches
+
+    @property
+    def total_steps(self) -> int:
+        return self.inputs.total_steps
 
     @property
     def output_dir(self) -> Path:
@@ -96,37 +95,6 @@ class Run:
         )
 
 
-class MetricsLog:
-    """metrics.jsonl: one JSON object a line, written by the main process."""
-
-    def __init__(self, path: Path, enabled: bool) -> None:
-        self.path, self.enabled = path, enabled
-
-    def rows(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        rows = []
-        for line in self.path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # torn by a kill; what follows is written again
-                break
-        return rows
-
-    def add(self, row: dict[str, Any]) -> None:
-        if self.enabled:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-
-    def keep_until(self, step: int) -> None:
-        """Drop what a run wrote after the checkpoint it resumes from."""
-        if self.enabled:
-            kept = [row for row in self.rows() if row["step"] <= step]
-            aside = self.path.with_suffix(".partial")
-            aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            aside.replace(self.path)
-
-
 def pretrain(args: PretrainingArguments) -> Path:
     """Pretrain as the settings say, resuming from the newest checkpoint in output_dir.
 
@@ -138,10 +106,13 @@ def pretrain(args: PretrainingArguments) -> Path:
         CheckpointError: resuming was required and nothing valid is there, or the checkpoint is of
             another run, or one could not be written.
         FloatingPointError: the loss is not finite.
+        ImageError: too many images cannot be used.
+        LoadingError: a loading worker died.
     """
     run = setup(replace(args))
     measure(run)
-    fit(run)
+    with loading_errors():  # torch may say anywhere that a worker has died
+        fit(run)
     return finish(run)
 
 
@@ -151,30 +122,11 @@ def setup(args: PretrainingArguments) -> Run:
     accelerator = _accelerator()
     output_dir = Path(str(args.output_dir))
     _check_writable(output_dir)
-    train, held_out, held_out_name = _open_splits(args, accelerator)
-    batches = GlobalBatches(
-        len(train), args.batch_size, seed=args.seed,
-        rank=accelerator.process_index, world_size=accelerator.num_processes,
-        micro_batch_size=args.micro_batch_size,
+    inputs = open_inputs(
+        args, rank=accelerator.process_index, world_size=accelerator.num_processes,
+        local_processes=_local_processes(accelerator), main_first=accelerator.main_process_first,
     )  # fmt: skip
-    total_steps = args.max_steps or int(args.num_train_epochs * batches.steps_per_epoch)
-    if total_steps < 1:
-        raise ValueError(
-            f"num_train_epochs must give at least one step, got {args.num_train_epochs} epochs of "
-            f"{batches.steps_per_epoch} steps; use max_steps."
-        )
-    if args.warmup_epochs is None:
-        args.warmup_epochs = min(10.0, total_steps // 10 / batches.steps_per_epoch)
-    side = _common_side(train)
-    images = None if side is None else load_in_memory(train)
-    if side is not None and images is None and 3 * side * side * len(train) <= MEMORY_BUDGET:
-        side = None  # the first images are alike, but not all
-    args.image_column = train.column
-    args.eval_split = args.eval_split or held_out_name
-    args.image_size = args.image_size or side or 224
-    args.augmentation = args.augmentation or ("authors" if side is None else "cifar")
-    if args.num_workers is None:
-        args.num_workers = default_num_workers(_local_processes(accelerator))
+    train, batches = inputs.train, inputs.batches
     # convolutions are faster in this layout, on CPU too; attention does not mind
     model = _build_model(args).to(accelerator.device, memory_format=torch.channels_last)
     _check_micro_batches(model, batches)
@@ -187,23 +139,52 @@ def setup(args: PretrainingArguments) -> Run:
     )
     cfg = model.config.pretrained_cfg
     assert cfg is not None
+    assert args.image_size is not None
+    assert args.augmentation is not None
+    compiled = accelerator.device.type == "cuda" if args.compile is None else args.compile
     views = TwoViews(
-        args.image_size, args.augmentation, mean=cfg["mean"], std=cfg["std"], seed=args.seed
-    )
+        args.image_size, args.augmentation, mean=cfg["mean"], std=cfg["std"], seed=args.seed,
+        in_chans=args.in_chans, compile=compiled,
+    )  # fmt: skip
+    if views.left_out:
+        accelerator.print(
+            f"Images of {args.in_chans} channels are seen without {', '.join(views.left_out)}, "
+            "which need RGB."
+        )
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process)
     fingerprint = train.fingerprint()
     step = _resume(args, accelerator, model, optimizer, log, fingerprint)
     if accelerator.is_main_process:
         (output_dir / "config.yaml").write_text(args.to_yaml())
     wrapped, prepared = accelerator.prepare(model, optimizer)
-    images = train if images is None else images
-    monitor = KNNMonitor.create(
-        train, images, held_out, image_size=args.image_size, crop_pct=cfg["crop_pct"],
-        mean=cfg["mean"], std=cfg["std"], num_workers=args.num_workers,
+    monitor = _create_monitor(args, inputs, cfg)
+    if step:
+        inputs.bad.recall()
+    run = Run(
+        args, accelerator, model, wrapped, prepared, inputs, views, monitor, log, fingerprint, step
+    )
+    _agree_on_bad_images(run)
+    return run
+
+
+def _create_monitor(
+    args: PretrainingArguments, inputs: Inputs, cfg: dict[str, Any]
+) -> KNNMonitor | None:
+    if isinstance(inputs.train, ImageStream) or isinstance(inputs.images, ImageStream):
+        return None
+    assert args.image_size is not None
+    return KNNMonitor.create(
+        inputs.train, inputs.images, inputs.held_out, image_size=args.image_size,
+        crop_pct=cfg["crop_pct"], mean=cfg["mean"], std=cfg["std"],
+        num_workers=args.num_workers or 0,
     )  # fmt: skip
-    return Run(
-        args, accelerator, model, wrapped, prepared, images, batches, views, total_steps,
-        monitor, log, fingerprint, step,
+
+
+def _agree_on_bad_images(run: Run) -> None:
+    """Every process learns what all have found, and stops if it is too much."""
+    run.inputs.bad.agree(
+        gather_object, seen=run.step * run.args.batch_size,
+        write=run.accelerator.is_main_process, say=run.accelerator.print,
     )  # fmt: skip
 
 
@@ -211,8 +192,8 @@ def fit(run: Run) -> None:
     """Train from the run's step to its last."""
     args, accelerator = run.args, run.accelerator
     views = training_views(
-        run.images, run.batches, run.views, steps=range(run.step, run.total_steps),
-        device=accelerator.device, num_workers=args.num_workers or 0,
+        run.inputs.images, run.batches, run.views, steps=range(run.step, run.total_steps),
+        device=accelerator.device, num_workers=args.num_workers or 0, bad=run.inputs.bad,
     )  # fmt: skip
     bar = tqdm(
         views, "pretraining", run.total_steps, initial=run.step, unit="step",
@@ -303,48 +284,6 @@ def finish(run: Run) -> Path:
     return directory
 
 
-def summary(encoder: Path, rows: list[dict[str, Any]], monitor: KNNMonitor | None) -> str:
-    """The last lines of a run: where the encoder is, how to load it, how good it is."""
-    lines = [
-        "",
-        f"The encoder is in {encoder}. To load it, with nothing but transformers and timm:",
-        "",
-        "    from transformers import AutoImageProcessor, AutoModel",
-        f'    model = AutoModel.from_pretrained("{encoder}")',
-        f'    processor = AutoImageProcessor.from_pretrained("{encoder}")',
-        "",
-    ]
-    measured = [row for row in rows if "knn" in row]
-    if monitor is None:
-        lines.append("No labelled held-out split, so no kNN accuracy was measured.")
-    elif measured:
-        lines.append(f"{monitor.description}:")
-        if "knn_pixels" in measured[0]:
-            lines.append(f"    raw pixels          {100 * measured[0]['knn_pixels']:5.1f} %")
-        if measured[0]["step"] == 0:
-            lines.append(f"    encoder at step 0   {100 * measured[0]['knn']:5.1f} %")
-        last = measured[-1]
-        lines.append(f"    trained encoder     {100 * last['knn']:5.1f} % (step {last['step']})")
-    return "\n".join(lines)
-
-
-class Clock:
-    """Views per second since the last restart; evaluation and saving are not counted."""
-
-    def __init__(self, views_per_step: int) -> None:
-        self.views_per_step = views_per_step
-        self.restart()
-
-    def restart(self) -> None:
-        self.steps, self.started = 0, time.perf_counter()
-
-    def tick(self) -> None:
-        self.steps += 1
-
-    def rate(self) -> float:
-        return self.steps * self.views_per_step / (time.perf_counter() - self.started)
-
-
 def _accelerator() -> Accelerator:
     transformers.utils.logging.disable_progress_bar()
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -378,22 +317,6 @@ def _check_writable(directory: Path) -> None:
         ) from error
 
 
-def _open_splits(
-    args: PretrainingArguments, accelerator: Accelerator
-) -> tuple[ImageSplit, ImageSplit | None, str | None]:
-    """The training split, and the held-out one with its name if there is any."""
-    with accelerator.main_process_first():
-        splits = open_dataset(args.dataset_name, args.dataset_config_name)
-    columns: Any = {
-        "dataset_name": Path(args.dataset_name).name or args.dataset_name,
-        "image_column": args.image_column,
-        "label_column": args.label_column,
-    }
-    train = image_split(splits, args.train_split, **columns)
-    held_out, name = held_out_split(splits, args.eval_split, args.train_split, **columns)
-    return train, held_out, name
-
-
 def _check_micro_batches(model: VICRegModel, batches: GlobalBatches) -> None:
     smallest = batches.batch_size % batches.micro_batch_size or batches.micro_batch_size
     if smallest == 1 and any(isinstance(m, _BatchNorm) for m in model.backbone.modules()):
@@ -402,14 +325,6 @@ def _check_micro_batches(model: VICRegModel, batches: GlobalBatches) -> None:
             f"micro_batch_size={batches.micro_batch_size} and batch_size={batches.batch_size}; "
             f"use {batches.micro_batch_size + 1}."
         )
-
-
-def _common_side(split: ImageSplit) -> int | None:
-    """The side of the images if they look small, square and alike; else None."""
-    few = split.read(range(min(8, len(split))))
-    height, width = few[0].shape[-2:]
-    alike = all(image.shape == few[0].shape for image in few)
-    return height if alike and height == width <= SMALL_IMAGE else None
 
 
 def _build_model(args: PretrainingArguments) -> VICRegModel:
@@ -443,19 +358,20 @@ def _build_model(args: PretrainingArguments) -> VICRegModel:
     # Small images are seen whole; larger ones are evaluated on the authors' central crop.
     crop_pct = 1.0 if args.image_size <= SMALL_IMAGE else 0.875
     model.config.pretrained_cfg = cfg | {"crop_pct": crop_pct, "interpolation": "bicubic"}
-    _check_takes_images(model, args.image_size)
+    _check_takes_images(model, args.in_chans, args.image_size)
     return model
 
 
 @torch.inference_mode()
-def _check_takes_images(model: VICRegModel, side: int) -> None:
-    """Encode one black RGB image, so that what cannot work fails before the data is read."""
+def _check_takes_images(model: VICRegModel, channels: int, side: int) -> None:
+    """Encode one black image, so that what cannot work fails before the data is read."""
     try:
-        model.eval()(torch.zeros(1, 3, side, side))
+        model.eval()(torch.zeros(1, channels, side, side))
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise ValueError(
-            f"the backbone must take RGB images of {side} pixels, but {model.config.architecture} "
-            f"with model_args={model.config.model_args} does not: {' '.join(str(error).split())}"
+            f"the backbone must take images of {channels} x {side} x {side}, but "
+            f"{model.config.architecture} with model_args={model.config.model_args} does not: "
+            f"{' '.join(str(error).split())}"
         ) from error
     model.train()
 
@@ -524,7 +440,8 @@ def _place(run: Run) -> dict[str, Any]:
 
 def _metrics(run: Run, output: Any, lr: float, clock: Clock) -> dict[str, Any]:
     rate = clock.rate()
-    z = gather_rows(output.embeddings[0].detach())
+    _agree_on_bad_images(run)
+    z, z_prime = (gather_rows(branch.detach()) for branch in output.embeddings)
     return _place(run) | {
         "loss": output.loss.item(),
         "invariance": output.invariance.item(),
@@ -534,6 +451,9 @@ def _metrics(run: Run, output: Any, lr: float, clock: Clock) -> dict[str, Any]:
         "views_per_second": round(rate, 1),
         "embedding_std": embedding_std(z).item(),
         "effective_rank": effective_rank(z).item(),
+        "alignment": alignment(z, z_prime).item(),
+        "uniformity": uniformity(z).item(),
+        "bad_images": len(run.inputs.bad),
     }
 
 

@@ -29,6 +29,7 @@ class Stream(IntEnum):
     DEMO = 4
     SPLIT = 5
     DROPOUT = 6
+    REPLACEMENT = 7
 
 
 def philox(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:

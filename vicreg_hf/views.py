@@ -2,17 +2,16 @@
 
 A view is made in two halves that may run in different places: `TwoViews.crop` (the random resized
 crop) and `TwoViews.colour` (flip, colour jitter, grayscale, blur, solarise, normalisation).
-Calling the object does both. Between operations pixels are whole grey levels from 0 to 255, as they
-are in PIL, which the authors use.
+Calling the object does both. Between operations pixels are uint8, as they are in PIL, which the
+authors use.
 
-Shapes: B images, C = 3 channels, H x W source pixels, S side of a view, K uniforms per view.
+Shapes: B images, C channels, H x W source pixels, S side of a view, K uniforms per view.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import permutations
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,204 +20,61 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
+from vicreg_hf.augmentation import (
+    NUM_UNIFORMS,
+    ColourParameters,
+    Recipes,
+    ViewRecipe,
+    draw_colour,
+    draw_crops,
+    find_recipes,
+)
+from vicreg_hf.kernels import Kernels
 from vicreg_hf.pixels import (
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
+    box_weights,
     gaussian_blur,
     grayscale,
+    mirror,
+    normalise,
     resized_crop,
     solarize,
 )
 from vicreg_hf.randomness import Stream, uniforms
 
-CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after as many
-ORDERS = np.array(list(permutations(range(4))))
 JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+NEEDS_RGB = ("saturation", "hue", "grayscale")
+"""What a recipe asks of colours, and is left out for images of another number of channels."""
+IMAGES_AT_ONCE = 2**23
+"""Pixels and channels of which a CPU makes views at once: larger batches leave its cache."""
 
-
-@dataclass(frozen=True)
-class ViewRecipe:
-    """The distribution of one view; probabilities lie in [0, 1]."""
-
-    scale: tuple[float, float] = (0.08, 1.0)
-    """Area of the crop as a fraction of the image's."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width over height of the crop."""
-    flip: float = 0.5
-    """Probability of mirroring left to right."""
-    jitter: float = 0.8
-    """Probability of the colour jitter as a whole."""
-    brightness: float = 0.4
-    """Factor drawn from [1 - brightness, 1 + brightness]; likewise the next two."""
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    """Shift drawn from [-hue, hue], in turns of the colour circle."""
-    grayscale: float = 0.2
-    blur: float = 0.0
-    """Probability of Gaussian blur."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Range of the blur's standard deviation, in pixels of the view."""
-    solarize: float = 0.0
-    """Probability of inverting every level of 128 and above."""
-
-
-_AUTHORS = ViewRecipe()
-_PAPER = replace(_AUTHORS, blur=0.5, solarize=0.1)
-_CIFAR = ViewRecipe(scale=(0.2, 1.0), solarize=0.1)
-_TINY = ViewRecipe(scale=(0.4, 1.0), jitter=0.6, grayscale=0.1)
-_DEMO = ViewRecipe(scale=(0.3, 1.0), flip=0.0, grayscale=0.0)
-
-PRESETS: Mapping[str, tuple[ViewRecipe, ViewRecipe]] = {
-    # vicreg@4e12602, augmentations.py: the two views differ.
-    "authors": (replace(_AUTHORS, blur=1.0), replace(_AUTHORS, blur=0.1, solarize=0.2)),
-    # The paper's text, appendix C.1: both views alike.
-    "paper": (_PAPER, _PAPER),
-    # solo-learn's recipe for CIFAR: larger crops, no blur.
-    "cifar": (_CIFAR, _CIFAR),
-    # Gentler than cifar, for small images and backbones of under a million parameters.
-    "tiny": (_TINY, _TINY),
-    # Handwritten digits: a mirrored digit is not a digit.
-    "demo": (_DEMO, _DEMO),
-}
-
-
-@dataclass(frozen=True)
-class ColourParameters:
-    """What happens to each of B views after the crop; all fields are arrays over B."""
-
-    flip: NDArray[np.bool_]
-    jitter: NDArray[np.bool_]
-    order: NDArray[np.int64]
-    """(B, 4): the order of brightness 0, contrast 1, saturation 2, hue 3."""
-    factors: NDArray[np.float32]
-    """(B, 4): brightness, contrast and saturation factors, hue shift."""
-    grayscale: NDArray[np.bool_]
-    blur: NDArray[np.bool_]
-    sigma: NDArray[np.float32]
-    solarize: NDArray[np.bool_]
-
-
-# Columns of a view's row of uniforms. They are fixed, so that a recipe can change one probability
-# without changing anything else that is drawn.
-_AREA = slice(0, CROP_ATTEMPTS)
-_RATIO = slice(CROP_ATTEMPTS, 2 * CROP_ATTEMPTS)
-_TOP, _LEFT, _FLIP, _JITTER, _ORDER = range(2 * CROP_ATTEMPTS, 2 * CROP_ATTEMPTS + 5)
-_FACTORS = slice(_ORDER + 1, _ORDER + 5)
-_GRAY, _BLUR, _SIGMA, _SOLARIZE = range(_ORDER + 5, _ORDER + 9)
-NUM_UNIFORMS = _SOLARIZE + 1
-
-
-def _between(u: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
-    return (low + u * (high - low)).astype(np.float32)
-
-
-def draw_crops(
-    u: NDArray[np.float32], heights: ArrayLike, widths: ArrayLike, recipe: ViewRecipe
-) -> NDArray[np.int64]:
-    """Boxes of random resized crops, distributed as torchvision's.
-
-    Args:
-        u: (B, K) uniforms.
-        heights: scalar or (B,), in pixels; likewise widths.
-
-    Returns:
-        (B, 4): top, left, height, width.
-    """
-    size = np.broadcast_to(np.stack([np.asarray(heights), np.asarray(widths)], -1), (len(u), 2))
-    height, width = size[:, :1].astype(np.float64), size[:, 1:].astype(np.float64)
-    area = height * width * _between(u[:, _AREA], *recipe.scale)
-    low, high = np.log(recipe.ratio[0]), np.log(recipe.ratio[1])
-    ratio = np.exp(_between(u[:, _RATIO], low, high))
-    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = np.argmax(fits, axis=1)[:, None]
-    w, h = np.take_along_axis(w, first, 1), np.take_along_axis(h, first, 1)
-    top, left = u[:, [_TOP]] * (height - h + 1), u[:, [_LEFT]] * (width - w + 1)
-    # No attempt fits: the largest central crop within the ratio, as torchvision does.
-    low_ratio, high_ratio = recipe.ratio
-    central_w = np.where(width / height > high_ratio, np.rint(height * high_ratio), width)
-    central_h = np.where(width / height < low_ratio, np.rint(width / low_ratio), height)
-    central = [(height - central_h) // 2, (width - central_w) // 2, central_h, central_w]
-    boxes = np.concatenate([top, left, h, w], 1)
-    boxes = np.where(fits.any(1, keepdims=True), boxes, np.concatenate(central, 1))
-    return np.maximum(boxes.astype(np.int64), [0, 0, 1, 1])
-
-
-def draw_colour(u: NDArray[np.float32], recipe: ViewRecipe) -> ColourParameters:
-    """Everything about B views but their crops, from (B, K) uniforms."""
-    strengths = (recipe.brightness, recipe.contrast, recipe.saturation)
-    lows = [max(0.0, 1 - s) for s in strengths] + [-recipe.hue]
-    highs = [1 + s for s in strengths] + [recipe.hue]
-    factors = np.stack(
-        [_between(u[:, _FACTORS][:, k], lows[k], highs[k]) for k in range(4)], axis=1
-    )
-    return ColourParameters(
-        flip=u[:, _FLIP] < recipe.flip,
-        jitter=u[:, _JITTER] < recipe.jitter,
-        order=ORDERS[(u[:, _ORDER] * len(ORDERS)).astype(np.int64)],
-        factors=factors,
-        grayscale=u[:, _GRAY] < recipe.grayscale,
-        blur=u[:, _BLUR] < recipe.blur,
-        sigma=_between(u[:, _SIGMA], *recipe.blur_sigma),
-        solarize=u[:, _SOLARIZE] < recipe.solarize,
-    )
-
-
-def apply_colour(x: Tensor, parameters: ColourParameters) -> Tensor:
-    """Flip, jitter, grayscale, blur and solarise a batch, in the authors' order.
-
-    Args:
-        x: (B, 3, S, S) grey levels 0 to 255, float32; may be changed in place.
-
-    Returns:
-        (B, 3, S, S) whole grey levels.
-    """
-
-    def rows(mask: NDArray[np.bool_]) -> Tensor:
-        return torch.from_numpy(np.flatnonzero(mask)).to(x.device, non_blocking=True)
-
-    def values(array: NDArray[np.float32], mask: NDArray[np.bool_]) -> Tensor:
-        return torch.from_numpy(array[mask]).to(x.device, non_blocking=True)
-
-    p = parameters
-    if p.flip.any():
-        chosen = rows(p.flip)
-        x[chosen] = x[chosen].flip(-1)
-    for slot in range(4):
-        for operation, adjust in enumerate(JITTER):
-            mask = p.jitter & (p.order[:, slot] == operation)
-            if mask.any():
-                chosen = rows(mask)
-                x[chosen] = adjust(x[chosen], values(p.factors[:, operation], mask))
-    if p.grayscale.any():
-        chosen = rows(p.grayscale)
-        x[chosen] = grayscale(x[chosen])
-    if p.blur.any():
-        chosen = rows(p.blur)
-        x[chosen] = gaussian_blur(x[chosen], values(p.sigma, p.blur))
-    if p.solarize.any():
-        chosen = rows(p.solarize)
-        x[chosen] = solarize(x[chosen])
-    return x
+Views = tuple[Tensor, Tensor]
+Operation = Callable[..., Tensor]
 
 
 class TwoViews:
     """Make the two views of VICReg from a batch of images.
 
-    What happens to an image depends on (seed, epoch, index, view) alone.
+    What happens to an image depends on (seed, epoch, index, view) alone. Images of other than three
+    channels keep the operations that need no colours: `NEEDS_RGB` names the others.
 
     Args:
         image_size: S, the side of a view in pixels.
-        preset: one of `PRESETS`, or the recipes of the first and the second view.
-        mean: subtracted after scaling to [0, 1], per channel.
+        preset: one of `PRESETS`, a YAML file or its content as `find_recipes` takes it, or the
+            recipes of the first and the second view.
+        mean: subtracted after scaling to [0, 1], per channel; by default ImageNet's, of which
+            images of other than three channels get the average.
         std: divided by after that, per channel.
         seed: any integer.
+        in_chans: C.
+        compile: fuse the operations with torch.compile: the same views, sooner, after half a minute
+            at the start. Without a C++ compiler it says so and goes on without.
 
     Raises:
-        ValueError: unknown preset, or a side below one pixel.
+        ValueError: unknown preset, no channels, or a side below one pixel.
 
     Example:
         >>> x, x_prime = TwoViews(image_size=32, preset="cifar")(images, indices)
@@ -229,26 +85,38 @@ class TwoViews:
     def __init__(
         self,
         image_size: int = 224,
-        preset: str | tuple[ViewRecipe, ViewRecipe] = "authors",
+        preset: str | Mapping[str, Any] | Recipes = "authors",
         *,
-        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         seed: int = 0,
+        in_chans: int = 3,
+        compile: bool = False,  # noqa: A002 - torch's word
     ) -> None:
-        if isinstance(preset, str) and preset not in PRESETS:
-            raise ValueError(
-                f"preset must be one of {', '.join(PRESETS)}, got {preset!r}; "
-                "or pass two ViewRecipe objects."
-            )
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
-        self.image_size = image_size
-        self.recipes = PRESETS[preset] if isinstance(preset, str) else preset
-        self.seed = seed
+        if in_chans < 1:
+            raise ValueError(f"in_chans must be at least 1, got {in_chans}.")
+        self.image_size, self.seed, self.in_chans = image_size, seed, in_chans
+        self.recipes: Recipes = preset if isinstance(preset, tuple) else find_recipes(preset)
+        self.kernels = Kernels(compiled=compile)
+        mean, std = (
+            _per_channel(name, values, default, in_chans)
+            for name, values, default in (
+                ("mean", mean, IMAGENET_DEFAULT_MEAN), ("std", std, IMAGENET_DEFAULT_STD),
+            )
+        )  # fmt: skip
         # x / 255, minus mean, over std, as one multiplication and one addition
         scale = torch.tensor([1 / (255 * s) for s in std])
         shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
         self._scale, self._shift = scale.view(-1, 1, 1), shift.view(-1, 1, 1)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Operations that the recipes ask for and images of so many channels cannot have."""
+        if self.in_chans == 3:
+            return ()
+        return tuple(n for n in NEEDS_RGB if any(getattr(recipe, n) for recipe in self.recipes))
 
     def uniforms(self, indices: ArrayLike, epoch: ArrayLike, view: int) -> NDArray[np.float32]:
         """The (B, K) numbers that decide view 0 or 1 of every image."""
@@ -257,21 +125,24 @@ class TwoViews:
 
     def __call__(
         self, images: Tensor, indices: ArrayLike | None = None, epoch: ArrayLike = 0
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Views:
         """Crop and colour images of one size, on their own device.
 
         Args:
-            images: (B, 3, H, W) uint8.
+            images: (B, C, H, W) uint8.
             indices: (B,) sample indices; None draws them from torch's generator, for use outside
                 a training run.
             epoch: scalar or (B,).
 
         Returns:
-            Two (B, 3, S, S) float32 tensors, normalised.
+            Two (B, C, S, S) float32 tensors, normalised.
+
+        Raises:
+            ValueError: images of another dtype or shape.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(
-                "images must be a uint8 tensor of shape (B, 3, H, W), got "
+                f"images must be a uint8 tensor of shape (B, {self.in_chans}, H, W), got "
                 f"{images.dtype} of shape {tuple(images.shape)}."
             )
         if indices is None:
@@ -280,48 +151,102 @@ class TwoViews:
         crops = []
         for view, recipe in enumerate(self.recipes):
             boxes = draw_crops(self.uniforms(indices, epoch, view), height, width, recipe)
-            crops.append(resized_crop(images, torch.from_numpy(boxes), self.image_size))
-        return self._colour(crops, indices, epoch)
+            on_device = torch.from_numpy(boxes).to(images.device, non_blocking=True)
+            crops.append(self.kernels(resized_crop, images, on_device, shared=(self.image_size,)))
+        return self.colour((crops[0], crops[1]), indices, epoch)
 
-    def crop(self, image: Tensor, index: int, epoch: int = 0) -> Tensor:
-        """Both crops of one image of any size; what a loading worker does.
+    def crop(self, images: Sequence[Tensor], indices: ArrayLike, epoch: ArrayLike = 0) -> Views:
+        """Both crops of images of any sizes; what a loading worker does.
 
         Args:
-            image: (3, H, W) uint8.
+            images: B of (C, H, W) uint8.
+            indices: (B,) sample indices.
+            epoch: scalar or (B,).
 
         Returns:
-            (2, 3, S, S) uint8.
+            Two (B, C, S, S) uint8 tensors.
         """
-        height, width = image.shape[-2:]
-        size = [self.image_size, self.image_size]
-        crops = []
+        side = [self.image_size, self.image_size]
+        heights, widths = np.array([image.shape[-2:] for image in images]).T
+        views = []
         for view, recipe in enumerate(self.recipes):
-            box = draw_crops(self.uniforms([index], epoch, view), height, width, recipe)[0]
-            top, left, h, w = box.tolist()
-            part = image[:, top : top + h, left : left + w]
-            crops.append(tv.resize(part, size, tv.InterpolationMode.BICUBIC, antialias=True))
-        return torch.stack(crops)
+            boxes = draw_crops(self.uniforms(indices, epoch, view), heights, widths, recipe)
+            out = torch.empty((len(images), self.in_chans, *side), dtype=torch.uint8)
+            for image, (top, left, height, width), into in zip(
+                images, boxes.tolist(), out, strict=True
+            ):
+                part = image[:, top : top + height, left : left + width]
+                into.copy_(tv.resize(part, side, tv.InterpolationMode.BICUBIC, antialias=True))
+            views.append(out)
+        return views[0], views[1]
 
-    def colour(
-        self, crops: Tensor, indices: ArrayLike, epoch: ArrayLike = 0
-    ) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def colour(self, crops: Views, indices: ArrayLike, epoch: ArrayLike = 0) -> Views:
         """Finish a batch of crops, on their own device.
 
         Args:
-            crops: (B, 2, 3, S, S) uint8.
+            crops: two (B, C, S, S) uint8 tensors, as `crop` gives them.
             indices: (B,) as given to `crop`; likewise epoch.
 
         Returns:
-            Two (B, 3, S, S) float32 tensors, normalised.
+            Two (B, C, S, S) float32 tensors, normalised.
         """
-        return self._colour([crops[:, 0].float(), crops[:, 1].float()], indices, epoch)
-
-    def _colour(
-        self, crops: list[Tensor], indices: ArrayLike, epoch: ArrayLike
-    ) -> tuple[Tensor, Tensor]:
         views = []
         for view, (x, recipe) in enumerate(zip(crops, self.recipes, strict=True)):
-            x = apply_colour(x, draw_colour(self.uniforms(indices, epoch, view), recipe))
+            parameters = draw_colour(self.uniforms(indices, epoch, view), recipe)
             scale, shift = self._scale.to(x.device), self._shift.to(x.device)
-            views.append(torch.addcmul(shift, x, scale))
+            out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+            at_once = len(x) if x.is_cuda else max(1, IMAGES_AT_ONCE // max(1, x[:1].numel()))
+            for start in range(0, len(x), at_once):
+                rows = slice(start, start + at_once)
+                levels = self._apply(x[rows].clone(), parameters.rows(rows), recipe)
+                out[rows] = self.kernels(normalise, levels, shared=(scale, shift))
+            views.append(out)
         return views[0], views[1]
+
+    def _apply(self, x: Tensor, p: ColourParameters, recipe: ViewRecipe) -> Tensor:
+        """Flip, jitter, grayscale, blur and solarise a batch in place, in the authors' order."""
+
+        def change(
+            operation: Operation, mask: NDArray[np.bool_], *values: NDArray[np.float32]
+        ) -> None:
+            chosen = np.flatnonzero(mask)
+            if len(chosen):
+                rows = torch.from_numpy(chosen).to(x.device, non_blocking=True)
+                own = (torch.from_numpy(v[chosen]).to(x.device, non_blocking=True) for v in values)
+                _write_rows(x, rows, self.kernels(operation, x.index_select(0, rows), *own))
+
+        in_colour = self.in_chans == 3
+        change(mirror, p.flip)
+        for slot in range(4):
+            for number, operation in enumerate(JITTER):
+                if in_colour or operation in JITTER[:2]:
+                    factor = np.ascontiguousarray(p.factors[:, number])
+                    # like torchvision's, a jitter without hue leaves the colours as they are
+                    wanted = factor != (0 if operation is adjust_hue else 1)
+                    change(operation, p.jitter & (p.order[:, slot] == number) & wanted, factor)
+        if in_colour:
+            change(grayscale, p.grayscale)
+        if p.blur.any():
+            weights = box_weights(torch.from_numpy(p.sigma), recipe.blur_sigma[1]).numpy()
+            change(gaussian_blur, p.blur, weights)
+        change(solarize, p.solarize)
+        return x
+
+
+def _per_channel(
+    name: str, values: Sequence[float] | None, default: Sequence[float], channels: int
+) -> list[float]:
+    if values is None:
+        values = default if channels == 3 else [sum(default) / len(default)]
+    if len(values) not in (1, channels):
+        raise ValueError(f"{name} must have a number per channel, {channels}, got {list(values)}.")
+    return list(values) if len(values) == channels else [values[0]] * channels
+
+
+def _write_rows(x: Tensor, rows: Tensor, values: Tensor) -> None:
+    """x[rows] = values, of contiguous uint8; eight at a time where that is possible."""
+    x, values = x.flatten(1), values.reshape(len(rows), -1)
+    if x.shape[1] % 8 == 0:
+        x, values = x.view(torch.int64), values.view(torch.int64)
+    x.index_copy_(0, rows, values)

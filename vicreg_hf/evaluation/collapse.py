@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def embedding_std(z: Tensor) -> Tensor:
@@ -30,3 +33,31 @@ def effective_rank(z: Tensor) -> Tensor:
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p = singular / singular.sum().clamp(min=1e-12) + 1e-7
     return torch.exp(-(p * p.log()).sum())
+
+
+def alignment(z: Tensor, z_prime: Tensor) -> Tensor:
+    """Mean squared distance of the two embeddings of an image, on the unit sphere: 0 to 4.
+
+    Args:
+        z: (N, D) embeddings of the first view; likewise z_prime of the second.
+
+    Source: Wang and Isola 2020, arXiv:2005.10242, eq. 2 with alpha = 2.
+    """
+    z, z_prime = F.normalize(z.float(), dim=1), F.normalize(z_prime.float(), dim=1)
+    return (z - z_prime).square().sum(1).mean()
+
+
+def uniformity(z: Tensor) -> Tensor:
+    """How evenly embeddings cover the unit sphere: 0 if they are equal, less the evener.
+
+    The logarithm of the mean of exp(-2 d^2) over all pairs of rows a distance d apart.
+
+    Args:
+        z: (N, D) embeddings, N > 1.
+
+    Source: Wang and Isola 2020, arXiv:2005.10242, eq. 3 with t = 2.
+    """
+    z = F.normalize(z.float(), dim=1)
+    squared = (2 - 2 * (z @ z.T)).clamp(min=0)
+    pairs = torch.triu_indices(len(z), len(z), offset=1, device=z.device)
+    return torch.logsumexp(-2 * squared[pairs[0], pairs[1]], 0) - math.log(pairs.shape[1])

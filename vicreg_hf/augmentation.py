@@ -1,0 +1,249 @@
+"""What the views are drawn from: recipes, presets, and draws from keyed uniforms.
+
+Shapes: B images, K uniforms per view.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import ArrayLike, NDArray
+
+CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after as many
+ORDERS = np.array(list(permutations(range(4))))
+
+
+@dataclass(frozen=True)
+class ViewRecipe:
+    """The distribution of one view; probabilities lie in [0, 1].
+
+    Raises:
+        ValueError: a probability, range or strength that cannot be.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the crop as a fraction of the image's."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the crop."""
+    flip: float = 0.5
+    """Probability of mirroring left to right."""
+    jitter: float = 0.8
+    """Probability of the colour jitter as a whole."""
+    brightness: float = 0.4
+    """Factor drawn from [1 - brightness, 1 + brightness]; likewise the next two."""
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    """Shift drawn from [-hue, hue], in turns of the colour circle."""
+    grayscale: float = 0.2
+    blur: float = 0.0
+    """Probability of Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation, in pixels of the view."""
+    solarize: float = 0.0
+    """Probability of inverting every level of 128 and above."""
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "ratio", "blur_sigma"):
+            object.__setattr__(self, name, _range(name, getattr(self, name)))
+        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+            _within(name, getattr(self, name), 0, 1)
+        for name in ("brightness", "contrast", "saturation"):
+            _within(name, getattr(self, name), 0, math.inf)
+        _within("hue", self.hue, 0, 0.5)
+
+
+def _range(name: str, value: Any) -> tuple[float, float]:
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) != 2
+        or not all(isinstance(end, (int, float)) and math.isfinite(end) for end in value)
+        or not 0 < value[0] <= value[1]
+    ):
+        raise ValueError(f"{name} must be two positive numbers, the lesser first, got {value!r}.")
+    return float(value[0]), float(value[1])
+
+
+def _within(name: str, value: Any, low: float, high: float) -> None:
+    right = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (right and low <= value <= high and math.isfinite(value)):
+        limits = f"between {low} and {high}" if high < math.inf else f"at least {low}"
+        raise ValueError(f"{name} must be a number {limits}, got {value!r}.")
+
+
+Recipes = tuple[ViewRecipe, ViewRecipe]
+"""Of the first and of the second view."""
+
+_AUTHORS = ViewRecipe()
+_PAPER = replace(_AUTHORS, blur=0.5, solarize=0.1)
+_CIFAR = ViewRecipe(scale=(0.2, 1.0), solarize=0.1)
+_TINY = ViewRecipe(scale=(0.4, 1.0), jitter=0.6, grayscale=0.1)
+_DEMO = ViewRecipe(scale=(0.3, 1.0), flip=0.0, grayscale=0.0)
+
+PRESETS: Mapping[str, Recipes] = {
+    # vicreg@4e12602, augmentations.py: the two views differ.
+    "authors": (replace(_AUTHORS, blur=1.0), replace(_AUTHORS, blur=0.1, solarize=0.2)),
+    # The paper's text, appendix C.1: both views alike.
+    "paper": (_PAPER, _PAPER),
+    # solo-learn's recipe for CIFAR: larger crops, no blur.
+    "cifar": (_CIFAR, _CIFAR),
+    # Gentler than cifar, for small images and backbones of under a million parameters.
+    "tiny": (_TINY, _TINY),
+    # Handwritten digits: a mirrored digit is not a digit.
+    "demo": (_DEMO, _DEMO),
+}
+
+
+def find_recipes(preset: str | Mapping[str, Any]) -> Recipes:
+    """The recipes of a preset, a YAML file, or what such a file holds.
+
+    The file names a preset to start from (`preset`, by default authors) and what differs from it:
+    fields of `ViewRecipe` for both views, and under `x` and `x_prime` for one.
+
+    Raises:
+        ValueError: no such preset or file, a field that does not exist, a value that cannot be.
+    """
+    if isinstance(preset, str):
+        if preset in PRESETS:
+            return PRESETS[preset]
+        if not Path(preset).is_file():
+            raise ValueError(
+                f"augmentation must be one of {', '.join(PRESETS)}, or a YAML file, got {preset!r}."
+            )
+        try:
+            content = yaml.safe_load(Path(preset).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"augmentation must be valid YAML, {preset} is not: {error}"
+            ) from error
+    else:
+        content = dict(preset)
+    if not isinstance(content, dict):
+        raise ValueError(f"augmentation must map fields to values, got {content!r}.")
+    common = dict(content)
+    base = common.pop("preset", "authors")
+    own = [common.pop(view, None) or {} for view in ("x", "x_prime")]
+    if base not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {base!r}.")
+    x, x_prime = (
+        _changed(recipe, common, changes)
+        for recipe, changes in zip(PRESETS[base], own, strict=True)
+    )
+    return x, x_prime
+
+
+def _changed(recipe: ViewRecipe, *changes: Any) -> ViewRecipe:
+    known = {f.name for f in fields(ViewRecipe)}
+    for change in changes:
+        if not isinstance(change, dict):
+            raise ValueError(f"x and x_prime must map fields to values, got {change!r}.")
+        unknown = {str(name) for name in change} - known
+        if unknown:
+            raise ValueError(
+                "augmentation must hold preset, x, x_prime and fields of a view "
+                f"({', '.join(sorted(known))}), got {', '.join(sorted(unknown))}."
+            )
+        recipe = replace(recipe, **change)
+    return recipe
+
+
+def describe(recipes: Recipes) -> dict[str, Any]:
+    """Recipes as `find_recipes` takes them."""
+    plain = [
+        {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(recipe).items()}
+        for recipe in recipes
+    ]
+    return {"x": plain[0], "x_prime": plain[1]}
+
+
+@dataclass(frozen=True)
+class ColourParameters:
+    """What happens to each of B views after the crop; all fields are arrays over B."""
+
+    flip: NDArray[np.bool_]
+    jitter: NDArray[np.bool_]
+    order: NDArray[np.int64]
+    """(B, 4): the order of brightness 0, contrast 1, saturation 2, hue 3."""
+    factors: NDArray[np.float32]
+    """(B, 4): brightness, contrast and saturation factors, hue shift."""
+    grayscale: NDArray[np.bool_]
+    blur: NDArray[np.bool_]
+    sigma: NDArray[np.float32]
+    solarize: NDArray[np.bool_]
+
+    def rows(self, part: slice) -> ColourParameters:
+        """Of some of the views."""
+        return ColourParameters(**{f.name: getattr(self, f.name)[part] for f in fields(self)})
+
+
+# Columns of a view's row of uniforms. They are fixed, so that a recipe can change one probability
+# without changing anything else that is drawn.
+_AREA = slice(0, CROP_ATTEMPTS)
+_RATIO = slice(CROP_ATTEMPTS, 2 * CROP_ATTEMPTS)
+_TOP, _LEFT, _FLIP, _JITTER, _ORDER = range(2 * CROP_ATTEMPTS, 2 * CROP_ATTEMPTS + 5)
+_FACTORS = slice(_ORDER + 1, _ORDER + 5)
+_GRAY, _BLUR, _SIGMA, _SOLARIZE = range(_ORDER + 5, _ORDER + 9)
+NUM_UNIFORMS = _SOLARIZE + 1
+
+
+def _between(u: NDArray[np.float32], low: float, high: float) -> NDArray[np.float32]:
+    return (low + u * (high - low)).astype(np.float32)
+
+
+def draw_crops(
+    u: NDArray[np.float32], heights: ArrayLike, widths: ArrayLike, recipe: ViewRecipe
+) -> NDArray[np.int64]:
+    """Boxes of random resized crops, distributed as torchvision's.
+
+    Args:
+        u: (B, K) uniforms.
+        heights: scalar or (B,), in pixels; likewise widths.
+
+    Returns:
+        (B, 4): top, left, height, width.
+    """
+    size = np.broadcast_to(np.stack([np.asarray(heights), np.asarray(widths)], -1), (len(u), 2))
+    height, width = size[:, :1].astype(np.float64), size[:, 1:].astype(np.float64)
+    area = height * width * _between(u[:, _AREA], *recipe.scale)
+    low, high = np.log(recipe.ratio[0]), np.log(recipe.ratio[1])
+    ratio = np.exp(_between(u[:, _RATIO], low, high))
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = np.argmax(fits, axis=1)[:, None]
+    w, h = np.take_along_axis(w, first, 1), np.take_along_axis(h, first, 1)
+    top, left = u[:, [_TOP]] * (height - h + 1), u[:, [_LEFT]] * (width - w + 1)
+    # No attempt fits: the largest central crop within the ratio, as torchvision does.
+    low_ratio, high_ratio = recipe.ratio
+    central_w = np.where(width / height > high_ratio, np.rint(height * high_ratio), width)
+    central_h = np.where(width / height < low_ratio, np.rint(width / low_ratio), height)
+    central = [(height - central_h) // 2, (width - central_w) // 2, central_h, central_w]
+    boxes = np.concatenate([top, left, h, w], 1)
+    boxes = np.where(fits.any(1, keepdims=True), boxes, np.concatenate(central, 1))
+    return np.maximum(boxes.astype(np.int64), [0, 0, 1, 1])
+
+
+def draw_colour(u: NDArray[np.float32], recipe: ViewRecipe) -> ColourParameters:
+    """Everything about B views but their crops, from (B, K) uniforms."""
+    strengths = (recipe.brightness, recipe.contrast, recipe.saturation)
+    lows = [max(0.0, 1 - s) for s in strengths] + [-recipe.hue]
+    highs = [1 + s for s in strengths] + [recipe.hue]
+    factors = np.stack(
+        [_between(u[:, _FACTORS][:, k], lows[k], highs[k]) for k in range(4)], axis=1
+    )
+    return ColourParameters(
+        flip=u[:, _FLIP] < recipe.flip,
+        jitter=u[:, _JITTER] < recipe.jitter,
+        order=ORDERS[(u[:, _ORDER] * len(ORDERS)).astype(np.int64)],
+        factors=factors,
+        grayscale=u[:, _GRAY] < recipe.grayscale,
+        blur=u[:, _BLUR] < recipe.blur,
+        sigma=_between(u[:, _SIGMA], *recipe.blur_sigma),
+        solarize=u[:, _SOLARIZE] < recipe.solarize,
+    )

@@ -1,0 +1,99 @@
+"""Images that cannot be used: logged, counted, and too many of them are the end of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from vicreg_hf.columns import BadImage
+from vicreg_hf.images import ImageError
+
+LEAST_SEEN = 1000
+"""Images to have seen before their share is judged; or all, of fewer."""
+
+
+class BadImages:
+    """The images of one run that could not be used, each counted once.
+
+    Processes and workers find them apart, and `agree` brings together what they have found.
+
+    Args:
+        num_images: of the data; None where that is not known.
+        max_fraction: share of bad ones that is tolerated.
+        path: a file with a line of JSON for each; written by one process.
+    """
+
+    def __init__(self, num_images: int | None, max_fraction: float, path: Path | None) -> None:
+        self.num_images, self.max_fraction, self.path = num_images, max_fraction, path
+        self._known: dict[tuple[int, str | None], BadImage] = {}
+        self._new: list[BadImage] = []
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def found(self) -> list[BadImage]:
+        """Those that all processes know of."""
+        return list(self._known.values())
+
+    def add(self, images: Iterable[BadImage]) -> None:
+        """What this process has found."""
+        self._new += images
+
+    def agree(
+        self,
+        gather: Callable[[list[Any]], list[Any]] = list,
+        *,
+        seen: int = 0,
+        write: bool = True,
+        say: Callable[[str], object] = print,
+    ) -> None:
+        """Learn what all processes have found; every process must call this.
+
+        Args:
+            gather: from a process's list to those of all processes, one after the other.
+            seen: images read so far, by all processes.
+            write: whether this process writes the file.
+            say: told of the first, and of how many there are.
+
+        Raises:
+            ImageError: more than `max_fraction` of those seen are bad.
+        """
+        found = {image[:2]: BadImage(*image) for image in gather(self._new)}
+        self._new = []
+        fresh = {key: image for key, image in found.items() if key not in self._known}
+        if not fresh:
+            return
+        self._known |= fresh
+        if write and self.path is not None:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(image._asdict()) + "\n" for image in fresh.values())
+        first = next(iter(fresh.values()))
+        where = f"row {first.row}" + (f" ({first.path})" if first.path else "")
+        listed = f" They are listed in {self.path}." if self.path else ""
+        say(
+            f"warning: {len(self)} images could not be used and were replaced; the latest: "
+            f"{where}: {first.reason}{listed}"
+        )
+        total = seen if self.num_images is None else min(seen, self.num_images)
+        least = LEAST_SEEN if self.num_images is None else min(LEAST_SEEN, self.num_images)
+        judged = max(total, least)
+        if len(self) > self.max_fraction * judged:
+            raise ImageError(
+                f"at most max_bad_fraction={self.max_fraction} of the images may be unusable, got "
+                f"{len(self)} of {judged}; the latest: {where}: {first.reason}{listed} Mend or "
+                "remove them, or raise --max_bad_fraction."
+            )
+
+    def recall(self) -> None:
+        """Take up the file of the run that is resumed, or begin it anew where there is none."""
+        if self.path is None or not self.path.is_file():
+            return
+        for line in self.path.read_text().splitlines():
+            try:
+                image = BadImage(**json.loads(line))
+            except (ValueError, TypeError):  # torn by a kill
+                continue
+            self._known[image[:2]] = image

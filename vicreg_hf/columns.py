@@ -1,0 +1,118 @@
+"""Which columns of a data set hold images and classes, and what their cells hold.
+
+Shapes: C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from torch import Tensor
+
+from vicreg_hf.images import ImageError, decode_image, image_of_array
+
+
+class BadImage(NamedTuple):
+    """An image that cannot be used."""
+
+    row: int
+    path: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class ImageColumn:
+    """Cells of one column to uint8 images."""
+
+    name: str
+    feature: Any
+    channels: int = 3
+
+    def prepare(self, table: Any) -> Any:
+        """A table of this column alone, its images still encoded."""
+        table = table.select_columns([self.name])
+        if isinstance(self.feature, datasets.Array3D):
+            return table
+        return table.cast_column(self.name, datasets.Image(decode=False))
+
+    def encoded(self, cell: Any) -> bytes:
+        """What identifies a cell: the image's file, or the array's bytes.
+
+        Raises:
+            ImageError: a file that cannot be read.
+        """
+        if cell is None:
+            return b""
+        if isinstance(self.feature, datasets.Array3D):
+            return self._array(cell).tobytes()
+        if cell["bytes"] is not None:
+            return cell["bytes"]
+        try:
+            return Path(cell["path"]).read_bytes()
+        except (OSError, TypeError, ValueError) as error:
+            raise ImageError(f"the file cannot be read: {error}") from error
+
+    def decode(self, cell: Any) -> Tensor:
+        """The image of a cell, (C, H, W) uint8.
+
+        Raises:
+            ImageError: it cannot be read or decoded.
+        """
+        if cell is not None and isinstance(self.feature, datasets.Array3D):
+            return image_of_array(self._array(cell), self.channels)
+        return decode_image(self.encoded(cell), self.channels)
+
+    def _array(self, cell: Any) -> Any:
+        try:
+            return np.asarray(cell, dtype=self.feature.dtype)
+        except (TypeError, ValueError) as error:
+            raise ImageError(f"the array is not an image: {error}") from error
+
+
+def path_of(cell: Any) -> str | None:
+    """Where an image came from, if its cell says."""
+    path = cell.get("path") if isinstance(cell, dict) else None
+    return path if isinstance(path, str) else None
+
+
+def find_image_column(features: datasets.Features, wanted: str | None) -> str:
+    """The column to train on: the one asked for, or the only one that holds images.
+
+    A column asked for may also hold image files as plain bytes. Where there are no
+    images, arrays of three dimensions are taken for images of many channels.
+
+    Raises:
+        ValueError: no such column, or none or several to choose from.
+    """
+    found = [n for n, kind in features.items() if isinstance(kind, datasets.Image)]
+    found = found or [n for n, kind in features.items() if isinstance(kind, datasets.Array3D)]
+    listed = f"columns of images: {', '.join(found) or 'none'}; all: {', '.join(features)}."
+    if wanted is None:
+        if len(found) == 1:
+            return found[0]
+        raise ValueError(
+            "image_column must be given unless exactly one column holds images, got "
+            f"{len(found)}; {listed}"
+        )
+    kind = features.get(wanted)
+    if isinstance(kind, (datasets.Image, datasets.Array3D)):
+        return wanted
+    if isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary"):
+        return wanted
+    raise ValueError(f"image_column must name a column of images, got {wanted!r}; {listed}")
+
+
+def find_label_column(features: datasets.Features, wanted: str | None) -> str | None:
+    """The column of classes: the one asked for, else the only ClassLabel, else none."""
+    if wanted is not None:
+        if wanted in features:
+            return wanted
+        raise ValueError(
+            f"label_column must name a column, got {wanted!r}; columns: {', '.join(features)}."
+        )
+    found = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    return found[0] if len(found) == 1 else None

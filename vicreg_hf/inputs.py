@@ -1,0 +1,127 @@
+"""From a run's settings to its images: which data, in which order, seen how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vicreg_hf.arguments import PretrainingArguments
+from vicreg_hf.bad_images import BadImages
+from vicreg_hf.data import MEMORY_BUDGET, SMALL_IMAGE, default_num_workers, load_in_memory
+from vicreg_hf.sampler import GlobalBatches
+from vicreg_hf.sources import ImageSplit, held_out_split, image_split, open_dataset
+from vicreg_hf.streaming import ImageStream, image_stream
+
+
+@dataclass
+class Inputs:
+    """The images of a run, and the order in which they come."""
+
+    train: ImageSplit | ImageStream
+    images: ImageSplit | ImageStream | Tensor
+    """The same: to decode as they come, or in memory."""
+    held_out: ImageSplit | None
+    batches: GlobalBatches
+    total_steps: int
+    bad: BadImages
+
+
+def open_inputs(
+    args: PretrainingArguments,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    local_processes: int = 1,
+    main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Inputs:
+    """Find the data, and settle what the settings leave to it.
+
+    Args:
+        args: filled in where they are None.
+        rank: of this process; world_size says of how many.
+        local_processes: how many share this machine's cores.
+        main_first: in whose context the data are opened, so that one process prepares the cache.
+
+    Raises:
+        ValueError: data that are not there, or settings that do not suit them.
+        ImageError: hardly an image can be used.
+    """
+    train, held_out = _open_splits(args, main_first)
+    batches = GlobalBatches(
+        _num_images(train, args), args.batch_size, seed=args.seed, rank=rank,
+        world_size=world_size, micro_batch_size=args.micro_batch_size,
+    )  # fmt: skip
+    total_steps = args.max_steps or int(args.num_train_epochs * batches.steps_per_epoch)
+    if total_steps < 1:
+        raise ValueError(
+            f"num_train_epochs must give at least one step, got {args.num_train_epochs} epochs of "
+            f"{batches.steps_per_epoch} steps; use max_steps."
+        )
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(10.0, total_steps // 10 / batches.steps_per_epoch)
+    num_images = len(train) if isinstance(train, ImageSplit) else train.num_images
+    log = Path(str(args.output_dir)) / "bad_images.jsonl"
+    bad = BadImages(num_images, args.max_bad_fraction, log)
+    images: ImageSplit | ImageStream | Tensor = train
+    side = None
+    if isinstance(train, ImageSplit):
+        side = _common_side(train)
+        loaded = None if side is None else load_in_memory(train, bad=bad)
+        if loaded is not None:
+            images = loaded
+        elif side is not None and args.in_chans * side * side * len(train) <= MEMORY_BUDGET:
+            side = None  # the first images are alike, but not all
+    else:
+        images = train.share(rank, world_size, seed=args.seed)
+    args.image_column = train.column.name
+    args.image_size = args.image_size or side or 224
+    args.augmentation = args.augmentation or ("authors" if side is None else "cifar")
+    if args.num_workers is None:
+        args.num_workers = default_num_workers(local_processes)
+    return Inputs(train, images, held_out, batches, total_steps, bad)
+
+
+def _open_splits(
+    args: PretrainingArguments, main_first: Callable[[], AbstractContextManager[Any]]
+) -> tuple[ImageSplit | ImageStream, ImageSplit | None]:
+    """The training split, and the held-out one if there is any."""
+    with main_first():
+        splits = open_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
+    columns: Any = {
+        "dataset_name": Path(args.dataset_name).name or args.dataset_name,
+        "image_column": args.image_column,
+        "channels": args.in_chans,
+    }
+    if args.streaming:
+        return image_stream(splits, args.train_split, **columns), None
+    columns["label_column"] = args.label_column
+    train = image_split(splits, args.train_split, **columns)
+    held_out, name = held_out_split(splits, args.eval_split, args.train_split, **columns)
+    args.eval_split = args.eval_split or name
+    return train, held_out
+
+
+def _num_images(train: ImageSplit | ImageStream, args: PretrainingArguments) -> int:
+    if isinstance(train, ImageSplit):
+        return len(train)
+    if train.num_images is not None:
+        return train.num_images
+    if args.max_steps is None:
+        raise ValueError(
+            f"max_steps must be given for streams of unknown length, and {train.name} does not "
+            "say how many images it holds."
+        )
+    return args.max_steps * args.batch_size  # what the run will see is its epoch
+
+
+def _common_side(split: ImageSplit) -> int | None:
+    """The side of the images if they look small, square and alike; else None."""
+    few, _ = split.read_or_replace(range(min(8, len(split))))
+    height, width = few[0].shape[-2:]
+    alike = all(image.shape == few[0].shape for image in few)
+    return height if alike and height == width <= SMALL_IMAGE else None

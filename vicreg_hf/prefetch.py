@@ -1,0 +1,87 @@
+"""Making the next batch while the present one is used."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T", bound=tuple[Tensor, ...])
+AHEAD = 2
+"""Batches that wait to be used."""
+
+
+def prefetch(batches: Iterator[T], device: torch.device) -> Iterator[T]:
+    """Pass batches on; on a GPU a thread makes them ahead, on a stream of its own.
+
+    On a CPU the cores have enough to do with the present batch.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    thread = Ahead(batches, lambda: torch.cuda.stream(stream), lambda: stream.record_event())
+    try:
+        for batch, made in thread:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(made)
+            for tensor in batch:
+                tensor.record_stream(current)  # its memory may not be reused before
+            yield batch
+    finally:
+        thread.stop()
+
+
+class Ahead:
+    """Iterate in a thread.
+
+    Args:
+        batches: what to iterate over.
+        context: what the thread does it in.
+        mark: called after each batch; its answer comes with the batch.
+    """
+
+    def __init__(self, batches: Iterator[T], context, mark) -> None:
+        self._batches, self._context, self._mark = batches, context, mark
+        self._made: queue.Queue = queue.Queue(AHEAD)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="prefetch")
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            with self._context():
+                for batch in self._batches:
+                    if not self._put((batch, self._mark(), None)):
+                        return
+        except BaseException as error:  # raised again where the batch is asked for
+            self._put((None, None, error))
+            return
+        self._put((None, None, None))
+
+    def _put(self, item) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._made.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self):
+        while True:
+            batch, mark, error = self._made.get()
+            if error is not None:
+                raise error
+            if batch is None:
+                return
+            yield batch, mark
+
+    def stop(self) -> None:
+        """Let the thread end after the batch it is making."""
+        self._stopped.set()
+        self._thread.join()

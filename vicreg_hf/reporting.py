@@ -1,0 +1,83 @@
+"""What a run writes and says about itself."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from vicreg_hf.monitor import KNNMonitor
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, written by the main process."""
+
+    def __init__(self, path: Path, enabled: bool) -> None:
+        self.path, self.enabled = path, enabled
+
+    def rows(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        rows = []
+        for line in self.path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:  # torn by a kill; what follows is written again
+                break
+        return rows
+
+    def add(self, row: dict[str, Any]) -> None:
+        if self.enabled:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def keep_until(self, step: int) -> None:
+        """Drop what a run wrote after the checkpoint it resumes from."""
+        if self.enabled:
+            kept = [row for row in self.rows() if row["step"] <= step]
+            aside = self.path.with_suffix(".partial")
+            aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            aside.replace(self.path)
+
+
+class Clock:
+    """Views per second since the last restart; evaluation and saving are not counted."""
+
+    def __init__(self, views_per_step: int) -> None:
+        self.views_per_step = views_per_step
+        self.restart()
+
+    def restart(self) -> None:
+        self.steps, self.started = 0, time.perf_counter()
+
+    def tick(self) -> None:
+        self.steps += 1
+
+    def rate(self) -> float:
+        return self.steps * self.views_per_step / (time.perf_counter() - self.started)
+
+
+def summary(encoder: Path, rows: list[dict[str, Any]], monitor: KNNMonitor | None) -> str:
+    """The last lines of a run: where the encoder is, how to load it, how good it is."""
+    lines = [
+        "",
+        f"The encoder is in {encoder}. To load it, with nothing but transformers and timm:",
+        "",
+        "    from transformers import AutoImageProcessor, AutoModel",
+        f'    model = AutoModel.from_pretrained("{encoder}")',
+        f'    processor = AutoImageProcessor.from_pretrained("{encoder}")',
+        "",
+    ]
+    measured = [row for row in rows if "knn" in row]
+    if monitor is None:
+        lines.append("No labelled held-out split, so no kNN accuracy was measured.")
+    elif measured:
+        lines.append(f"{monitor.description}:")
+        if "knn_pixels" in measured[0]:
+            lines.append(f"    raw pixels          {100 * measured[0]['knn_pixels']:5.1f} %")
+        if measured[0]["step"] == 0:
+            lines.append(f"    encoder at step 0   {100 * measured[0]['knn']:5.1f} %")
+        last = measured[-1]
+        lines.append(f"    trained encoder     {100 * last['knn']:5.1f} % (step {last['step']})")
+    return "\n".join(lines)

@@ -1,0 +1,245 @@
+"""Data sets of images: where they are found, and reading them.
+
+Shapes: N images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError
+from torch import Tensor
+
+from vicreg_hf.columns import (
+    BadImage,
+    ImageColumn,
+    find_image_column,
+    find_label_column,
+    path_of,
+)
+from vicreg_hf.demo import load_demo
+from vicreg_hf.images import ImageError
+from vicreg_hf.randomness import Stream, words
+
+DEMO = "demo"
+EVAL_SPLITS = ("test", "validation", "valid", "val")
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
+"""What a single file is opened as; folders are recognised by `datasets`."""
+MAX_REPLACEMENTS = 100
+"""Images tried in the place of one that cannot be used."""
+
+Splits = dict[Any, Any]
+"""A DatasetDict, or an IterableDatasetDict."""
+
+
+@dataclass
+class ImageSplit:
+    """One split: encoded images, and labels where the data has them."""
+
+    table: datasets.Dataset
+    column: ImageColumn
+    name: str
+    labels: Tensor | None = None
+    """(N,) classes from 0."""
+    label_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells one data set from another: its length, and a digest of its first images."""
+        digest = hashlib.sha256()
+        for cell in self._cells(range(min(8, len(self)))):
+            with suppress(ImageError):
+                digest.update(self.column.encoded(cell))
+        return {"images": len(self), "sha256": digest.hexdigest()}
+
+    def read(self, rows: Sequence[int]) -> list[Tensor]:
+        """Decode some rows.
+
+        Returns:
+            One (C, H, W) uint8 tensor per row.
+
+        Raises:
+            ImageError: names the row.
+        """
+        images = []
+        for row, cell in zip(rows, self._cells(rows), strict=True):
+            try:
+                images.append(self.column.decode(cell))
+            except ImageError as error:
+                raise ImageError(
+                    f"row {row} of {self.name}, column {self.column.name}: {error}"
+                ) from None
+        return images
+
+    def read_or_replace(self, rows: Sequence[int]) -> tuple[list[Tensor], list[BadImage]]:
+        """Decode some rows, and another image in the place of one that cannot be used.
+
+        Which one is a function of the row alone.
+
+        Returns:
+            One (C, H, W) uint8 tensor per row, and what could not be used.
+
+        Raises:
+            ImageError: nor could any of `MAX_REPLACEMENTS` others.
+        """
+        images, bad = [], []
+        for row, cell in zip(rows, self._cells(rows), strict=True):
+            try:
+                images.append(self.column.decode(cell))
+            except ImageError as error:
+                bad.append(BadImage(int(row), path_of(cell), str(error)))
+                images.append(self._replacement(int(row), bad))
+        return images, bad
+
+    def _replacement(self, row: int, bad: list[BadImage]) -> Tensor:
+        for attempt in range(MAX_REPLACEMENTS):
+            drawn = words([row], 1, seed=0, epoch=attempt, stream=Stream.REPLACEMENT)
+            other = int(drawn[0, 0]) % len(self)
+            (cell,) = self._cells([other])
+            try:
+                return self.column.decode(cell)
+            except ImageError as error:
+                bad.append(BadImage(other, path_of(cell), str(error)))
+        raise ImageError(
+            f"row {row} of {self.name}, column {self.column.name}: {bad[0].reason} "
+            f"Nor could {MAX_REPLACEMENTS} others be used in its place."
+        )
+
+    def _cells(self, rows: Sequence[int]) -> list[Any]:
+        return self.table[list(rows)][self.column.name]
+
+
+def open_dataset(name: str, config_name: str | None = None, *, streaming: bool = False) -> Splits:
+    """The splits of `demo`, a Hub id, a local folder or file.
+
+    Args:
+        config_name: of a Hub data set.
+        streaming: open tables that are read as they are needed, and not copied to disk first.
+
+    Raises:
+        ValueError: nothing there that `datasets` can load.
+    """
+    try:
+        loaded = _load(name, config_name, streaming)
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        HfHubHTTPError,
+        DatasetsError,
+    ) as e:
+        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        raise ValueError(
+            f"dataset_name must be {DEMO}, a data set on the Hub, or a local folder or file that "
+            f"datasets.load_dataset takes, got {name!r}: {reason}"
+        ) from e
+    if isinstance(loaded, (datasets.Dataset, datasets.IterableDataset)):
+        return {str(loaded.split or "train"): loaded}
+    return loaded
+
+
+def _load(name: str, config_name: str | None, streaming: bool) -> Any:
+    path = Path(name)
+    if name == DEMO:
+        loaded = load_demo()
+    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        loaded = datasets.load_from_disk(name)
+    elif path.is_file():
+        if path.suffix not in BUILDERS:
+            raise ValueError(f"a file must end in {', '.join(BUILDERS)}.")
+        return datasets.load_dataset(BUILDERS[path.suffix], data_files=name, streaming=streaming)
+    else:
+        return datasets.load_dataset(name, config_name, streaming=streaming)
+    if not streaming:
+        return loaded
+    if isinstance(loaded, datasets.Dataset):
+        return loaded.to_iterable_dataset(num_shards=_shards(loaded))
+    return {k: table.to_iterable_dataset(num_shards=_shards(table)) for k, table in loaded.items()}
+
+
+def _shards(table: datasets.Dataset) -> int:
+    """Into as many parts as workers may want to share."""
+    return min(64, max(1, len(table)))
+
+
+def image_split(
+    splits: Splits,
+    name: str,
+    *,
+    dataset_name: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    channels: int = 3,
+) -> ImageSplit:
+    """Pick a split and its columns.
+
+    Raises:
+        ValueError: no such split, no rows, no such column.
+    """
+    if name not in splits:
+        raise ValueError(f"split must be one of {', '.join(map(str, splits))}, got {name!r}.")
+    table = splits[name]
+    if len(table) == 0:
+        raise ValueError(f"a split must have rows, got none in split {name!r} of {dataset_name}.")
+    found = find_image_column(table.features, image_column)
+    column = ImageColumn(found, table.features[found], channels)
+    label = find_label_column(table.features, label_column)
+    labels, names = (None, ()) if label is None else _labels(table, label)
+    if label_column is not None and labels is None:
+        raise ValueError(
+            f"label_column must hold a class in every row, got rows of {dataset_name} ({name}) "
+            f"without one in {label_column!r}; choose another or leave it out."
+        )
+    return ImageSplit(column.prepare(table), column, f"{dataset_name} ({name})", labels, names)
+
+
+def _labels(table: datasets.Dataset, column: str) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Classes from 0 and their names; None where a row has no class (null, or -1)."""
+    values, feature = (
+        table.select_columns([column]).with_format("arrow")[:][column],
+        table.features[column],
+    )
+    if values.null_count:
+        return None, ()
+    values = values.to_numpy()
+    if isinstance(feature, datasets.ClassLabel):
+        if values.min() < 0:
+            return None, ()
+        return torch.from_numpy(values.astype(np.int64)), tuple(feature.names)
+    names, classes = np.unique(values, return_inverse=True)
+    return torch.as_tensor(classes, dtype=torch.long), tuple(str(name) for name in names)
+
+
+def held_out_split(
+    splits: Splits, wanted: str | None, train: str, **columns: Any
+) -> tuple[ImageSplit | None, str | None]:
+    """The split to measure on, and its name.
+
+    Args:
+        wanted: None takes the first of `EVAL_SPLITS` that has rows, the columns and labels.
+        train: the split that is trained on.
+        **columns: as for `image_split`.
+
+    Raises:
+        ValueError: the split asked for cannot be used.
+    """
+    if wanted is not None:
+        return image_split(splits, wanted, **columns), wanted
+    for name in EVAL_SPLITS:
+        if name in splits and name != train:
+            with suppress(ValueError):
+                found = image_split(splits, name, **columns)
+                if found.labels is not None:
+                    return found, name
+    return None, None
