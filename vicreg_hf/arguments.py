@@ -249,7 +249,13 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
         "--config",
         help=f"A recipe ({', '.join(recipe_names())}) or a YAML file; flags override it.",
     )
+    parser.add_argument(
+        "--preview",
+        metavar="PNG",
+        help="Instead of training, draw images beside their two views in this file.",
+    )
     words = [*(_as_flags(read_recipe(config)) if config else []), *argv]
     namespace = vars(parser.parse_args(words))
-    namespace.pop("config")
+    for name in ("config", "preview"):
+        namespace.pop(name)
     return PretrainingArguments(**namespace)

@@ -30,6 +30,8 @@ FORMATS = tuple(
 """Pixels, all of them: PIL's EPS would start Ghostscript on what a stranger wrote."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """PIL's mode of an encoded image of so many channels."""
+BLOCK = 2**20
+"""Numbers converted at once, so that a conversion takes little memory of its own."""
 _JPEG = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 
@@ -115,14 +117,25 @@ def to_uint8(values: NDArray[np.generic]) -> NDArray[np.uint8]:
     """
     if values.dtype == np.uint8:
         return values.astype(np.uint8)
-    scaled = values.astype(np.float64)
+    flat = values.reshape(-1)
+    blocks = [flat[start : start + BLOCK] for start in range(0, len(flat), BLOCK)]
+    low, high = 0.0, 65535.0
     if np.issubdtype(values.dtype, np.floating):
-        finite = scaled[np.isfinite(scaled)]
-        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-        scaled = np.nan_to_num((scaled - low) / max(high - low, 1e-12), nan=0, posinf=1, neginf=0)
-    else:
-        scaled = scaled / 65535
-    return (scaled.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+        ranges = [_range_of(block) for block in blocks]
+        low = min((least for least, most in ranges if least <= most), default=0.0)
+        high = max((most for least, most in ranges if least <= most), default=1.0)
+    levels = np.empty(len(flat), np.uint8)
+    for start, block in zip(range(0, len(flat), BLOCK), blocks, strict=True):
+        scaled = (block.astype(np.float64) - low) / max(high - low, 1e-12)
+        scaled = np.nan_to_num(scaled, nan=0, posinf=1, neginf=0).clip(0, 1)
+        levels[start : start + BLOCK] = scaled * 255 + 0.5
+    return levels.reshape(values.shape)
+
+
+def _range_of(values: NDArray[np.generic]) -> tuple[float, float]:
+    """The least and the greatest finite value; inf and -inf where there is none."""
+    finite = values[np.isfinite(values)].astype(np.float64)
+    return float(finite.min(initial=np.inf)), float(finite.max(initial=-np.inf))
 
 
 def image_of_array(values: ArrayLike, channels: int) -> Tensor:

@@ -58,10 +58,17 @@ class Kernels:
     ) -> Tensor:
         name = function.__name__
         if name not in self._functions:
-            self._functions[name] = torch.compile(function)
+            self._functions[name] = torch.compile(function, options=_exactly())
         count = len(batch[0])
         if count == 1:  # to the compiler one image is a case of its own; two of it are not
             batch = tuple(torch.cat([tensor, tensor]) for tensor in batch)
         for tensor in batch:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return self._functions[name](*batch, *shared)[:count]
+
+
+def _exactly() -> dict[str, Any]:
+    """Settings with which GPUs round as they do without a compiler, where torch has them."""
+    wanted = ("eager_numerics.division_rounding", "emulate_precision_casts")
+    known = torch._inductor.list_options()
+    return dict.fromkeys((name for name in wanted if name in known), True)

@@ -1,0 +1,258 @@
+"""The making of views against the authors' pipeline and others, and the bottleneck of a run.
+
+Shapes: B images, S side of a view.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import random
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+from torchvision import transforms as tv
+from torchvision.transforms import v2
+
+from vicreg_hf.arguments import PretrainingArguments
+from vicreg_hf.augmentation import PRESETS, ViewRecipe
+from vicreg_hf.benchmarks.measuring import median_seconds, table
+from vicreg_hf.data import available_cores
+from vicreg_hf.images import decode_image
+from vicreg_hf.pretraining import Run, backward, setup
+from vicreg_hf.sources import ImageSplit
+from vicreg_hf.streaming import ImageStream
+from vicreg_hf.views import TwoViews
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CPU = torch.device("cpu")
+Runs = dict[str, Callable[[], object]]
+
+
+def photographs(count: int, width: int, height: int) -> list[Image.Image]:
+    """Pieces of scikit-learn's two photographs, some of them mirrored."""
+    bundle: Any = load_sample_images()
+    pieces = []
+    for k in range(count):
+        image = Image.fromarray(bundle.images[k % 2])
+        left, top = 7 * k % 100, 5 * k % 50
+        image = image.crop((left, top, left + 500, top + 375)).resize((width, height))
+        pieces.append(ImageOps.mirror(image) if k % 4 > 1 else image)
+    return pieces
+
+
+def jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+class _Blur:
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
+class _Solarize:
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return ImageOps.solarize(image)
+
+
+def pil_view(recipe: ViewRecipe, side: int) -> tv.Compose:
+    """The authors' pipeline for one view: PIL operations, drawn by torch's and Python's own."""
+    jitter = tv.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+    crop = tv.RandomResizedCrop(
+        side, recipe.scale, recipe.ratio, interpolation=tv.InterpolationMode.BICUBIC
+    )
+    return tv.Compose(
+        [
+            crop,
+            tv.RandomHorizontalFlip(recipe.flip),
+            tv.RandomApply([jitter], recipe.jitter),
+            tv.RandomGrayscale(recipe.grayscale),
+            tv.RandomApply([_Blur()], recipe.blur),
+            tv.RandomApply([_Solarize()], recipe.solarize),
+            tv.ToTensor(),
+            tv.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def torchvision_view(recipe: ViewRecipe, side: int) -> v2.Compose:
+    """The same with torchvision's v2 on uint8 tensors."""
+    jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+    crop = v2.RandomResizedCrop(
+        side, recipe.scale, recipe.ratio, interpolation=v2.InterpolationMode.BICUBIC
+    )
+    return v2.Compose(
+        [
+            crop,
+            v2.RandomHorizontalFlip(recipe.flip),
+            v2.RandomApply([jitter], recipe.jitter),
+            v2.RandomGrayscale(recipe.grayscale),
+            v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], recipe.blur),
+            v2.RandomSolarize(128, recipe.solarize),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(MEAN), list(STD)),
+        ]
+    )
+
+
+def kornia_view(recipe: ViewRecipe) -> nn.Module | None:
+    """The same, after the crop, with kornia on a float batch; None where it is not installed."""
+    try:
+        from kornia import augmentation as ka  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    strengths = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+    operations = [
+        ka.RandomHorizontalFlip(p=recipe.flip),
+        ka.ColorJitter(*strengths, p=recipe.jitter),
+        ka.RandomGrayscale(p=recipe.grayscale),
+        ka.RandomGaussianBlur((13, 13), (0.1, 2.0), p=recipe.blur),
+        ka.RandomSolarize(thresholds=(0.5, 0.5), additions=(0.0, 0.0), p=recipe.solarize),
+        ka.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+    ]
+    return nn.Sequential(*operations)
+
+
+def large_images(count: int = 32, side: int = 224) -> str:
+    """A table for JPEGs of 500 x 375 pixels, on one core: milliseconds an image, both views."""
+    recipes = PRESETS["authors"]
+    encoded = [jpeg(image) for image in photographs(count, 500, 375)]
+    theirs = [pil_view(recipe, side) for recipe in recipes]
+    modern = [torchvision_view(recipe, side) for recipe in recipes]
+    indices = np.arange(count)
+    plain, fused = TwoViews(side, recipes), TwoViews(side, recipes, compile=True)
+    decoded = [decode_image(data) for data in encoded]
+    crops = plain.crop(decoded, indices)
+
+    def authors() -> None:
+        for data in encoded:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            _ = [view(image) for view in theirs]
+
+    def modern_views() -> None:
+        for image in decoded:
+            _ = [view(image) for view in modern]
+
+    runs: Runs = {
+        "authors": authors,
+        "decode": lambda: [decode_image(data) for data in encoded],
+        "crop": lambda: plain.crop(decoded, indices),
+        "colour": lambda: plain.colour(crops, indices),
+        "colour, compiled": lambda: fused.colour(crops, indices),
+        "torchvision v2, crop and colour": modern_views,
+    }
+    kornia = [kornia_view(recipe) for recipe in recipes]
+    if kornia[0] is not None and kornia[1] is not None:
+        modules = kornia[0], kornia[1]
+        compiled = [torch.compile(module) for module in modules]
+        runs["kornia, colour"] = lambda: [m(x / 255) for m, x in zip(modules, crops, strict=True)]
+        runs["kornia, colour, compiled"] = lambda: [
+            m(x / 255) for m, x in zip(compiled, crops, strict=True)
+        ]
+    took = _milliseconds(runs, count)
+    workers = took["decode"] + took["crop"]
+    sums = {
+        "the workers' share: decode and crop": workers,
+        "everything": workers + took["colour"],
+        "everything, compiled": workers + took["colour, compiled"],
+    }
+    return _ratios(took | sums)
+
+
+def small_images(count: int = 512, side: int = 32) -> str:
+    """A table for images in memory of the views' own side, in one process on one core."""
+    recipes = PRESETS["cifar"]
+    pictures = photographs(count, side, side)
+    images = torch.from_numpy(np.stack([np.array(p) for p in pictures])).permute(0, 3, 1, 2)
+    images = images.contiguous()
+    theirs = [pil_view(recipe, side) for recipe in recipes]
+    indices = np.arange(count)
+    plain, fused = TwoViews(side, recipes), TwoViews(side, recipes, compile=True)
+    runs: Runs = {
+        "authors": lambda: [[view(picture) for view in theirs] for picture in pictures],
+        "everything": lambda: plain(images, indices),
+        "everything, compiled": lambda: fused(images, indices),
+    }
+    return _ratios(_milliseconds(runs, count))
+
+
+def _milliseconds(runs: Runs, count: int) -> dict[str, float]:
+    for run in runs.values():  # compiling is not what is measured
+        run()
+        run()
+    return {name: 1000 * s / count for name, s in median_seconds(runs, CPU, seconds=15).items()}
+
+
+def _ratios(took: dict[str, float]) -> str:
+    authors = took["authors"]
+    lines = [[name, f"{ms:.3f}", f"{authors / ms:.2f}"] for name, ms in took.items()]
+    return table(["", "ms an image", "authors / this"], lines)
+
+
+def bottleneck(args: PretrainingArguments) -> str:
+    """A table of the views per second that each stage of a run would make alone, the least last.
+
+    Workers are counted as many times as there are, or as there are cores for them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return _stages(setup(dataclasses.replace(args, output_dir=folder, resume="never")))
+
+
+def _stages(run: Run) -> str:
+    views, device = run.views, run.accelerator.device
+    images, batches = run.inputs.images, run.batches
+    epoch, rows = batches.batch(0)
+    times: Runs = {}
+    workers = max(1, min(run.args.num_workers or 0, available_cores()))
+    if isinstance(images, Tensor):
+        chosen = images[torch.from_numpy(rows)]
+        on_device = chosen.to(device)
+        times["transfer"] = lambda: chosen.to(device, copy=True)
+        times["crop and colour on the device"] = lambda: views(on_device, rows, epoch)
+        x, x_prime = views(on_device, rows, epoch)
+    else:
+        if isinstance(images, ImageSplit):
+            decode = lambda: images.read_or_replace(rows.tolist())[0]  # noqa: E731
+        else:
+            decode = lambda: _some(images, len(rows))  # noqa: E731
+        decoded = decode()
+        rows = rows[: len(decoded)]
+        crops = views.crop(decoded, rows, epoch)
+        moved = (crops[0].to(device), crops[1].to(device))
+        times[f"read and decode, {workers} workers"] = decode
+        times[f"crop, {workers} workers"] = lambda: views.crop(decoded, rows, epoch)
+        times["transfer"] = lambda: [part.to(device, copy=True) for part in crops]
+        times["colour on the device"] = lambda: views.colour(moved, rows, epoch)
+        x, x_prime = views.colour(moved, rows, epoch)
+    x, x_prime = (part.to(memory_format=torch.channels_last) for part in (x, x_prime))
+
+    def step() -> None:
+        backward(run, x, x_prime)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+    times["model"] = step
+    rates = {
+        name: 2 * len(rows) / seconds * (workers if "workers" in name else 1)
+        for name, seconds in median_seconds(times, device).items()
+    }
+    lines = [[name, f"{rate:.0f}"] for name, rate in rates.items()]
+    slowest = min(rates, key=lambda name: rates[name])
+    return f"{table(['stage', 'views per second'], lines)}\n\nThe bottleneck is: {slowest}."
+
+
+def _some(stream: ImageStream, count: int) -> list[Tensor]:
+    images = []
+    for cell in stream.cells(0):
+        images.append(stream.column.decode(cell))
+        if len(images) == count:
+            break
+    return images
