@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vicreg_hf.evaluation import effective_rank, embedding_std
+from vicreg_hf.evaluation import alignment, effective_rank, embedding_std, uniformity
 
 
 def random(rows: int, dim: int, *, rank: int | None = None) -> Tensor:
@@ -80,3 +80,37 @@ def test_half_precision_is_measured_in_more(
 ) -> None:
     z = (random(64, 8) * 1e3).to(dtype)
     assert torch.equal(measure(z), measure(z.float()))
+
+
+# --- alignment and uniformity
+
+
+@pytest.mark.parametrize(
+    ("z", "z_prime", "expected"),
+    [
+        ([[3.0, 0.0]], [[0.5, 0.0]], 0.0),  # length does not matter
+        ([[1.0, 0.0], [0.0, 2.0]], [[0.0, 1.0], [0.0, 1.0]], 1.0),  # distances sqrt(2) and 0
+        ([[1.0, 0.0]], [[-4.0, 0.0]], 4.0),
+    ],
+)
+def test_alignment_of_points_worked_by_hand(
+    z: list[list[float]], z_prime: list[list[float]], expected: float
+) -> None:
+    assert alignment(torch.tensor(z), torch.tensor(z_prime)).item() == pytest.approx(expected)
+
+
+def test_uniformity_of_points_worked_by_hand() -> None:
+    assert uniformity(torch.ones(5, 3)).item() == pytest.approx(0.0, abs=1e-6)
+    opposite = torch.tensor([[1.0, 0.0], [-2.0, 0.0]])
+    assert uniformity(opposite).item() == pytest.approx(-8.0)  # one pair, 2 apart
+    square = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    expected = math.log((4 * math.exp(-4) + 2 * math.exp(-8)) / 6)
+    assert uniformity(square).item() == pytest.approx(expected)
+
+
+def test_uniformity_is_that_of_the_pairs_distances() -> None:
+    z = random(40, 7)
+    squared = torch.pdist(torch.nn.functional.normalize(z)).square()
+    expected = (-2 * squared).exp().mean().log()
+    torch.testing.assert_close(uniformity(z), expected)
+    assert uniformity(z) < uniformity(random(40, 7, rank=1))

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from vicreg_hf.images import MAX_PIXELS, ImageError, decode_image
+from vicreg_hf.images import MAX_PIXELS, ImageError, decode_image, image_of_array
 
 Pixels = NDArray[np.uint8]
 
@@ -256,3 +256,93 @@ def test_a_header_that_claims_too_many_pixels_is_refused_before_they_are_read(
     counted = f"{width} x {height} pixels|{width * height} pixels"
     with pytest.raises(ImageError, match=counted):
         decode_image(png_claiming(width, height))
+
+
+# --- other numbers of channels
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF"])
+def test_one_channel_is_the_luminance(file_format: str) -> None:
+    options = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}
+    image = Image.fromarray(RGB)
+    decoded = decode_image(encode(image, file_format, **options), 1)
+    assert decoded.shape == (1, 40, 56)
+    assert_pixels_close(decoded[0].numpy(), np.array(image.convert("L")), tolerance=4)
+
+
+def test_one_channel_of_16_bits_is_rescaled() -> None:
+    values = np.linspace(0, 65535, 40 * 56).reshape(40, 56).round().astype(np.uint16)
+    decoded = decode_image(encode(Image.fromarray(values), "PNG"), 1)
+    assert_pixels_close(decoded[0].numpy(), (values / 257).round().astype(np.uint8), tolerance=0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "CMYK"])
+def test_four_channels_are_as_they_are_stored(mode: str) -> None:
+    four = np.dstack([RGB, GRAY])
+    data = encode(Image.frombytes(mode, (56, 40), four.tobytes()), "TIFF")
+    assert_pixels_close(decode_image(data, 4).permute(1, 2, 0).numpy(), four, tolerance=0)
+
+
+@pytest.mark.parametrize("channels", [0, 2, 5])
+def test_encoded_images_of_other_channels_are_refused(channels: int) -> None:
+    with pytest.raises(ValueError, match=f"has 1, 3 or 4 channels, got {channels}"):
+        decode_image(encode(Image.fromarray(RGB), "PNG"), channels)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[[0, 7, 255]]], np.uint8), [[[0, 7, 255]]]),
+        (np.array([[[0, 257, 65535]]], np.uint16), [[[0, 1, 255]]]),
+        (np.array([[[-1.0, 0.0, 1.0]]]), [[[0, 128, 255]]]),
+        (np.array([[[np.nan, 2.0, np.inf]]]), [[[0, 0, 255]]]),
+    ],
+)
+def test_arrays_of_any_number_type_become_grey_levels(
+    values: NDArray[Any], expected: list[list[list[int]]]
+) -> None:
+    assert image_of_array(values, 1).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((4, 5)), r"got \(4, 5\)"),
+        (np.zeros((3, 0, 5)), r"got \(3, 0, 5\)"),
+        (np.array([["a"]]), "an array of numbers"),
+        ([[1, 2], [3]], "is not an image"),
+    ],
+)
+def test_what_is_no_image_array_is_refused(values: Any, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        image_of_array(values, 3)
+
+
+# --- JPEGs, which torchvision decodes
+
+
+@pytest.mark.parametrize("quality", [30, 90])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_has_pils_own_pixels(quality: int, subsampling: int, mode: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    data = encode(image, "JPEG", quality=quality, subsampling=subsampling)
+    expected = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert_pixels_close(decode(data), expected, tolerance=0)
+
+
+def test_what_follows_a_jpegs_end_does_not_matter() -> None:
+    data = encode(Image.fromarray(RGB), "JPEG")
+    assert_pixels_close(decode(data + b"\0" * 7), decode(data), tolerance=0)
+
+
+def test_broken_exif_is_ignored() -> None:
+    data = encode(Image.fromarray(RGB), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    assert_pixels_close(decode(data), decode(encode(Image.fromarray(RGB), "JPEG")), tolerance=0)
+
+
+def test_no_format_is_read_that_runs_a_program() -> None:
+    data = encode(Image.fromarray(RGB), "EPS")
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        decode_image(data)

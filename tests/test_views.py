@@ -354,3 +354,61 @@ def test_an_unknown_preset_is_answered_with_those_there_are() -> None:
 def test_a_view_has_at_least_one_pixel() -> None:
     with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
         TwoViews(image_size=0)
+
+
+# --- other numbers of channels
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+def test_images_of_other_channels_keep_what_needs_no_colours(
+    channels: int, photographs: Tensor
+) -> None:
+    images = photographs[:, [k % 3 for k in range(channels)]]
+    views = TwoViews(image_size=24, preset="authors", in_chans=channels)
+    assert views.left_out == ("saturation", "hue", "grayscale")
+    whole = views(images, np.arange(16))
+    halves = views.colour(views.crop(list(images), np.arange(16)), np.arange(16))
+    for view, other in zip(whole, halves, strict=True):
+        assert view.shape == (16, channels, 24, 24)
+        assert view.isfinite().all()
+        assert (view - other).abs().mean() < 0.01
+    for k in range(3, channels):  # what is alike stays alike
+        torch.testing.assert_close(whole[0][:, k], whole[0][:, k - 3])
+
+
+def test_a_grey_image_is_jittered_as_by_pil(photographs: Tensor) -> None:
+    gray = photographs[:, :1, :40, :40]
+    only = replace(NOTHING, jitter=1.0)
+    views = TwoViews(40, (only, only), in_chans=1, mean=[0.0], std=[1.0])
+    drawn = draw_colour(views.uniforms(np.arange(16), 0, 0), only)
+    for row, view in enumerate(views(gray, np.arange(16))[0]):
+        image: Any = Image.fromarray(gray[row, 0].numpy())
+        for operation in drawn.order[row]:
+            factor = float(drawn.factors[row, operation])
+            if operation < 2:
+                image = (tv.adjust_brightness, tv.adjust_contrast)[operation](image, factor)
+        apart = (view[0] * 255 - torch.from_numpy(np.array(image))).abs()
+        assert apart.max() <= 2.01
+
+
+def test_colour_images_leave_nothing_out() -> None:
+    assert TwoViews(24).left_out == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"in_chans": 0}, "in_chans must be at least 1, got 0"),
+        ({"in_chans": 4, "mean": [0.5] * 3}, "mean must have a number per channel, 4, got"),
+    ],
+)
+def test_channels_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TwoViews(24, **settings)
+
+
+def test_jitter_without_hue_leaves_the_colours(photographs: Tensor) -> None:
+    only = replace(NOTHING, jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
+    square = photographs[:, :, :40, :40]
+    views = TwoViews(40, (only, only), mean=[0.0] * 3, std=[1.0] * 3)
+    torch.testing.assert_close(views(square, np.arange(16))[0] * 255, square.float())

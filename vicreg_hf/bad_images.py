@@ -27,7 +27,7 @@ class BadImages:
 
     def __init__(self, num_images: int | None, max_fraction: float, path: Path | None) -> None:
         self.num_images, self.max_fraction, self.path = num_images, max_fraction, path
-        self._known: dict[tuple[int, str | None], BadImage] = {}
+        self._known: dict[tuple[Any, ...], BadImage] = {}
         self._new: list[BadImage] = []
 
     def __len__(self) -> int:
@@ -71,11 +71,10 @@ class BadImages:
             with self.path.open("a") as file:
                 file.writelines(json.dumps(image._asdict()) + "\n" for image in fresh.values())
         first = next(iter(fresh.values()))
-        where = f"row {first.row}" + (f" ({first.path})" if first.path else "")
         listed = f" They are listed in {self.path}." if self.path else ""
         say(
             f"warning: {len(self)} images could not be used and were replaced; the latest: "
-            f"{where}: {first.reason}{listed}"
+            f"{first.place}: {first.reason}{listed}"
         )
         total = seen if self.num_images is None else min(seen, self.num_images)
         least = LEAST_SEEN if self.num_images is None else min(LEAST_SEEN, self.num_images)
@@ -83,8 +82,8 @@ class BadImages:
         if len(self) > self.max_fraction * judged:
             raise ImageError(
                 f"at most max_bad_fraction={self.max_fraction} of the images may be unusable, got "
-                f"{len(self)} of {judged}; the latest: {where}: {first.reason}{listed} Mend or "
-                "remove them, or raise --max_bad_fraction."
+                f"{len(self)} of {judged}; the latest: {first.place}: {first.reason}{listed} "
+                "Mend or remove them, or raise --max_bad_fraction."
             )
 
     def recall(self) -> None:

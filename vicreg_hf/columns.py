@@ -19,9 +19,16 @@ from vicreg_hf.images import ImageError, decode_image, image_of_array
 class BadImage(NamedTuple):
     """An image that cannot be used."""
 
-    row: int
+    row: int | None
+    """None in streams, whose images have no numbers, but mostly paths."""
     path: str | None
     reason: str
+
+    @property
+    def place(self) -> str:
+        """Where it is."""
+        known = [] if self.row is None else [f"row {self.row}"]
+        return " ".join(known + ([] if self.path is None else [self.path])) or "an image"
 
 
 @dataclass(frozen=True)

@@ -98,12 +98,15 @@ class _StreamCrops(IterableDataset[Crops]):
         keys: list[int] = []
         bad: list[BadImage] = []
         column = self.stream.column
-        for number, cell in enumerate(self.stream.cells(self.epoch)):
+        for cell in self.stream.cells(self.epoch):
+            key = 0
             try:
+                key = zlib.crc32(column.encoded(cell))
                 images.append(column.decode(cell))
-                keys.append(zlib.crc32(column.encoded(cell)))
+                keys.append(key)
             except ImageError as error:
-                bad.append(BadImage(number, path_of(cell), str(error)))
+                name = path_of(cell) or f"an image without a name, of CRC-32 {key:08x}"
+                bad.append(BadImage(None, name, str(error)))
             if len(images) == STREAM_CHUNK:
                 yield self._cut(images, keys, bad)
                 images, keys, bad = [], [], []

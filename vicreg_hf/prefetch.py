@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def prefetch(batches: Iterator[T], device: torch.device) -> Iterator[T]:
         yield from batches
         return
     stream = torch.cuda.Stream(device)
-    thread = Ahead(batches, lambda: torch.cuda.stream(stream), lambda: stream.record_event())
+    thread = Ahead(batches, lambda: torch.cuda.stream(stream), stream.record_event)
     try:
         for batch, made in thread:
             current = torch.cuda.current_stream(device)
@@ -36,7 +37,7 @@ def prefetch(batches: Iterator[T], device: torch.device) -> Iterator[T]:
         thread.stop()
 
 
-class Ahead:
+class Ahead(Generic[T]):
     """Iterate in a thread.
 
     Args:
@@ -45,9 +46,15 @@ class Ahead:
         mark: called after each batch; its answer comes with the batch.
     """
 
-    def __init__(self, batches: Iterator[T], context, mark) -> None:
+    def __init__(
+        self,
+        batches: Iterator[T],
+        context: Callable[[], AbstractContextManager[Any]],
+        mark: Callable[[], Any],
+    ) -> None:
         self._batches, self._context, self._mark = batches, context, mark
-        self._made: queue.Queue = queue.Queue(AHEAD)
+        self._made: queue.Queue[tuple[T | None, Any]] = queue.Queue(AHEAD)
+        self._error: BaseException | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="prefetch")
         self._thread.start()
@@ -56,28 +63,27 @@ class Ahead:
         try:
             with self._context():
                 for batch in self._batches:
-                    if not self._put((batch, self._mark(), None)):
+                    if not self._put((batch, self._mark())):
                         return
         except BaseException as error:  # raised again where the batch is asked for
-            self._put((None, None, error))
-            return
-        self._put((None, None, None))
+            self._error = error
+        self._put((None, None))
 
-    def _put(self, item) -> bool:
+    def _put(self, item: tuple[T | None, Any]) -> bool:
         while not self._stopped.is_set():
             try:
                 self._made.put(item, timeout=0.1)
-                return True
             except queue.Full:
                 continue
+            return True
         return False
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[T, Any]]:
         while True:
-            batch, mark, error = self._made.get()
-            if error is not None:
-                raise error
+            batch, mark = self._made.get()
             if batch is None:
+                if self._error is not None:
+                    raise self._error
                 return
             yield batch, mark
 

@@ -72,6 +72,12 @@ def summary(encoder: Path, rows: list[dict[str, Any]], monitor: KNNMonitor | Non
     measured = [row for row in rows if "knn" in row]
     if monitor is None:
         lines.append("No labelled held-out split, so no kNN accuracy was measured.")
+        last = rows[-1]
+        lines.append(
+            f"Embeddings of the last batch: std {last['embedding_std']:.3f}, effective rank "
+            f"{last['effective_rank']:.1f}, alignment {last['alignment']:.3f}, uniformity "
+            f"{last['uniformity']:.3f}. A std or rank near 0 or 1 would be collapse."
+        )
     elif measured:
         lines.append(f"{monitor.description}:")
         if "knn_pixels" in measured[0]:

@@ -48,8 +48,8 @@ from vicreg_hf.randomness import Stream, uniforms
 JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 NEEDS_RGB = ("saturation", "hue", "grayscale")
 """What a recipe asks of colours, and is left out for images of another number of channels."""
-IMAGES_AT_ONCE = 2**23
-"""Pixels and channels of which a CPU makes views at once: larger batches leave its cache."""
+ELEMENTS_AT_ONCE = 2**23
+"""Levels of which a CPU makes views at once: larger batches leave its cache."""
 
 Views = tuple[Tensor, Tensor]
 Operation = Callable[..., Tensor]
@@ -196,7 +196,7 @@ class TwoViews:
             parameters = draw_colour(self.uniforms(indices, epoch, view), recipe)
             scale, shift = self._scale.to(x.device), self._shift.to(x.device)
             out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-            at_once = len(x) if x.is_cuda else max(1, IMAGES_AT_ONCE // max(1, x[:1].numel()))
+            at_once = len(x) if x.is_cuda else max(1, ELEMENTS_AT_ONCE // max(1, x[:1].numel()))
             for start in range(0, len(x), at_once):
                 rows = slice(start, start + at_once)
                 levels = self._apply(x[rows].clone(), parameters.rows(rows), recipe)

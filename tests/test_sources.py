@@ -1,0 +1,347 @@
+"""Data sets of every kind found, their columns and labels, and their images read."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageFeature
+from pictures import photographs, png, table_of
+
+from vicreg_hf.columns import find_image_column, find_label_column
+from vicreg_hf.images import ImageError
+from vicreg_hf.sources import held_out_split, image_split, open_dataset
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what `datasets` caches out of the user's home; the variable is read on import."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+# --- opening
+
+
+def test_a_folder_of_parquet_files_gives_its_splits(tmp_path: Path) -> None:
+    images = photographs(3)
+    for name, rows in (("train", images), ("test", images[:1])):
+        table_of([png(image) for image in rows]).to_parquet(tmp_path / f"{name}.parquet")
+    splits = open_dataset(str(tmp_path))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 3, "test": 1}
+    read = image_split(splits, "train", dataset_name=str(tmp_path)).read([2, 0])
+    torch.testing.assert_close(torch.stack(read), images[[2, 0]], rtol=0, atol=0)
+
+
+def test_class_folders_of_images_give_labels(tmp_path: Path) -> None:
+    images = photographs(4)
+    for row, folder in enumerate(["tulip", "china", "tulip", "china"]):
+        path = tmp_path / folder / f"{row}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(png(images[row]))
+    split = image_split(open_dataset(str(tmp_path)), "train", dataset_name="flowers")
+    assert split.label_names == ("china", "tulip")
+    assert split.labels is not None
+    by_class = {0: images[[1, 3]], 1: images[[0, 2]]}
+    for row, label in enumerate(split.labels.tolist()):
+        (read,) = split.read([row])
+        assert any(torch.equal(read, image) for image in by_class[label])
+    assert sorted(split.labels.tolist()) == [0, 0, 1, 1]
+
+
+def test_a_folder_of_images_alone_has_no_labels(tmp_path: Path) -> None:
+    for row, image in enumerate(photographs(3)):
+        (tmp_path / f"{row}.png").write_bytes(png(image))
+    split = image_split(open_dataset(str(tmp_path)), "train", dataset_name="photographs")
+    assert len(split) == 3
+    assert split.labels is None
+    assert split.label_names == ()
+
+
+def test_what_save_to_disk_wrote_is_opened(tmp_path: Path) -> None:
+    table = table_of([png(image) for image in photographs(3)])
+    DatasetDict({"train": table, "validation": table.select([0])}).save_to_disk(tmp_path / "both")
+    splits = open_dataset(str(tmp_path / "both"))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 3, "validation": 1}
+
+
+def test_a_single_table_on_disk_becomes_the_split_train(tmp_path: Path) -> None:
+    table_of([png(image) for image in photographs(3)]).save_to_disk(tmp_path / "one")
+    splits = open_dataset(str(tmp_path / "one"))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 3}
+
+
+@pytest.mark.parametrize("name", ["missing", "."])
+def test_a_folder_without_data_is_named(tmp_path: Path, name: str) -> None:
+    folder = str(tmp_path / name)
+    with pytest.raises(ValueError, match=f"dataset_name must be .* got '{re.escape(folder)}'"):
+        open_dataset(folder)
+
+
+# --- columns and splits
+
+FEATURES = Features(
+    {
+        "photo": ImageFeature(),
+        "mask": ImageFeature(),
+        "kind": ClassLabel(names=["a", "b"]),
+        "author": Value("string"),
+    }
+)
+
+
+def without(*names: str) -> Features:
+    return Features({name: kind for name, kind in FEATURES.items() if name not in names})
+
+
+def test_the_only_image_column_is_found() -> None:
+    assert find_image_column(without("mask"), None) == "photo"
+
+
+def test_the_image_column_asked_for_is_taken() -> None:
+    assert find_image_column(FEATURES, "mask") == "mask"
+
+
+@pytest.mark.parametrize(
+    ("features", "wanted", "message"),
+    [
+        (FEATURES, None, "got 2; columns of images: photo, mask; all: photo, mask, kind, author"),
+        (without("photo", "mask"), None, "got 0; columns of images: none; all: kind, author"),
+        (FEATURES, "img", "got 'img'; columns of images: photo, mask; all: photo, mask, kind"),
+        (FEATURES, "author", "got 'author'; columns of images: photo, mask; all: photo"),
+    ],
+)
+def test_an_unclear_image_column_is_answered_with_all_columns(
+    features: Features, wanted: str | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_image_column(features, wanted)
+
+
+@pytest.mark.parametrize(
+    ("features", "wanted", "expected"),
+    [
+        (FEATURES, None, "kind"),
+        (FEATURES, "author", "author"),
+        (without("kind"), None, None),
+        (Features({**FEATURES, "other": ClassLabel(names=["c"])}), None, None),
+    ],
+)
+def test_the_label_column_is_the_one_asked_for_or_the_only_one(
+    features: Features, wanted: str | None, expected: str | None
+) -> None:
+    assert find_label_column(features, wanted) == expected
+
+
+def test_a_missing_label_column_is_answered_with_all_columns() -> None:
+    with pytest.raises(ValueError, match="got 'label'; columns: photo, mask, kind, author"):
+        find_label_column(FEATURES, "label")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("validation", "split must be one of train, empty, got 'validation'"),
+        ("empty", "must have rows, got none in split 'empty' of flowers"),
+    ],
+)
+def test_a_missing_or_empty_split_is_named(name: str, message: str) -> None:
+    table = table_of([png(photographs(1)[0])])
+    splits = DatasetDict({"train": table, "empty": table.select([])})
+    with pytest.raises(ValueError, match=message):
+        image_split(splits, name, dataset_name="flowers")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "names"),
+    [
+        (["tulip", "china", "tulip"], [1, 0, 1], ("china", "tulip")),
+        ([7, 3, 40], [1, 0, 2], ("3", "7", "40")),
+        ([-1, 1, -1], [0, 1, 0], ("-1", "1")),
+    ],
+)
+def test_labels_of_any_kind_become_classes_from_0(
+    labels: list[Any], classes: list[int], names: tuple[str, ...]
+) -> None:
+    table = table_of([png(image) for image in photographs(3)], kind=labels)
+    split = image_split(
+        DatasetDict({"train": table}), "train", dataset_name="flowers", label_column="kind"
+    )
+    assert split.labels is not None
+    torch.testing.assert_close(split.labels, torch.tensor(classes))
+    assert split.label_names == names
+
+
+CLASSES = ClassLabel(names=["china", "tulip"])
+
+
+@pytest.fixture(
+    params=[(Value("string"), None), (CLASSES, None), (CLASSES, -1)],
+    ids=["string-null", "class-null", "class-minus-one"],
+)
+def partly_labelled(request: pytest.FixtureRequest) -> DatasetDict:
+    """Two rows, one of them without a class: null, or the Hub's -1."""
+    kind, nothing = request.param
+    rows = {"image": [{"bytes": b"", "path": None}] * 2, "kind": ["tulip", nothing]}
+    features = Features({"image": ImageFeature(), "kind": kind})
+    return DatasetDict({"train": Dataset.from_dict(rows, features=features)})
+
+
+def test_a_missing_label_in_the_column_asked_for_is_refused(partly_labelled: DatasetDict) -> None:
+    with pytest.raises(ValueError, match=r"rows of flowers \(train\) without one in 'kind'"):
+        image_split(partly_labelled, "train", dataset_name="flowers", label_column="kind")
+
+
+def test_a_column_with_missing_labels_is_not_taken_unasked(partly_labelled: DatasetDict) -> None:
+    split = image_split(partly_labelled, "train", dataset_name="flowers")
+    assert split.labels is None
+    assert split.label_names == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "expected"),
+    [
+        (["train", "validation", "test"], None, "test"),
+        (["train", "validation"], None, "validation"),
+        (["train"], None, None),
+        (["test"], None, None),  # trained on
+        (["train", "test", "extra"], "extra", "extra"),
+    ],
+)
+def test_the_held_out_split_is_never_the_training_split(
+    names: list[str], wanted: str | None, expected: str | None
+) -> None:
+    splits = DatasetDict(dict.fromkeys(names, labelled()))
+    found, name = held_out_split(splits, wanted, names[0], dataset_name="flowers")
+    assert name == expected
+    assert (found is None) == (expected is None)
+
+
+def test_an_unlabelled_test_split_does_not_hide_the_validation_split() -> None:
+    table = labelled()
+    hidden = table.map(lambda _: {"label": -1})
+    splits = DatasetDict({"train": table, "test": hidden, "validation": table})
+    assert held_out_split(splits, None, "train", dataset_name="flowers")[1] == "validation"
+
+
+def labelled() -> Dataset:
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["rose", "tulip"])})
+    cells = [{"bytes": b"", "path": None}] * 2
+    return Dataset.from_dict({"image": cells, "label": [0, 1]}, features=features)
+
+
+# --- reading
+
+
+@pytest.mark.parametrize("cell", [None, b"", b"<html>404</html>"])
+def test_a_bad_image_names_its_row(cell: bytes | None) -> None:
+    good = png(photographs(1)[0])
+    splits = DatasetDict({"train": table_of([good, good, cell, good])})
+    split = image_split(splits, "train", dataset_name="flowers")
+    assert len(split.read([0, 1, 3])) == 3
+    with pytest.raises(ImageError, match=r"row 2 of flowers \(train\), column image: the image"):
+        split.read([3, 2])
+
+
+def shard(path: Path, images: list[bytes], first: int = 0) -> None:
+    """A WebDataset tar: 000000.jpg and 000000.cls, and so on."""
+    with tarfile.open(path, "w") as tar:
+        for number, data in enumerate(images, first):
+            for extension, content in (("png", data), ("cls", str(number % 2).encode())):
+                member = tarfile.TarInfo(f"{number:06d}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def test_a_folder_of_webdataset_tars_gives_its_images_and_classes(tmp_path: Path) -> None:
+    encoded = [png(image) for image in photographs(6)]
+    shard(tmp_path / "train-000.tar", encoded[:4])
+    shard(tmp_path / "train-001.tar", encoded[4:], first=4)
+    split = image_split(
+        open_dataset(str(tmp_path)), "train", dataset_name="tars", label_column="cls"
+    )
+    torch.testing.assert_close(torch.stack(split.read(range(6))), photographs(6), rtol=0, atol=0)
+    assert split.labels is not None
+    assert split.labels.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "tar"])
+def test_a_single_file_is_the_split_train(tmp_path: Path, suffix: str) -> None:
+    encoded = [png(image) for image in photographs(3)]
+    path = tmp_path / f"photographs.{suffix}"
+    if suffix == "parquet":
+        table_of([*encoded]).to_parquet(path)
+    elif suffix == "arrow":
+        table_of([*encoded]).save_to_disk(tmp_path / "saved")
+        next((tmp_path / "saved").glob("*.arrow")).rename(path)
+    else:
+        shard(path, encoded)
+    split = image_split(open_dataset(str(path)), "train", dataset_name="photographs")
+    torch.testing.assert_close(torch.stack(split.read(range(3))), photographs(3), rtol=0, atol=0)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no images")
+    with pytest.raises(ValueError, match=r"a file must end in .parquet, .arrow, .tar"):
+        open_dataset(str(tmp_path / "notes.txt"))
+
+
+def test_nested_folders_of_images_are_searched(tmp_path: Path) -> None:
+    for row, image in enumerate(photographs(4)):
+        path = tmp_path / "2026" / f"week {row % 2}" / f"{row}.PNG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(image))
+    split = image_split(open_dataset(str(tmp_path)), "train", dataset_name="photographs")
+    assert len(split) == 4
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_file_that_is_no_image_is_found_when_it_is_read_and_not_before(
+    tmp_path: Path, suffix: str
+) -> None:
+    (tmp_path / "0.png").write_bytes(png(photographs(1)[0]))
+    (tmp_path / f"1.{suffix}").write_text("<html>404</html>")
+    split = image_split(open_dataset(str(tmp_path)), "train", dataset_name="photographs")
+    images, bad = split.read_or_replace([0, 1])
+    torch.testing.assert_close(images[1], images[0], rtol=0, atol=0)
+    assert bad[0].path is not None
+    assert bad[0].path.endswith(f"1.{suffix}")
+
+
+def test_bytes_in_the_column_asked_for_are_images() -> None:
+    features = Features({"content": Value("binary"), "size": Value("int64")})
+    encoded = [png(image) for image in photographs(2)]
+    table = Dataset.from_dict({"content": encoded, "size": [1, 2]}, features=features)
+    split = image_split(
+        DatasetDict({"train": table}), "train", dataset_name="bytes", image_column="content"
+    )
+    torch.testing.assert_close(torch.stack(split.read([0, 1])), photographs(2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])
+def test_arrays_are_images_of_as_many_channels(last: bool) -> None:
+    bands = np.random.default_rng(0).integers(0, 256, (3, 5, 8, 9), dtype=np.uint8)
+    rows = bands.transpose(0, 2, 3, 1) if last else bands
+    features = Features({"bands": Array3D(rows.shape[1:], "uint8")})
+    table = Dataset.from_dict({"bands": list(rows)}, features=features)
+    split = image_split(
+        DatasetDict({"train": table}), "train", dataset_name="satellite", channels=5
+    )
+    read = torch.stack(split.read(range(3)))
+    torch.testing.assert_close(read, torch.from_numpy(bands), rtol=0, atol=0)
+
+
+def test_an_array_of_other_channels_is_a_bad_image() -> None:
+    features = Features({"bands": Array3D((5, 8, 9), "uint8")})
+    table = Dataset.from_dict({"bands": [np.zeros((5, 8, 9), np.uint8)]}, features=features)
+    split = image_split(
+        DatasetDict({"train": table}), "train", dataset_name="satellite", channels=4
+    )
+    with pytest.raises(ImageError, match=r"shape \(4, H, W\) or \(H, W, 4\), got \(5, 8, 9\)"):
+        split.read([0])

@@ -1,0 +1,178 @@
+"""Data that are read as they come: what each process and worker gets, and whole trainings."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pictures import photographs, png, table_of
+from workflow import SMALL, launch, metrics
+
+from vicreg_hf.bad_images import BadImages
+from vicreg_hf.columns import BadImage
+from vicreg_hf.data import training_views
+from vicreg_hf.sampler import GlobalBatches
+from vicreg_hf.sources import open_dataset
+from vicreg_hf.streaming import ImageStream, image_stream
+from vicreg_hf.views import TwoViews
+
+CPU = torch.device("cpu")
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four shards of six images of 40 x 40 pixels, whose keys are 0 to 23; two cannot be used."""
+    folder = tmp_path_factory.mktemp("tars")
+    encoded = [png(image) for image in photographs(COUNT, 40, 40)]
+    encoded[5], encoded[17] = b"", encoded[17][:200]
+    for number in range(4):
+        with tarfile.open(folder / f"train-{number:03d}.tar", "w") as tar:
+            for row in range(6 * number, 6 * number + 6):
+                member = tarfile.TarInfo(f"{row:06d}.png")
+                member.size = len(encoded[row])
+                tar.addfile(member, io.BytesIO(encoded[row]))
+    return folder
+
+
+def stream_of(tars: Path) -> ImageStream:
+    splits = open_dataset(str(tars), streaming=True)
+    return image_stream(splits, "train", dataset_name="tars")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_processes_read_every_image_once(tars: Path, world_size: int) -> None:
+    shares = [stream_of(tars).share(rank, world_size, seed=0) for rank in range(world_size)]
+    paths = [cell["path"] for share in shares for cell in share.cells(0)]
+    assert sorted(paths) == [f"{row:06d}.png" for row in range(COUNT)]
+
+
+class Seen(TwoViews):
+    """Crops that are the image's own pixels, so that it can be told."""
+
+    def crop(self, images: Any, indices: Any, epoch: Any = 0) -> Any:  # noqa: ARG002
+        crops = torch.stack([image[:, :24, :24] for image in images])
+        return crops, crops.clone()
+
+    def colour(self, crops: Any, indices: Any, epoch: Any = 0) -> Any:  # noqa: ARG002
+        return crops[0].float(), crops[1].float()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker processes")
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 8])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_workers_of_processes_give_every_usable_image_once_a_pass(
+    tars: Path, num_workers: int, world_size: int
+) -> None:
+    seen, bad = [], BadImages(None, 1.0, None)
+    for rank in range(world_size):
+        stream = stream_of(tars).share(rank, world_size, seed=0)
+        # of two processes either may have both bad images
+        batches = GlobalBatches(COUNT, world_size * 2, seed=0, rank=rank, world_size=world_size)
+        count = (COUNT - 2) // 2 if world_size == 1 else 5
+        views = training_views(
+            stream, batches, Seen(image_size=24), steps=range(count), device=CPU,
+            num_workers=num_workers, bad=bad,
+        )  # fmt: skip
+        seen += [row for x, _ in views for row in x]
+    originals = photographs(COUNT, 40, 40)[:, :, :24, :24].float()
+    rows = [int((originals - image).abs().flatten(1).amax(1).argmin()) for image in seen]
+    assert len(set(rows)) == len(rows)
+    assert not {5, 17} & set(rows)
+    bad.agree(say=lambda _: None)
+    assert {image.path for image in bad.found} <= {"000005.png", "000017.png"}
+    if world_size == 1:
+        assert len(rows) == COUNT - 2
+        assert len(bad) == 2
+
+
+def test_views_of_a_stream_depend_on_the_image_and_the_pass_alone(tars: Path) -> None:
+    def views_of(num_workers: int) -> dict[bytes, torch.Tensor]:
+        batches = GlobalBatches(COUNT, 2, seed=0)
+        views = training_views(
+            stream_of(tars).share(0, 1, seed=0), batches, TwoViews(image_size=24),
+            steps=range(11), device=CPU, num_workers=num_workers,
+        )  # fmt: skip
+        pairs = [torch.stack([x, y]) for batch in views for x, y in zip(*batch, strict=True)]
+        return {pair.numpy().tobytes(): pair for pair in pairs}
+
+    assert views_of(0).keys() == views_of(2).keys()
+
+
+def test_every_pass_has_an_order_of_its_own(tars: Path) -> None:
+    stream = stream_of(tars).share(0, 1, seed=0)
+    first, second = ([cell["path"] for cell in stream.cells(epoch)] for epoch in (0, 1))
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert first == [cell["path"] for cell in stream.cells(0)]
+
+
+def test_a_stream_without_a_usable_image_ends_with_a_sentence() -> None:
+    table = table_of([b"", b"<html>"]).to_iterable_dataset()
+    stream = image_stream({"train": table}, "train", dataset_name="empty")
+    batches = GlobalBatches(2, 2, seed=0)
+    with pytest.raises(ValueError, match=r"empty \(train\) must hold images that can be used"):
+        list(training_views(stream, batches, TwoViews(24), steps=range(1), device=CPU))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stream_is_trained_on(tars: Path, tmp_path: Path, processes: int) -> None:
+    flags = [
+        *SMALL, f"--dataset_name={tars}", "--streaming=true", "--max_steps=6",
+        "--image_size=32", "--num_workers=2", "--max_bad_fraction=0.2", f"--output_dir={tmp_path}",
+    ]  # fmt: skip
+    result = launch(*flags, processes=processes)
+    assert result.returncode == 0, result.stderr
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["bad_images"] == 2
+    assert len((tmp_path / "bad_images.jsonl").read_text().splitlines()) == 2
+    assert "knn" not in rows[-1]
+
+
+def test_a_stream_of_unknown_length_asks_for_max_steps(tars: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, f"--dataset_name={tars}", "--streaming=true", f"--output_dir={tmp_path}"]
+    result = launch(*flags)
+    assert result.returncode != 0
+    assert "max_steps must be given for streams of unknown length" in result.stderr
+
+
+# --- what cannot be used
+
+
+def test_too_many_bad_images_are_the_end(tmp_path: Path) -> None:
+    bad = BadImages(100, 0.05, tmp_path / "bad.jsonl")
+    said: list[str] = []
+    for count in range(1, 6):
+        bad.add([BadImage(count, None, "empty."), BadImage(count, None, "empty.")])
+        bad.agree(seen=100, say=said.append)
+        assert len(bad) == count
+    bad.add([BadImage(6, "a/b.png", "empty.")])
+    with pytest.raises(ValueError, match=r"max_bad_fraction=0.05 .* got 6 of 100; .* row 6 a/b"):
+        bad.agree(seen=100, say=said.append)
+    assert len(said) == 6
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_resumed_run_knows_the_bad_images_of_before(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    first = BadImages(100, 0.5, path)
+    first.add([BadImage(3, None, "empty."), BadImage(4, "x.png", "cut.")])
+    first.agree(say=lambda _: None)
+    with path.open("a") as file:
+        file.write('{"row": 5, "pa')  # torn by a kill
+    again = BadImages(100, 0.5, path)
+    again.recall()
+    assert again.found == first.found
+
+
+def test_processes_agree_on_what_all_have_found() -> None:
+    other = [BadImage(7, None, "cut."), BadImage(3, None, "empty.")]
+    bad = BadImages(100, 0.5, None)
+    bad.add([BadImage(3, None, "empty.")])
+    bad.agree(lambda own: own + other, say=lambda _: None)
+    assert {image.row for image in bad.found} == {3, 7}
