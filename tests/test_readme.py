@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from workflow import ROOT, run, write_images
+
+from vicreg_hf.augmentation import PRESETS, find_recipes
 
 README = (ROOT / "README.md").read_text()
 CIFAR10 = ROOT / "../shared/data/cifar10"
@@ -24,6 +28,7 @@ def trainings() -> list[str]:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     lines += re.findall(r"\| `(accelerate launch [^`]*)`", README)
     commands = [line.split("&& ")[-1] for line in lines if "scripts/pretrain.py" in line]
+    commands = [command for command in commands if "--preview" not in command]
     return list(dict.fromkeys(commands))
 
 
@@ -49,6 +54,24 @@ def test_training_commands_run(command: str, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "encoder" / "config.json").is_file()
 
 
+def test_preview_is_drawn_as_shown(tmp_path: Path) -> None:
+    (command,) = [line for block in blocks("bash") for line in block.splitlines()
+                  if "--preview" in line]  # fmt: skip
+    folder = write_images(tmp_path / "images", rows=16, size=(60, 40))
+    command = command.replace("path/or/hub-id", str(folder))
+    command = command.replace("views.png", str(tmp_path / "views.png"))
+    result = run([*shlex.split(command), "--batch_size=16"])
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "views.png").is_file()
+
+
+def test_recipe_of_views_is_one() -> None:
+    (block,) = blocks("yaml")
+    x, x_prime = find_recipes(yaml.safe_load(block))
+    assert (x.flip, x.scale, x_prime.solarize) == (0, (0.3, 1.0), 0)
+    assert x == replace(PRESETS["authors"][0], flip=0, scale=(0.3, 1.0))
+
+
 def test_python_loads_what_a_run_has_made(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images")
     flags = f"--architecture=test_resnet --output_dir={tmp_path / 'runs/r50'} {SHORT}"
@@ -67,8 +90,7 @@ def test_python_interface_works_as_shown(tmp_path: Path) -> None:
     script = block.replace(
         'output_dir="runs/demo"', f"output_dir={str(tmp_path)!r}, max_steps=2, batch_size=16"
     )
-    images = "images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)\n"
-    script = "import torch\n" + images + script.replace("image_size=224", "image_size=64")
+    script = script.replace("image_size=224", "image_size=64")
     result = run([sys.executable, "-c", script])
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "encoder" / "config.json").is_file()
