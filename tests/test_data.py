@@ -106,8 +106,11 @@ def test_views_are_those_of_the_samplers_rows(images: Tensor) -> None:
         torch.testing.assert_close(views, expected, rtol=0, atol=0)
 
 
-def test_the_number_of_workers_changes_nothing(split: ImageSplit) -> None:
-    alone, together = views_of(split, range(5)), views_of(split, range(5), num_workers=2)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker processes")
+@pytest.mark.parametrize("num_workers", [2, 8])
+def test_the_number_of_workers_changes_nothing(split: ImageSplit, num_workers: int) -> None:
+    alone = views_of(split, range(5))
+    together = views_of(split, range(5), num_workers=num_workers)
     torch.testing.assert_close(together, alone, rtol=0, atol=0)
 
 

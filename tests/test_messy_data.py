@@ -69,6 +69,16 @@ def test_a_run_stops_above_the_share_it_was_given(size: tuple[int, int], tmp_pat
     assert rows[-1]["bad_images"] == 6
 
 
+def test_a_new_run_forgets_the_list_of_an_earlier_one(tmp_path: Path) -> None:
+    data = folder_of(tmp_path / "data", 64, (60, 40))
+    (data / "007.png").write_bytes(b"")
+    train(data, tmp_path / "run", "--image_size=32")
+    Image.new("RGB", (60, 40)).save(data / "007.png")
+    rows = train(data, tmp_path / "run", "--image_size=32", "--resume=never")
+    assert rows[-1]["bad_images"] == 0
+    assert not (tmp_path / "run" / "bad_images.jsonl").exists()
+
+
 def test_processes_count_bad_images_together(tmp_path: Path) -> None:
     data = folder_of(tmp_path / "data", 64, (60, 40))
     for row in (3, 30):

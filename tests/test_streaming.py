@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,29 @@ def test_too_many_bad_images_are_the_end(tmp_path: Path) -> None:
         bad.agree(seen=100, say=said.append)
     assert len(said) == 6
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("num_images", "seen", "bad", "stops"),
+    [
+        (50_000, 200, 50, False),  # few seen: judged as if of a thousand
+        (50_000, 200, 51, True),
+        (50_000, 40_000, 2000, False),
+        (50_000, 40_000, 2001, True),
+        (50_000, 10**9, 2501, True),  # many epochs
+        (40, 16, 2, False),
+        (40, 16, 3, True),
+        (None, 4000, 200, False),
+        (None, 4000, 201, True),
+    ],
+)
+def test_the_share_is_of_the_images_seen(
+    num_images: int | None, seen: int, bad: int, stops: bool
+) -> None:
+    images = BadImages(num_images, 0.05, None)
+    images.add(BadImage(row, None, "empty.") for row in range(bad))
+    with pytest.raises(ValueError, match=f"got {bad} of") if stops else nullcontext():
+        images.agree(seen=seen, say=lambda _: None)
 
 
 def test_a_resumed_run_knows_the_bad_images_of_before(tmp_path: Path) -> None:

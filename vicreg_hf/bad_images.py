@@ -86,8 +86,13 @@ class BadImages:
                 "Mend or remove them, or raise --max_bad_fraction."
             )
 
+    def forget(self) -> None:
+        """Remove the file of an earlier run."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
     def recall(self) -> None:
-        """Take up the file of the run that is resumed, or begin it anew where there is none."""
+        """Take up the file of the run that is resumed."""
         if self.path is None or not self.path.is_file():
             return
         for line in self.path.read_text().splitlines():

@@ -160,6 +160,8 @@ def setup(args: PretrainingArguments) -> Run:
     monitor = _create_monitor(args, inputs, cfg)
     if step:
         inputs.bad.recall()
+    elif accelerator.is_main_process:
+        inputs.bad.forget()
     run = Run(
         args, accelerator, model, wrapped, prepared, inputs, views, monitor, log, fingerprint, step
     )
@@ -182,8 +184,10 @@ def _create_monitor(
 
 def _agree_on_bad_images(run: Run) -> None:
     """Every process learns what all have found, and stops if it is too much."""
+    images = run.inputs.images
+    seen = len(images) if isinstance(images, Tensor) else run.step * run.args.batch_size
     run.inputs.bad.agree(
-        gather_object, seen=run.step * run.args.batch_size,
+        gather_object, seen=seen,
         write=run.accelerator.is_main_process, say=run.accelerator.print,
     )  # fmt: skip
 
@@ -415,7 +419,7 @@ def _check_same_run(args: PretrainingArguments, saved: dict[str, Any], path: Pat
     changed = [
         f"{f.name} was {saved.get(f.name)}, is {now[f.name]}"
         for f in fields(args)
-        if f.name not in FREE_TO_CHANGE and saved.get(f.name) != now[f.name]
+        if f.name not in FREE_TO_CHANGE and saved.get(f.name, now[f.name]) != now[f.name]
     ]
     if changed:
         raise CheckpointError(
