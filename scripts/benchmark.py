@@ -8,20 +8,10 @@ import sys
 import torch
 
 from vicreg_hf.arguments import parse_arguments
-from vicreg_hf.benchmarks.data import bottleneck, large_images, small_images
+from vicreg_hf.benchmarks.data import against_others, bottleneck
 from vicreg_hf.benchmarks.loss import one_process, several_processes
 from vicreg_hf.benchmarks.measuring import surroundings
 from vicreg_hf.data import available_cores
-
-
-def measure_data(device: torch.device, flags: list[str]) -> None:
-    if flags:
-        print(surroundings(device), bottleneck(parse_arguments(flags)), sep="\n", flush=True)
-        return
-    torch.set_num_threads(1)
-    print(surroundings(torch.device("cpu")))
-    print("\n500 x 375 JPEGs, views of 224 pixels, preset authors:\n", large_images(), sep="\n")
-    print("\n32 x 32 in memory, views of 32 pixels, preset cifar:\n", small_images(), sep="\n")
 
 
 def main(argv: list[str]) -> None:
@@ -35,15 +25,14 @@ def main(argv: list[str]) -> None:
     loss.add_argument(
         "--processes", type=int, nargs="+", help="instead, over so many processes on CPU"
     )
-    data = commands.add_parser(
+    commands.add_parser(
         "data",
         help="the views against the authors' pipeline; with flags of pretrain.py, such as "
         "--config or --dataset_name, the bottleneck of that run",
     )
-    data.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args, others = parser.parse_known_args(argv)
     if args.command == "data":
-        measure_data(torch.device(args.device), others)
+        print(bottleneck(parse_arguments(others)) if others else against_others())
         return
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gloo import GlooPool
 from torch import Tensor
-from workflow import ROOT, run
+from workflow import ROOT, SMALL, run, write_images
 
+from vicreg_hf.arguments import parse_arguments
+from vicreg_hf.augmentation import PRESETS
+from vicreg_hf.benchmarks.data import _ratios, bottleneck, photographs, pil_view
 from vicreg_hf.benchmarks.loss import _figures, authors_loss, losses, our_loss
 from vicreg_hf.benchmarks.measuring import MIB, memory_process, peak_extra_mib
 from vicreg_hf.distributed import rank, world_size
@@ -144,3 +149,31 @@ def test_over_two_processes_both_give_what_one_process_gives(
 
 def test_ours_and_the_authors_are_always_compared() -> None:
     assert list(losses().items())[:2] == [("vicreg_hf", our_loss), ("authors", authors_loss)]
+
+
+# Views
+
+
+def test_views_are_measured_against_the_authors_pipeline() -> None:
+    took = {"authors": 8.0, "everything": 2.0}
+    lines = _ratios(took).splitlines()
+    assert lines[-1] == "| everything | 2.000 | 4.00 |"
+    (image,) = photographs(1, 60, 40)
+    view: Any = pil_view(PRESETS["authors"][1], 24)(image)
+    assert view.shape == (3, 24, 24)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (60, 40)], ids=["in memory", "decoded"])
+def test_the_bottleneck_of_a_run_is_its_slowest_stage(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    folder = write_images(tmp_path / "images", size=size)
+    flags = [*SMALL[:-1], "--num_workers=1", "--image_size=32", f"--dataset_name={folder}"]
+    printed = bottleneck(parse_arguments(flags))
+    rows = [line[2:-2].split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    rates = {name: float(rate) for name, rate in rows[2:]}
+    assert {"transfer", "model"} < rates.keys()
+    assert len(rates) == (3 if size == (32, 32) else 5)
+    assert all(rate > 0 for rate in rates.values())
+    slowest = printed.splitlines()[-1].removeprefix("The bottleneck is: ").removesuffix(".")
+    assert rates[slowest] == min(rates.values())

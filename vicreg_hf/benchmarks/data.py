@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.augmentation import PRESETS, ViewRecipe
-from vicreg_hf.benchmarks.measuring import median_seconds, table
+from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
 from vicreg_hf.data import available_cores
 from vicreg_hf.images import decode_image
 from vicreg_hf.pretraining import Run, backward, setup
@@ -121,6 +121,19 @@ def kornia_view(recipe: ViewRecipe) -> nn.Module | None:
     return nn.Sequential(*operations)
 
 
+def against_others() -> str:
+    """Tables for large and for small images, on one core."""
+    torch.set_num_threads(1)
+    parts = [
+        surroundings(CPU),
+        "500 x 375 JPEGs, views of 224 pixels, preset authors:",
+        large_images(),
+        "32 x 32 in memory, views of 32 pixels, preset cifar:",
+        small_images(),
+    ]
+    return "\n\n".join(parts)
+
+
 def large_images(count: int = 32, side: int = 224) -> str:
     """A table for JPEGs of 500 x 375 pixels, on one core: milliseconds an image, both views."""
     recipes = PRESETS["authors"]
@@ -203,7 +216,8 @@ def bottleneck(args: PretrainingArguments) -> str:
     Workers are counted as many times as there are, or as there are cores for them.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return _stages(setup(dataclasses.replace(args, output_dir=folder, resume="never")))
+        run = setup(dataclasses.replace(args, output_dir=folder, resume="never"))
+        return f"{surroundings(run.accelerator.device)}\n\n{_stages(run)}"
 
 
 def _stages(run: Run) -> str:
