@@ -76,7 +76,7 @@ def summary(encoder: Path, rows: list[dict[str, Any]], monitor: KNNMonitor | Non
         lines.append(
             f"Embeddings of the last batch: std {last['embedding_std']:.3f}, effective rank "
             f"{last['effective_rank']:.1f}, alignment {last['alignment']:.3f}, uniformity "
-            f"{last['uniformity']:.3f}. A std or rank near 0 or 1 would be collapse."
+            f"{last['uniformity']:.3f}. A std near 0 or a rank near 1 is collapse."
         )
     elif measured:
         lines.append(f"{monitor.description}:")
