@@ -12,7 +12,7 @@ from contextlib import suppress
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -80,6 +80,8 @@ def decode_image(data: bytes, channels: int = 3) -> Tensor:
                 return _from_pil(image, MODES[channels])
     except ImageError:
         raise
+    except UnidentifiedImageError:
+        raise ImageError("the image cannot be decoded: it is of no known format.") from None
     except Exception as error:  # decoders raise whatever their parsing meets
         raise ImageError(f"the image cannot be decoded: {error}") from error
 
