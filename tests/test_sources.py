@@ -64,6 +64,28 @@ def test_a_folder_of_images_alone_has_no_labels(tmp_path: Path) -> None:
     assert split.label_names == ()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".txt", ".json"])
+def test_captions_beside_the_images_are_left_alone(
+    tmp_path: Path, suffix: str, streaming: bool
+) -> None:
+    for row, image in enumerate(photographs(3)):
+        (tmp_path / f"{row}.png").write_bytes(png(image))
+        (tmp_path / f"{row}{suffix}").write_text(f'{{"key{row}": {row}}}')
+    table = open_dataset(str(tmp_path), streaming=streaming)["train"]
+    assert list(table.features) == ["image"]
+    assert len(list(table)) == 3
+
+
+def test_the_configs_of_a_card_decide_what_a_folder_is(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(png(photographs(1)[0]))
+    (tmp_path / "names.csv").write_text("name\nrose\n")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: names.csv\n---\n"
+    )
+    assert list(open_dataset(str(tmp_path))["train"].features) == ["name"]
+
+
 def test_what_save_to_disk_wrote_is_opened(tmp_path: Path) -> None:
     table = table_of([png(image) for image in photographs(3)])
     DatasetDict({"train": table, "validation": table.select([0])}).save_to_disk(tmp_path / "both")

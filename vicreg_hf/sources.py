@@ -6,6 +6,7 @@ Shapes: N images, C channels, H x W pixels.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import datasets
 import numpy as np
 import torch
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
@@ -160,12 +162,26 @@ def _load(name: str, config_name: str | None, streaming: bool) -> Any:
             raise ValueError(f"a file must end in {', '.join(BUILDERS)}.")
         return datasets.load_dataset(BUILDERS[path.suffix], data_files=name, streaming=streaming)
     else:
+        if path.is_dir() and _is_image_folder(path):
+            return datasets.load_dataset("imagefolder", data_dir=name, streaming=streaming)
         return datasets.load_dataset(name, config_name, streaming=streaming)
     if not streaming:
         return loaded
     if isinstance(loaded, datasets.Dataset):
         return loaded.to_iterable_dataset(num_shards=_shards(loaded))
     return {k: table.to_iterable_dataset(num_shards=_shards(table)) for k, table in loaded.items()}
+
+
+def _is_image_folder(folder: Path) -> bool:
+    """Image files, with or without captions or annotations beside them.
+
+    `datasets` would take a folder for what most of its files are.
+    """
+    card = folder / "README.md"
+    if card.is_file() and "configs:" in card.read_text(errors="replace"):
+        return False
+    found = {Path(file).suffix.lower() for _, _, files in os.walk(folder) for file in files}
+    return not found & BUILDERS.keys() and bool(found & set(ImageFolder.EXTENSIONS))
 
 
 def _shards(table: datasets.Dataset) -> int:
