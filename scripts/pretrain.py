@@ -8,11 +8,14 @@ from safetensors import SafetensorError
 from vicreg_hf.arguments import parse_arguments
 from vicreg_hf.checkpointing import CheckpointError
 from vicreg_hf.data import LoadingError
+from vicreg_hf.hub import HubError
 from vicreg_hf.pretraining import pretrain
 from vicreg_hf.preview import draw_preview
+from vicreg_hf.publishing import ExportError
 
 ERRORS = (
     ValueError, OSError, SafetensorError, CheckpointError, FloatingPointError, LoadingError,
+    HubError, ExportError,
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hub import WRITER, running_hub
 from workflow import ROOT, run, write_images
 
 from vicreg_hf.augmentation import PRESETS, find_recipes
@@ -48,7 +49,13 @@ def test_training_commands_run(command: str, tmp_path: Path) -> None:
     environment, words = {}, shlex.split(command)
     while "=" in words[0]:
         name, _, environment[name] = words.pop(0).partition("=")
-    result = run([*words, *SHORT.split(), f"--output_dir={tmp_path / 'run'}"], **environment)
+    words += [*SHORT.split(), f"--output_dir={tmp_path / 'run'}"]
+    with running_hub() as hub:
+        environment |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": WRITER}
+        if "--push_to_hub" in command:
+            environment["HF_HUB_OFFLINE"] = "0"
+        result = run(words, **environment)
+    assert ("models/org/name" in hub.repositories) == ("--push_to_hub" in command)
     assert result.returncode == 0, result.stderr
     assert "The encoder is in" in result.stdout
     assert (tmp_path / "run" / "encoder" / "config.json").is_file()

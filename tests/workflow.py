@@ -48,12 +48,10 @@ def environment(**extra: str) -> dict[str, str]:
     return os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"} | extra
 
 
-def run(
-    command: list[str], *, timeout: int = 240, **extra: str
-) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], **extra: str) -> subprocess.CompletedProcess[str]:
     """Run a command in the repository's root."""
     return subprocess.run(
-        command, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout
+        command, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=240
     )
 
 

@@ -11,6 +11,7 @@ from vicreg_hf.loss import VICRegLoss, vicreg_loss
 from vicreg_hf.modeling_vicreg import VICRegModel, VICRegOutput
 from vicreg_hf.optim import LARS
 from vicreg_hf.pretraining import pretrain
+from vicreg_hf.publishing import export_encoder, publish
 from vicreg_hf.views import TwoViews
 
 __version__ = "0.1.0"
@@ -24,7 +25,9 @@ __all__ = [
     "VICRegModel",
     "VICRegOutput",
     "ViewRecipe",
+    "export_encoder",
     "knn_accuracy",
     "pretrain",
+    "publish",
     "vicreg_loss",
 ]

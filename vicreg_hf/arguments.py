@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from vicreg_hf.augmentation import PRESETS, describe, find_recipes
 from vicreg_hf.data import SMALL_IMAGE
+from vicreg_hf.hub import check_repo_id
 from vicreg_hf.optim import default_base_lr
 from vicreg_hf.sources import DEMO
 
@@ -99,6 +100,12 @@ class PretrainingArguments:
         None, "Steps between kNN measurements; by default only before and after training."
     )
 
+    push_to_hub: bool = _setting(
+        False, "Push the encoder and its card to the Hub at the end; checked at the start."
+    )
+    hub_model_id: str | None = _setting(None, "Where to: org/name, made if absent.")
+    hub_private: bool = _setting(False, "Make the repository private, if it is made.")
+
     def __post_init__(self) -> None:
         if isinstance(self.model_args, str):
             try:
@@ -131,6 +138,10 @@ class PretrainingArguments:
             )
         if not isinstance(self.in_chans, int) or self.in_chans < 1:
             raise ValueError(f"in_chans must be a positive integer, got {self.in_chans!r}.")
+        if self.hub_model_id is not None:
+            check_repo_id(self.hub_model_id, "hub_model_id")
+        elif self.push_to_hub:
+            raise ValueError("push_to_hub needs hub_model_id, org/name, and got none.")
         if self.base_lr is None:
             self.base_lr = default_base_lr(self.optimizer, self.batch_size)
         if self.output_dir is None:

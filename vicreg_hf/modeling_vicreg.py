@@ -223,6 +223,48 @@ class VICRegModel(PreTrainedModel):
         config = self.config.to_encoder_dict(self.num_features, include_expander=include_expander)
         _write_json(directory / "config.json", config)
 
+    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        repo_id: str,
+        *,
+        include_expander: bool = False,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload a VICReg encoder",
+    ) -> str:
+        """Publish the encoder in one commit, once stock transformers and timm agree with it.
+
+        A card that the repository has is kept; else it gets a short one.
+
+        Args:
+            repo_id: `org/name`, made if absent.
+            include_expander: also push the expander.
+            private: of a new repository; None takes the organisation's default.
+            token: None takes that of HF_TOKEN or `hf auth login`.
+            revision: a branch, made if absent.
+            create_pr: open a pull request instead.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ValueError: an id or a revision that cannot be.
+            ExportError: what was written does not load as this model.
+            HubError: the Hub refuses, or cannot be reached; the earlier revision is as it was.
+        """
+        from vicreg_hf.hub import open_repository
+        from vicreg_hf.publishing import push_model
+
+        repo_id = open_repository(
+            repo_id, private=private, token=token, revision=revision, create_pr=create_pr
+        )
+        return push_model(
+            self, repo_id, include_expander=include_expander, token=token, revision=revision,
+            create_pr=create_pr, commit_message=commit_message,
+        )  # fmt: skip
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise what a loaded file does not hold: timm's buffers, a new expander."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields, replace
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from vicreg_hf.arguments import PretrainingArguments
+from vicreg_hf.cards import CARD_FILE, TrainingRecord, hardware, model_card
 from vicreg_hf.checkpointing import (
     CheckpointError,
     load_checkpoint,
@@ -34,13 +36,17 @@ from vicreg_hf.data import SMALL_IMAGE, available_cores, loading_errors, trainin
 from vicreg_hf.distributed import SyncBatchNorm, gather_rows
 from vicreg_hf.evaluation import alignment, effective_rank, embedding_std, uniformity
 from vicreg_hf.gradcache import backward_in_chunks
+from vicreg_hf.hub import HubError, open_repository
 from vicreg_hf.inputs import Inputs, open_inputs
 from vicreg_hf.modeling_vicreg import VICRegModel, VICRegOutput, check_architecture
 from vicreg_hf.monitor import KNNMonitor
 from vicreg_hf.optim import create_optimizer, learning_rate
+from vicreg_hf.pictures import draw_pictures
+from vicreg_hf.publishing import export_encoder, push_model, retry_command
 from vicreg_hf.randomness import Stream, derive_seed
-from vicreg_hf.reporting import Clock, MetricsLog, summary
+from vicreg_hf.reporting import Clock, MetricsLog, results, summary
 from vicreg_hf.sampler import GlobalBatches
+from vicreg_hf.sources import ImageSplit
 from vicreg_hf.streaming import ImageStream
 from vicreg_hf.views import TwoViews
 
@@ -48,6 +54,7 @@ from vicreg_hf.views import TwoViews
 FREE_TO_CHANGE = {
     "output_dir", "resume", "num_workers", "compile", "max_bad_fraction", "logging_steps",
     "save_steps", "knn_steps", "eval_split", "label_column",
+    "push_to_hub", "hub_model_id", "hub_private",
     "dataset_name",  # a folder may move; `fingerprint` tells whether it is another
 }  # fmt: skip
 
@@ -69,6 +76,9 @@ class Run:
     fingerprint: dict[str, Any]
     """Of the training data; a checkpoint remembers it."""
     step: int = 0
+    seconds_before: float = 0.0
+    """That earlier sessions of this run took."""
+    started: float = field(default_factory=time.perf_counter)
 
     @property
     def batches(self) -> GlobalBatches:
@@ -81,6 +91,11 @@ class Run:
     @property
     def output_dir(self) -> Path:
         return Path(str(self.args.output_dir))
+
+    @property
+    def seconds(self) -> float:
+        """Of all sessions together."""
+        return self.seconds_before + time.perf_counter() - self.started
 
     @property
     def lr(self) -> float:
@@ -108,6 +123,7 @@ def pretrain(args: PretrainingArguments) -> Path:
         FloatingPointError: the loss is not finite.
         ImageError: too many images cannot be used.
         LoadingError: a loading worker died.
+        HubError: the encoder cannot be pushed, before any training; or could not be, after it.
     """
     run = setup(replace(args))
     measure(run)
@@ -118,10 +134,13 @@ def pretrain(args: PretrainingArguments) -> Path:
 
 def setup(args: PretrainingArguments) -> Run:
     """Check every setting, load the data, build the model, resume."""
+    started = time.perf_counter()
     check_architecture(args.architecture)
     accelerator = _accelerator()
     output_dir = Path(str(args.output_dir))
     _check_writable(output_dir)
+    if args.push_to_hub and accelerator.is_main_process:
+        open_repository(str(args.hub_model_id), private=args.hub_private or None)
     inputs = open_inputs(
         args, rank=accelerator.process_index, world_size=accelerator.num_processes,
         local_processes=_local_processes(accelerator), main_first=accelerator.main_process_first,
@@ -153,7 +172,7 @@ def setup(args: PretrainingArguments) -> Run:
         )
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process)
     fingerprint = train.fingerprint()
-    step = _resume(args, accelerator, model, optimizer, log, fingerprint)
+    step, seconds = _resume(args, accelerator, model, optimizer, log, fingerprint)
     if accelerator.is_main_process:
         (output_dir / "config.yaml").write_text(args.to_yaml())
     wrapped, prepared = accelerator.prepare(model, optimizer)
@@ -163,8 +182,9 @@ def setup(args: PretrainingArguments) -> Run:
     elif accelerator.is_main_process:
         inputs.bad.forget()
     run = Run(
-        args, accelerator, model, wrapped, prepared, inputs, views, monitor, log, fingerprint, step
-    )
+        args, accelerator, model, wrapped, prepared, inputs, views, monitor, log, fingerprint,
+        step, seconds, started,
+    )  # fmt: skip
     _agree_on_bad_images(run)
     return run
 
@@ -270,6 +290,7 @@ def save(run: Run) -> None:
         state = {
             "settings": asdict(run.args),
             "data": run.fingerprint,
+            "seconds": run.seconds,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         inner = getattr(run.optimizer, "optimizer", run.optimizer)
@@ -278,14 +299,57 @@ def save(run: Run) -> None:
 
 
 def finish(run: Run) -> Path:
-    """Write the encoder and say what was reached."""
+    """Write the encoder and its card, say what was reached, and publish."""
     directory = run.output_dir / "encoder"
+    fault: Exception | None = None
     if run.accelerator.is_main_process:
-        run.model.save_pretrained(directory)
+        export_encoder(run.model, directory, include_expander=True)
+        _write_card(run, directory)
         print(summary(directory, run.log.rows(), run.monitor))
+        try:
+            _push(run, directory)
+        except HubError as error:
+            fault = error
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
+    if fault is not None:
+        raise fault
     return directory
+
+
+def _write_card(run: Run, directory: Path) -> None:
+    args, inputs, rows = run.args, run.inputs, run.log.rows()
+    train = inputs.train
+    pictures = draw_pictures(
+        directory, run.model, rows, train=train if isinstance(train, ImageSplit) else None,
+        held_out=inputs.held_out,
+        num_workers=args.num_workers or 0,
+    )  # fmt: skip
+    record = TrainingRecord(
+        args=args, steps=run.step, seconds=run.seconds,
+        images=len(train) if isinstance(train, ImageSplit) else train.num_images,
+        hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
+        results=results(rows, run.monitor), pictures=pictures,
+    )  # fmt: skip
+    card = model_card(
+        run.model.config, num_features=run.model.num_features, record=record,
+        num_parameters=sum(p.numel() for p in run.model.encoder.parameters()),
+    )  # fmt: skip
+    (directory / CARD_FILE).write_text(str(card), encoding="utf-8")
+
+
+def _push(run: Run, directory: Path) -> None:
+    args = run.args
+    if not args.push_to_hub:
+        return
+    repo_id = str(args.hub_model_id)
+    try:
+        print(f"\nPublished: {push_model(run.model, repo_id, card=directory)}")
+    except HubError as error:
+        command = retry_command(args.output_dir or "", repo_id, private=args.hub_private)
+        raise HubError(
+            f"{error}\nThe encoder is whole in {directory}. Push it again with\n    {command}"
+        ) from None
 
 
 def _accelerator() -> Accelerator:
@@ -387,8 +451,8 @@ def _resume(
     optimizer: Optimizer,
     log: MetricsLog,
     fingerprint: dict[str, Any],
-) -> int:
-    """Load the newest valid checkpoint; the step to go on from."""
+) -> tuple[int, float]:
+    """Load the newest valid checkpoint; the step to go on from, and the seconds it took."""
     folder = Path(str(args.output_dir)) / "checkpoints"
     path, damaged = (None, []) if args.resume == "never" else newest_checkpoint(folder)
     for sentence in damaged:
@@ -397,7 +461,7 @@ def _resume(
         if args.resume == "required":
             raise CheckpointError(f"resume=required, but {folder} holds no valid checkpoint.")
         log.keep_until(-1)
-        return 0
+        return 0, 0.0
     step, state = read_state(path)
     _check_same_run(args, state["settings"], path)
     if state["data"] != fingerprint:
@@ -411,7 +475,7 @@ def _resume(
         accelerator.scaler.load_state_dict(state["scaler"])
     log.keep_until(step)
     accelerator.print(f"Resuming from {path}.")
-    return step
+    return step, state.get("seconds", 0.0)
 
 
 def _check_same_run(args: PretrainingArguments, saved: dict[str, Any], path: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vicreg_hf.cards import Result
 from vicreg_hf.monitor import KNNMonitor
 
 
@@ -87,3 +88,30 @@ def summary(encoder: Path, rows: list[dict[str, Any]], monitor: KNNMonitor | Non
         last = measured[-1]
         lines.append(f"    trained encoder     {100 * last['knn']:5.1f} % (step {last['step']})")
     return "\n".join(lines)
+
+
+def results(rows: list[dict[str, Any]], monitor: KNNMonitor | None) -> list[Result]:
+    """What a run has measured, for its card."""
+    found = []
+    measured = [row for row in rows if "knn" in row]
+    if monitor is not None and measured:
+        last, how = measured[-1], monitor.description
+        found.append(Result("20-NN accuracy", last["knn"], f"{how}, at the last step", True))
+        if measured[0]["step"] == 0:
+            how = "the same, of the encoder before training"
+            value = measured[0]["knn"]
+            found.append(Result("20-NN accuracy, untrained", value, how, True, of_model=False))
+        if "knn_pixels" in measured[0]:
+            how = "the same, of the pixels themselves"
+            value = measured[0]["knn_pixels"]
+            found.append(Result("20-NN accuracy, raw pixels", value, how, True, of_model=False))
+    last = next((row for row in reversed(rows) if "embedding_std" in row), None)
+    if last is not None:
+        batch = "embeddings of the last batch of views"
+        found += [
+            Result("embedding std", last["embedding_std"], f"{batch}; 0 is collapse"),
+            Result("effective rank", last["effective_rank"], f"{batch}; 1 is collapse"),
+            Result("alignment", last["alignment"], f"{batch}; distance of two views, 0 to 4"),
+            Result("uniformity", last["uniformity"], f"{batch}; less is more even"),
+        ]
+    return found

@@ -1,0 +1,31 @@
+"""Publish the encoder of a run on the Hub: `python scripts/publish.py --help`."""
+
+import argparse
+import sys
+
+from vicreg_hf.hub import without_tokens
+from vicreg_hf.publishing import publish
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("source", metavar="RUN_OR_DIR", help="output_dir of a run, or an encoder.")
+    parser.add_argument("--repo_id", required=True, help="org/name; made if absent.")
+    parser.add_argument("--private", action="store_true", help="If the repository is made.")
+    parser.add_argument("--include_expander", action="store_true", help="Publish it too.")
+    parser.add_argument("--revision", help="A branch; made if absent.")
+    parser.add_argument("--onnx", action="store_true", help="Publish onnx/model.onnx too.")
+    parser.add_argument("--license", help="Of the weights, in the card; for example cc-by-4.0.")
+    args = parser.parse_args()
+    try:
+        address = publish(
+            args.source, args.repo_id, private=args.private or None, revision=args.revision,
+            include_expander=args.include_expander, onnx=args.onnx, license=args.license,
+        )  # fmt: skip
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {without_tokens(str(error))}")
+    print(f"Published: {address}")
+
+
+if __name__ == "__main__":
+    main()

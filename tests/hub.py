@@ -1,0 +1,307 @@
+"""A Hub in this process: enough of its HTTP for the real clients to push, load and fail.
+
+Repositories live in memory. Faults are asked for by request, so that a test says which one breaks.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+WRITER, READER, STRANGER = "hf_writerTokenOfOrg", "hf_readerTokenOfOrg", "hf_tokenOfSomebodyElse"
+DROP = -1
+"""A fault: the connection is closed in the middle of the request."""
+
+
+@dataclass
+class Repository:
+    """Branches are commits, and a commit is its files."""
+
+    private: bool
+    commits: list[dict[str, bytes]] = field(default_factory=lambda: [{}])
+    branches: dict[str, int] = field(default_factory=lambda: {"main": 0})
+
+    def find(self, revision: str) -> int | None:
+        for number in range(len(self.commits)):
+            if revision == self.sha(number):
+                return number
+        return self.branches.get(revision)
+
+    def sha(self, number: int) -> str:
+        return hashlib.sha1(f"{id(self)} {number}".encode()).hexdigest()
+
+    def files(self, revision: str = "main") -> dict[str, bytes]:
+        return self.commits[self.branches[revision]]
+
+
+@dataclass
+class Fault:
+    """The next `times` requests that match are answered with a status, or dropped."""
+
+    method: str
+    path: str
+    status: int
+    times: int = 10_000
+
+
+class Hub:
+    """What the server holds, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.faults: list[Fault] = []
+        self.requests: list[tuple[str, str]] = []
+        self.lock = threading.Lock()
+        self.endpoint = ""
+
+    def fail(self, method: str, path: str, status: int, times: int = 10_000) -> None:
+        self.faults.append(Fault(method, path, status, times))
+
+    def fault(self, method: str, path: str) -> int | None:
+        with self.lock:
+            self.requests.append((method, path))
+            for fault in self.faults:
+                if fault.times and fault.method == method and re.search(fault.path, path):
+                    fault.times -= 1
+                    return fault.status
+        return None
+
+    def count(self, method: str, path: str) -> int:
+        return sum(m == method and re.search(path, p) is not None for m, p in self.requests)
+
+
+@contextmanager
+def running_hub() -> Iterator[Hub]:
+    """Serve an empty Hub on a free port of loopback."""
+    hub = Hub()
+    handler = type("Handler", (_Handler,), {"hub": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    do_HEAD = do_POST = do_GET  # noqa: N815
+
+    def answer(self) -> None:
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        fault = self.hub.fault(self.command, path)
+        if fault == DROP:
+            self.rfile.read(min(64, int(self.headers.get("Content-Length", 0))))
+            self.close_connection = True
+            self.connection.close()
+            return
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if fault is not None:
+            self.say(fault, {"error": f"fault {fault}"})
+            return
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        if token and token not in (WRITER, READER, STRANGER):
+            self.say(401, {"error": "Invalid username or password."})
+            return
+        for method, pattern, answer in _ROUTES:
+            found = re.fullmatch(pattern, path)
+            if found and self.command in method:
+                self.query = parse_qs(url.query)
+                answer(self, token, body, *found.groups())
+                return
+        self.say(404, {"error": f"no route {self.command} {path}"})
+
+    # Answers
+
+    def say(self, status: int, content: Any = None, **headers: str) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def repository(self, key: str, token: str, *, write: bool = False) -> Repository | None:
+        """The repository if this token may see it, and write to it where asked; else an answer."""
+        found = self.hub.repositories.get(key)
+        if found is None or (found.private and token not in (WRITER, READER)):
+            status = 404 if token else 401
+            self.say(status, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
+            return None
+        if write and token != WRITER:
+            self.say(403 if token else 401, {"error": "You may not write here."})
+            return None
+        return found
+
+    def commit(self, found: Repository, revision: str) -> int | None:
+        number = found.find(revision)
+        if number is None:
+            self.say(404, {"error": "Revision not found"}, X_Error_Code="RevisionNotFound")
+        return number
+
+    def create(self, token: str, body: bytes) -> None:
+        asked = json.loads(body)
+        name = asked["name"]
+        org = asked.get("organization") or "org"
+        kind = asked.get("type") or "model"
+        key = f"{kind}s/{org}/{name}"
+        if token != WRITER:
+            self.say(403 if token else 401, {"error": "You may not make repositories."})
+            return
+        shown = f"{org}/{name}" if kind == "model" else f"{kind}s/{org}/{name}"
+        url = {"url": f"{self.hub.endpoint}/{shown}"}
+        if key in self.hub.repositories:
+            self.say(409, url | {"error": "You already created this repo"})
+            return
+        self.hub.repositories[key] = Repository(asked.get("visibility") == "private")
+        self.say(200, url)
+
+    def branch(self, token: str, _: bytes, key: str, name: str) -> None:
+        found = self.repository(key, token, write=True)
+        if found is None:
+            return
+        if name in found.branches:
+            self.say(409, {"error": "Reference already exists"})
+            return
+        found.branches[name] = found.branches["main"]
+        self.say(200, {})
+
+    def validate(self, *_: Any) -> None:
+        self.say(200, {"errors": [], "warnings": []})
+
+    def preupload(self, token: str, body: bytes, key: str, revision: str) -> None:
+        found = self.repository(key, token, write=True)
+        if found is None or self.commit(found, revision) is None:
+            return
+        files = [
+            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            for file in json.loads(body)["files"]
+        ]
+        self.say(200, {"files": files})
+
+    def push(self, token: str, body: bytes, key: str, revision: str) -> None:
+        found = self.repository(key, token, write=True)
+        if found is None or self.commit(found, revision) is None:
+            return
+        files = dict(found.files(revision))
+        for line in body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "deletedFile":
+                files.pop(value["path"])
+        with self.hub.lock:
+            found.commits.append(files)
+            number = found.branches[revision] = len(found.commits) - 1
+        sha = found.sha(number)
+        self.say(
+            200,
+            {
+                "success": True,
+                "commitOid": sha,
+                "commitUrl": f"{self.hub.endpoint}/{key.removeprefix('models/')}/commit/{sha}",
+            },
+        )
+
+    def info(self, token: str, _: bytes, key: str, revision: str | None = None) -> None:
+        found = self.repository(key, token)
+        if found is None:
+            return
+        number = self.commit(found, revision or "main")
+        if number is None:
+            return
+        kind, name = key.split("/", 1)
+        card = found.commits[number].get("README.md", b"").decode()
+        tagged = re.search(r"^pipeline_tag: (.+)$", card, re.MULTILINE)
+        self.say(
+            200,
+            {
+                "_id": "0" * 24,
+                "id": name,
+                f"{kind[:-1]}Id": name,
+                "private": found.private,
+                "sha": found.sha(number),
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "library_name": "transformers",
+                "pipeline_tag": tagged[1] if tagged else None,
+                "siblings": [{"rfilename": file} for file in found.commits[number]],
+            },
+        )
+
+    def tree(self, token: str, _: bytes, key: str, revision: str, folder: str = "") -> None:
+        found = self.repository(key, token)
+        if found is None:
+            return
+        number = self.commit(found, revision)
+        if number is None:
+            return
+        inside = {k: v for k, v in found.commits[number].items() if k.startswith(folder or "")}
+        if folder and not inside:
+            self.say(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
+            return
+        self.say(
+            200,
+            [
+                {"type": "file", "path": k, "size": len(v), "oid": hashlib.sha1(v).hexdigest()}
+                for k, v in inside.items()
+            ],
+        )
+
+    def resolve(self, token: str, _: bytes, kind: str, name: str, revision: str, file: str) -> None:
+        found = self.repository(f"{kind or 'models/'}{name}", token)
+        if found is None:
+            return
+        number = self.commit(found, revision)
+        if number is None:
+            return
+        headers = {"X_Repo_Commit": found.sha(number)}
+        content = found.commits[number].get(file)
+        if content is None:
+            self.say(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", **headers)
+            return
+        self.say(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', **headers)
+
+
+_KEY = r"/api/((?:models|datasets)/[^/]+/[^/]+)"
+_ROUTES: list[tuple[tuple[str, ...], str, Any]] = [
+    (("POST",), r"/api/repos/create", _Handler.create),
+    (("POST",), r"/api/validate-yaml", _Handler.validate),
+    (("POST",), _KEY + r"/branch/(.+)", _Handler.branch),
+    (("POST",), _KEY + r"/preupload/(.+)", _Handler.preupload),
+    (("POST",), _KEY + r"/commit/(.+)", _Handler.push),
+    (("GET",), _KEY, _Handler.info),
+    (("GET",), _KEY + r"/revision/(.+)", _Handler.info),
+    (("GET",), _KEY + r"/tree/([^/]+)/?(.*)", _Handler.tree),
+    (
+        ("GET", "HEAD"),
+        r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)",
+        _Handler.resolve,
+    ),
+]

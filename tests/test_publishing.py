@@ -1,0 +1,464 @@
+"""Publishing over real HTTP: the Hub's own client pushes, transformers and timm load."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from hub import DROP, READER, STRANGER, WRITER, Hub, running_hub
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from test_modeling import FAMILIES, photograph, pixels, same_state, trained
+from torch import nn
+from workflow import ROOT, SMALL, environment, launch, run, write_images
+
+from vicreg_hf import VICRegModel, export_encoder
+from vicreg_hf.hub import check_repo_id, check_revision, without_tokens
+from vicreg_hf.onnx import export_onnx
+from vicreg_hf.publishing import ExportError, find_encoder, publish
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with running_hub() as hub:
+        yield hub
+
+
+def online(hub: Hub, home: Path, token: str | None = WRITER) -> dict[str, str]:
+    """The environment of a client of this Hub, with a cache of its own."""
+    variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    return variables | ({"HF_TOKEN": token} if token else {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"})
+
+
+def python(code: str, *words: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(
+        command, cwd=ROOT / "tests", env=environment(**extra), capture_output=True, text=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+
+
+# Every family, pushed to a private repository and loaded where vicreg_hf cannot be imported
+
+PUSH = """
+import torch
+from test_modeling import FAMILIES, trained
+torch.set_num_threads(1)
+for architecture in FAMILIES:
+    model = trained(architecture)
+    model.push_to_hub(f"org/{architecture}", private=True, include_expander=True)
+    model.push_to_hub(f"org/{architecture}", revision="v1")
+"""
+
+LOAD = """
+import json, sys
+from pathlib import Path
+sys.modules["vicreg_hf"] = None  # importing it fails
+import timm, torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline,
+)
+torch.set_num_threads(1)
+root = Path(sys.argv[1])
+photograph = Image.open(root / "photograph.png")
+for path in sorted(root.glob("*.safetensors")):
+    repo, x = f"org/{path.stem}", load_file(path)["x"]
+    assert AutoConfig.from_pretrained(repo).model_type == "timm_wrapper"
+    classifier = AutoModelForImageClassification.from_pretrained(repo, num_labels=10)
+    logits = classifier(x, labels=torch.tensor([0, 1]))
+    logits.loss.backward()
+    assert logits.logits.shape == (2, 10)
+    headed = timm.create_model(f"hf-hub:{repo}", pretrained=True, num_classes=7).eval()
+    last = {"features_only": True, "out_indices": (-1,)}
+    maps = timm.create_model(f"hf-hub:{repo}", pretrained=True, **last).eval()
+    processed = AutoImageProcessor.from_pretrained(repo)(photograph)["pixel_values"]
+    with torch.no_grad():
+        results = {
+            "transformers": AutoModel.from_pretrained(repo)(x).pooler_output,
+            "revision": AutoModel.from_pretrained(repo, revision="v1")(x).pooler_output,
+            "timm": timm.create_model(f"hf-hub:{repo}", pretrained=True).eval()(x),
+            "timm_revision": timm.create_model(f"hf-hub:{repo}@v1", pretrained=True).eval()(x),
+            "headed": headed.forward_head(headed.forward_features(x), pre_logits=True),
+            "logits": headed(x),
+            "processed": processed,
+            "pipeline": torch.tensor(pipeline(model=repo, device="cpu")(photograph, pool=True)),
+            "map": maps(x)[-1],
+        }
+    save_file({k: v.contiguous() for k, v in results.items()}, root / f"{path.stem}.results")
+    state = classifier.timm_model.state_dict()
+    (root / f"{path.stem}.json").write_text(json.dumps(sorted(state)))
+"""
+
+
+@pytest.fixture(scope="module")
+def published(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("published")
+    done = python(PUSH, **online(hub, root / "writer"))
+    assert done.returncode == 0, done.stderr
+    photograph().save(root / "photograph.png")
+    for architecture in FAMILIES:
+        save_file({"x": pixels(architecture)}, root / f"{architecture}.safetensors")
+    done = python(LOAD, str(root), **online(hub, root / "reader", READER))
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_stock_loader_gives_the_features_of_a_private_repository(
+    published: Path, architecture: str
+) -> None:
+    results = load_file(published / f"{architecture}.results")
+    with torch.no_grad():
+        output = trained(architecture)(pixels(architecture))
+        processed = trained(architecture)(results["processed"]).pooler_output
+    for name in ("transformers", "revision", "timm", "timm_revision"):
+        torch.testing.assert_close(results[name], output.pooler_output)
+    torch.testing.assert_close(results["pipeline"], processed)
+    assert results["logits"].shape == (2, 7)
+    if results["headed"].shape == output.pooler_output.shape:
+        torch.testing.assert_close(results["headed"], output.pooler_output)
+    assert results["map"].shape[0] == 2
+
+
+FRESH = """
+import sys, torch
+from safetensors.torch import save_file
+from vicreg_hf import VICRegModel
+whole = VICRegModel.from_pretrained("org/test_resnet")
+bare = VICRegModel.from_pretrained("org/test_resnet", revision="v1")
+save_file({f"whole.{k}": v for k, v in whole.state_dict().items()}
+          | {f"bare.{k}": v for k, v in bare.state_dict().items()}, sys.argv[1])
+"""
+
+
+def test_vicreg_model_comes_back_with_the_expander_where_it_was_published(
+    hub: Hub, published: Path, tmp_path: Path
+) -> None:
+    done = python(FRESH, str(tmp_path / "state"), **online(hub, published / "ours", READER))
+    assert done.returncode == 0, done.stderr
+    state = load_file(tmp_path / "state")
+    for name, value in trained().state_dict().items():
+        assert torch.equal(state[f"whole.{name}"], value), name
+        same = torch.equal(state[f"bare.{name}"], value)
+        assert same or name.startswith("expander."), name
+    assert not torch.equal(state["whole.expander.0.weight"], state["bare.expander.0.weight"])
+
+
+def test_a_push_is_one_commit_and_leaves_nothing_stale(hub: Hub, published: Path) -> None:
+    assert published.is_dir()
+    repository = hub.repositories["models/org/test_resnet"]
+    assert repository.private
+    assert len(repository.commits) == 3  # empty, main, v1
+    with_expander = {"expander.safetensors", "vicreg.safetensors.index.json"}
+    expected = {"config.json", "model.safetensors", "README.md"}
+    assert set(repository.files()) == expected | with_expander
+    assert set(repository.files("v1")) == expected
+    assert "expander" not in json.loads(repository.files("v1")["config.json"]).get("vicreg", {})
+
+
+# Faults
+
+ATTEMPT = """
+import json, sys
+import vicreg_hf.hub
+from test_modeling import trained
+vicreg_hf.hub.FIRST_WAIT = 0.01
+model, said = trained(), {}
+for repo in sys.argv[1:]:
+    try:
+        model.push_to_hub(repo)
+        said[repo] = "pushed"
+    except vicreg_hf.hub.HubError as error:
+        said[repo] = str(error)
+print(json.dumps(said))
+"""
+
+
+def attempts(hub: Hub, home: Path, token: str | None, *repos: str) -> dict[str, str]:
+    done = python(ATTEMPT, *repos, **online(hub, home, token))
+    assert done.returncode == 0, done.stderr
+    assert not token or token not in done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_what_will_not_pass_is_said_once_and_with_the_remedy(tmp_path: Path) -> None:
+    with running_hub() as hub:
+        said = {
+            "bad": attempts(hub, tmp_path, "hf_notATokenAtAll", "org/name"),
+            "none": attempts(hub, tmp_path, None, "org/name"),
+            "reader": attempts(hub, tmp_path, READER, "org/name"),
+        }
+        assert "(401)" in said["bad"]["org/name"]
+        assert "hf auth login" in said["bad"]["org/name"]
+        assert "(401)" in said["none"]["org/name"]
+        assert "(403)" in said["reader"]["org/name"]
+        assert "may write" in said["reader"]["org/name"]
+        assert not hub.repositories
+        assert hub.count("POST", "/api/repos/create") == 3
+
+
+def test_what_may_pass_is_tried_again_and_given_up_in_the_end(tmp_path: Path) -> None:
+    with running_hub() as hub:
+        hub.fail("POST", "^/api/models/org/once/commit/", 503, times=1)
+        hub.fail("POST", "^/api/models/org/dropped/commit/", DROP, times=1)
+        hub.fail("POST", "^/api/models/org/down/commit/", 500)
+        hub.fail("POST", "^/api/models/org/busy/commit/", 429)
+        hub.fail("POST", "^/api/models/org/odd/commit/", 418)
+        names = ("once", "dropped", "down", "busy", "odd")
+        said = attempts(hub, tmp_path, WRITER, *(f"org/{name}" for name in names))
+        assert said["org/once"] == said["org/dropped"] == "pushed"
+        assert "could not be reached" in said["org/down"]
+        assert "(429)" in said["org/busy"]
+        assert "(418)" in said["org/odd"]
+        assert hub.count("POST", "org/odd/commit") == 1
+        for name in ("down", "busy"):
+            assert hub.count("POST", f"org/{name}/commit") == 3
+            assert len(hub.repositories[f"models/org/{name}"].commits) == 1
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data") / "jane_does_images")
+
+
+def test_a_run_that_may_not_push_stops_before_it_trains(images: Path, tmp_path: Path) -> None:
+    with running_hub() as hub:
+        flags = [f"--output_dir={tmp_path / 'run'}", f"--dataset_name={images}", "--max_steps=2"]
+        command = ["accelerate", "launch", "scripts/pretrain.py", *SMALL, *flags]
+        done = run(
+            [*command, "--push_to_hub=true", "--hub_model_id=org/name"],
+            **online(hub, tmp_path, READER),
+        )
+        assert done.returncode != 0
+        assert "error: pushing to org/name needs an access token that may write" in done.stderr
+        assert "Traceback" not in done.stderr.split("error:")[0]
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_push_cut_off_midway_leaves_the_earlier_revision_and_says_how_to_retry(
+    images: Path, tmp_path: Path
+) -> None:
+    with running_hub() as hub:
+        online_here = online(hub, tmp_path / "home")
+        flags = [f"--output_dir={tmp_path / 'run'}", f"--dataset_name={images}", "--max_steps=2"]
+        command = ["accelerate", "launch", "scripts/pretrain.py", *SMALL, *flags]
+        command += ["--push_to_hub=true", "--hub_model_id=org/name", "--hub_private=true"]
+        first = run([*command, "--save_steps=1"], **online_here)
+        assert first.returncode == 0, first.stderr
+        repository = hub.repositories["models/org/name"]
+        earlier = dict(repository.files())
+        assert repository.private
+        assert len(repository.commits) == 2
+        assert earlier.keys() == {
+            "README.md", "config.json", "model.safetensors", "pictures/loss_terms.png",
+            "pictures/retrievals.png", "pictures/singular_values.png",
+        }  # fmt: skip
+        card = earlier["README.md"].decode()
+        assert 'AutoModel.from_pretrained("org/name")' in card
+        assert "hf-hub:org/name" in card
+
+        hub.fail("POST", "^/api/models/org/name/commit/", DROP)
+        again = [*command, "--resume=never", "--seed=1"]
+        second = run(again, **online_here)
+        assert second.returncode != 0
+        assert repository.files() == earlier
+        retry = second.stderr.split("Push it again with")[1].split("\n")[1].split()
+        assert retry[1:] == [
+            "scripts/publish.py", str(tmp_path / "run"), "--repo_id", "org/name", "--private",
+        ]  # fmt: skip
+        hub.faults.clear()
+        third = run(retry, **online_here)
+        assert third.returncode == 0, third.stderr
+        assert repository.files()["model.safetensors"] != earlier["model.safetensors"]
+        assert repository.files().keys() == earlier.keys()
+        for result in (first, second, third):
+            assert WRITER not in result.stdout + result.stderr
+
+
+# The card of a run
+
+
+@pytest.fixture(scope="module")
+def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    done = launch(*SMALL, f"--dataset_name={images}", "--max_steps=3", f"--output_dir={directory}")
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def test_the_card_says_what_the_run_was_and_nothing_of_the_machine(
+    finished: Path, images: Path
+) -> None:
+    text = (finished / "encoder" / "README.md").read_text()
+    card: Any = ModelCard(text)
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert card.data.license == "mit"
+    (result,) = card.data.eval_results
+    assert result.metric_name == "20-NN accuracy"
+    last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result.metric_value == pytest.approx(100 * last["knn"], abs=0.01)
+    assert f"{100 * last['knn']:.1f} %" in text
+    assert "the local data set `jane_does_images`, 64 images" in text
+    assert "| views seen | 96 |" in text
+    assert "More Information Needed" not in text
+    for private in (str(finished), str(images), str(Path.home()), "/tmp"):
+        assert private not in text
+    for picture in ("loss_terms", "singular_values", "retrievals"):
+        assert f"pictures/{picture}.png" in text
+        content = (finished / "encoder" / "pictures" / f"{picture}.png").read_bytes()
+        assert content.startswith(b"\x89PNG")
+
+
+def test_publish_writes_the_id_and_the_licence_into_the_card(
+    finished: Path, hub: Hub, tmp_path: Path
+) -> None:
+    command = [sys.executable, "scripts/publish.py", str(finished), "--repo_id", "org/from-a-run"]
+    flags = ["--include_expander", "--onnx", "--license=cc-by-4.0", "--revision=v2"]
+    done = run([*command, *flags], **online(hub, tmp_path))
+    assert done.returncode == 0, done.stderr
+    repository = hub.repositories["models/org/from-a-run"]
+    assert f"{hub.endpoint}/org/from-a-run/commit/{repository.sha(1)}" in done.stdout
+    assert repository.files() == {}
+    files = repository.files("v2")
+    assert files.keys() >= {"expander.safetensors", "onnx/model.onnx", "pictures/retrievals.png"}
+    card: Any = ModelCard(files["README.md"].decode())
+    assert card.data.license == "cc-by-4.0"
+    assert "under: cc-by-4.0." in card.text
+    assert "under: mit" not in card.text
+    assert "org/name" not in card.text
+
+
+def test_a_hand_edited_card_is_kept_by_a_push_from_python(hub: Hub, tmp_path: Path) -> None:
+    code = """
+import sys
+from test_modeling import trained
+from huggingface_hub import HfApi
+trained().push_to_hub("org/edited")
+HfApi().upload_file(path_or_fileobj=b"---\\nlicense: mit\\n---\\nMine.",
+                    path_in_repo="README.md", repo_id="org/edited")
+trained().push_to_hub("org/edited", include_expander=True)
+"""
+    done = python(code, **online(hub, tmp_path))
+    assert done.returncode == 0, done.stderr
+    files = hub.repositories["models/org/edited"].files()
+    assert files["README.md"].endswith(b"Mine.")
+    assert "expander.safetensors" in files
+
+
+# Refusals, before any work
+
+
+def test_an_export_that_stock_loaders_would_not_follow_is_refused(tmp_path: Path) -> None:
+    export_encoder(trained(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = trained("resnet10t")
+    backbone: Any = model.backbone
+    backbone.maxpool = nn.Identity()
+    with pytest.raises(ExportError, match="same features"):
+        export_encoder(model, tmp_path)
+    backbone.conv1[0] = nn.Conv2d(3, 24, 5, padding=2, bias=False)
+    with pytest.raises(ExportError, match="must be able to load"):
+        export_encoder(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_encoder_of_nan_is_refused(tmp_path: Path) -> None:
+    model = trained()
+    next(model.encoder.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ExportError, match="finite features"):
+        export_encoder(model, tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_exporting_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = trained().train()
+    export_encoder(model, tmp_path)
+    assert model.training
+    assert model.encoder.training
+    assert same_state(model, trained())
+
+
+@pytest.mark.parametrize("repo_id", ["../x", "a/b/c", "org/name\n", "org/na me", "", "x/", "-a/b"])
+def test_ids_that_cannot_be_are_refused(repo_id: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="repo_id must be org/name"):
+        check_repo_id(repo_id)
+    with pytest.raises(ValueError, match="repo_id must be org/name"):
+        publish(tmp_path / "nothing", repo_id)
+
+
+@pytest.mark.parametrize("revision", ["a b", "../main", "-f", "a//b", "x.lock", "v1\n", ""])
+def test_revisions_that_cannot_be_are_refused(revision: str) -> None:
+    with pytest.raises(ValueError, match="revision must be a branch"):
+        check_revision(revision)
+    assert check_revision("release/v1.0") == "release/v1.0"
+
+
+def test_the_flags_of_pushing_are_checked_with_the_others(tmp_path: Path) -> None:
+    for flags, sentence in {
+        ("--push_to_hub=true",): "push_to_hub needs hub_model_id",
+        ("--hub_model_id=a/b/c",): "hub_model_id must be org/name",
+    }.items():
+        done = launch(*flags, f"--output_dir={tmp_path / 'run'}")
+        assert done.returncode != 0
+        assert f"error: {sentence}" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_holds_no_encoder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be the output_dir of a run"):
+        publish(tmp_path, "org/name")
+    trained().save_pretrained(tmp_path, include_expander=False)
+    assert find_encoder(tmp_path) == tmp_path
+    with pytest.raises(ValueError, match="include_expander needs an expander"):
+        publish(tmp_path, "org/name", include_expander=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    first = next(iter(weights))
+    save_file({k: v for k, v in weights.items() if k != first}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"lacks 1: backbone.{first}"):
+        publish(tmp_path, "org/name")
+    (tmp_path / "model.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="does not load"):
+        publish(tmp_path, "org/name")
+
+
+def test_a_run_that_was_killed_is_published_from_its_newest_checkpoint(
+    finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").symlink_to(finished / "checkpoints")
+    found = find_encoder(tmp_path)
+    assert found == tmp_path / "checkpoints" / "step-3"
+    whole = VICRegModel.from_pretrained(finished / "encoder")
+    assert same_state(VICRegModel.from_pretrained(found), whole)
+
+
+def test_nothing_that_looks_like_a_token_is_shown() -> None:
+    text = f"header 'Bearer {STRANGER}' and my-own-secret"
+    assert without_tokens(text, "my-own-secret") == "header 'Bearer [token]' and [token]"
+
+
+# ONNX
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "test_convnext"])
+def test_onnx_gives_the_features_of_any_number_of_images(architecture: str, tmp_path: Path) -> None:
+    model = trained(architecture)
+    path = export_onnx(model, tmp_path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    cfg = model.config.pretrained_cfg
+    assert cfg is not None
+    for batch in (1, 5):
+        x = torch.randn(batch, *cfg["input_size"])
+        (features,) = session.run(None, {"pixel_values": x.numpy()})
+        with torch.no_grad():
+            expected = model.encoder(x)
+        torch.testing.assert_close(torch.from_numpy(features), expected, rtol=1e-3, atol=1e-4)

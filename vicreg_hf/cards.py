@@ -1,0 +1,247 @@
+"""Model cards: what a run knows of itself, and the card rendered from it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import transformers
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import get_pretrained_cfg
+
+import vicreg_hf
+from vicreg_hf.arguments import PretrainingArguments
+from vicreg_hf.configuration_vicreg import VICRegConfig
+from vicreg_hf.sources import DEMO
+
+CARD_FILE = "README.md"
+LOSS_PICTURE = "pictures/loss_terms.png"
+SPECTRUM_PICTURE = "pictures/singular_values.png"
+RETRIEVAL_PICTURE = "pictures/retrievals.png"
+PICTURES = (LOSS_PICTURE, SPECTRUM_PICTURE, RETRIEVAL_PICTURE)
+MODEL_ID = "org/name"
+"""Stands in a card for the repository, until the encoder is pushed to one."""
+TAGS = ["timm", "vicreg", "self-supervised-learning", "arxiv:2105.04906"]
+LICENCE_TEXT = (
+    "The weights are published under: {}. The images they were trained on keep their own terms."
+)
+WHERE_ONLY = {"output_dir", "resume", "push_to_hub", "hub_model_id", "hub_private"}
+"""Settings that say nothing of how the model was made."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A measurement."""
+
+    name: str
+    value: float
+    measured: str
+    """How, in a few words."""
+    percent: bool = False
+    of_model: bool = True
+    """And not of what it is compared with, which stays out of the metadata."""
+
+    @property
+    def shown(self) -> str:
+        return f"{100 * self.value:.1f} %" if self.percent else f"{self.value:.3g}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture beside the card."""
+
+    file: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a run knows of itself."""
+
+    args: PretrainingArguments
+    images: int | None
+    """None for a stream of unknown length."""
+    steps: int
+    seconds: float
+    """Of all the sessions of the run together."""
+    hardware: str
+    results: Sequence[Result]
+    pictures: Sequence[Picture] = ()
+    energy: str | None = None
+    held_out: str | None = None
+
+    @property
+    def views(self) -> int:
+        return 2 * self.steps * self.args.batch_size
+
+    @property
+    def hub_id(self) -> str | None:
+        """The data set on the Hub, if it is one."""
+        name = self.args.dataset_name
+        return None if name == DEMO or os.path.exists(name) else name
+
+    @property
+    def data(self) -> str:
+        if self.args.dataset_name == DEMO:
+            return "`demo`, scikit-learn's handwritten digits at random places and angles"
+        if self.hub_id is not None:
+            return f"[{self.hub_id}](https://huggingface.co/datasets/{self.hub_id})"
+        return f"the local data set `{impersonal(self.args.dataset_name)}`"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        given = {k: v for k, v in asdict(self.args).items() if k not in WHERE_ONLY}
+        return impersonal(given)
+
+    @property
+    def settings_yaml(self) -> str:
+        return yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
+
+    @property
+    def wall_time(self) -> str:
+        minutes, seconds = divmod(round(self.seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+    @property
+    def software(self) -> str:
+        versions = {
+            "vicreg_hf": vicreg_hf.__version__, "torch": torch.__version__,
+            "timm": timm.__version__, "transformers": transformers.__version__,
+        }  # fmt: skip
+        return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def impersonal(value: Any) -> Any:
+    """The value with every path of this machine cut to its last part."""
+    if isinstance(value, dict):
+        return {key: impersonal(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [impersonal(entry) for entry in value]
+    if isinstance(value, str) and (
+        value.startswith(("/", "~", "../", "./")) or (os.sep in value and os.path.exists(value))
+    ):
+        return Path(value).resolve().name
+    return value
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """The machine, as a card names it."""
+    if device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name(device)}"
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        name = found[1].strip() if found else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores of {name}, {processes} process{'es' if processes > 1 else ''}"
+
+
+def model_card(
+    config: VICRegConfig,
+    *,
+    num_features: int,
+    num_parameters: int | None = None,
+    record: TrainingRecord | None = None,
+) -> ModelCard:
+    """Render the card of an encoder.
+
+    Args:
+        num_features: F, width of the pooled output.
+        num_parameters: of the encoder.
+        record: of the run that made it; without it the card says what the model alone can say.
+
+    Returns:
+        The card; `MODEL_ID` stands in it for the repository.
+    """
+    cfg = config.pretrained_cfg
+    assert cfg is not None
+    base, licence = _base_model(record)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        license=licence,
+        tags=TAGS,
+        base_model=base,
+        **_results(record),
+    )
+    subject = f"VICReg {config.architecture}"
+    if record is not None:
+        subject += f" on {record.hub_id or impersonal(record.args.dataset_name)}"
+    parameters = f"{num_parameters / 1e6:.3g} million parameters, " if num_parameters else ""
+    return ModelCard.from_template(
+        data,
+        template_path=str(_template()),
+        title=subject,
+        architecture=config.architecture,
+        parameters=parameters,
+        num_features=num_features,
+        input_size=cfg["input_size"],
+        model_id=MODEL_ID,
+        base_model=base,
+        record=record,
+        needs_import=False,
+        licence_text=LICENCE_TEXT.format(licence),
+    )
+
+
+def personalise(text: str, repo_id: str, licence: str | None = None) -> str:
+    """A card with the repository's id, and its licence if one is given."""
+    if licence is not None:
+        card: Any = ModelCard(text, ignore_metadata_errors=True)
+        card.text = card.text.replace(
+            LICENCE_TEXT.format(card.data.license), LICENCE_TEXT.format(licence)
+        )
+        card.data.license = licence
+        text = str(card)
+    return re.sub(rf'(["/:`]){re.escape(MODEL_ID)}\b', lambda found: found[1] + repo_id, text)
+
+
+def _base_model(record: TrainingRecord | None) -> tuple[str | None, str]:
+    """The repository whose weights training started from, and the licence that follows."""
+    if record is None or not record.args.pretrained:
+        return None, "mit"
+    cfg = get_pretrained_cfg(record.args.architecture)
+    if cfg is None:
+        return None, "other"
+    tag = f".{cfg.tag}" if cfg.tag and "." not in record.args.architecture else ""
+    hub_id = cfg.hf_hub_id if cfg.hf_hub_id and cfg.hf_hub_id != "timm/" else None
+    return hub_id or f"timm/{record.args.architecture}{tag}", cfg.license or "other"
+
+
+def _results(record: TrainingRecord | None) -> Mapping[str, Any]:
+    """The metadata that the Hub reads of a run."""
+    if record is None:
+        return {}
+    hub_id = record.hub_id
+    found: dict[str, Any] = {} if hub_id is None else {"datasets": [hub_id]}
+    accuracies = [result for result in record.results if result.of_model and result.percent]
+    if accuracies:
+        name = hub_id or str(impersonal(record.args.dataset_name))
+        found["metrics"] = ["accuracy"]
+        found["model_name"] = f"VICReg {record.args.architecture}"
+        found["eval_results"] = [
+            EvalResult(
+                task_type="image-classification", dataset_type=name, dataset_name=name,
+                dataset_split=record.args.eval_split, metric_type="accuracy",
+                metric_name=result.name, metric_value=round(100 * result.value, 2),
+            )
+            for result in accuracies
+        ]  # fmt: skip
+    return found
+
+
+def _template() -> Path:
+    """In a wheel inside the package, in a checkout beside it."""
+    package = Path(__file__).parent
+    inside = package / "model_cards" / "template.md.jinja"
+    return inside if inside.is_file() else package.parent / "model_cards" / "template.md.jinja"

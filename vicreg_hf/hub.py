@@ -1,0 +1,236 @@
+"""The Hugging Face Hub: what is checked before a run, and pushing in one commit.
+
+Every fault becomes one sentence, in which no token appears.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_token, validate_repo_id
+
+ATTEMPTS = 3
+"""Tries of a request that failed for a reason that may pass."""
+FIRST_WAIT = 1.0
+"""Seconds before the second try, doubled before each later one."""
+PASSING = (408, 429, 500, 502, 503, 504)
+
+T = TypeVar("T")
+
+
+class HubError(RuntimeError):
+    """The Hub refused, or could not be reached."""
+
+
+def check_repo_id(repo_id: str, name: str = "repo_id") -> str:
+    """Return a repository's id, `org/name` or `name`, that the Hub takes.
+
+    Args:
+        name: what the sentence calls it.
+
+    Raises:
+        ValueError: it is of another form.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise ValueError(
+            f"{name} must be org/name, of letters, digits, '-', '_' and '.', at most 96 "
+            f"characters, got {repo_id!r}."
+        ) from None
+    return repo_id
+
+
+def check_revision(revision: str) -> str:
+    """Return a branch's name that git takes.
+
+    Raises:
+        ValueError: it is of another form.
+    """
+    parts = revision.split("/")
+    if not all(re.fullmatch(r"[\w-][\w.+-]*", part, re.ASCII) for part in parts) or (
+        ".." in revision or revision.startswith("-") or revision.endswith((".", ".lock"))
+    ):
+        raise ValueError(
+            "revision must be a branch such as main or v1.0, of letters, digits, '-', '_', '.' "
+            f"and '/', got {revision!r}."
+        )
+    return revision
+
+
+def open_repository(
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    repo_type: str | None = None,
+) -> str:
+    """Make a repository if there is none, and make sure that this token may write to it.
+
+    Nothing is committed: the permission is asked for as a push would.
+
+    Args:
+        repo_id: `org/name`; `name` is the user's own.
+        private: of a new repository; None takes the organisation's default.
+        token: None takes that of HF_TOKEN or `hf auth login`.
+        revision: a branch, made if absent.
+        create_pr: ask only whether pull requests may be opened, in a repository that is there.
+        repo_type: "model" or "dataset"; None is a model.
+
+    Returns:
+        The full id.
+
+    Raises:
+        ValueError: an id or a revision that cannot be.
+        HubError: the Hub refuses, or cannot be reached.
+    """
+    check_repo_id(repo_id)
+    if revision is not None:
+        check_revision(revision)
+    api = _api(token)
+
+    def opened() -> str:
+        kind: Any = {"repo_type": repo_type}
+        full = api.create_repo(repo_id, private=private, exist_ok=True, **kind).repo_id
+        if revision is not None and not revision.startswith("refs/") and not create_pr:
+            api.create_branch(full, branch=revision, exist_ok=True, **kind)
+        probe = CommitOperationAdd("README.md", b"-")
+        api.preupload_lfs_files(full, [probe], revision=revision, create_pr=create_pr, **kind)
+        return full
+
+    return asked(opened, repo_id, token)
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    repo_type: str | None = None,
+    removable: Collection[str] = (),
+) -> str:
+    """Push everything in a folder as one commit, and nothing if it cannot be all.
+
+    Args:
+        folder: with its subfolders.
+        removable: files of an earlier revision that go, in the same commit, unless in the folder.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        HubError: the Hub refuses, or cannot be reached; the earlier revision is as it was.
+    """
+    api = _api(token)
+    target: Any = {"repo_type": repo_type, "revision": revision}
+    files = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
+
+    def pushed() -> str:
+        info: Any = api.repo_info(repo_id, **target)
+        there = {file.rfilename for file in info.siblings or ()}
+        stale = there & set(removable) - files.keys()
+        # upload_folder may make several commits
+        operations = [
+            *(CommitOperationDelete(name) for name in sorted(stale)),
+            *(CommitOperationAdd(name, path) for name, path in files.items()),
+        ]
+        return api.create_commit(
+            repo_id, operations, commit_message=commit_message, create_pr=create_pr, **target
+        ).commit_url
+
+    return asked(pushed, repo_id, token)
+
+
+def holds_file(
+    repo_id: str, name: str, *, token: str | bool | None = None, revision: str | None = None
+) -> bool:
+    """Whether a repository has a file.
+
+    Raises:
+        HubError: the Hub refuses, or cannot be reached.
+    """
+    api = _api(token)
+    return asked(lambda: api.file_exists(repo_id, name, revision=revision), repo_id, token)
+
+
+def asked(request: Callable[[], T], repo_id: str, token: str | bool | None) -> T:
+    """Ask the Hub, again where the reason for a failure may pass.
+
+    Raises:
+        HubError: says who was asked, what for, and the remedy.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return request()
+        except (HTTPError, ConnectionError, TimeoutError, LocalTokenNotFoundError) as error:
+            passing = _status(error) in (None, *PASSING)
+            if isinstance(error, (OfflineModeIsEnabled, LocalTokenNotFoundError)):
+                passing = False
+            if not passing or attempt == ATTEMPTS - 1:
+                raise HubError(without_tokens(_sentence(error, repo_id), token)) from None
+            time.sleep(FIRST_WAIT * 2**attempt)
+    raise AssertionError
+
+
+def without_tokens(text: str, token: str | bool | None = None) -> str:
+    """The text, with anything that is or looks like an access token left out."""
+    for secret in (token, get_token()):
+        if isinstance(secret, str) and secret.strip():
+            text = text.replace(secret.strip(), "[token]")
+    return re.sub(r"\b(hf|api_org)_[A-Za-z0-9_.-]{4,}", "[token]", text)
+
+
+def _api(token: str | bool | None) -> HfApi:
+    return HfApi(token=token, library_name="vicreg_hf")
+
+
+def _status(error: Exception) -> int | None:
+    response = getattr(error, "response", None)
+    return None if response is None else response.status_code
+
+
+def _sentence(error: Exception, repo_id: str) -> str:
+    status = _status(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"pushing to {repo_id} needs the Hub, but HF_HUB_OFFLINE is set; unset it."
+    if status == 401 or isinstance(error, LocalTokenNotFoundError):
+        return (
+            f"pushing to {repo_id} needs an access token that the Hub knows, got none or another "
+            "(401); run `hf auth login`, or set HF_TOKEN."
+        )
+    if status == 403:
+        return (
+            f"pushing to {repo_id} needs an access token that may write there, got one that may "
+            "not (403); make one with the role 'write' at https://huggingface.co/settings/tokens, "
+            "or choose another repository."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"the revision must exist in {repo_id}, and does not (404)."
+    if status == 404:
+        return (
+            f"the repository {repo_id} must exist and be visible to the access token, and the "
+            "Hub finds none (404); check its name, and who `hf auth whoami` says you are."
+        )
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if status == 429:
+        return f"the Hub takes no more requests for now (429), asked {ATTEMPTS} times: {reason}"
+    if status is None or status in PASSING:
+        return f"the Hub could not be reached for {repo_id}, tried {ATTEMPTS} times: {reason}"
+    return f"the Hub refuses {repo_id} ({status}): {reason}"
