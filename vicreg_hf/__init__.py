@@ -1,11 +1,13 @@
 """VICReg pretraining of timm backbones, published so that every loader takes them.
 
-Importing this registers `VICRegModel` with transformers' Auto classes.
+Importing this registers `VICRegModel` with transformers' Auto classes, and ResNets that timm lacks
+with timm.
 """
 
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.augmentation import ViewRecipe
 from vicreg_hf.configuration_vicreg import VICRegConfig
+from vicreg_hf.conversion import convert_checkpoint
 from vicreg_hf.evaluation import knn_accuracy
 from vicreg_hf.loss import VICRegLoss, vicreg_loss
 from vicreg_hf.modeling_vicreg import VICRegModel, VICRegOutput
@@ -25,6 +27,7 @@ __all__ = [
     "VICRegModel",
     "VICRegOutput",
     "ViewRecipe",
+    "convert_checkpoint",
     "export_encoder",
     "knn_accuracy",
     "pretrain",

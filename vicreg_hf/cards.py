@@ -19,6 +19,7 @@ from timm.models import get_pretrained_cfg
 
 import vicreg_hf
 from vicreg_hf.arguments import PretrainingArguments
+from vicreg_hf.backbones import is_ours
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.sources import DEMO
 
@@ -30,9 +31,6 @@ PICTURES = (LOSS_PICTURE, SPECTRUM_PICTURE, RETRIEVAL_PICTURE)
 MODEL_ID = "org/name"
 """Stands in a card for the repository, until the encoder is pushed to one."""
 TAGS = ["timm", "vicreg", "self-supervised-learning", "arxiv:2105.04906"]
-LICENCE_TEXT = (
-    "The weights are published under: {}. The images they were trained on keep their own terms."
-)
 WHERE_ONLY = {"output_dir", "resume", "push_to_hub", "hub_model_id", "hub_private"}
 """Settings that say nothing of how the model was made."""
 
@@ -152,6 +150,8 @@ def model_card(
     num_features: int,
     num_parameters: int | None = None,
     record: TrainingRecord | None = None,
+    origin: str | None = None,
+    licence: str | None = "mit",
 ) -> ModelCard:
     """Render the card of an encoder.
 
@@ -159,13 +159,15 @@ def model_card(
         num_features: F, width of the pooled output.
         num_parameters: of the encoder.
         record: of the run that made it; without it the card says what the model alone can say.
+        origin: a sentence on where the weights are from, where no run made them.
+        licence: of the weights; weights that a run started from have the last word.
 
     Returns:
         The card; `MODEL_ID` stands in it for the repository.
     """
     cfg = config.pretrained_cfg
     assert cfg is not None
-    base, licence = _base_model(record)
+    base, licence = _base_model(record, licence)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
@@ -189,8 +191,9 @@ def model_card(
         model_id=MODEL_ID,
         base_model=base,
         record=record,
-        needs_import=False,
-        licence_text=LICENCE_TEXT.format(licence),
+        origin=origin,
+        needs_import=is_ours(config.architecture),
+        licence_text=_licence_text(licence),
     )
 
 
@@ -198,18 +201,18 @@ def personalise(text: str, repo_id: str, licence: str | None = None) -> str:
     """A card with the repository's id, and its licence if one is given."""
     if licence is not None:
         card: Any = ModelCard(text, ignore_metadata_errors=True)
-        card.text = card.text.replace(
-            LICENCE_TEXT.format(card.data.license), LICENCE_TEXT.format(licence)
-        )
+        card.text = card.text.replace(_licence_text(card.data.license), _licence_text(licence))
         card.data.license = licence
         text = str(card)
     return re.sub(rf'(["/:`]){re.escape(MODEL_ID)}\b', lambda found: found[1] + repo_id, text)
 
 
-def _base_model(record: TrainingRecord | None) -> tuple[str | None, str]:
+def _base_model(
+    record: TrainingRecord | None, licence: str | None
+) -> tuple[str | None, str | None]:
     """The repository whose weights training started from, and the licence that follows."""
     if record is None or not record.args.pretrained:
-        return None, "mit"
+        return None, licence
     cfg = get_pretrained_cfg(record.args.architecture)
     if cfg is None:
         return None, "other"
@@ -238,6 +241,15 @@ def _results(record: TrainingRecord | None) -> Mapping[str, Any]:
             for result in accuracies
         ]  # fmt: skip
     return found
+
+
+def _licence_text(licence: str | None) -> str:
+    if licence is None:
+        return "That of the checkpoint the weights are from."
+    return (
+        f"The weights are published under: {licence}. The images they were trained on keep their "
+        "own terms."
+    )
 
 
 def _template() -> Path:

@@ -10,6 +10,8 @@ from huggingface_hub.dataclasses import strict
 from timm.models import filter_pretrained_cfg
 from transformers import PreTrainedConfig
 
+from vicreg_hf.backbones import published_name
+
 INDEX_FILE = "vicreg.safetensors.index.json"
 NESTED_KEY = "vicreg"
 METHOD_FIELDS = (
@@ -105,7 +107,7 @@ class VICRegConfig(PreTrainedConfig):
         if include_expander:
             method["transformers_weights"] = INDEX_FILE
         config = {
-            "architecture": self.architecture,
+            "architecture": published_name(self.architecture),
             "num_classes": 0,
             "num_features": num_features,
             "pretrained_cfg": self.pretrained_cfg,

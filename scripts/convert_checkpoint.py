@@ -1,0 +1,26 @@
+"""Write a published encoder from a checkpoint of the authors, lightly or solo-learn."""
+
+import argparse
+import sys
+
+from vicreg_hf.conversion import convert_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("checkpoint", help=".pth, .pt, .ckpt or .safetensors, of a ResNet.")
+    parser.add_argument("directory", help="Where the encoder goes.")
+    parser.add_argument("--architecture", help="timm name; found by the weights' shapes without.")
+    args = parser.parse_args()
+    try:
+        done = convert_checkpoint(args.checkpoint, args.directory, architecture=args.architecture)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    parts = "encoder and expander" if done.has_expander else "encoder"
+    print(f"The {parts}, a {done.architecture}, went to {done.directory}.")
+    if done.left_out:
+        print(f"Left out: {', '.join(done.left_out)}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""Checkpoints of other code, against networks written here as that code describes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import resnet18
+from workflow import environment, run
+
+from vicreg_hf import VICRegConfig, VICRegModel, convert_checkpoint
+
+
+class Reference(nn.Module):
+    """The authors' backbone, functionally: conv-bn pairs by name, walked through in `forward`."""
+
+    def __init__(self, counts: list[int], widen: int) -> None:
+        super().__init__()
+        self.counts = counts
+        self.conv1 = nn.Conv2d(3, 64 * widen, 7, 2, padding=2, bias=False)
+        self.bn1 = nn.BatchNorm2d(64 * widen)
+        inputs = 64 * widen
+        for stage, count in enumerate(counts):
+            width = 64 * widen * 2**stage
+            blocks = []
+            for index in range(count):
+                stride = 2 if stage > 0 and index == 0 else 1
+                block = nn.Module()
+                block.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+                block.bn1 = nn.BatchNorm2d(width)
+                block.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+                block.bn2 = nn.BatchNorm2d(width)
+                block.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+                block.bn3 = nn.BatchNorm2d(4 * width)
+                if index == 0:
+                    shortcut = nn.Conv2d(inputs, 4 * width, 1, stride, bias=False)
+                    block.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(4 * width))
+                blocks.append(block)
+                inputs = 4 * width
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(F.pad(x, (1, 1, 1, 1)))))
+        x = F.max_pool2d(x, 3, 2, 1)
+        for stage in range(len(self.counts)):
+            layer: Any = getattr(self, f"layer{stage + 1}")
+            for block in layer:
+                y = F.relu(block.bn1(block.conv1(x)))
+                y = F.relu(block.bn2(block.conv2(y)))
+                y = block.bn3(block.conv3(y))
+                x = F.relu(y + (block.downsample(x) if hasattr(block, "downsample") else x))
+        return x.mean((2, 3))
+
+
+def projector(features: int, *, last_bias: bool = False, hidden: int = 24) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+        nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+        nn.Linear(hidden, 16, bias=last_bias),
+    )  # fmt: skip
+
+
+def shaken(module: nn.Module) -> Any:
+    """With statistics and affine parameters that are not those of a new network."""
+    torch.manual_seed(0)
+    for name, tensor in module.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.mul_(1 + torch.rand_like(tensor))
+        elif tensor.is_floating_point() and tensor.ndim == 1:
+            tensor.add_(0.1 * torch.rand_like(tensor))
+        elif not tensor.is_floating_point():
+            tensor.fill_(7)
+    return module.eval()
+
+
+def prefixed(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in module.state_dict().items()}
+
+
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def r50() -> Any:
+    return shaken(Reference([3, 4, 6, 3], 1))
+
+
+@torch.no_grad()
+def same_features(encoder: nn.Module, reference: nn.Module) -> None:
+    expected = reference(X)
+    torch.testing.assert_close(encoder.eval()(X), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_the_authors_backbone_is_a_stock_timm_resnet50(
+    r50: Any, suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"resnet50{suffix}"
+    if suffix == ".pth":
+        torch.save(r50.state_dict(), path)
+    else:
+        save_file(r50.state_dict(), path)
+    done = run([sys.executable, "scripts/convert_checkpoint.py", str(path), str(tmp_path / "out")])
+    assert done.returncode == 0, done.stderr
+    assert "The encoder, a resnet50, went to" in done.stdout
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architecture"] == "resnet50"
+    assert config["pretrained_cfg"]["crop_pct"] == 0.875
+    assert config["pretrained_cfg"]["input_size"] == [3, 224, 224]
+    assert not (tmp_path / "out" / "expander.safetensors").exists()
+    same_features(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), r50)
+
+
+def test_the_authors_full_checkpoint_keeps_its_expander(r50: Any, tmp_path: Path) -> None:
+    head = shaken(projector(2048))
+    weights = prefixed("module.backbone.", r50) | prefixed("module.projector.", head)
+    optimizer = {"state": {0: {"mu": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
+    torch.save({"epoch": 3, "model": weights, "optimizer": optimizer}, tmp_path / "model.pth")
+    done = convert_checkpoint(tmp_path / "model.pth", tmp_path / "out")
+    assert done.has_expander
+    assert done.left_out == ()
+    model = VICRegModel.from_pretrained(tmp_path / "out").eval()
+    assert model.config.expander_dims == [24, 24, 16]
+    same_features(model.encoder, r50)
+    with torch.no_grad():
+        expected = head(r50(X))
+        embedded = model(X, X).embeddings
+    assert embedded is not None
+    torch.testing.assert_close(embedded[0], expected, rtol=1e-4, atol=1e-5)
+
+
+UNKNOWN = """
+import sys
+sys.modules["vicreg_hf"] = None
+import timm
+from transformers import AutoModel
+for load in (AutoModel.from_pretrained, lambda d: timm.create_model(f"local-dir:{d}")):
+    try:
+        load(sys.argv[1])
+    except Exception as error:
+        assert "needs_import_vicreg_hf" in str(error), error
+    else:
+        raise AssertionError("it loaded")
+"""
+
+
+def test_the_wide_network_is_found_and_says_what_it_needs(tmp_path: Path) -> None:
+    wide = shaken(Reference([3, 4, 6, 3], 2))
+    torch.save(wide.state_dict(), tmp_path / "resnet50x2.pth")
+    done = convert_checkpoint(tmp_path / "resnet50x2.pth", tmp_path / "out")
+    assert done.architecture == "resnet50x2"
+    same_features(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), wide)
+    same_features(VICRegModel.from_pretrained(tmp_path / "out").encoder, wide)
+    assert "`import vicreg_hf` first" in (tmp_path / "out" / "README.md").read_text()
+    failed = subprocess.run(
+        [sys.executable, "-c", UNKNOWN, str(tmp_path / "out")],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert failed.returncode == 0, failed.stderr
+
+
+def test_the_widest_network_has_the_authors_weights() -> None:
+    with torch.device("meta"):
+        ours = timm.create_model("resnet200x2", num_classes=0)
+        theirs = Reference([3, 24, 36, 3], 2)
+    shapes = {name: value.shape for name, value in theirs.state_dict().items()}
+    assert {name: value.shape for name, value in ours.state_dict().items()} == shapes
+
+
+def lightly(reference: nn.Module, *, cut: bool) -> dict[str, Tensor]:
+    """As lightly's examples (a Sequential of the children) and benchmarks (a ResNet) save it."""
+    backbone = nn.Sequential(*list(reference.children())[:-1]) if cut else reference
+    head = nn.Sequential(
+        nn.Linear(512, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16)
+    )
+    return prefixed("backbone.", backbone) | prefixed("projection_head.layers.", head)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_checkpoint_of_lightly_is_read(cut: bool, tmp_path: Path) -> None:
+    reference = shaken(resnet18())
+    reference.fc = nn.Identity()
+    weights = lightly(reference, cut=cut)
+    online = {f"online_classifier.linear.{k}": torch.zeros(3) for k in ("weight", "bias")}
+    torch.save({"state_dict": weights | online, "loops": {}}, tmp_path / "last.ckpt")
+    done = convert_checkpoint(tmp_path / "last.ckpt", tmp_path / "out")
+    assert done.architecture == "resnet18"
+    assert done.left_out == ("online_classifier", "projection_head")
+    same_features(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), reference)
+
+
+def of_solo_learn(reference: nn.Module) -> dict[str, Tensor]:
+    parts = prefixed("backbone.", reference) | prefixed("classifier.", nn.Linear(512, 10))
+    return parts | prefixed("projector.", projector(512, last_bias=True))
+
+
+class DictConfig:
+    """Stands for the settings that solo-learn keeps in its checkpoints, of a package not here."""
+
+    def __init__(self) -> None:
+        self.settings = OrderedDict(lr=0.3)
+
+
+def test_a_checkpoint_of_solo_learn_is_read_with_settings_of_unknown_classes(
+    tmp_path: Path,
+) -> None:
+    reference = shaken(resnet18())
+    reference.fc = nn.Identity()
+    reference.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    reference.maxpool = nn.Identity()
+    content = {"state_dict": of_solo_learn(reference), "hyper_parameters": DictConfig()}
+    torch.save(content, tmp_path / "ep=999.ckpt")
+    done = convert_checkpoint(tmp_path / "ep=999.ckpt", tmp_path / "out")
+    assert done.architecture == "resnet18_cifar"
+    assert done.left_out == ("classifier", "projector")
+    same_features(VICRegModel.from_pretrained(tmp_path / "out").encoder, reference)
+
+
+class Malicious:
+    """Pickled, it makes a directory when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("kind", ["beside", "instead", "legacy"])
+def test_nothing_in_a_checkpoint_is_executed(kind: str, tmp_path: Path) -> None:
+    trap = Malicious(tmp_path / "executed")
+    content = {"state_dict": resnet18().state_dict(), "hyper_parameters": trap}
+    if kind == "instead":
+        content = {"state_dict": {"conv1.weight": trap}}
+    path = tmp_path / "evil.ckpt"
+    torch.save(content, path, _use_new_zipfile_serialization=kind != "legacy")
+    with pytest.raises(ValueError, match="checkpoint must"):
+        convert_checkpoint(path, tmp_path / "out")
+    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_weight_left_over_or_missing_is_listed(r50: Any, tmp_path: Path) -> None:
+    state = dict(r50.state_dict())
+    del state["layer2.1.bn2.running_mean"]
+    state |= {"extra.weight": torch.zeros(3), "bn1.weight": torch.zeros(65)}
+    torch.save(state, tmp_path / "r50.pth")
+    with pytest.raises(ValueError, match="those of resnet50, and are not") as caught:
+        convert_checkpoint(tmp_path / "r50.pth", tmp_path / "out")
+    assert "left over: extra.weight;" in str(caught.value)
+    assert "missing: layer2.1.bn2.running_mean;" in str(caught.value)
+    assert "of another shape: bn1.weight (65,) for (64,)" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lost", ["0.bias", "4.running_var", "6.weight"])
+def test_an_expander_of_the_authors_must_be_whole(r50: Any, lost: str, tmp_path: Path) -> None:
+    head = prefixed("module.projector.", projector(2048))
+    del head[f"module.projector.{lost}"]
+    torch.save({"model": prefixed("module.backbone.", r50) | head}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="those of an expander, and are not"):
+        convert_checkpoint(tmp_path / "model.pth", tmp_path / "out")
+
+
+def test_parts_that_nobody_knows_are_not_passed_over(r50: Any, tmp_path: Path) -> None:
+    weights = prefixed("module.backbone.", r50) | {"module.decoder.weight": torch.zeros(3)}
+    torch.save({"model": weights}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"got 1 of others: decoder\.weight"):
+        convert_checkpoint(tmp_path / "model.pth", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"<html>404</html>", "holds weights and no code to run"),
+        (b"", "holds weights and no code to run"),
+        ({"epoch": 3}, "must hold weights by name"),
+        ([1, 2], "must hold weights by name"),
+        ({"blocks.0.weight": torch.zeros(3)}, r"whose first weight is conv1\.weight"),
+    ],
+)
+def test_what_is_no_checkpoint_of_a_resnet_is_said(
+    content: Any, sentence: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "file.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=sentence):
+        convert_checkpoint(path, tmp_path / "out")
+    with pytest.raises(ValueError, match="must be a file"):
+        convert_checkpoint(tmp_path / "absent.pth", tmp_path / "out")
+
+
+def test_images_of_one_channel_are_seen_by_the_stem(tmp_path: Path) -> None:
+    gray = timm.create_model("resnet18", in_chans=1, num_classes=0)
+    torch.save(gray.state_dict(), tmp_path / "gray.pth")
+    convert_checkpoint(tmp_path / "gray.pth", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_args"] == {"in_chans": 1}
+    assert config["pretrained_cfg"]["input_size"] == [1, 224, 224]
+    assert len(config["pretrained_cfg"]["mean"]) == 1
+
+
+def test_our_entries_train_like_any_other(tmp_path: Path) -> None:
+    model = VICRegModel(VICRegConfig(architecture="resnet18_cifar", expander_dims=[8]))
+    assert model.config.pretrained_cfg is not None
+    assert model.config.pretrained_cfg["input_size"] == [3, 32, 32]
+    output = model(X[:, :, :32, :32], X[:, :, 32:, 32:])
+    output.loss.backward()
+    model.eval().save_pretrained(tmp_path)
+    again = VICRegModel.from_pretrained(tmp_path).eval()
+    same_features(again.encoder, model.encoder)
+    maps = timm.create_model("resnet18_cifar", features_only=True)(X)
+    assert [tuple(m.shape[2:]) for m in maps] == [(64, 64), (64, 64), (32, 32), (16, 16), (8, 8)]
