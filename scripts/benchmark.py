@@ -9,6 +9,7 @@ import torch
 
 from vicreg_hf.arguments import parse_arguments
 from vicreg_hf.benchmarks.data import against_others, bottleneck
+from vicreg_hf.benchmarks.features import extraction
 from vicreg_hf.benchmarks.loss import one_process, several_processes
 from vicreg_hf.benchmarks.measuring import surroundings
 from vicreg_hf.data import available_cores
@@ -30,6 +31,12 @@ def main(argv: list[str]) -> None:
         help="the views against the authors' pipeline; with flags of pretrain.py, such as "
         "--config or --dataset_name, the bottleneck of that run",
     )
+    features = commands.add_parser("features", help="extraction against the bare forward pass")
+    features.add_argument("--architecture", default="resnet50")
+    features.add_argument("--num_images", type=int, default=512)
+    features.add_argument("--batch_size", type=int, default=64)
+    features.add_argument("--side", type=int, help="of square images; 500 x 375 without")
+    features.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args, others = parser.parse_known_args(argv)
     if args.command == "data":
         print(bottleneck(parse_arguments(others)) if others else against_others())
@@ -37,6 +44,11 @@ def main(argv: list[str]) -> None:
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     torch.set_num_threads(available_cores())
+    if args.command == "features":
+        device, options = torch.device(args.device), vars(args)
+        names = ("num_images", "batch_size", "side")
+        print(extraction(args.architecture, device, **{name: options[name] for name in names}))
+        return
     device = torch.device("cpu" if args.processes else args.device)
     dtype = getattr(torch, args.dtype)
     print(surroundings(device), flush=True)

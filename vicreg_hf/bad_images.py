@@ -23,10 +23,18 @@ class BadImages:
         num_images: of the data; None where that is not known.
         max_fraction: share of bad ones that is tolerated.
         path: a file with a line of JSON for each; written by one process.
+        fate: what became of them, for the warning.
     """
 
-    def __init__(self, num_images: int | None, max_fraction: float, path: Path | None) -> None:
+    def __init__(
+        self,
+        num_images: int | None,
+        max_fraction: float,
+        path: Path | None,
+        fate: str = "replaced",
+    ) -> None:
         self.num_images, self.max_fraction, self.path = num_images, max_fraction, path
+        self.fate = fate
         self._known: dict[tuple[Any, ...], BadImage] = {}
         self._new: list[BadImage] = []
 
@@ -73,7 +81,7 @@ class BadImages:
         first = next(iter(fresh.values()))
         listed = f" They are listed in {self.path}." if self.path else ""
         say(
-            f"warning: {len(self)} images could not be used and were replaced; the latest: "
+            f"warning: {len(self)} images could not be used and were {self.fate}; the latest: "
             f"{first.place}: {first.reason}{listed}"
         )
         total = seen if self.num_images is None else min(seen, self.num_images)

@@ -124,13 +124,16 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
     repo_type: str | None = None,
-    removable: Collection[str] = (),
+    ignore: Collection[str] = (),
+    removable: Callable[[str], bool] = lambda _: False,
 ) -> str:
     """Push everything in a folder as one commit, and nothing if it cannot be all.
 
     Args:
-        folder: with its subfolders.
-        removable: files of an earlier revision that go, in the same commit, unless in the folder.
+        folder: with its subfolders; hidden files stay behind.
+        ignore: names of further files that stay behind.
+        removable: whether a file of an earlier revision goes, in the same commit, unless it is in
+            the folder.
 
     Returns:
         Address of the commit.
@@ -140,12 +143,16 @@ def push_folder(
     """
     api = _api(token)
     target: Any = {"repo_type": repo_type, "revision": revision}
-    files = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
+    files = {
+        file.relative_to(folder).as_posix(): file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not file.name.startswith(".") and file.name not in ignore
+    }
 
     def pushed() -> str:
         info: Any = api.repo_info(repo_id, **target)
         there = {file.rfilename for file in info.siblings or ()}
-        stale = there & set(removable) - files.keys()
+        stale = [name for name in there - files.keys() if removable(name)]
         # upload_folder may make several commits
         operations = [
             *(CommitOperationDelete(name) for name in sorted(stale)),

@@ -183,7 +183,7 @@ def push_model(
             removable = tuple(set(REMOVABLE) - set(PICTURES))
         return push_folder(
             folder, repo_id, commit_message=commit_message, create_pr=create_pr, token=token,
-            revision=revision, removable=removable,
+            revision=revision, removable=lambda name: name in removable,
         )  # fmt: skip
 
 

@@ -84,6 +84,21 @@ class ImageSplit:
                 ) from None
         return images
 
+    def try_read(self, rows: Sequence[int]) -> list[tuple[Tensor | BadImage, str | None]]:
+        """Decode some rows.
+
+        Returns:
+            Of each row the (C, H, W) uint8 image, or why there is none; and its path, if known.
+        """
+        found: list[tuple[Tensor | BadImage, str | None]] = []
+        for row, cell in zip(rows, self._cells(rows), strict=True):
+            path = path_of(cell)
+            try:
+                found.append((self.column.decode(cell), path))
+            except ImageError as error:
+                found.append((BadImage(int(row), path, str(error)), path))
+        return found
+
     def read_or_replace(self, rows: Sequence[int]) -> tuple[list[Tensor], list[BadImage]]:
         """Decode some rows, and another image in the place of one that cannot be used.
 

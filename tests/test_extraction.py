@@ -1,0 +1,269 @@
+"""Features of whole data sets, extracted as users do, against stock transformers."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hub import READER, WRITER, running_hub
+from pictures import photographs
+from PIL import Image
+from test_modeling import trained
+from torchvision.transforms.v2 import functional as tv
+from transformers import AutoImageProcessor, AutoModel
+from workflow import ROOT, environment, run
+
+from vicreg_hf.extraction import ExtractionArguments, extract_dataset, load_encoder
+
+SIZES = [(40, 60), (64, 64), (33, 90), (120, 50)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of photographs of several sizes, gray ones among them, and one HTML page."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    for k in range(36):
+        (image,) = photographs(1, *SIZES[k % 4])
+        picture = tv.to_pil_image((image.int() + 3 * k).clamp(0, 255).byte())
+        path = root / "train" / ("cat" if k % 3 else "dog") / f"{k:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (picture.convert("L") if k == 7 else picture).save(path)
+    (root / "train" / "dog" / "99.png").write_bytes(b"<html>404</html>")
+    for kind in ("cat", "dog"):
+        (root / "test" / kind).mkdir(parents=True)
+        shutil.copy(root / "train" / "dog" / "00.png", root / "test" / kind / "copy.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("encoder")
+    model = trained()
+    assert model.config.pretrained_cfg is not None
+    model.config.pretrained_cfg |= {"input_size": [3, 48, 48], "crop_pct": 0.9}
+    model.save_pretrained(directory, include_expander=False)
+    return directory
+
+
+def command(encoder: Path, folder: Path, output: Path, *flags: str) -> list[str]:
+    return [
+        sys.executable, "scripts/extract_features.py", f"--model={encoder}", "--num_workers=1",
+        f"--dataset_name={folder}", f"--output_dir={output}", "--batch_size=5",
+        "--rows_per_file=10", *flags,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def extracted(encoder: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("features") / "whole"
+    done = run(command(encoder, folder, output))
+    assert done.returncode == 0, done.stderr
+    assert "1 images could not be used and were left out" in done.stdout + done.stderr
+    return output
+
+
+def load(directory: Path, tmp_path: Path) -> Any:
+    return datasets.load_dataset(str(directory), cache_dir=str(tmp_path / "cache"))
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (directory / "data").iterdir()}
+
+
+def test_features_are_those_of_stock_transformers_image_by_image(
+    extracted: Path, encoder: Path, folder: Path, tmp_path: Path
+) -> None:
+    found = load(extracted, tmp_path)
+    assert {name: len(table) for name, table in found.items()} == {"train": 36, "test": 2}
+    table = found["train"]
+    assert table.column_names == ["row", "image_id", "label", "embedding"]
+    assert table.features["label"].names == ["cat", "dog"]
+    assert table.features["embedding"].length == 96
+    model: Any = AutoModel.from_pretrained(encoder)
+    processor = AutoImageProcessor.from_pretrained(encoder)
+    for row in table:
+        assert (folder / row["image_id"]).is_file()
+        assert Path(row["image_id"]).parent.name == table.features["label"].int2str(row["label"])
+        picture = Image.open(folder / row["image_id"]).convert("RGB")
+        with torch.no_grad():
+            expected = model(**processor(picture, return_tensors="pt")).pooler_output[0]
+        embedding = torch.tensor(row["embedding"])
+        torch.testing.assert_close(embedding, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_that_cannot_be_used_is_left_out_and_listed(
+    extracted: Path, tmp_path: Path
+) -> None:
+    rows = load(extracted, tmp_path)["train"]["row"]
+    assert sorted(set(range(37)) - set(rows)) == [36]
+    (line,) = (extracted / "bad_images.jsonl").read_text().splitlines()
+    assert json.loads(line)["row"] == 36
+
+
+def test_two_processes_write_the_same(
+    extracted: Path, encoder: Path, folder: Path, tmp_path: Path
+) -> None:
+    launcher = ["torchrun", "--standalone", "--nproc_per_node=2"]
+    words = [*launcher, *command(encoder, folder, tmp_path / "out")[1:]]
+    done = run(words, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    one, two = load(extracted, tmp_path), load(tmp_path / "out", tmp_path)
+    assert files(extracted).keys() == files(tmp_path / "out").keys()
+    for split in ("train", "test"):
+        for column in ("row", "image_id", "label"):
+            assert one[split][column][:] == two[split][column][:]
+        a, b = (np.array(table[split]["embedding"][:]) for table in (one, two))
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stopped_extraction_goes_on_with_what_is_missing(
+    extracted: Path, encoder: Path, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(extracted, output)
+    lost = output / "data" / "train-00001-of-00004.parquet"
+    (output / "data" / ".train-00001-of-00004.parquet.partial").write_bytes(b"torn")
+    kept = {path: path.stat().st_mtime_ns for path in (output / "data").iterdir() if path != lost}
+    whole = lost.read_bytes()
+    lost.unlink()
+    done = run(command(encoder, folder, output))
+    assert done.returncode == 0, done.stderr
+    assert lost.read_bytes() == whole
+    for path, written in kept.items():
+        if not path.name.startswith("."):
+            assert path.stat().st_mtime_ns == written
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_features(
+    extracted: Path, encoder: Path, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    words = command(encoder, folder, output)
+    for parts in (1, 3):
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL, text=True
+        )
+        while len(list(output.glob("data/t*.parquet"))) < parts and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    assert files(extracted).items() <= files(output).items()
+
+
+def test_other_settings_are_not_mixed_into_the_same_directory(
+    extracted: Path, encoder: Path, folder: Path
+) -> None:
+    before = files(extracted)
+    done = run(command(encoder, folder, extracted, "--dtype=float16", "--bf16=true"))
+    assert done.returncode != 0
+    assert "dtype, bf16 differ" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert files(extracted) == before
+
+
+def test_half_precision_is_near(
+    extracted: Path, encoder: Path, folder: Path, tmp_path: Path
+) -> None:
+    flags = ["--dtype=float16", "--bf16=true", "--split=train"]
+    done = run(command(encoder, folder, tmp_path / "out", *flags))
+    assert done.returncode == 0, done.stderr
+    half = load(tmp_path / "out", tmp_path)
+    assert list(half) == ["train"]
+    assert half["train"].features["embedding"].feature.dtype == "float16"
+    exact = np.array(load(extracted, tmp_path)["train"]["embedding"][:])
+    near = np.array(half["train"]["embedding"][:], dtype=np.float64)
+    cosine = (exact * near).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(near, axis=1)
+    assert cosine.min() > 0.999
+    assert not np.allclose(exact, near, rtol=1e-6)
+
+
+def test_features_are_pushed_as_a_data_set_in_one_commit(
+    extracted: Path, encoder: Path, folder: Path, tmp_path: Path
+) -> None:
+    with running_hub() as hub:
+        online = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        output = tmp_path / "out"
+        shutil.copytree(extracted, output)
+        flags = ["--push_to_hub=true", "--hub_dataset_id=org/feats", "--hub_private=true"]
+        words = command(encoder, folder, output, *flags)
+        refused = run(words, HF_TOKEN=READER, **online)
+        assert refused.returncode != 0
+        assert "error: pushing to org/feats needs an access token that may write" in refused.stderr
+        done = run(words, HF_TOKEN=WRITER, **online)
+        assert done.returncode == 0, done.stderr
+        repository = hub.repositories["datasets/org/feats"]
+        assert repository.private
+        assert len(repository.commits) == 2
+        pushed = repository.files()
+        data = {f"data/{name}": content for name, content in files(output).items()}
+        assert pushed.keys() == data.keys() | {"README.md"}
+        assert data.items() <= pushed.items()
+        assert str(folder) not in pushed["README.md"].decode()
+        shutil.rmtree(output / "data")
+        for name, content in pushed.items():  # as a download lays it out
+            (tmp_path / "down" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "down" / name).write_bytes(content)
+        assert set(load(tmp_path / "down", tmp_path)) == {"train", "test"}
+
+
+def test_encoders_are_found_in_runs_checkpoints_and_on_the_hub(tmp_path: Path) -> None:
+    model = trained()
+    model.save_pretrained(tmp_path / "run" / "encoder")
+    encoder = load_encoder(str(tmp_path / "run"))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), model.encoder(x))
+    assert not encoder.training
+    with pytest.raises(ValueError, match="model must be org/name"):
+        load_encoder("a/b/c")
+    with pytest.raises(ValueError, match="model must be a timm model"):
+        load_encoder("org/there-is-none")
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"batch_size": 0}, "batch_size must be positive"),
+        ({"dtype": "int8"}, "dtype must be float32 or float16"),
+        ({"push_to_hub": True}, "push_to_hub needs hub_dataset_id"),
+        ({"hub_dataset_id": "../x"}, "hub_dataset_id must be org/name"),
+        ({"split": "absent"}, "split must be one of train, test"),
+        ({"image_column": "absent"}, "image_column must name a column of images"),
+    ],
+)
+def test_settings_that_cannot_be_are_said(
+    setting: dict[str, Any], sentence: str, encoder: Path, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        extract_dataset(ExtractionArguments(str(encoder), str(folder), str(tmp_path), **setting))
+
+
+def test_rows_without_a_path_are_named_by_their_number(encoder: Path, tmp_path: Path) -> None:
+    cells = []
+    for image in photographs(3):
+        buffer = io.BytesIO()
+        tv.to_pil_image(image).save(buffer, "PNG")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    kinds = datasets.Features({"image": datasets.Image()})
+    table = datasets.Dataset.from_dict({"image": cells}, features=kinds)
+    (tmp_path / "data").mkdir()
+    table.to_parquet(str(tmp_path / "data" / "train.parquet"))
+    output = tmp_path / "out"
+    data = str(tmp_path / "data")
+    extract_dataset(ExtractionArguments(str(encoder), data, str(output), num_workers=0))
+    found = load(output, tmp_path)["train"]
+    assert found["image_id"][:] == ["0", "1", "2"]
+    assert "label" not in found.column_names

@@ -1,0 +1,69 @@
+"""Extracting the features of a data set against the encoder's bare forward pass."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import datasets
+import timm
+import torch
+from timm.data.config import resolve_model_data_config
+
+from vicreg_hf.benchmarks.data import jpeg, photographs
+from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
+from vicreg_hf.data import default_num_workers
+from vicreg_hf.extraction import Part, features_of
+from vicreg_hf.sources import image_split
+
+
+def extraction(
+    architecture: str, device: torch.device, *, num_images: int, batch_size: int, side: int | None
+) -> str:
+    """Images per second of both, decoding JPEGs and writing parquet included in the one.
+
+    Args:
+        side: of the images in pixels, square; None takes 500 x 375.
+    """
+    encoder = timm.create_model(architecture, num_classes=0).eval().to(device)
+    encoder = encoder.to(memory_format=torch.channels_last)
+    config = resolve_model_data_config(encoder)
+    if side is not None:
+        config = config | {"input_size": (3, side, side), "crop_pct": 1.0}
+    size = (side, side) if side is not None else (500, 375)
+    cells = [{"bytes": jpeg(image), "path": None} for image in photographs(64, *size)]
+    pixels = torch.randn(batch_size, *config["input_size"], device=device)
+    pixels = pixels.to(memory_format=torch.channels_last)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = {"image": [cells[k % len(cells)] for k in range(num_images)]}
+        made = datasets.Dataset.from_dict(
+            rows, features=datasets.Features({"image": datasets.Image()})
+        )
+        splits = {"train": image_split({"train": made}, "train", dataset_name="photographs")}
+        part = Part("train", range(num_images), Path(folder) / "features" / "train.parquet")
+
+        @torch.inference_mode()
+        def bare() -> None:
+            for start in range(0, num_images, batch_size):
+                encoder(pixels[: num_images - start])
+
+        def whole() -> None:
+            shutil.rmtree(part.file.parent, ignore_errors=True)
+            for _ in features_of(
+                encoder, splits, [part], config, device=device, batch_size=batch_size,
+                num_workers=default_num_workers(1),
+            ):  # fmt: skip
+                pass
+
+        seconds = median_seconds({"bare": bare, "whole": whole}, device, seconds=20, max_repeats=5)
+    rates = {name: num_images / each for name, each in seconds.items()}
+    header = ["encoder", "images", "forward alone, images/s", "extraction, images/s", "share"]
+    row = [
+        f"{architecture} at {config['input_size'][-1]} px",
+        str(num_images),
+        f"{rates['bare']:.0f}",
+        f"{rates['whole']:.0f}",
+        f"{100 * rates['whole'] / rates['bare']:.0f} %",
+    ]
+    return f"{surroundings(device)}\n{table(header, [row])}"

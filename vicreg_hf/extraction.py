@@ -1,0 +1,441 @@
+"""Features of a whole data set under an encoder, as a data set.
+
+A split is cut into parts of a fixed number of rows, each a parquet file that is whole or not there.
+The parts are shared out over the processes, and those that are there are not made again.
+
+Shapes: B images, C channels, S side in pixels, F features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import timm
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from timm.data import create_transform
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from vicreg_hf.bad_images import BadImages
+from vicreg_hf.columns import BadImage
+from vicreg_hf.data import available_cores, default_num_workers, loading_errors
+from vicreg_hf.evaluation.features import normalise_images
+from vicreg_hf.hub import HubError, check_repo_id, check_revision, open_repository, push_folder
+from vicreg_hf.publishing import find_encoder, load_model
+from vicreg_hf.sources import ImageSplit, image_split, open_dataset
+
+RECORD, BAD_IMAGES = "extraction.json", "bad_images.jsonl"
+PIL_CHANNELS = (1, 3)
+"""Images that are resized by PIL, as stock pipelines do; others as tensors."""
+
+
+def _setting(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass
+class ExtractionArguments:
+    """Settings of `extract_dataset`."""
+
+    model: str = field(
+        metadata={"help": "timm model on the Hub, output_dir of a run, or directory of an encoder."}
+    )
+    dataset_name: str = field(metadata={"help": "As for pretrain.py: Hub id, folder or file."})
+    output_dir: str = field(metadata={"help": "Where the features go; started again, it goes on."})
+    dataset_config_name: str | None = _setting(None, "Configuration of a Hub data set.")
+    split: str | None = _setting(None, "One split; by default all.")
+    image_column: str | None = _setting(None, "Column of images; found by its type if only one.")
+    label_column: str | None = _setting(None, "Column of classes to copy; by default the only one.")
+    revision: str | None = _setting(None, "Branch or commit of a model on the Hub.")
+    batch_size: int = _setting(256, "Images at once in each process.")
+    bf16: bool = _setting(False, "Compute in bfloat16; about twice as fast on recent hardware.")
+    dtype: str = _setting("float32", "float32 or float16, of the features that are written.")
+    rows_per_file: int = _setting(10_000, "Rows of a parquet file; a stop loses at most these.")
+    num_workers: int | None = _setting(None, "Image-decoding workers per process.")
+    max_bad_fraction: float = _setting(0.05, "Share of images that may be unusable; left out.")
+    push_to_hub: bool = _setting(False, "Push the features as a data set; checked at the start.")
+    hub_dataset_id: str | None = _setting(None, "Where to: org/name, made if absent.")
+    hub_private: bool = _setting(False, "Make the repository private, if it is made.")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "rows_per_file"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype must be float32 or float16, got {self.dtype!r}.")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(
+                f"max_bad_fraction must lie between 0 and 1, got {self.max_bad_fraction}."
+            )
+        if self.hub_dataset_id is not None:
+            check_repo_id(self.hub_dataset_id, "hub_dataset_id")
+        elif self.push_to_hub:
+            raise ValueError("push_to_hub needs hub_dataset_id, org/name, and got none.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a split, and the file their features go to."""
+
+    split: str
+    rows: range
+    file: Path
+
+
+class Batch(NamedTuple):
+    """What a worker makes of some rows."""
+
+    rows: list[int]
+    paths: list[str | None]
+    images: Tensor | None
+    """(B, C, S, S) uint8, of the rows that have one; None if none has."""
+    bad: list[BadImage]
+
+
+def extract_dataset(args: ExtractionArguments) -> Path:
+    """Write the features of every image of a data set.
+
+    Each row has `row` (its number in the split), `image_id` (its path within the data set, or its
+    number), `label` where the data have classes, and `embedding`.
+
+    Returns:
+        output_dir, which `datasets.load_dataset` opens.
+
+    Raises:
+        ValueError: a setting, model or data set that cannot be.
+        ImageError: too many images cannot be used.
+        HubError: the Hub refuses, or cannot be reached.
+    """
+    accelerator = Accelerator()
+    datasets.disable_progress_bars()  # one is enough
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(max(1, available_cores() // accelerator.num_processes))
+    output_dir = Path(args.output_dir)
+    main = accelerator.is_main_process
+    if args.push_to_hub and main:
+        open_repository(
+            str(args.hub_dataset_id), private=args.hub_private or None, repo_type="dataset"
+        )
+    encoder = load_encoder(args.model, args.revision).to(accelerator.device)
+    data_config = resolve_model_data_config(encoder)
+    with accelerator.main_process_first():
+        splits = _open_splits(args, channels=data_config["input_size"][0])
+    _remember(args, encoder, splits, output_dir, write=main)
+    accelerator.wait_for_everyone()
+    parts = _parts(splits, output_dir / "data", args.rows_per_file)
+    missing = [part for part in parts if not part.file.is_file()]
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    seen = sum(len(split) for split in splits.values())
+    bad = BadImages(seen, args.max_bad_fraction, output_dir / BAD_IMAGES, fate="left out")
+    if len(missing) < len(parts):
+        bad.recall()
+    elif main:
+        bad.forget()
+    workers = args.num_workers
+    if workers is None:
+        workers = default_num_workers(accelerator.num_processes)
+    bf16 = torch.autocast(accelerator.device.type, torch.bfloat16) if args.bf16 else nullcontext()
+    with loading_errors(), bf16, accelerator.autocast():
+        for part in features_of(
+            encoder, splits, mine, data_config, device=accelerator.device,
+            batch_size=args.batch_size, num_workers=workers, dtype=args.dtype,
+            root=args.dataset_name, show=accelerator.is_local_main_process,
+        ):  # fmt: skip
+            bad.add(part)
+    bad.agree(gather_object, seen=seen, write=main, say=accelerator.print)
+    accelerator.wait_for_everyone()
+    if main:
+        (output_dir / "README.md").write_text(_card(args, splits), encoding="utf-8")
+        if args.push_to_hub:
+            _push(args, output_dir)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return output_dir
+
+
+def load_encoder(name: str, revision: str | None = None) -> nn.Module:
+    """A timm model that gives pooled features, in eval mode.
+
+    Args:
+        name: Hub id, output_dir of a run, or directory of an encoder or a checkpoint.
+        revision: branch or commit, on the Hub.
+
+    Raises:
+        ValueError: no such model, or not one of timm's.
+    """
+    if Path(name).exists():
+        directory = find_encoder(name)
+        if json.loads((directory / "config.json").read_text()).get("model_type") == "vicreg":
+            model, _ = load_model(directory)
+            encoder: Any = model.encoder
+            encoder.pretrained_cfg = dict(model.config.pretrained_cfg or {})
+            return encoder.eval()
+        source = f"local-dir:{directory}"
+    else:
+        source = f"hf-hub:{check_repo_id(name, 'model')}"
+        source += f"@{check_revision(revision)}" if revision else ""
+    try:
+        return timm.create_model(source, pretrained=True, num_classes=0).eval()
+    except Exception as error:
+        raise ValueError(
+            f"model must be a timm model on the Hub or in a directory, got {name!r}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def features_of(
+    encoder: nn.Module,
+    splits: dict[str, ImageSplit],
+    parts: Sequence[Part],
+    data_config: dict[str, Any],
+    *,
+    device: torch.device,
+    batch_size: int,
+    num_workers: int,
+    dtype: str = "float32",
+    root: str = "",
+    show: bool = False,
+) -> Iterator[list[BadImage]]:
+    """Write the features of some parts, and yield for each the images that could not be used.
+
+    Args:
+        encoder: gives (B, F) for (B, C, S, S), in eval mode on the device.
+        parts: of the splits, in the order in which they are made.
+        data_config: timm's, of the encoder.
+        root: folder of the data, of which paths are shown as parts.
+        show: a progress bar.
+    """
+    encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    pinned = device.type == "cuda"
+    batches = [
+        (part, part.rows[start : start + batch_size])
+        for part in parts
+        for start in range(0, len(part.rows), batch_size)
+    ]
+    loader = DataLoader(
+        _Views(splits, batches, data_config), batch_size=None, num_workers=num_workers,
+        pin_memory=pinned, prefetch_factor=4 if num_workers else None,
+    )  # fmt: skip
+    bar = tqdm(total=sum(len(part.rows) for part in parts), unit="image", disable=not show)
+    made: list[tuple[Batch, Tensor | None]] = []
+    written: tuple[Future[None], list[BadImage]] | None = None
+    with bar, ThreadPoolExecutor(1) as writer:
+        for (part, rows), batch in zip(batches, loader, strict=True):
+            made.append((batch, _encode(encoder, batch.images, data_config, device)))
+            bar.update(len(rows))
+            if rows[-1] != part.rows[-1]:
+                continue
+            table = _table(splits[part.split], made, dtype, root)
+            if written is not None:
+                written[0].result()
+                yield written[1]
+            bad = [image for batch, _ in made for image in batch.bad]
+            # written while the next part is made
+            written = writer.submit(_write, table, part.file), bad
+            made = []
+        if written is not None:
+            written[0].result()
+            yield written[1]
+
+
+@torch.inference_mode()
+def _encode(
+    encoder: nn.Module, images: Tensor | None, data_config: dict[str, Any], device: torch.device
+) -> Tensor | None:
+    """(B, F) float32 on the device."""
+    if images is None:
+        return None
+    images = images.to(device, non_blocking=True)
+    pixels = normalise_images(images, data_config["mean"], data_config["std"])
+    features = encoder(pixels.to(memory_format=torch.channels_last)).float()
+    if features.ndim != 2:
+        raise ValueError(
+            "the encoder must pool to shape (batch, features), got "
+            f"{tuple(features.shape)}; remove global_pool from its model_args."
+        )
+    return features
+
+
+class _Views(Dataset[Batch]):
+    """Batches of rows as the encoder's own evaluation views."""
+
+    def __init__(
+        self,
+        splits: dict[str, ImageSplit],
+        batches: list[tuple[Part, range]],
+        data_config: dict[str, Any],
+    ) -> None:
+        self.splits, self.batches = splits, batches
+        self.side = tuple(data_config["input_size"][1:])
+        self.whole = data_config["crop_pct"] == 1
+        self.transform: Any = create_transform(
+            **data_config, is_training=False, use_prefetcher=True
+        )
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        part, wanted = self.batches[index]
+        rows, paths, images, bad = [], [], [], []
+        found = self.splits[part.split].try_read(wanted)
+        for row, (image, path) in zip(wanted, found, strict=True):
+            if isinstance(image, BadImage):
+                bad.append(image)
+                continue
+            rows.append(row)
+            paths.append(path)
+            images.append(self._view(image))
+        return Batch(rows, paths, torch.stack(images) if images else None, bad)
+
+    def _view(self, image: Tensor) -> Tensor:
+        if self.whole and image.shape[-2:] == self.side:
+            return image
+        if len(image) not in PIL_CHANNELS:
+            return self.transform(image)
+        pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+        return self.transform(Image.fromarray(pixels.contiguous().numpy()))
+
+
+def _table(
+    split: ImageSplit, made: list[tuple[Batch, Tensor | None]], dtype: str, root: str
+) -> datasets.Dataset:
+    rows = [row for batch, _ in made for row in batch.rows]
+    paths = [path for batch, _ in made for path in batch.paths]
+    found = [features for _, features in made if features is not None]
+    features = torch.cat(found).cpu().numpy().astype(dtype) if found else np.zeros((0, 1), dtype)
+    columns: dict[str, Any] = {
+        "row": rows,
+        "image_id": [_image_id(row, path, root) for row, path in zip(rows, paths, strict=True)],
+    }
+    kinds: dict[str, Any] = {"row": datasets.Value("int64"), "image_id": datasets.Value("string")}
+    if split.labels is not None:
+        columns["label"] = split.labels[torch.tensor(rows, dtype=torch.long)].numpy()
+        names = list(split.label_names)
+        kinds["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    columns["embedding"] = features
+    kinds["embedding"] = datasets.List(datasets.Value(dtype), length=features.shape[1])
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+
+
+def _image_id(row: int, path: str | None, root: str) -> str:
+    """Never a path of this machine."""
+    if path is None:
+        return str(row)
+    if Path(path).is_absolute():
+        folder = Path(root).resolve()
+        inside = Path(path).is_relative_to(folder)
+        return Path(path).relative_to(folder).as_posix() if inside else Path(path).name
+    return path
+
+
+def _write(table: datasets.Dataset, file: Path) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.name}.partial")
+    table.to_parquet(str(aside))
+    aside.replace(file)
+
+
+def _open_splits(args: ExtractionArguments, channels: int) -> dict[str, ImageSplit]:
+    tables = open_dataset(args.dataset_name, args.dataset_config_name)
+    names = [str(name) for name in tables] if args.split is None else [args.split]
+    return {
+        name: image_split(
+            tables, name, dataset_name=Path(args.dataset_name).name, channels=channels,
+            image_column=args.image_column, label_column=args.label_column,
+        )
+        for name in names
+    }  # fmt: skip
+
+
+def _parts(splits: dict[str, ImageSplit], folder: Path, rows_per_file: int) -> list[Part]:
+    parts = []
+    for name, split in splits.items():
+        starts = range(0, len(split), rows_per_file)
+        for number, start in enumerate(starts):
+            rows = range(start, min(start + rows_per_file, len(split)))
+            file = folder / f"{name}-{number:05d}-of-{len(starts):05d}.parquet"
+            parts.append(Part(name, rows, file))
+    return parts
+
+
+def _remember(
+    args: ExtractionArguments,
+    encoder: nn.Module,
+    splits: dict[str, ImageSplit],
+    output_dir: Path,
+    *,
+    write: bool,
+) -> None:
+    """Make sure that what is in output_dir is of the same features."""
+    digest = hashlib.sha256()
+    for value in encoder.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    record = {
+        "weights": digest.hexdigest(), "dtype": args.dtype, "bf16": args.bf16,
+        "rows_per_file": args.rows_per_file,
+        "splits": {name: split.fingerprint() for name, split in splits.items()},
+    }  # fmt: skip
+    path = output_dir / RECORD
+    if path.is_file():
+        earlier = json.loads(path.read_text())
+        other = [name for name, value in record.items() if earlier.get(name) != value]
+        if other:
+            raise ValueError(
+                f"output_dir must hold features of the same model, data and settings, and "
+                f"{output_dir} holds others ({', '.join(other)} differ); choose another."
+            )
+    elif write:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record, indent=2) + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"output_dir must be a directory that can be written, got {output_dir}: {error}."
+            ) from error
+
+
+def _card(args: ExtractionArguments, splits: dict[str, ImageSplit]) -> str:
+    def name(given: str) -> str:
+        return Path(given).resolve().name if Path(given).exists() else given
+
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
+    configs = [{"config_name": "default", "data_files": files}]
+    metadata = yaml.safe_dump({"configs": configs, "tags": ["embeddings"]}, sort_keys=False)
+    counts = ", ".join(f"{len(split):,} of {name}" for name, split in splits.items())
+    return (
+        f"---\n{metadata}---\n\n# Features of `{name(args.dataset_name)}` by "
+        f"`{name(args.model)}`\n\nPooled features in {args.dtype}, one row for each image "
+        f"({counts}), less those that cannot be decoded: `row`, `image_id`, `label` if there is "
+        "any, `embedding`. Written by `scripts/extract_features.py` of vicreg_hf.\n"
+    )
+
+
+def _push(args: ExtractionArguments, output_dir: Path) -> None:
+    try:
+        address = push_folder(
+            output_dir, str(args.hub_dataset_id), repo_type="dataset",
+            commit_message="Upload features", ignore=(RECORD, BAD_IMAGES),
+            removable=lambda name: name.startswith("data/"),
+        )  # fmt: skip
+    except HubError as error:
+        raise HubError(
+            f"{error}\nThe features are whole in {output_dir}; the same command pushes them again."
+        ) from None
+    print(f"Published: {address}")
