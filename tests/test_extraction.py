@@ -87,7 +87,7 @@ def test_features_are_those_of_stock_transformers_image_by_image(
     found = load(extracted, tmp_path)
     assert {name: len(table) for name, table in found.items()} == {"train": 36, "test": 2}
     table = found["train"]
-    assert table.column_names == ["row", "image_id", "label", "embedding"]
+    assert table.column_names == ["row", "image_id", "embedding", "label"]
     assert table.features["label"].names == ["cat", "dog"]
     assert table.features["embedding"].length == 96
     model: Any = AutoModel.from_pretrained(encoder)
@@ -109,6 +109,20 @@ def test_an_image_that_cannot_be_used_is_left_out_and_listed(
     assert sorted(set(range(37)) - set(rows)) == [36]
     (line,) = (extracted / "bad_images.jsonl").read_text().splitlines()
     assert json.loads(line)["row"] == 36
+
+
+def test_a_part_of_bad_images_alone_is_empty_and_loads_with_the_others(
+    encoder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    for k, image in enumerate(photographs(8)):
+        tv.to_pil_image(image).save(tmp_path / "data" / f"{k}.png")
+    for k in (2, 3):
+        (tmp_path / "data" / f"{k}.png").write_bytes(b"")
+    words = (str(encoder), str(tmp_path / "data"), str(tmp_path / "out"))
+    bounds: Any = {"rows_per_file": 2, "max_bad_fraction": 0.5, "num_workers": 0}
+    extract_dataset(ExtractionArguments(*words, **bounds))
+    assert load(tmp_path / "out", tmp_path)["train"]["row"][:] == [0, 1, 4, 5, 6, 7]
 
 
 def test_two_processes_write_the_same(

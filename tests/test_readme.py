@@ -13,6 +13,7 @@ import yaml
 from hub import WRITER, running_hub
 from workflow import ROOT, run, write_images
 
+from vicreg_hf import VICRegConfig, VICRegModel
 from vicreg_hf.augmentation import PRESETS, find_recipes
 
 README = (ROOT / "README.md").read_text()
@@ -90,6 +91,23 @@ def test_python_loads_what_a_run_has_made(tmp_path: Path) -> None:
     script = (imports + "".join(loading)).replace("runs/r50", str(tmp_path / "runs/r50"))
     result = run([sys.executable, "-c", script])
     assert result.returncode == 0, result.stderr
+
+
+def test_features_are_extracted_and_searched_as_shown(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    VICRegModel(VICRegConfig(architecture="test_resnet", expander_dims=[8])).save_pretrained(
+        tmp_path / "encoder"
+    )
+    (command,) = [line for block in blocks("bash") for line in block.splitlines()
+                  if "extract_features.py" in line]  # fmt: skip
+    for word, path in {"org/name": "encoder", "path/or/hub-id": "images", "feats": "feats"}.items():
+        command = command.replace(f" {word}", f" {tmp_path / path}")
+    done = run(shlex.split(command))
+    assert done.returncode == 0, done.stderr
+    (block,) = [block for block in blocks("python") if "NearestNeighbors" in block]
+    done = run([sys.executable, "-c", block.replace('"feats"', repr(str(tmp_path / "feats")))])
+    assert done.returncode == 0, done.stderr
+    assert "'0'" in done.stdout  # the nearest to an image is itself
 
 
 def test_python_interface_works_as_shown(tmp_path: Path) -> None:

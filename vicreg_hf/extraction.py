@@ -19,11 +19,14 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import timm
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_transform
 from timm.data.config import resolve_model_data_config
@@ -232,22 +235,28 @@ def features_of(
         pin_memory=pinned, prefetch_factor=4 if num_workers else None,
     )  # fmt: skip
     bar = tqdm(total=sum(len(part.rows) for part in parts), unit="image", disable=not show)
-    made: list[tuple[Batch, Tensor | None]] = []
+    # should all images of a part be bad, its column is as wide as the others'
+    width: Any = encoder.head_hidden_size
+    empty = torch.empty(0, width, device=device)
+    made: list[Batch] = []
+    features: list[Tensor] = []
     written: tuple[Future[None], list[BadImage]] | None = None
     with bar, ThreadPoolExecutor(1) as writer:
         for (part, rows), batch in zip(batches, loader, strict=True):
-            made.append((batch, _encode(encoder, batch.images, data_config, device)))
+            made.append(batch)
+            if batch.images is not None:
+                features.append(_encode(encoder, batch.images, data_config, device))
             bar.update(len(rows))
             if rows[-1] != part.rows[-1]:
                 continue
-            table = _table(splits[part.split], made, dtype, root)
             if written is not None:
                 written[0].result()
                 yield written[1]
-            bad = [image for batch, _ in made for image in batch.bad]
+            found = torch.cat([empty, *features]).cpu().numpy()
+            bad = [image for batch in made for image in batch.bad]
             # written while the next part is made
-            written = writer.submit(_write, table, part.file), bad
-            made = []
+            done = writer.submit(_write, part, splits[part.split], made, found.astype(dtype), root)
+            written, made, features = (done, bad), [], []
         if written is not None:
             written[0].result()
             yield written[1]
@@ -255,11 +264,9 @@ def features_of(
 
 @torch.inference_mode()
 def _encode(
-    encoder: nn.Module, images: Tensor | None, data_config: dict[str, Any], device: torch.device
-) -> Tensor | None:
+    encoder: nn.Module, images: Tensor, data_config: dict[str, Any], device: torch.device
+) -> Tensor:
     """(B, F) float32 on the device."""
-    if images is None:
-        return None
     images = images.to(device, non_blocking=True)
     pixels = normalise_images(images, data_config["mean"], data_config["std"])
     features = encoder(pixels.to(memory_format=torch.channels_last)).float()
@@ -312,25 +319,35 @@ class _Views(Dataset[Batch]):
         return self.transform(Image.fromarray(pixels.contiguous().numpy()))
 
 
-def _table(
-    split: ImageSplit, made: list[tuple[Batch, Tensor | None]], dtype: str, root: str
-) -> datasets.Dataset:
-    rows = [row for batch, _ in made for row in batch.rows]
-    paths = [path for batch, _ in made for path in batch.paths]
-    found = [features for _, features in made if features is not None]
-    features = torch.cat(found).cpu().numpy().astype(dtype) if found else np.zeros((0, 1), dtype)
-    columns: dict[str, Any] = {
-        "row": rows,
-        "image_id": [_image_id(row, path, root) for row, path in zip(rows, paths, strict=True)],
+def _write(
+    part: Part,
+    split: ImageSplit,
+    batches: list[Batch],
+    features: NDArray[np.floating[Any]],
+    root: str,
+) -> None:
+    """The features of a part as parquet, whole or not at all."""
+    rows = [row for batch in batches for row in batch.rows]
+    paths = [path for batch in batches for path in batch.paths]
+    width = features.shape[1]
+    ids = [_image_id(row, path, root) for row, path in zip(rows, paths, strict=True)]
+    # from_dict would take each number by itself
+    embedding = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), width)
+    arrays = [pa.array(rows, pa.int64()), pa.array(ids, pa.string()), embedding]
+    kinds: dict[str, Any] = {
+        "row": datasets.Value("int64"),
+        "image_id": datasets.Value("string"),
+        "embedding": datasets.List(datasets.Value(str(features.dtype)), length=width),
     }
-    kinds: dict[str, Any] = {"row": datasets.Value("int64"), "image_id": datasets.Value("string")}
     if split.labels is not None:
-        columns["label"] = split.labels[torch.tensor(rows, dtype=torch.long)].numpy()
+        arrays.append(pa.array(split.labels[torch.tensor(rows, dtype=torch.long)].numpy()))
         names = list(split.label_names)
         kinds["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
-    columns["embedding"] = features
-    kinds["embedding"] = datasets.List(datasets.Value(dtype), length=features.shape[1])
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    table = pa.Table.from_arrays(arrays, schema=datasets.Features(kinds).arrow_schema)
+    part.file.parent.mkdir(parents=True, exist_ok=True)
+    aside = part.file.with_name(f".{part.file.name}.partial")
+    pq.write_table(table, aside)
+    aside.replace(part.file)
 
 
 def _image_id(row: int, path: str | None, root: str) -> str:
@@ -342,14 +359,6 @@ def _image_id(row: int, path: str | None, root: str) -> str:
         inside = Path(path).is_relative_to(folder)
         return Path(path).relative_to(folder).as_posix() if inside else Path(path).name
     return path
-
-
-def _write(table: datasets.Dataset, file: Path) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.partial")
-    table.to_parquet(str(aside))
-    aside.replace(file)
 
 
 def _open_splits(args: ExtractionArguments, channels: int) -> dict[str, ImageSplit]:
