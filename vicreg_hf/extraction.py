@@ -346,7 +346,9 @@ def _write(
     table = pa.Table.from_arrays(arrays, schema=datasets.Features(kinds).arrow_schema)
     part.file.parent.mkdir(parents=True, exist_ok=True)
     aside = part.file.with_name(f".{part.file.name}.partial")
-    pq.write_table(table, aside)
+    with pq.ParquetWriter(aside, table.schema) as file:
+        if len(table):  # `datasets` cannot read a row group of none
+            file.write_table(table)
     aside.replace(part.file)
 
 
