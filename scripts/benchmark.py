@@ -22,7 +22,6 @@ def main(argv: list[str]) -> None:
     loss.add_argument("--rows", type=int, nargs="+", default=[256, 1024, 2048, 4096])
     loss.add_argument("--dims", type=int, nargs="+", default=[2048, 8192, 16384])
     loss.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
-    loss.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     loss.add_argument(
         "--processes", type=int, nargs="+", help="instead, over so many processes on CPU"
     )
@@ -36,7 +35,8 @@ def main(argv: list[str]) -> None:
     features.add_argument("--num_images", type=int, default=512)
     features.add_argument("--batch_size", type=int, default=64)
     features.add_argument("--side", type=int, help="of square images; 500 x 375 without")
-    features.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for command in (loss, features):
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args, others = parser.parse_known_args(argv)
     if args.command == "data":
         print(bottleneck(parse_arguments(others)) if others else against_others())
@@ -45,9 +45,7 @@ def main(argv: list[str]) -> None:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     torch.set_num_threads(available_cores())
     if args.command == "features":
-        device, options = torch.device(args.device), vars(args)
-        names = ("num_images", "batch_size", "side")
-        print(extraction(args.architecture, device, **{name: options[name] for name in names}))
+        print(extraction(**{k: v for k, v in vars(args).items() if k != "command"}))
         return
     device = torch.device("cpu" if args.processes else args.device)
     dtype = getattr(torch, args.dtype)

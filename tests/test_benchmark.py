@@ -25,9 +25,21 @@ DIMS = [4, 24]  # fewer dimensions than rows, and more
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux records it")
 
 
-@pytest.mark.parametrize("name", ["benchmark.py", "pretrain.py"])
-def test_a_script_is_at_most_a_page(name: str) -> None:
-    assert len((ROOT / "scripts" / name).read_text().splitlines()) <= 60
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda p: p.name)
+def test_a_script_is_at_most_a_page(script: Path) -> None:
+    assert len(script.read_text().splitlines()) <= 60
+
+
+def test_extraction_is_measured_against_the_bare_forward_pass() -> None:
+    flags = ["--architecture=test_resnet", "--num_images=24", "--batch_size=8", "--side=32"]
+    above, header, ((name, images, bare, whole, share),) = benchmark("features", *flags)
+    assert "commit" in above
+    assert header[2:4] == ["forward alone, images/s", "extraction, images/s"]
+    assert (name, images) == ("test_resnet at 32 px", "24")
+    assert float(whole) > 0
+    assert float(share.removesuffix(" %")) == pytest.approx(
+        100 * float(whole) / float(bare), rel=0.2, abs=2
+    )
 
 
 # The script

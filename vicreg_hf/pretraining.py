@@ -42,7 +42,12 @@ from vicreg_hf.modeling_vicreg import VICRegModel, VICRegOutput, check_architect
 from vicreg_hf.monitor import KNNMonitor
 from vicreg_hf.optim import create_optimizer, learning_rate
 from vicreg_hf.pictures import draw_pictures
-from vicreg_hf.publishing import export_encoder, push_model, retry_command
+from vicreg_hf.publishing import (
+    check_exportable,
+    export_encoder,
+    push_model,
+    retry_command,
+)
 from vicreg_hf.randomness import Stream, derive_seed
 from vicreg_hf.reporting import Clock, MetricsLog, results, summary
 from vicreg_hf.sampler import GlobalBatches
@@ -123,6 +128,7 @@ def pretrain(args: PretrainingArguments) -> Path:
         FloatingPointError: the loss is not finite.
         ImageError: too many images cannot be used.
         LoadingError: a loading worker died.
+        ExportError: the backbone could not be published, before any training.
         HubError: the encoder cannot be pushed, before any training; or could not be, after it.
     """
     run = setup(replace(args))
@@ -149,6 +155,8 @@ def setup(args: PretrainingArguments) -> Run:
     # convolutions are faster in this layout, on CPU too; attention does not mind
     model = _build_model(args).to(accelerator.device, memory_format=torch.channels_last)
     _check_micro_batches(model, batches)
+    if accelerator.is_main_process:
+        check_exportable(model)
     if accelerator.num_processes > 1:
         on_cuda = accelerator.device.type == "cuda"  # torch's own is fused, and for CUDA alone
         (convert_sync_batchnorm if on_cuda else SyncBatchNorm.convert)(model)

@@ -57,6 +57,22 @@ def export_encoder(
     return directory
 
 
+def check_exportable(model: VICRegModel) -> None:
+    """Make sure, before training, that `export_encoder` will be able to write this model.
+
+    Raises:
+        ExportError: it will not.
+    """
+    with tempfile.TemporaryDirectory() as aside:
+        try:
+            export_encoder(model, aside)
+        except RuntimeError as error:  # safetensors on tensors that share memory, or an ExportError
+            raise ExportError(
+                f"{model.config.architecture} with model_args={model.config.model_args} cannot be "
+                f"published: {' '.join(str(error).split())}"
+            ) from error
+
+
 @torch.no_grad()
 def verify_export(model: VICRegModel, directory: str | Path) -> None:
     """Load a published encoder as transformers and timm do, and compare it with the model.

@@ -19,13 +19,14 @@ from vicreg_hf.sources import image_split
 
 
 def extraction(
-    architecture: str, device: torch.device, *, num_images: int, batch_size: int, side: int | None
+    architecture: str, device: str, *, num_images: int, batch_size: int, side: int | None
 ) -> str:
     """Images per second of both, decoding JPEGs and writing parquet included in the one.
 
     Args:
         side: of the images in pixels, square; None takes 500 x 375.
     """
+    place = torch.device(device)
     encoder = timm.create_model(architecture, num_classes=0).eval().to(device)
     encoder = encoder.to(memory_format=torch.channels_last)
     config = resolve_model_data_config(encoder)
@@ -51,12 +52,12 @@ def extraction(
         def whole() -> None:
             shutil.rmtree(part.file.parent, ignore_errors=True)
             for _ in features_of(
-                encoder, splits, [part], config, device=device, batch_size=batch_size,
+                encoder, splits, [part], config, device=place, batch_size=batch_size,
                 num_workers=default_num_workers(1),
             ):  # fmt: skip
                 pass
 
-        seconds = median_seconds({"bare": bare, "whole": whole}, device, seconds=20, max_repeats=5)
+        seconds = median_seconds({"bare": bare, "whole": whole}, place, seconds=20, max_repeats=5)
     rates = {name: num_images / each for name, each in seconds.items()}
     header = ["encoder", "images", "forward alone, images/s", "extraction, images/s", "share"]
     row = [
@@ -66,4 +67,4 @@ def extraction(
         f"{rates['whole']:.0f}",
         f"{100 * rates['whole'] / rates['bare']:.0f} %",
     ]
-    return f"{surroundings(device)}\n{table(header, [row])}"
+    return f"{surroundings(place)}\n{table(header, [row])}"
