@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from vicreg_hf import VICRegConfig, VICRegModel
 from vicreg_hf.checkpointing import (
     KEEP,
     CheckpointError,
+    CheckpointWriter,
     load_checkpoint,
     newest_checkpoint,
+    read_manifest,
     read_state,
     save_checkpoint,
 )
@@ -140,6 +143,52 @@ def test_the_same_step_can_be_saved_again(trained: Objects, tmp_path: Path) -> N
     assert newest_checkpoint(tmp_path) == (path, [])
 
 
+def test_the_manifest_says_what_made_it(trained: Objects, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 7, *trained, {"settings": {"seed": 1}}, world_size=3)
+    other = save_checkpoint(tmp_path, 8, *trained, {"settings": {"seed": 2}}, world_size=3)
+    manifest = read_manifest(path)
+    assert manifest["world_size"] == 3
+    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0]
+    digest = hashlib.sha256(b'{"seed": 1}').hexdigest()
+    assert manifest["settings_sha256"] == digest != read_manifest(other)["settings_sha256"]
+
+
+# In the background
+
+
+def test_what_was_saved_is_of_the_step_and_not_of_later_ones(tmp_path: Path) -> None:
+    objects, writer = fresh(), CheckpointWriter(tmp_path)
+    expected = {}
+    for step in range(3):  # the same memory serves each
+        train(objects, first=step, last=step + 1)
+        expected = {k: v.clone() if isinstance(v, Tensor) else v
+                    for k, v in everything(objects).items()}  # fmt: skip
+        writer.save(step, *objects, {})
+    train(objects, first=3, last=5)
+    writer.wait()
+    resumed = fresh(seed=1)
+    load_checkpoint(tmp_path / "step-2", *resumed)
+    assert_same_bits(everything(resumed), expected)
+
+
+def test_a_background_save_that_fails_is_told_by_the_next_and_then_forgotten(
+    trained: Objects, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.write_text("in the way")
+    writer = CheckpointWriter(folder)
+    writer.save(1, *trained, {})
+    while not writer.failed:
+        time.sleep(0.001)
+    with pytest.raises(CheckpointError, match="checkpoints/step-1"):
+        writer.save(2, *trained, {})
+    folder.unlink()
+    writer.save(3, *trained, {})
+    writer.wait()
+    assert not writer.failed
+    assert newest_checkpoint(folder) == (folder / "step-3", [])
+
+
 def test_a_checkpoint_of_another_model_is_refused(trained: Objects, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, *trained, {})
     with pytest.raises(CheckpointError, match="step-1 does not fit this model"):
@@ -215,6 +264,15 @@ def test_a_manifest_that_lists_no_files_is_damage(trained: Objects, tmp_path: Pa
     assert newest_checkpoint(tmp_path)[0] is None
 
 
+def test_only_checkpoints_before_a_step_count_where_one_is_given(
+    trained: Objects, tmp_path: Path
+) -> None:
+    before, newest = save_steps(tmp_path, trained, 9, 10)
+    assert newest_checkpoint(tmp_path, before=11) == (newest, [])
+    assert newest_checkpoint(tmp_path, before=10) == (before, [])
+    assert newest_checkpoint(tmp_path, before=9) == (None, [])
+
+
 def test_where_all_are_damaged_there_is_none(trained: Objects, tmp_path: Path) -> None:
     for path in save_steps(tmp_path, trained, 1, 2):
         delete(path / "model.safetensors")
@@ -248,7 +306,7 @@ def test_a_run_started_over_keeps_what_it_saves(trained: Objects, tmp_path: Path
     assert path.is_dir()
 
 
-@pytest.mark.parametrize("name", ["step-", "step-9.old", "step-x", ".step-9.partial", "other"])
+@pytest.mark.parametrize("name", ["step-", "step-9.old", "step-x", ".step-9", "other"])
 def test_other_folders_are_left_alone_and_not_taken(
     name: str, trained: Objects, tmp_path: Path
 ) -> None:
@@ -261,9 +319,12 @@ def test_other_folders_are_left_alone_and_not_taken(
 # Failures
 
 
-def test_what_an_interrupted_save_left_is_harmless(trained: Objects, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [2, 3])
+def test_what_an_interrupted_save_left_is_harmless_and_goes(
+    step: int, trained: Objects, tmp_path: Path
+) -> None:
     (before,) = save_steps(tmp_path, trained, 1)
-    aside = tmp_path / ".step-2.partial"
+    aside = tmp_path / f".step-{step}.partial"
     (aside / "folder").mkdir(parents=True)
     (aside / "model.safetensors").write_bytes(b"half")
     assert newest_checkpoint(tmp_path) == (before, [])

@@ -2,7 +2,9 @@
 
 A checkpoint is a directory `step-N` holding a training model (config.json, model.safetensors),
 the optimiser (optimizer.safetensors, optimizer.json) and manifest.json with the size and sha256 of
-every other file. Nothing is pickled.
+every other file, and what they were made with. Nothing is pickled.
+
+What is saved is copied first, and written by a thread while training goes on.
 """
 
 from __future__ import annotations
@@ -10,55 +12,177 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 MANIFEST = "manifest.json"
 FILES = {"config.json", "model.safetensors", "optimizer.json", "optimizer.safetensors"}
 PREFIX = "step-"
 KEEP = 2
 """Checkpoints that remain; the older one is there in case the newer is damaged."""
+PACKAGES = ("vicreg-hf", "torch", "timm", "transformers", "accelerate", "datasets")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read."""
 
 
+@dataclass
+class Snapshot:
+    """Copies of weights and optimiser state, which training does not change any more."""
+
+    config: PretrainedConfig
+    weights: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    """Of the optimiser's state."""
+    rest: dict[str, Any]
+    """What else its state is."""
+
+
+def take_snapshot(
+    model: PreTrainedModel, optimizer: Optimizer, reuse: Snapshot | None = None
+) -> Snapshot:
+    """Copy weights and optimiser state to the CPU.
+
+    Args:
+        reuse: a snapshot nobody needs any more, into whose memory to copy.
+    """
+    tensors, rest = _split_tensors(optimizer.state_dict())
+    weights = model.state_dict()
+    snapshot = Snapshot(
+        model.config,
+        _copies(weights, {} if reuse is None else reuse.weights),
+        _copies(tensors, {} if reuse is None else reuse.tensors),
+        rest,
+    )
+    if any(value.is_cuda for value in weights.values()):
+        torch.cuda.synchronize()
+    return snapshot
+
+
+def _copies(tensors: dict[str, Tensor], reuse: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the CPU's memory; those from a GPU are complete once it is synchronised."""
+    copies = {}
+    for name, value in tensors.items():
+        copy = reuse.get(name)
+        if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
+            copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        copies[name] = copy.copy_(value.detach(), non_blocking=value.is_cuda)
+    return copies
+
+
 def save_checkpoint(
-    folder: Path, step: int, model: PreTrainedModel, optimizer: Optimizer, state: dict[str, Any]
+    folder: Path,
+    step: int,
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    *,
+    world_size: int = 1,
 ) -> Path:
     """Write `folder/step-N` atomically, then remove all but the newest `KEEP`.
 
     Args:
         folder: made if absent.
         step: optimiser steps taken.
-        state: further JSON values, given back by `load_checkpoint`.
+        state: further JSON values, given back by `read_state`; of its `settings` the manifest
+            holds a digest too.
+        world_size: processes of the run.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; checkpoints that were
             there before are left as they were.
     """
+    return _write(folder, step, take_snapshot(model, optimizer), state, world_size)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, one at a time; arguments as for `save_checkpoint`.
+
+    What a step waits for is the copy. Memory is that of one checkpoint more.
+    """
+
+    def __init__(self, folder: Path, *, world_size: int = 1) -> None:
+        self.folder, self.world_size = folder, world_size
+        self._thread: threading.Thread | None = None
+        self._snapshot: Snapshot | None = None
+        self._error: CheckpointError | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written; `wait` says why."""
+        return self._error is not None
+
+    def save(
+        self, step: int, model: PreTrainedModel, optimizer: Optimizer, state: dict[str, Any]
+    ) -> None:
+        """Copy, and begin to write.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        self.wait()
+        self._snapshot = take_snapshot(model, optimizer, self._snapshot)
+        self._thread = threading.Thread(
+            target=self._work, args=(step, self._snapshot, state), name="checkpoint"
+        )
+        self._thread.start()
+
+    def _work(self, step: int, snapshot: Snapshot, state: dict[str, Any]) -> None:
+        try:
+            _write(self.folder, step, snapshot, state, self.world_size)
+        except CheckpointError as error:  # raised again by `wait`
+            self._error = error
+
+    def wait(self) -> None:
+        """Return when what was begun is on the disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def _write(
+    folder: Path, step: int, snapshot: Snapshot, state: dict[str, Any], world_size: int
+) -> Path:
     final, aside = folder / f"{PREFIX}{step}", folder / f".{PREFIX}{step}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in folder.glob(f".{PREFIX}*.partial"):  # by a process that was killed
+            shutil.rmtree(left)
         aside.mkdir()
-        model.config.save_pretrained(aside)
-        weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
-        tensors, rest = _split_tensors(optimizer.state_dict())
-        save_file(tensors, aside / "optimizer.safetensors")
-        (aside / "optimizer.json").write_text(json.dumps(rest))
+        snapshot.config.save_pretrained(aside)
+        save_file(snapshot.weights, aside / "model.safetensors", metadata={"format": "pt"})
+        save_file(snapshot.tensors, aside / "optimizer.safetensors")
+        (aside / "optimizer.json").write_text(json.dumps(snapshot.rest))
         files = {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in aside.iterdir()}
-        manifest = {"step": step, "state": state, "files": files}
+        manifest = {
+            "step": step,
+            "world_size": world_size,
+            "versions": installed_versions(),
+            "settings_sha256": _digest(state.get("settings")),
+            "state": state,
+            "files": files,
+        }
         manifest["sha256"] = _digest(manifest)
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
         for file in (*aside.iterdir(), aside):
@@ -78,18 +202,28 @@ def save_checkpoint(
     kept = [path for path in _by_step(folder) if _step(path) <= step][:KEEP]
     for path in _by_step(folder):
         if path not in kept:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
     return final
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+def installed_versions() -> dict[str, str]:
+    """Versions on which the last bit of a result may depend."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def newest_checkpoint(folder: Path, *, before: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are all as its manifest says.
+
+    Args:
+        before: a step; only checkpoints of earlier ones count.
 
     Returns:
         Its path or None, and one sentence for every newer one that is damaged.
     """
     damaged = []
     for path in _by_step(folder):
+        if before is not None and _step(path) >= before:
+            continue
         fault = _fault(path)
         if fault is None:
             return path, damaged
@@ -97,9 +231,14 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint's step, state, world_size, versions and files."""
+    return json.loads((path / MANIFEST).read_text())
+
+
 def read_state(path: Path) -> tuple[int, dict[str, Any]]:
     """The step of a checkpoint and the state it was saved with."""
-    manifest = json.loads((path / MANIFEST).read_text())
+    manifest = read_manifest(path)
     return manifest["step"], manifest["state"]
 
 
@@ -163,7 +302,7 @@ def _split_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
         scalars[str(index)] = {}
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{index}.{name}"] = value
             else:
                 scalars[str(index)][name] = value
     return tensors, {"param_groups": state["param_groups"], "scalars": scalars}
@@ -177,8 +316,8 @@ def _join_tensors(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str,
     return {"state": state, "param_groups": rest["param_groups"]}
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
