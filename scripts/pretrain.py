@@ -1,4 +1,8 @@
-"""Pretrain an encoder: `accelerate launch scripts/pretrain.py --help` lists the settings."""
+"""Pretrain an encoder: `accelerate launch scripts/pretrain.py --help` lists the settings.
+
+Exit status: 0 done, 1 an error that is named, 2 flags that are none, 75 stopped by SIGTERM, SIGINT
+or SIGUSR1 and saved (start it again to go on), 128 + the signal's number stopped by a second one.
+"""
 
 import argparse
 import sys
@@ -8,29 +12,38 @@ from safetensors import SafetensorError
 from vicreg_hf.arguments import parse_arguments
 from vicreg_hf.checkpointing import CheckpointError
 from vicreg_hf.data import LoadingError
-from vicreg_hf.hub import HubError
+from vicreg_hf.faults import OutOfMemory, ProcessLost
+from vicreg_hf.hub import HubError, without_tokens
 from vicreg_hf.pretraining import pretrain
 from vicreg_hf.preview import draw_preview
 from vicreg_hf.publishing import ExportError
+from vicreg_hf.replay import replay
+from vicreg_hf.signals import STOPPED, Stopped
 
 ERRORS = (
     ValueError, OSError, SafetensorError, CheckpointError, FloatingPointError, LoadingError,
-    HubError, ExportError,
+    HubError, ExportError, OutOfMemory, ProcessLost,
 )  # fmt: skip
 
 
 def main() -> None:
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--preview")
-    preview = flags.parse_known_args()[0].preview
+    flags.add_argument("--replay", type=int)
+    instead = flags.parse_known_args()[0]
     try:
         args = parse_arguments(sys.argv[1:])
-        if preview is not None:
-            print(f"Each row of {draw_preview(args, preview)}: an image and its two views.")
+        if instead.preview is not None:
+            print(f"Each row of {draw_preview(args, instead.preview)}: an image and its two views.")
+        elif instead.replay is not None:
+            print(f"The step is described in {replay(args, instead.replay)}.")
         else:
             pretrain(args)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(STOPPED)
     except ERRORS as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {without_tokens(str(error))}")
 
 
 if __name__ == "__main__":

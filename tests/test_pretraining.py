@@ -41,7 +41,7 @@ def test_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> None
     assert [row["step"] for row in rows] == list(range(9))
     assert rows[0].keys() == {"step", "epoch", "knn", "knn_pixels"}
     assert rows[-1].keys() == {
-        "step", "epoch", "loss", "invariance", "variance", "covariance", "lr",
+        "step", "epoch", "loss", "invariance", "variance", "covariance", "grad_norm", "lr",
         "views_per_second", "embedding_std", "effective_rank", "alignment", "uniformity",
         "bad_images", "knn",
     }  # fmt: skip
@@ -329,7 +329,7 @@ def test_resuming_on_other_data_is_refused(images: Path, tmp_path: Path) -> None
                 "output_dir": str(tmp_path / "run"), "max_steps": 1}  # fmt: skip
     pretrain(PretrainingArguments(dataset_name=str(images), **settings))  # pyright: ignore
     other = write_images(tmp_path / "other", rows=80)
-    with pytest.raises(CheckpointError, match="must keep its data"):
+    with pytest.raises(CheckpointError, match="the data were 64 images"):
         pretrain(PretrainingArguments(dataset_name=str(other), **settings))  # pyright: ignore
 
 

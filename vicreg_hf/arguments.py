@@ -96,6 +96,9 @@ class PretrainingArguments:
     logging_steps: int = _setting(50, "Steps between lines of metrics.jsonl.")
     save_steps: int = _setting(1000, "Steps between checkpoints; one is also saved at the end.")
     resume: str = _setting("auto", "auto, never, or required: go on from the newest checkpoint.")
+    resume_changed: bool = _setting(
+        False, "Go on although batch, seed or data are other than the checkpoint's."
+    )
     knn_steps: int | None = _setting(
         None, "Steps between kNN measurements; by default only before and after training."
     )
@@ -249,8 +252,14 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--dataset_name", default=DEMO)
+    first.add_argument("--replay")
+    first.add_argument("--output_dir")
     known, _ = first.parse_known_args(list(argv))
     config = known.config or (DEMO if known.dataset_name == DEMO else None)
+    if known.replay is not None and known.config is None:
+        config = str(Path(known.output_dir or "") / "config.yaml")
+        if not Path(config).is_file():
+            raise ValueError(f"replay needs the output_dir of a run, and there is no {config}.")
     parser = HfArgumentParser(
         PretrainingArguments,  # pyright: ignore[reportArgumentType]
         allow_abbrev=False,
@@ -265,8 +274,14 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
         metavar="PNG",
         help="Instead of training, draw images beside their two views in this file.",
     )
+    parser.add_argument(
+        "--replay",
+        metavar="STEP",
+        type=int,
+        help="Instead of training, take a step of the run in output_dir again and describe it.",
+    )
     words = [*(_as_flags(read_recipe(config)) if config else []), *argv]
     namespace = vars(parser.parse_args(words))
-    for name in ("config", "preview"):
+    for name in ("config", "preview", "replay"):
         namespace.pop(name)
     return PretrainingArguments(**namespace)

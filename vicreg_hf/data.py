@@ -25,6 +25,7 @@ from vicreg_hf.columns import BadImage, path_of
 from vicreg_hf.images import ImageError
 from vicreg_hf.prefetch import prefetch
 from vicreg_hf.sampler import GlobalBatches
+from vicreg_hf.signals import ignore_requests
 from vicreg_hf.sources import ImageSplit
 from vicreg_hf.streaming import ImageStream
 from vicreg_hf.views import TwoViews, Views
@@ -125,6 +126,7 @@ def _loader(source: Dataset[Crops], device: torch.device, num_workers: int) -> D
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=ignore_requests,
     )
 
 
@@ -311,6 +313,7 @@ def evaluation_batches(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=torch.stack,
+        worker_init_fn=ignore_requests,
     )
     with loading_errors():
         yield from loader

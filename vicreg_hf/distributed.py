@@ -5,6 +5,7 @@ Without an initialised process group everything here is the single-process case.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -55,6 +56,14 @@ def sum_over_processes(x: Tensor, group: ProcessGroup = None) -> Tensor:
     if world_size(group) > 1:
         dist.all_reduce(x, group=group)
     return x
+
+
+def any_process(
+    flags: Sequence[bool | Tensor], device: torch.device, group: ProcessGroup = None
+) -> list[bool]:
+    """Each flag: whether it is set in any process. Waits for the device once."""
+    votes = [torch.as_tensor(flag, dtype=torch.float32, device=device) for flag in flags]
+    return [count > 0 for count in sum_over_processes(torch.stack(votes), group).tolist()]
 
 
 def gather_rows(x: Tensor, group: ProcessGroup = None) -> Tensor:

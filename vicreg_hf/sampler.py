@@ -80,12 +80,16 @@ class GlobalBatches:
 
     def batch(self, step: int) -> Batch:
         """This process's rows at a step, from 0."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        start = position * self.batch_size
-        rows = self._order(epoch)[start : start + self.batch_size]
+        epoch, rows = self.whole_batch(step)
         parts = range(0, self.batch_size, self.micro_batch_size)
         own = [self._own(rows[part : part + self.micro_batch_size]) for part in parts]
         return epoch, np.concatenate(own)
+
+    def whole_batch(self, step: int) -> Batch:
+        """The rows of all processes at a step, in the order of the epoch."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.batch_size
+        return epoch, self._order(epoch)[start : start + self.batch_size]
 
     def _own(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         share = len(rows) // self.world_size

@@ -25,7 +25,9 @@ from vicreg_hf.augmentation import PRESETS, ViewRecipe
 from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
 from vicreg_hf.data import available_cores
 from vicreg_hf.images import decode_image
-from vicreg_hf.pretraining import Run, backward, setup
+from vicreg_hf.preparation import setup
+from vicreg_hf.pretraining import backward
+from vicreg_hf.run import Run
 from vicreg_hf.sources import ImageSplit
 from vicreg_hf.streaming import ImageStream
 from vicreg_hf.views import TwoViews

@@ -1,0 +1,203 @@
+"""What ends a run, in words that say what to do: numbers not finite, no memory, a lost process."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from vicreg_hf.checkpointing import newest_checkpoint
+from vicreg_hf.modeling_vicreg import VICRegOutput
+from vicreg_hf.run import Run
+
+TERMS = ("loss", "invariance", "variance", "covariance")
+LEAST_SCALE = 1.0
+"""Loss scale of fp16 at which gradients that are not finite are no accident any more."""
+MOST_NAMES = 10
+
+
+class OutOfMemory(RuntimeError):  # noqa: N818
+    """No memory for what the settings ask for."""
+
+
+class ProcessLost(RuntimeError):  # noqa: N818
+    """Another process of the run has ended or is silent."""
+
+
+def gradient_norm(run: Run) -> Tensor:
+    """Of all gradients together, scalar; under fp16 without the loss scale."""
+    if run.accelerator.scaler is not None:
+        run.accelerator.unscale_gradients(run.optimizer)
+    grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+    return get_total_norm(grads)
+
+
+def not_finite(run: Run, output: VICRegOutput, norm: Tensor) -> Tensor:
+    """Whether the step about to be taken would spoil the weights: scalar bool, on the device.
+
+    Under fp16 gradients overflow now and then; the step is skipped, and the loss scale halved.
+    Only where it has become small is that a failure.
+    """
+    assert output.loss is not None
+    bad = ~torch.isfinite(output.loss.detach())
+    scaler = run.accelerator.scaler
+    if scaler is None or scaler.get_scale() <= LEAST_SCALE:
+        bad = bad | ~torch.isfinite(norm)
+    return bad
+
+
+def check_weights(run: Run) -> None:
+    """Before weights are saved; every process must call this.
+
+    Raises:
+        FloatingPointError: weights, statistics or optimiser state that are not finite.
+    """
+    bad = _names_not_finite(_everything(run))
+    if run.agree(bool(bad))[0]:
+        raise failure(run, f"weights and optimiser state must be finite after step {run.step}",
+                      {"step": run.step, "weights": bad})  # fmt: skip
+
+
+def step_failure(run: Run, output: VICRegOutput, norm: Tensor, lr: float) -> FloatingPointError:
+    """The error of a step that was not taken, with its report."""
+    found = describe_step(run, output, norm, lr)
+    terms = ", ".join(f"{name} {found[name]}" for name in (*TERMS, "grad_norm"))
+    return failure(run, f"loss and gradients must be finite at step {run.step + 1}, got {terms}",
+                   found)  # fmt: skip
+
+
+def describe_step(run: Run, output: VICRegOutput, norm: Tensor, lr: float) -> dict[str, Any]:
+    """A step about to be taken: its terms, its gradients, and the images it saw."""
+    epoch, rows = run.batches.whole_batch(run.step)
+    grads = [(n, p.grad) for n, p in run.model.named_parameters() if p.grad is not None]
+    norms = {name: torch.linalg.vector_norm(grad).item() for name, grad in grads}
+    largest = sorted(norms, key=lambda n: norms[n] if math.isfinite(norms[n]) else math.inf)
+    return {
+        "step": run.step + 1,
+        "epoch": epoch,
+        "lr": lr,
+        **{name: output[name].item() for name in TERMS},
+        "grad_norm": norm.item(),
+        "largest_gradients": {name: norms[name] for name in largest[: -MOST_NAMES - 1 : -1]},
+        "gradients": _names_not_finite(grads),
+        "weights": _names_not_finite(_everything(run)),
+        "rows": None if run.args.streaming else rows.tolist(),
+    }
+
+
+def failure(run: Run, sentence: str, found: dict[str, Any]) -> FloatingPointError:
+    """Write what was found; the error that says where."""
+    run.writer.wait()
+    newest, _ = newest_checkpoint(run.output_dir / "checkpoints")
+    remedies = _remedies(run)
+    path = run.output_dir / f"not-finite-step-{found['step']}.json"
+    replay = f"scripts/pretrain.py --output_dir {run.output_dir} --replay {found['step']}"
+    if run.accelerator.is_main_process:
+        report = found | {
+            "checkpoint": None if newest is None else newest.name,
+            "remedies": remedies,
+            "replay": replay,
+        }
+        write_report(path, report)
+    kept = f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
+    return FloatingPointError(
+        f"{sentence}. {kept} Remedies: {'; '.join(remedies)}. The report is {path}; the step is "
+        f"taken again with {replay}."
+    )
+
+
+def write_report(path: Path, found: dict[str, Any]) -> None:
+    """As JSON, which has no word for what is not finite."""
+    path.write_text(json.dumps(_in_words(found), indent=1) + "\n")
+
+
+def _in_words(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _in_words(entry) for key, entry in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _remedies(run: Run) -> list[str]:
+    args = run.args
+    remedies = [
+        f"lower --base_lr, now {args.base_lr:g}",
+        f"lengthen --warmup_epochs, now {args.warmup_epochs:g}",
+    ]
+    if run.accelerator.mixed_precision == "fp16":
+        remedies.insert(0, "use --mixed_precision bf16 instead of fp16")
+    return remedies
+
+
+def _everything(run: Run) -> list[tuple[str, Tensor]]:
+    """Weights, statistics and optimiser state by name."""
+    state = run.inner_optimizer.state_dict()["state"]
+    moments = [
+        (f"optimizer.{index}.{name}", value)
+        for index, entries in state.items()
+        for name, value in entries.items()
+        if isinstance(value, Tensor)
+    ]
+    return [*run.model.state_dict().items(), *moments]
+
+
+def _names_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """At most `MOST_NAMES` of them; waits for the device only once where all is well."""
+    floating = [(name, x) for name, x in tensors if x.is_floating_point()]
+    if not floating:
+        return []
+    # without squares, which overflow
+    norms = [x.abs().amax() if x.numel() else x.new_zeros(()) for _, x in floating]
+    finite = torch.isfinite(torch.stack([norm.float().to(norms[0].device) for norm in norms]))
+    return [name for (name, _), fine in zip(floating, finite.tolist(), strict=True) if not fine][
+        :MOST_NAMES
+    ]
+
+
+@contextmanager
+def explained(run: Run) -> Iterator[None]:
+    """Say in a sentence what torch raises when memory is short or another process has ended.
+
+    Raises:
+        OutOfMemory: instead of torch's own errors.
+        ProcessLost: likewise.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
+            raise OutOfMemory(_no_memory(run, text)) from None
+        if isinstance(error, torch.distributed.DistError) or any(w in text for w in _LOST):
+            raise ProcessLost(
+                f"another process of this run has ended or cannot be reached, at step "
+                f"{run.step + 1}; its own message says why. The last checkpoint is untouched: "
+                f"start again to go on. ({text[:200]})"
+            ) from None
+        raise
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
+
+
+def _no_memory(run: Run, text: str) -> str:
+    args = run.args
+    micro = args.micro_batch_size or args.batch_size
+    precision = run.accelerator.mixed_precision
+    remedies = [f"lower --micro_batch_size, now {micro}, which changes no result but batch "
+                "normalisation's statistics"]  # fmt: skip
+    if precision == "no":
+        remedies.append("use accelerate launch --mixed_precision bf16")
+    remedies.append(f"lower --batch_size, now {args.batch_size}")
+    if args.num_workers:
+        remedies.append(f"lower --num_workers, now {args.num_workers}")
+    return (
+        f"memory ran out at step {run.step + 1}: {text[:200]} Remedies: {'; '.join(remedies)}. "
+        "The last checkpoint is untouched."
+    )

@@ -1,0 +1,246 @@
+"""From settings to a run: everything is checked, loaded and built before the first step."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from timm.layers import convert_sync_batchnorm
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vicreg_hf.arguments import PretrainingArguments
+from vicreg_hf.configuration_vicreg import VICRegConfig, encoder_pretrained_cfg
+from vicreg_hf.data import SMALL_IMAGE, available_cores
+from vicreg_hf.distributed import SyncBatchNorm
+from vicreg_hf.hub import open_repository
+from vicreg_hf.inputs import Inputs, open_inputs
+from vicreg_hf.modeling_vicreg import VICRegModel, check_architecture
+from vicreg_hf.monitor import KNNMonitor
+from vicreg_hf.optim import create_optimizer
+from vicreg_hf.publishing import check_exportable
+from vicreg_hf.randomness import Stream, derive_seed
+from vicreg_hf.reporting import MetricsLog
+from vicreg_hf.resuming import resume
+from vicreg_hf.run import Run
+from vicreg_hf.sampler import GlobalBatches
+from vicreg_hf.streaming import ImageStream
+from vicreg_hf.views import TwoViews
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"
+LOCK_PATIENCE = 5.0
+"""Seconds to wait for a run that is just ending."""
+
+
+def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
+    """Check every setting, load the data, build the model, resume.
+
+    Args:
+        before: resume from a checkpoint of an earlier step than this.
+    """
+    started = time.perf_counter()
+    check_architecture(args.architecture)
+    accelerator = _accelerator()
+    output_dir = Path(str(args.output_dir))
+    if args.push_to_hub and accelerator.is_main_process:
+        open_repository(str(args.hub_model_id), private=args.hub_private or None)
+    inputs = open_inputs(
+        args, rank=accelerator.process_index, world_size=accelerator.num_processes,
+        local_processes=_local_processes(accelerator), main_first=accelerator.main_process_first,
+    )  # fmt: skip
+    train, batches = inputs.train, inputs.batches
+    # convolutions are faster in this layout, on CPU too; attention does not mind
+    model = _build_model(args).to(accelerator.device, memory_format=torch.channels_last)
+    _check_micro_batches(model, batches)
+    if accelerator.is_main_process:
+        check_exportable(model)
+    if accelerator.num_processes > 1:
+        on_cuda = accelerator.device.type == "cuda"  # torch's own is fused, and for CUDA alone
+        (convert_sync_batchnorm if on_cuda else SyncBatchNorm.convert)(model)
+    assert args.base_lr is not None
+    optimizer = create_optimizer(
+        args.optimizer, model, lr=args.base_lr, weight_decay=args.weight_decay
+    )
+    cfg = model.config.pretrained_cfg
+    assert cfg is not None
+    assert args.image_size is not None
+    assert args.augmentation is not None
+    compiled = accelerator.device.type == "cuda" if args.compile is None else args.compile
+    views = TwoViews(
+        args.image_size, args.augmentation, mean=cfg["mean"], std=cfg["std"], seed=args.seed,
+        in_chans=args.in_chans, compile=compiled,
+    )  # fmt: skip
+    if views.left_out:
+        accelerator.print(
+            f"Images of {args.in_chans} channels are seen without {', '.join(views.left_out)}, "
+            "which need RGB."
+        )
+    log = MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process)
+    fingerprint = train.fingerprint()
+    step, seconds = resume(args, accelerator, model, optimizer, fingerprint, before=before)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    return Run(
+        args, accelerator, model, wrapped, prepared, inputs, views,
+        _create_monitor(args, inputs, cfg), log, fingerprint, step, seconds, started,
+    )  # fmt: skip
+
+
+def begin(run: Run) -> None:
+    """Make output_dir as the checkpoint left it."""
+    main, bad = run.accelerator.is_main_process, run.inputs.bad
+    if run.step:
+        bad.recall()
+    elif main:
+        bad.forget()
+    run.log.keep_until(run.step if run.step else -1)
+    if main:
+        (run.output_dir / "config.yaml").write_text(run.args.to_yaml())
+
+
+@contextmanager
+def claim(directory: Path) -> Iterator[None]:
+    """Keep other runs out of a directory, which is made if absent.
+
+    The claim ends with the process, however that ends. Of several processes the main one has it.
+
+    Raises:
+        ValueError: the directory cannot be written, or another run is in there and does not end
+            within a few seconds.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / LOCK).open("a")
+    except OSError as error:
+        raise ValueError(
+            f"output_dir must be a directory that can be written, got {directory}: {error}."
+        ) from error
+    with file:
+        _take(file, directory)
+        yield
+
+
+def _take(file: IO[str], directory: Path) -> None:
+    if fcntl is None:
+        return
+    until = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"output_dir must not be in use by another run, and {directory} is; wait for "
+                    "it, stop it, or choose another output_dir."
+                ) from error
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return
+        else:
+            return
+
+
+def _create_monitor(
+    args: PretrainingArguments, inputs: Inputs, cfg: dict[str, Any]
+) -> KNNMonitor | None:
+    if isinstance(inputs.train, ImageStream) or isinstance(inputs.images, ImageStream):
+        return None
+    assert args.image_size is not None
+    return KNNMonitor.create(
+        inputs.train, inputs.images, inputs.held_out, image_size=args.image_size,
+        crop_pct=cfg["crop_pct"], mean=cfg["mean"], std=cfg["std"],
+        num_workers=args.num_workers or 0,
+    )  # fmt: skip
+
+
+def _accelerator() -> Accelerator:
+    transformers.utils.logging.disable_progress_bar()
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(kwargs_handlers=[ddp])
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"every launched process must take part, got WORLD_SIZE={launched} and "
+            f"{accelerator.num_processes} in accelerate; see README, 'Several processes'."
+        )
+    if accelerator.device.type == "cpu":
+        # accelerate launch sets OMP_NUM_THREADS=1, which leaves all cores but one idle
+        torch.set_num_threads(max(1, available_cores() // _local_processes(accelerator)))
+    return accelerator
+
+
+def _local_processes(accelerator: Accelerator) -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
+
+
+def _check_micro_batches(model: VICRegModel, batches: GlobalBatches) -> None:
+    smallest = batches.batch_size % batches.micro_batch_size or batches.micro_batch_size
+    if smallest == 1 and any(isinstance(m, _BatchNorm) for m in model.backbone.modules()):
+        raise ValueError(
+            "micro_batch_size must leave batch normalisation at least 2 images to compare, got "
+            f"micro_batch_size={batches.micro_batch_size} and batch_size={batches.batch_size}; "
+            f"use {batches.micro_batch_size + 1}."
+        )
+
+
+def _build_model(args: PretrainingArguments) -> VICRegModel:
+    """The model with weights from the seed, taking views of image_size."""
+    torch.manual_seed(derive_seed(args.seed, epoch=0, index=0, stream=Stream.MODEL))
+    assert args.image_size is not None
+    assert not isinstance(args.model_args, str)
+    model_args = dict(args.model_args or {})
+    method: Any = {
+        "expander_dims": args.expander_widths,
+        "sim_coeff": args.sim_coeff,
+        "std_coeff": args.std_coeff,
+        "cov_coeff": args.cov_coeff,
+    }
+
+    def build() -> VICRegModel:
+        if args.pretrained:
+            return VICRegModel.from_timm(args.architecture, model_args=model_args or None, **method)
+        config = VICRegConfig(
+            architecture=args.architecture, model_args=model_args or None, **method
+        )
+        return VICRegModel(config)
+
+    model = build()
+    cfg = model.config.pretrained_cfg
+    assert cfg is not None
+    if cfg.get("fixed_input_size") and cfg["input_size"][-1] != args.image_size:
+        model_args["img_size"] = args.image_size
+        model = build()
+    cfg = encoder_pretrained_cfg(model.config.pretrained_cfg or {}, model_args, args.image_size)
+    # Small images are seen whole; larger ones are evaluated on the authors' central crop.
+    crop_pct = 1.0 if args.image_size <= SMALL_IMAGE else 0.875
+    model.config.pretrained_cfg = cfg | {"crop_pct": crop_pct, "interpolation": "bicubic"}
+    _check_takes_images(model, args.in_chans, args.image_size)
+    return model
+
+
+@torch.inference_mode()
+def _check_takes_images(model: VICRegModel, channels: int, side: int) -> None:
+    """Encode one black image, so that what cannot work fails before the data is read."""
+    try:
+        model.eval()(torch.zeros(1, channels, side, side))
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        raise ValueError(
+            f"the backbone must take images of {channels} x {side} x {side}, but "
+            f"{model.config.architecture} with model_args={model.config.model_args} does not: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    model.train()

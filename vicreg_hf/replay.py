@@ -1,0 +1,49 @@
+"""Taking a step of an earlier run again, to see what happened in it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from vicreg_hf.arguments import PretrainingArguments
+from vicreg_hf.checkpointing import CheckpointError
+from vicreg_hf.faults import describe_step, explained, write_report
+from vicreg_hf.preparation import setup
+from vicreg_hf.pretraining import take_gradients, take_step, views_from_here
+
+
+def replay(args: PretrainingArguments, step: int) -> Path:
+    """Go from the newest earlier checkpoint to a step, and describe it; nothing is trained on.
+
+    Args:
+        args: of the run, whose output_dir holds its checkpoints.
+        step: from 1, as in metrics.jsonl and in reports.
+
+    Returns:
+        A JSON file: terms, norms of gradients, what is not finite, and the rows of the images.
+
+    Raises:
+        ValueError: not a step of the run.
+        CheckpointError: the run has checkpoints, but none from before the step.
+    """
+    args = replace(args, resume="auto")
+    run = setup(args, before=step)
+    if not 0 < step <= run.total_steps:
+        raise ValueError(f"replay must be a step from 1 to {run.total_steps}, got {step}.")
+    if args.streaming:
+        raise ValueError("replay needs data on disk; a stream comes in another order each time.")
+    if run.step == 0 and any((run.output_dir / "checkpoints").glob("step-*")):
+        run.accelerator.print("No checkpoint from before that step is left: it is taken from 0.")
+    path = run.output_dir / f"replay-step-{step}.json"
+    run.wrapped.train()
+    with explained(run):
+        for x, x_prime in views_from_here(run, until=step):
+            output, norm = take_gradients(run, x, x_prime)
+            if run.step + 1 == step:
+                found = describe_step(run, output, norm, run.lr)
+                if run.accelerator.is_main_process:
+                    write_report(path, found)
+                run.accelerator.wait_for_everyone()
+                return path
+            take_step(run)
+    raise CheckpointError(f"step {step} was not reached.")

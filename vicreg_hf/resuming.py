@@ -1,0 +1,135 @@
+"""Saving a run and going on with it: what a checkpoint must have in common with the settings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch.optim import Optimizer
+
+from vicreg_hf.arguments import PretrainingArguments
+from vicreg_hf.checkpointing import (
+    CheckpointError,
+    installed_versions,
+    load_checkpoint,
+    newest_checkpoint,
+    read_manifest,
+)
+from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.run import Run
+
+FREE_TO_CHANGE = {
+    "output_dir", "resume", "resume_changed", "num_workers", "compile", "max_bad_fraction",
+    "logging_steps", "save_steps", "knn_steps", "eval_split", "label_column",
+    "push_to_hub", "hub_model_id", "hub_private",
+    "dataset_name",  # a folder may move; the data's fingerprint tells whether it is another
+}  # fmt: skip
+"""Settings that say where and how often, not what is computed."""
+MUST_STAY = {
+    "architecture", "model_args", "pretrained", "expander_dims", "optimizer", "batch_size", "seed",
+    "dataset_config_name", "train_split", "image_column", "streaming",
+}  # fmt: skip
+"""Settings without which it is another run; any other may change, and that is said."""
+
+
+def resume(
+    args: PretrainingArguments,
+    accelerator: Accelerator,
+    model: VICRegModel,
+    optimizer: Optimizer,
+    fingerprint: dict[str, Any],
+    *,
+    before: int | None = None,
+) -> tuple[int, float]:
+    """Load the newest checkpoint that is whole.
+
+    Args:
+        fingerprint: of the data.
+        before: a step; only checkpoints of earlier ones count.
+
+    Returns:
+        The step to go on from, 0 where nothing was saved, and the seconds it took to reach it.
+
+    Raises:
+        CheckpointError: resuming was required and nothing valid is there, or it is of another run.
+    """
+    if args.resume == "never":
+        return 0, 0.0
+    folder = Path(str(args.output_dir)) / "checkpoints"
+    path, damaged = newest_checkpoint(folder, before=before)
+    for sentence in damaged:
+        accelerator.print(f"warning: {sentence}")
+    if path is None:
+        if args.resume == "required":
+            raise CheckpointError(
+                f"resume=required, but {folder} holds no valid checkpoint. Choose the output_dir "
+                "of the run to go on with, or --resume auto to begin where there is none."
+            )
+        return 0, 0.0
+    manifest = read_manifest(path)
+    state = manifest["state"]
+    _check_same_run(args, accelerator, state, fingerprint, path)
+    load_checkpoint(path, model, optimizer)
+    if accelerator.scaler is not None and state["scaler"] is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    accelerator.print(f"Resuming from {path}.")
+    _mention_surroundings(accelerator, manifest)
+    return manifest["step"], state.get("seconds", 0.0)
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint holds of a run besides weights, optimiser and step."""
+    scaler = run.accelerator.scaler
+    return {
+        "settings": asdict(run.args),
+        "data": run.fingerprint,
+        "seconds": run.seconds,
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+
+
+def _check_same_run(
+    args: PretrainingArguments,
+    accelerator: Accelerator,
+    state: dict[str, Any],
+    fingerprint: dict[str, Any],
+    path: Path,
+) -> None:
+    saved, now = state["settings"], json.loads(json.dumps(asdict(args)))
+    changed = {
+        f.name: f"{f.name} was {saved[f.name]}, is {now[f.name]}"
+        for f in fields(args)
+        if f.name not in FREE_TO_CHANGE and f.name in saved and saved[f.name] != now[f.name]
+    }
+    if state["data"] != fingerprint:
+        changed["dataset_name"] = (
+            f"the data were {_of(state['data'])}, are {_of(fingerprint)}, in {args.dataset_name}"
+        )
+    if not changed:
+        return
+    differences = "; ".join(changed.values())
+    if not args.resume_changed and changed.keys() & {*MUST_STAY, "dataset_name"}:
+        raise CheckpointError(
+            f"a resumed run must keep its model, batch, seed and data, but against {path}: "
+            f"{differences}. Choose another output_dir, --resume never to start over, or "
+            "--resume_changed true to go on nevertheless."
+        )
+    accelerator.print(f"warning: settings have changed since {path}: {differences}.")
+
+
+def _of(fingerprint: dict[str, Any]) -> str:
+    return f"{fingerprint['images']} images of SHA-256 {str(fingerprint.get('sha256'))[:8]}"
+
+
+def _mention_surroundings(accelerator: Accelerator, manifest: dict[str, Any]) -> None:
+    """Say what may make a difference in the last bits."""
+    versions, now = manifest["versions"], installed_versions()
+    changed = [f"{name} was {versions.get(name)}, is {now[name]}"
+               for name in now if versions.get(name) != now[name]]  # fmt: skip
+    if manifest["world_size"] != accelerator.num_processes:
+        changed.append(f"processes were {manifest['world_size']}, are {accelerator.num_processes}")
+    if changed:
+        accelerator.print(f"The run goes on as it was but for rounding: {'; '.join(changed)}.")

@@ -1,0 +1,97 @@
+"""A pretraining run: all that its loop works on, and all that changes while it goes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from vicreg_hf.arguments import PretrainingArguments
+from vicreg_hf.checkpointing import CheckpointWriter
+from vicreg_hf.distributed import any_process
+from vicreg_hf.inputs import Inputs
+from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.monitor import KNNMonitor
+from vicreg_hf.optim import learning_rate
+from vicreg_hf.reporting import MetricsLog
+from vicreg_hf.sampler import GlobalBatches
+from vicreg_hf.views import TwoViews
+
+
+@dataclass
+class Run:
+    """What `setup` makes and `fit` uses; only weights, optimiser and step change."""
+
+    args: PretrainingArguments
+    accelerator: Accelerator
+    model: VICRegModel
+    wrapped: torch.nn.Module
+    """The model as accelerate prepared it: under autocast, and in DDP on several processes."""
+    optimizer: Optimizer
+    inputs: Inputs
+    views: TwoViews
+    monitor: KNNMonitor | None
+    log: MetricsLog
+    fingerprint: dict[str, Any]
+    """Of the training data; a checkpoint remembers it."""
+    step: int = 0
+    """Optimiser steps taken."""
+    seconds_before: float = 0.0
+    """That earlier sessions of this run took."""
+    started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.writer = CheckpointWriter(
+            self.output_dir / "checkpoints", world_size=self.accelerator.num_processes
+        )
+
+    @property
+    def batches(self) -> GlobalBatches:
+        return self.inputs.batches
+
+    @property
+    def total_steps(self) -> int:
+        return self.inputs.total_steps
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    @property
+    def inner_optimizer(self) -> Optimizer:
+        """The optimiser itself, without what accelerate wraps it in."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    @property
+    def seconds(self) -> float:
+        """Of all sessions together."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step about to be taken."""
+        args = self.args
+        assert args.base_lr is not None
+        assert args.warmup_epochs is not None
+        warmup_steps = round(self.batches.steps_per_epoch * args.warmup_epochs)
+        peak = args.base_lr * args.batch_size / 256
+        return learning_rate(
+            self.step, peak=peak, warmup_steps=warmup_steps, total_steps=self.total_steps
+        )
+
+    def agree(self, *flags: bool | Tensor) -> list[bool]:
+        """Each flag: whether it is set in any process. Every process must ask."""
+        return any_process(flags, self.accelerator.device)
+
+    def warn(self, sentence: str | None) -> None:
+        """Say something once, above the progress bar."""
+        if sentence and self.accelerator.is_main_process:
+            tqdm.write(f"warning: {sentence}", file=sys.stderr)

@@ -1,0 +1,140 @@
+"""Being asked to stop: finish the step, save, and leave with a code that says so."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+STOPPED = 75
+"""Exit status of a run that was asked to stop and has saved: EX_TEMPFAIL, start it again."""
+REQUESTS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+)
+"""SIGUSR1 is what SLURM is asked to send some time before it ends a job."""
+LAUNCHER_ENDED = getattr(signal, "SIGUSR2", None)
+"""Sent by the kernel to a process whose launcher has ended; never counted as a second request."""
+SAME_REQUEST = 0.5
+"""Seconds within which signals are one request: Ctrl-C reaches a process and its launcher,
+which passes it on."""
+WORKER_GRACE = 30
+"""Seconds after which a loading worker that was told to end does."""
+
+
+class Stopped(Exception):  # noqa: N818
+    """The run was asked to stop, and has saved what it had reached."""
+
+
+class Signals:
+    """While entered, SIGTERM, SIGINT and SIGUSR1 are requests to stop; a second one ends at once.
+
+    The signals are seen by a thread, so that a second one is heard during a long operation too.
+    Outside the main thread, where Python handles no signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        """The first request."""
+        self.settled = False
+        """Whether what was asked for is done, and further requests have no effect."""
+        self._since = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._fd_before = -1
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            self._fd_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            self._thread = threading.Thread(target=self._watch, daemon=True, name="signals")
+            self._thread.start()
+            heard = [*REQUESTS, *([LAUNCHER_ENDED] if _end_with_launcher() else [])]
+            self._before = {number: signal.signal(number, _nothing) for number in heard}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._pipe is None or self._thread is None:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._fd_before)
+        os.write(self._pipe[1], b"\0")
+        self._thread.join()
+        for end in self._pipe:
+            os.close(end)
+
+    def _watch(self) -> None:
+        assert self._pipe is not None
+        while (number := os.read(self._pipe[0], 1)[0]) != 0:
+            if number in (*REQUESTS, LAUNCHER_ENDED):
+                self._hear(signal.Signals(number))
+
+    def _hear(self, number: signal.Signals) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._since = number, now
+            if os.environ.get("RANK", "0") == "0":
+                _say(f"{number.name}: finishing the step and saving. Once more ends at once.")
+        elif not self.settled and number != LAUNCHER_ENDED and now - self._since > SAME_REQUEST:
+            _say(f"{number.name}: ended at once; the last checkpoint is untouched.")
+            os._exit(128 + number)
+
+
+def ignore_requests(_worker: int) -> None:
+    """In a loading worker: go on loading, since the step in progress needs it.
+
+    Ctrl-C and some schedulers signal workers too. Told to end, one does after a while, so that its
+    parent never waits for it in vain.
+    """
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, *REQUESTS):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
+
+
+def _nothing(_number: int, _frame: FrameType | None) -> None:
+    """Python needs a handler, or the default one ends the process."""
+
+
+def _say(sentence: str) -> None:
+    with suppress(OSError):
+        os.write(2, f"\n{sentence}\n".encode())
+
+
+def _end_with_launcher() -> bool:
+    """Hear when the launcher ends: accelerate passes no signal on to a single process.
+
+    Only on Linux, and only under a launcher: a shell may end before what it has started.
+    """
+    if LAUNCHER_ENDED is None or not sys.platform.startswith("linux"):
+        return False
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    if not any(Path(os.fsdecode(word)).name in _LAUNCHERS for word in words[:4]):
+        return False
+    set_parent_death_signal = 1
+    library = ctypes.CDLL(None, use_errno=True)
+    return library.prctl(set_parent_death_signal, int(LAUNCHER_ENDED), 0, 0, 0) == 0
+
+
+_LAUNCHERS = {
+    "accelerate", "accelerate-launch", "torchrun", "torch.distributed.run",
+    "torch.distributed.launch", "accelerate.commands.launch", "launch.py", "run.py",
+}  # fmt: skip
