@@ -155,9 +155,8 @@ def _names_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     # without squares, which overflow
     norms = [x.abs().amax() if x.numel() else x.new_zeros(()) for _, x in floating]
     finite = torch.isfinite(torch.stack([norm.float().to(norms[0].device) for norm in norms]))
-    return [name for (name, _), fine in zip(floating, finite.tolist(), strict=True) if not fine][
-        :MOST_NAMES
-    ]
+    pairs = zip(floating, finite.tolist(), strict=True)
+    return [name for (name, _), fine in pairs if not fine][:MOST_NAMES]
 
 
 @contextmanager

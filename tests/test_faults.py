@@ -1,0 +1,261 @@
+"""Runs that are stopped, killed or spoiled, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from workflow import ROOT, SMALL, environment, launch, metrics, run, write_images
+
+from vicreg_hf import PretrainingArguments, pretrain
+from vicreg_hf.arguments import parse_arguments
+from vicreg_hf.checkpointing import newest_checkpoint
+
+STEPS = 300
+"""More than are taken before a signal arrives."""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def flags(images: Path) -> list[str]:
+    return [*SMALL, f"--dataset_name={images}", f"--max_steps={STEPS}", "--save_steps=7"]
+
+
+@pytest.fixture(scope="module")
+def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    pretrain(parse_arguments([*flags, f"--output_dir={directory}"]))
+    return directory
+
+
+def start(*flags: str, processes: int = 0) -> subprocess.Popen[str]:
+    """Start a run without waiting for it: by itself, or by torchrun."""
+    command = [sys.executable, "scripts/pretrain.py", *flags]
+    if processes:
+        command = ["torchrun", "--standalone", f"--nproc_per_node={processes}", *command[1:]]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(ACCELERATE_USE_CPU="true"), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen[Any], reached: Callable[[], bool]) -> None:
+    until = time.monotonic() + 120
+    while not reached():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def steps_logged(directory: Path) -> int:
+    log = directory / "metrics.jsonl"
+    return log.read_text().count("\n") if log.is_file() else 0
+
+
+def assert_same_end(directory: Path, expected: Path) -> None:
+    weights = load_file(expected / "encoder" / "model.safetensors")
+    for name, value in load_file(directory / "encoder" / "model.safetensors").items():
+        assert torch.equal(value, weights[name]), name
+    rows = [[{k: v for k, v in row.items() if k != "views_per_second"} for row in metrics(run)]
+            for run in (directory, expected)]  # fmt: skip
+    assert rows[0] == rows[1]
+
+
+# Asked to stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_run_asked_to_stop_saves_and_goes_on_to_the_same_end(
+    number: signal.Signals, flags: list[str], whole: Path, tmp_path: Path
+) -> None:
+    flags = [*flags, f"--output_dir={tmp_path}"]
+    process = start(*flags)
+    wait_for(process, lambda: steps_logged(tmp_path) > 3)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, printed
+    assert f"Stopped by {number.name} after step" in printed
+    newest, _ = newest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    assert f"after step {newest.name.removeprefix('step-')} of {STEPS}" in printed
+    assert metrics(tmp_path)[-1]["step"] == int(newest.name.removeprefix("step-"))
+    pretrain(parse_arguments(flags))
+    assert_same_end(tmp_path, whole)
+
+
+def test_a_second_request_ends_at_once(tmp_path: Path) -> None:
+    # A step of minutes, of which the first forward pass is a single long operation after another.
+    process = start("--dataset_name=demo", "--architecture=test_vit3", "--batch_size=16384",
+                    "--image_size=128", f"--output_dir={tmp_path}", "--base_lr=1",
+                    "--expander_dims=32-32")  # fmt: skip
+    wait_for(process, lambda: (tmp_path / "metrics.jsonl").is_file())
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    assert "SIGTERM: finishing the step and saving" in printed
+    assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("to_launcher", [True, False])
+def test_two_processes_stop_together(to_launcher: bool, flags: list[str], tmp_path: Path) -> None:
+    flags = [*flags, f"--output_dir={tmp_path}"]
+    process = start(*flags, processes=2)
+    wait_for(process, lambda: steps_logged(tmp_path) > 3)
+    if to_launcher:
+        process.terminate()
+    else:
+        os.kill(children(process.pid)[-1], signal.SIGTERM)
+    printed, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert printed.count(" after step ") == 2
+    newest, damaged = newest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    assert not damaged
+    assert metrics(tmp_path)[-1]["step"] == int(newest.name.removeprefix("step-"))
+
+
+def test_a_single_process_stops_when_its_launcher_is_killed(
+    flags: list[str], tmp_path: Path
+) -> None:
+    command = ["accelerate", "launch", "scripts/pretrain.py", *flags, f"--output_dir={tmp_path}"]
+    log = tmp_path / "printed"
+    with log.open("w") as file:
+        launcher = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=file)
+        wait_for(launcher, lambda: steps_logged(tmp_path) > 3)
+        (child,) = children(launcher.pid)
+        launcher.kill()
+        launcher.wait()
+    until = time.monotonic() + 60
+    while Path(f"/proc/{child}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert "Stopped by SIGUSR2 after step" in log.read_text()
+
+
+def children(pid: int) -> list[int]:
+    """Processes that one has started, the oldest first."""
+    return [int(p) for task in Path(f"/proc/{pid}/task").iterdir()
+            for p in (task / "children").read_text().split()]  # fmt: skip
+
+
+# Killed
+
+
+def test_when_one_of_two_processes_is_killed_both_end_with_a_message(
+    flags: list[str], tmp_path: Path
+) -> None:
+    process = start(*flags, f"--output_dir={tmp_path}", processes=2)
+    wait_for(process, lambda: steps_logged(tmp_path) > 3)
+    begun = time.monotonic()
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    printed, _ = process.communicate(timeout=90)
+    assert time.monotonic() - begun < 60
+    assert process.returncode != 0
+    assert "another process of this run has ended" in printed or "Signal 9" in printed
+
+
+# Numbers that are not finite
+
+
+def test_a_step_that_is_not_finite_is_not_taken_and_can_be_replayed(
+    images: Path, tmp_path: Path
+) -> None:
+    flags = [*SMALL, f"--dataset_name={images}", f"--output_dir={tmp_path}", "--optimizer=sgd",
+             "--base_lr=1e30", "--max_steps=40", "--save_steps=1"]  # fmt: skip
+    result = launch(*flags)
+    assert result.returncode == 1
+    (report,) = tmp_path.glob("not-finite-step-*.json")
+    found = json.loads(report.read_text())
+    step = found["step"]
+    assert f"loss and gradients must be finite at step {step}, got loss" in result.stderr
+    assert "lower --base_lr, now 1e+30" in result.stderr
+    assert str(report) in result.stderr
+    assert len(found["rows"]) == 16
+    assert found["gradients"] or not torch.isfinite(torch.tensor(float(found["loss"])))
+    newest, damaged = newest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    assert newest.name == f"step-{step - 1}" == found["checkpoint"]
+    assert not damaged
+    for value in load_file(newest / "model.safetensors").values():
+        assert torch.isfinite(value.float()).all()
+    # By the words of the report.
+    again = run([sys.executable, *found["replay"].split()])
+    assert again.returncode == 0, again.stderr
+    replayed = json.loads((tmp_path / f"replay-step-{step}.json").read_text())
+    assert replayed == {key: found[key] for key in replayed}
+
+
+def test_any_step_can_be_replayed(whole: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(whole, directory)
+    before = metrics(directory)
+    result = launch(f"--output_dir={directory}", f"--replay={STEPS}")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((directory / f"replay-step-{STEPS}.json").read_text())
+    for name in ("loss", "invariance", "variance", "covariance", "grad_norm", "lr"):
+        assert found[name] == before[-1][name]
+    assert metrics(directory) == before
+    assert not any(entry for entry in (found["gradients"], found["weights"]))
+
+
+def test_replay_without_a_run_is_refused(tmp_path: Path) -> None:
+    result = launch(f"--output_dir={tmp_path}", "--replay=3")
+    assert result.returncode == 1
+    assert "error: replay needs the output_dir of a run" in result.stderr
+
+
+# Other settings, other runs
+
+
+def test_an_output_directory_in_use_is_refused(flags: list[str], tmp_path: Path) -> None:
+    flags = [*flags, f"--output_dir={tmp_path}"]
+    process = start(*flags[:-2], "--max_steps=100000", flags[-1])
+    wait_for(process, lambda: steps_logged(tmp_path) > 1)
+    result = run([sys.executable, "scripts/pretrain.py", *flags])
+    assert result.returncode == 1
+    assert "error: output_dir must not be in use by another run" in result.stderr
+    assert process.poll() is None
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 75
+
+
+def test_other_settings_are_named_and_taken(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"dataset_name": str(images), "architecture": "test_resnet", "batch_size": 16,
+                "expander_dims": "32-32", "output_dir": str(tmp_path)}  # fmt: skip
+    pretrain(PretrainingArguments(**settings, max_steps=2, base_lr=0.1))  # pyright: ignore
+    pretrain(PretrainingArguments(**settings, max_steps=3, base_lr=0.2))  # pyright: ignore
+    printed = capsys.readouterr().out
+    assert "base_lr was 0.1, is 0.2" in printed
+    assert "max_steps was 2, is 3" in printed
+    assert metrics(tmp_path)[-1]["step"] == 3
+
+
+def test_batch_seed_and_data_change_when_that_is_said(images: Path, tmp_path: Path) -> None:
+    settings = {"dataset_name": str(images), "architecture": "test_resnet",
+                "expander_dims": "32-32", "output_dir": str(tmp_path)}  # fmt: skip
+    pretrain(PretrainingArguments(**settings, max_steps=2, batch_size=16))  # pyright: ignore
+    changed = settings | {"max_steps": 3, "batch_size": 8, "seed": 1, "resume_changed": True}
+    changed["dataset_name"] = str(write_images(tmp_path / "other", rows=80))
+    pretrain(PretrainingArguments(**changed))  # pyright: ignore
+    assert metrics(tmp_path)[-1]["step"] == 3
