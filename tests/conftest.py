@@ -16,11 +16,6 @@ hypothesis.settings.load_profile("vicreg")
 
 # Models here are tiny: threads would spend their time waiting for each other on a busy machine.
 torch.set_num_threads(1)
-# What pretraining starts takes all cores it is allowed: with several test processes, one each.
-if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    os.sched_setaffinity(0, {cores[number % len(cores)]})
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +23,19 @@ def gloo() -> Iterator[GlooPool]:
     pool = GlooPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def one_core() -> Iterator[None]:
+    """Keep what a module starts to one core, where many steps would wait for other tests' threads.
+
+    Not for loading workers: torch advises against more of them than cores.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {sorted(cores)[number % len(cores)]})
+    yield
+    os.sched_setaffinity(0, cores)

@@ -42,6 +42,22 @@ def test_extraction_is_measured_against_the_bare_forward_pass() -> None:
     )
 
 
+def test_saving_is_measured_in_the_background_and_in_the_foreground() -> None:
+    flags = ["--architecture=test_resnet", "--batch_size=8", "--image_size=32",
+             "--expander_dims=64-64"]  # fmt: skip
+    result = run([sys.executable, "scripts/benchmark.py", "checkpoint", *flags])
+    assert result.returncode == 0, result.stderr
+    surroundings, what, *_, foreground, background = result.stdout.splitlines()
+    assert "commit" in surroundings
+    step = float(re.search(r"([\d.]+) s a step", what)[1])  # pyright: ignore[reportOptionalSubscript]
+    for line, name in ((foreground, "foreground"), (background, "background")):
+        place, seconds, share = line[2:-2].split(" | ")
+        assert place == f"in the {name}"
+        cost = float(seconds)
+        expected = 100 * cost / (cost + 500 * step)
+        assert float(share.removesuffix(" %")) == pytest.approx(expected, abs=1)
+
+
 # The script
 
 

@@ -12,6 +12,8 @@ from vicreg_hf import PretrainingArguments, pretrain
 from vicreg_hf.arguments import parse_arguments
 from vicreg_hf.collapse_watch import LEAST_STD, CollapseWatch
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -22,6 +22,8 @@ from vicreg_hf import PretrainingArguments, pretrain
 from vicreg_hf.arguments import parse_arguments
 from vicreg_hf.checkpointing import newest_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 STEPS = 300
 """More than are taken before a signal arrives."""
 

@@ -171,6 +171,9 @@ def explained(run: Run) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())
+        known = (torch.OutOfMemoryError, MemoryError, torch.distributed.DistError)
+        if type(error) is not RuntimeError and not isinstance(error, known):
+            raise  # it has words of its own
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
             raise OutOfMemory(_no_memory(run, text)) from None
         if isinstance(error, torch.distributed.DistError) or any(w in text for w in _LOST):

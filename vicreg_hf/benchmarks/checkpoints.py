@@ -1,0 +1,94 @@
+"""What saving adds to a training step, in the background and in the foreground."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vicreg_hf.benchmarks.measuring import MIB, surroundings, table
+from vicreg_hf.checkpointing import CheckpointWriter, save_checkpoint
+from vicreg_hf.configuration_vicreg import VICRegConfig
+from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.optim import create_optimizer
+
+
+def checkpoints(
+    architecture: str,
+    device: str,
+    *,
+    batch_size: int,
+    image_size: int,
+    expander_dims: Sequence[int],
+    save_steps: int,
+) -> str:
+    """Seconds that a save adds to a run, and their share of it at one save in `save_steps` steps.
+
+    Steps without a save and steps with one beginning are taken in turn; in either case as many as
+    a save in the background lasts, so that what it takes from later steps counts.
+    """
+    on = torch.device(device)
+    model = VICRegModel(VICRegConfig(architecture=architecture, expander_dims=list(expander_dims)))
+    model.to(memory_format=torch.channels_last).to(device)  # pyright: ignore[reportCallIssue]
+    optimizer = create_optimizer("lars", model, lr=1e-3, weight_decay=1e-6)
+    views = torch.randn(2, batch_size, 3, image_size, image_size, device=on)
+
+    def step() -> None:
+        with torch.autocast(on.type, torch.bfloat16, enabled=on.type == "cuda"):
+            loss = model(*views).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def seconds(steps: int) -> float:
+        _synchronise(on)
+        begun = time.perf_counter()
+        for _ in range(steps):
+            step()
+        _synchronise(on)
+        return time.perf_counter() - begun
+
+    seconds(3)
+    a_step = seconds(3) / 3
+    with tempfile.TemporaryDirectory() as folder:
+        writer = CheckpointWriter(Path(folder) / "background")
+        foreground, added, plain = [], [], []
+        size = 0
+        for number in range(4):
+            begun = time.perf_counter()
+            path = save_checkpoint(Path(folder) / "foreground", number, model, optimizer, {})
+            foreground.append(time.perf_counter() - begun)
+            size = sum(file.stat().st_size for file in path.iterdir())
+            steps = int(3 * max(foreground) / a_step) + 3
+            without = seconds(steps)
+            begun = time.perf_counter()
+            writer.save(number, model, optimizer, {})
+            seconds(steps)
+            writer.wait()
+            added.append(time.perf_counter() - begun - without)
+            plain.append(without / steps)
+    a_step = statistics.median(plain[1:])  # the first save takes memory that later ones use again
+    lines = [
+        [name, f"{cost:.2f}", f"{100 * cost / (cost + save_steps * a_step):.2f} %"]
+        for name, cost in (
+            ("in the foreground", statistics.median(foreground[1:])),
+            ("in the background", statistics.median(added[1:])),
+        )
+    ]
+    head = f"{architecture}, {batch_size} images of {image_size} pixels, {a_step:.3f} s a step, "
+    return "\n".join(
+        [
+            surroundings(on),
+            f"{head}checkpoints of {size / MIB:.0f} MiB",
+            table(["save", "seconds added", f"of the run at --save_steps {save_steps}"], lines),
+        ]
+    )
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
