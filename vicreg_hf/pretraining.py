@@ -32,6 +32,10 @@ from vicreg_hf.resuming import state_of
 from vicreg_hf.run import Run
 from vicreg_hf.signals import Signals, Stopped
 
+RUN_AHEAD = 10
+"""While a checkpoint is written, training goes on for this part of `save_steps`, and then waits:
+a crash costs at most so much more than `save_steps`."""
+
 
 def pretrain(args: PretrainingArguments) -> Path:
     """Pretrain as the settings say, resuming from the newest checkpoint in output_dir.
@@ -100,6 +104,8 @@ def fit(run: Run, signals: Signals) -> None:
         if run.step % args.save_steps == 0 or last or stopping:
             save(run)
             clock.restart()
+        if run.step % args.save_steps == args.save_steps // RUN_AHEAD:
+            settle(run)
         if stopping and not last:
             stop(run, signals)
     settle(run)

@@ -29,9 +29,17 @@ class MetricsLog:
         return rows
 
     def add(self, row: dict[str, Any]) -> None:
+        """Append a row.
+
+        Raises:
+            OSError: the disk is full, say; it names the file.
+        """
         if self.enabled:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:  # of a write, which does not know where it goes
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def keep_until(self, step: int) -> None:
         """Drop what a run wrote after the checkpoint it resumes from."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.optim import Optimizer
 
 from vicreg_hf.arguments import PretrainingArguments
@@ -62,6 +63,7 @@ def resume(
     path, damaged = newest_checkpoint(folder, before=before)
     for sentence in damaged:
         accelerator.print(f"warning: {sentence}")
+    _check_all_see(path, folder)
     if path is None:
         if args.resume == "required":
             raise CheckpointError(
@@ -78,6 +80,16 @@ def resume(
     accelerator.print(f"Resuming from {path}.")
     _mention_surroundings(accelerator, manifest)
     return manifest["step"], state.get("seconds", 0.0)
+
+
+def _check_all_see(path: Path | None, folder: Path) -> None:
+    seen = gather_object([None if path is None else path.name])
+    if any(name != seen[0] for name in seen):
+        raise CheckpointError(
+            f"every process must see the same checkpoints in {folder}, and the newest is "
+            f"{', '.join(str(name or 'none') for name in seen)}; choose an output_dir that all "
+            "nodes share."
+        )
 
 
 def state_of(run: Run) -> dict[str, Any]:
