@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from workflow import ROOT, SMALL, environment, metrics, write_images
+from workflow import ROOT, SMALL, descendants, environment, kill_all, metrics, write_images
 
 LONGEST = 20.0
 """Seconds a run is left alone at most before its next fault."""
@@ -80,7 +80,6 @@ class Soak:
         else:
             if status:
                 self.met[fault] += 1
-        end_session(process)
         if status not in {0, *EXPECTED}:
             raise AssertionError(f"{fault} ended with {status}:\n{self.log.read_text()[-3000:]}")
         return status == 0
@@ -94,14 +93,6 @@ class Soak:
             change(self.random.choice(sorted(found[-1].iterdir())), self.random)
 
 
-def end_session(process: subprocess.Popen[bytes]) -> None:
-    """End what a killed launcher has left behind."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-
-
 def ask(number: signal.Signals) -> Callable[[Soak, subprocess.Popen[bytes]], None]:
     def send(soak: Soak, process: subprocess.Popen[bytes]) -> None:
         process.send_signal(number if soak.processes == 1 else signal.SIGTERM)
@@ -110,7 +101,7 @@ def ask(number: signal.Signals) -> Callable[[Soak, subprocess.Popen[bytes]], Non
 
 
 def kill(_: Soak, process: subprocess.Popen[bytes]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_all(process.pid)
 
 
 def kill_a_part(soak: Soak, process: subprocess.Popen[bytes]) -> None:
@@ -152,14 +143,6 @@ def and_damage(
         soak.damage(change)
 
     return kill_and_damage
-
-
-def descendants(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        for child in (task / "children").read_text().split():
-            found += [int(child), *descendants(int(child))]
-    return found
 
 
 FAULTS: dict[str, Callable[[Soak, subprocess.Popen[bytes]], None]] = {

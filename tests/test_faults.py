@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from workflow import ROOT, SMALL, environment, launch, metrics, run, write_images
+from workflow import (
+    ROOT,
+    SMALL,
+    descendants,
+    environment,
+    kill_all,
+    launch,
+    metrics,
+    run,
+    write_images,
+)
 
 from vicreg_hf import PretrainingArguments, pretrain
 from vicreg_hf.arguments import parse_arguments
@@ -46,15 +60,25 @@ def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def start(*flags: str, processes: int = 0) -> subprocess.Popen[str]:
-    """Start a run without waiting for it: by itself, or by torchrun."""
-    command = [sys.executable, "scripts/pretrain.py", *flags]
-    if processes:
-        command = ["torchrun", "--standalone", f"--nproc_per_node={processes}", *command[1:]]
+def start(*flags: str, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """Start a run without waiting for it, by itself or by a launcher."""
+    command = [*(launcher or [sys.executable]), "scripts/pretrain.py", *flags]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment(ACCELERATE_USE_CPU="true"), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+TWO_PROCESSES = ["torchrun", "--standalone", "--nproc_per_node=2"]
+
+
+def ended(process: subprocess.Popen[str], within: float = 60) -> str:
+    """What a run prints that must end by itself, and not well."""
+    begun = time.monotonic()
+    printed, _ = process.communicate(timeout=2 * within)
+    assert time.monotonic() - begun < within, printed
+    assert process.returncode != 0, printed
+    return printed
 
 
 def wait_for(process: subprocess.Popen[Any], reached: Callable[[], bool]) -> None:
@@ -120,12 +144,12 @@ def test_a_second_request_ends_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to_launcher", [True, False])
 def test_two_processes_stop_together(to_launcher: bool, flags: list[str], tmp_path: Path) -> None:
     flags = [*flags, f"--output_dir={tmp_path}"]
-    process = start(*flags, processes=2)
+    process = start(*flags, launcher=TWO_PROCESSES)
     wait_for(process, lambda: steps_logged(tmp_path) > 3)
     if to_launcher:
         process.terminate()
     else:
-        os.kill(children(process.pid)[-1], signal.SIGTERM)
+        os.kill(descendants(process.pid)[-1], signal.SIGTERM)
     printed, _ = process.communicate(timeout=90)
     assert process.returncode != 0
     assert printed.count(" after step ") == 2
@@ -143,7 +167,7 @@ def test_a_single_process_stops_when_its_launcher_is_killed(
     with log.open("w") as file:
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=file)
         wait_for(launcher, lambda: steps_logged(tmp_path) > 3)
-        (child,) = children(launcher.pid)
+        (child,) = descendants(launcher.pid)
         launcher.kill()
         launcher.wait()
     until = time.monotonic() + 60
@@ -152,26 +176,137 @@ def test_a_single_process_stops_when_its_launcher_is_killed(
     assert "Stopped by SIGUSR2 after step" in log.read_text()
 
 
-def children(pid: int) -> list[int]:
-    """Processes that one has started, the oldest first."""
-    return [int(p) for task in Path(f"/proc/{pid}/task").iterdir()
-            for p in (task / "children").read_text().split()]  # fmt: skip
-
-
 # Killed
 
 
-def test_when_one_of_two_processes_is_killed_both_end_with_a_message(
+def test_when_one_of_two_processes_is_killed_both_end_and_a_restart_goes_on(
+    flags: list[str], whole: Path, tmp_path: Path
+) -> None:
+    flags = [*flags, f"--output_dir={tmp_path}"]
+    process = start(*flags, launcher=TWO_PROCESSES)
+    wait_for(process, lambda: (tmp_path / "checkpoints" / "step-7").is_dir())
+    os.kill(descendants(process.pid)[-1], signal.SIGKILL)
+    printed = ended(process)
+    assert "another process of this run has ended" in printed or "Signal 9" in printed
+    # on one process, whose first steps are those of two to rounding
+    again = run([sys.executable, "scripts/pretrain.py", *flags])
+    assert again.returncode == 0, again.stderr
+    assert "Resuming from" in again.stdout
+    rows, expected = metrics(tmp_path), metrics(whole)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+
+
+def test_a_process_that_is_silent_ends_the_run(flags: list[str], tmp_path: Path) -> None:
+    process = start(*flags, f"--output_dir={tmp_path}", launcher=TWO_PROCESSES)
+    wait_for(process, lambda: steps_logged(tmp_path) > 3)
+    stuck = descendants(process.pid)[-1]
+    os.kill(stuck, signal.SIGSTOP)
+    try:
+        assert "process 1 of 2 gave no sign of life for 20 seconds" in ended(process)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(stuck, signal.SIGKILL)
+
+
+def test_when_a_node_is_lost_the_other_ends_and_a_restart_goes_on(
     flags: list[str], tmp_path: Path
 ) -> None:
-    process = start(*flags, f"--output_dir={tmp_path}", processes=2)
-    wait_for(process, lambda: steps_logged(tmp_path) > 3)
-    begun = time.monotonic()
-    os.kill(children(process.pid)[-1], signal.SIGKILL)
-    printed, _ = process.communicate(timeout=90)
-    assert time.monotonic() - begun < 60
-    assert process.returncode != 0
-    assert "another process of this run has ended" in printed or "Signal 9" in printed
+    flags = [*flags, f"--output_dir={tmp_path}"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [
+        start(*flags, launcher=["torchrun", "--nnodes=2", "--nproc_per_node=1",
+                                f"--node_rank={rank}", "--master_addr=127.0.0.1",
+                                f"--master_port={port}"])
+        for rank in range(2)
+    ]  # fmt: skip
+    wait_for(nodes[0], lambda: (tmp_path / "checkpoints" / "step-7").is_dir())
+    kill_all(nodes[1].pid)
+    printed = ended(nodes[0])
+    nodes[1].communicate()
+    assert "another process of this run has ended" in printed or "no sign of life" in printed
+    again = run([sys.executable, "scripts/pretrain.py", *flags])
+    assert again.returncode == 0, again.stderr
+    assert "Resuming from" in again.stdout
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_when_a_loading_worker_is_killed_the_run_ends_and_a_restart_goes_on(
+    tmp_path: Path,
+) -> None:
+    folder = write_images(tmp_path / "images", rows=64, size=(80, 70))
+    flags = [*SMALL, f"--dataset_name={folder}", "--image_size=32", "--max_steps=120",
+             "--save_steps=7", "--num_workers=2"]  # fmt: skip
+    pretrain(parse_arguments([*flags, f"--output_dir={tmp_path / 'whole'}"]))
+    flags = [*flags, f"--output_dir={tmp_path / 'run'}"]
+    process = start(*flags)
+    wait_for(process, lambda: (tmp_path / "run" / "checkpoints" / "step-7").is_dir())
+    os.kill(descendants(process.pid)[-1], signal.SIGKILL)
+    printed = ended(process)
+    assert "error: a loading worker died" in printed
+    assert "Traceback" not in printed
+    pretrain(parse_arguments(flags))
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+# No room
+
+
+FULL_DISK = """
+mount -t tmpfs -o size={size} tmpfs {disk}
+{python} scripts/pretrain.py {flags} > {results}/printed 2>&1
+echo $? > {results}/status
+cp -r {disk}/run/checkpoints {results}/kept
+mount -o remount,size=64m {disk}
+{python} scripts/pretrain.py {flags} > {results}/again 2>&1 || exit 1
+cp -r {disk}/run {results}/run
+"""
+
+
+@pytest.mark.parametrize("size", ["1500k", "2200k"])
+def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
+    size: str, images: Path, tmp_path: Path
+) -> None:
+    # a disk of its own, in a namespace of its own, where no rights are needed to mount one
+    private = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if run([*private, f"mount -t tmpfs tmpfs {tmp_path}"]).returncode:
+        pytest.skip("this system mounts no tmpfs without rights")
+    disk, results = tmp_path / "disk", tmp_path / "results"
+    disk.mkdir()
+    results.mkdir()
+    flags = shlex.join([*SMALL, f"--dataset_name={images}", "--max_steps=30", "--save_steps=3",
+                        "--architecture=test_resnet", f"--output_dir={disk / 'run'}"])  # fmt: skip
+    script = FULL_DISK.format(size=size, disk=disk, python=sys.executable, flags=flags,
+                              results=results)  # fmt: skip
+    done = run([*private, script])
+    printed = (results / "printed").read_text()
+    assert (results / "status").read_text() == "1\n", printed
+    (error,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert str(disk / "run") in error
+    assert "No space left on device" in error or "StorageFull" in error
+    assert "Traceback" not in printed
+    assert done.returncode == 0, (results / "again").read_text()
+    for path in (results / "kept").glob("step-*"):
+        assert newest_checkpoint(results / "kept", before=int(path.name[5:]) + 1)[0] == path
+    pretrain(parse_arguments([*SMALL, f"--dataset_name={images}", "--max_steps=30",
+                              f"--output_dir={tmp_path / 'whole'}"]))  # fmt: skip
+    assert_same_end(results / "run", tmp_path / "whole")
+
+
+def test_want_of_memory_is_told_with_remedies(images: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, f"--dataset_name={images}", f"--output_dir={tmp_path}"]
+    pretrain(parse_arguments([*flags, "--max_steps=2"]))
+    begun = subprocess.run(
+        [sys.executable, "scripts/pretrain.py", *flags, "--max_steps=4", "--image_size=1024"],
+        cwd=ROOT, env=environment(), text=True, capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (3 * 2**30, 3 * 2**30)),
+    )  # fmt: skip
+    assert begun.returncode == 1, begun.stderr
+    assert "error: memory ran out at step 3" in begun.stderr
+    assert "lower --micro_batch_size, now 16" in begun.stderr
+    assert "Traceback" not in begun.stderr
+    assert newest_checkpoint(tmp_path / "checkpoints") == (tmp_path / "checkpoints/step-2", [])
 
 
 # Numbers that are not finite
@@ -203,6 +338,23 @@ def test_a_step_that_is_not_finite_is_not_taken_and_can_be_replayed(
     assert again.returncode == 0, again.stderr
     replayed = json.loads((tmp_path / f"replay-step-{step}.json").read_text())
     assert replayed == {key: found[key] for key in replayed}
+
+
+def test_two_processes_stop_together_before_a_step_that_is_not_finite(
+    images: Path, tmp_path: Path
+) -> None:
+    result = launch(*SMALL, f"--dataset_name={images}", f"--output_dir={tmp_path}",
+                    "--optimizer=sgd", "--base_lr=1e30", "--max_steps=40", "--save_steps=1",
+                    processes=2)  # fmt: skip
+    assert result.returncode != 0
+    assert result.stderr.count("loss and gradients must be finite at step") == 2
+    (report,) = tmp_path.glob("not-finite-step-*.json")
+    newest, damaged = newest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    assert newest.name == json.loads(report.read_text())["checkpoint"]
+    assert not damaged
+    for value in load_file(newest / "model.safetensors").values():
+        assert torch.isfinite(value.float()).all()
 
 
 def test_any_step_can_be_replayed(whole: Path, tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,23 @@ def launch(*flags: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
         return run(["accelerate", "launch", "scripts/pretrain.py", *flags])
     command = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
     return run([*command, "scripts/pretrain.py", *flags], ACCELERATE_USE_CPU="true")
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that one has started, and what those have, the oldest first."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(FileNotFoundError):  # it has just ended
+            for child in (task / "children").read_text().split():
+                found += [int(child), *descendants(int(child))]
+    return found
+
+
+def kill_all(pid: int) -> None:
+    """SIGKILL to a process and all that it has started: a launcher's are in other sessions."""
+    for number in [pid, *descendants(pid)]:
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
 
 
 def metrics(output_dir: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from vicreg_hf.run import Run
 
 BEAT = 2.0
 """Seconds between two signs of life."""
-SILENCE = 25.0
+SILENCE = 20.0
 """Seconds without one after which a process counts as lost."""
 LOST = 1
 """Exit status where a process of the run is lost."""
