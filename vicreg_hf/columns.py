@@ -15,6 +15,9 @@ from torch import Tensor
 
 from vicreg_hf.images import ImageError, decode_image, image_of_array
 
+MAX_FILE = 2**30
+"""Bytes of an image file, more than any image of `MAX_PIXELS` needs; a larger one is not read."""
+
 
 class BadImage(NamedTuple):
     """An image that cannot be used."""
@@ -59,7 +62,12 @@ class ImageColumn:
         if cell["bytes"] is not None:
             return cell["bytes"]
         try:
+            size = Path(cell["path"]).stat().st_size
+            if size > MAX_FILE:
+                raise ImageError(f"the file has {size} bytes, more than the {MAX_FILE} allowed.")
             return Path(cell["path"]).read_bytes()
+        except ImageError:
+            raise
         except (OSError, TypeError, ValueError) as error:
             raise ImageError(f"the file cannot be read: {error}") from error
 

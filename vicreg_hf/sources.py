@@ -16,11 +16,10 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
+from vicreg_hf.archives import check_archives
 from vicreg_hf.columns import (
     BadImage,
     ImageColumn,
@@ -148,14 +147,10 @@ def open_dataset(name: str, config_name: str | None = None, *, streaming: bool =
         ValueError: nothing there that `datasets` can load.
     """
     try:
+        if os.environ.get("RANK", "0") == "0":
+            check_archives(Path(name))
         loaded = _load(name, config_name, streaming)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        HfHubHTTPError,
-        DatasetsError,
-    ) as e:
+    except Exception as e:  # builders raise whatever their parsing meets
         reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
         raise ValueError(
             f"dataset_name must be {DEMO}, a data set on the Hub, or a local folder or file that "
