@@ -379,6 +379,51 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_names_the_path(tmp_path: 
         assert f"could not be written to {tmp_path / 'step-2'}" in message
 
 
+KILLED_SAVES = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from vicreg_hf import VICRegConfig, VICRegModel
+from vicreg_hf.checkpointing import CheckpointWriter, newest_checkpoint, read_manifest
+from vicreg_hf.optim import create_optimizer
+
+torch.set_num_threads(1)  # so that this process can fork
+folder, chance = Path(sys.argv[1]), random.Random(0)
+model = VICRegModel(VICRegConfig(architecture="test_resnet", expander_dims=[64, 64]))
+optimizer = create_optimizer("lars", model, lr=0.1, weight_decay=0.1)
+moments = []
+for trial in range(40):
+    saved = read_manifest(newest_checkpoint(folder)[0])["step"] if trial else 0
+    child = os.fork()
+    if not child:
+        writer = CheckpointWriter(folder)
+        for step in range(saved + 1, saved + 10_000):
+            writer.save(step, model, optimizer, {})
+    until = time.monotonic() + 30
+    while not (newest_checkpoint(folder)[0] or saved):  # at least one
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    time.sleep(chance.uniform(0, 0.12))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    left = sorted(path.name for path in folder.iterdir())
+    newest, damaged = newest_checkpoint(folder)
+    assert newest is not None and not damaged, (trial, left, damaged)
+    assert read_manifest(newest)["step"] >= saved, (trial, left)
+    moments.append(any(name.endswith(".partial") for name in left))
+print(sum(moments), read_manifest(newest)["step"])
+"""
+
+
+def test_killed_at_forty_moments_of_saving_the_newest_is_always_whole(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED_SAVES, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    in_the_middle, steps = map(int, done.stdout.split())
+    assert in_the_middle >= 10
+    assert steps > 40
+
+
 def test_a_folder_that_cannot_be_made_is_named(trained: Objects, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file/checkpoints/step-1"):
