@@ -79,7 +79,9 @@ def gather_rows(x: Tensor, group: ProcessGroup = None) -> Tensor:
     if size == 1:
         return x
     rows = x.new_empty(size * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(rows, x.contiguous(), group=group)
+    # the same by its newer name, where torch has it
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    gather(rows, x.contiguous(), group=group)
     return rows
 
 

@@ -34,7 +34,7 @@ from vicreg_hf.benchmarks.measuring import (
     table,
 )
 from vicreg_hf.data import available_cores
-from vicreg_hf.distributed import rank, world_size
+from vicreg_hf.distributed import gather_rows, rank, world_size
 from vicreg_hf.loss import vicreg_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -45,9 +45,7 @@ class _FullGather(torch.autograd.Function):
 
     @staticmethod
     def forward(_: Any, x: Tensor) -> Tensor:
-        rows = x.new_empty(world_size() * len(x), x.shape[1])
-        dist.all_gather_into_tensor(rows, x)
-        return rows
+        return gather_rows(x)
 
     @staticmethod
     def backward(_: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
