@@ -42,7 +42,7 @@ class PretrainingArguments:
     )
     image_column: str | None = _setting(None, "Column of images; found by its type if only one.")
     label_column: str | None = _setting(
-        None, "Column of classes for the kNN monitor; labels never reach the encoder."
+        None, "Column of classes for kNN monitor and probe; labels never reach the encoder."
     )
     streaming: bool = _setting(
         False, "Read the data as they are needed, for what does not fit on the disk."
@@ -101,6 +101,11 @@ class PretrainingArguments:
     )
     knn_steps: int | None = _setting(
         None, "Steps between kNN measurements; by default only before and after training."
+    )
+    online_probe: bool = _setting(
+        False,
+        "Train a linear classifier beside the encoder, which learns nothing from it, and measure "
+        "it whenever kNN is.",
     )
 
     push_to_hub: bool = _setting(

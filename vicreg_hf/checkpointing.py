@@ -1,8 +1,9 @@
 """Checkpoints that are whole or not there: written aside, listed in a manifest, then renamed.
 
 A checkpoint is a directory `step-N` holding a training model (config.json, model.safetensors),
-the optimiser (optimizer.safetensors, optimizer.json) and manifest.json with the size and sha256 of
-every other file, and what they were made with. Nothing is pickled.
+the optimiser (optimizer.safetensors, optimizer.json), the online probe of a run that has one
+(probe.safetensors), and manifest.json with the size and sha256 of every other file, and what they
+were made with. Nothing is pickled.
 
 What is saved is copied first, and written by a thread while training goes on.
 """
@@ -15,7 +16,7 @@ import os
 import platform
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 MANIFEST = "manifest.json"
 FILES = {"config.json", "model.safetensors", "optimizer.json", "optimizer.safetensors"}
+PROBE = "probe.safetensors"
+"""The one file that may be there or not."""
 PREFIX = "step-"
 KEEP = 2
 """Checkpoints that remain; the older one is there in case the newer is damaged."""
@@ -42,7 +45,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass
 class Snapshot:
-    """Copies of weights and optimiser state, which training does not change any more."""
+    """Copies of all that training changes, which it does not change any more."""
 
     config: PretrainedConfig
     weights: dict[str, Tensor]
@@ -50,12 +53,17 @@ class Snapshot:
     """Of the optimiser's state."""
     rest: dict[str, Any]
     """What else its state is."""
+    probe: dict[str, Tensor]
+    """Empty where the run has none."""
 
 
 def take_snapshot(
-    model: PreTrainedModel, optimizer: Optimizer, reuse: Snapshot | None = None
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    reuse: Snapshot | None = None,
+    probe: Mapping[str, Tensor] | None = None,
 ) -> Snapshot:
-    """Copy weights and optimiser state to the CPU.
+    """Copy weights, optimiser state and the probe's to the CPU.
 
     Args:
         reuse: a snapshot nobody needs any more, into whose memory to copy.
@@ -67,13 +75,14 @@ def take_snapshot(
         _copies(weights, {} if reuse is None else reuse.weights),
         _copies(tensors, {} if reuse is None else reuse.tensors),
         rest,
+        _copies(probe or {}, {} if reuse is None else reuse.probe),
     )
     if any(value.is_cuda for value in weights.values()):
         torch.cuda.synchronize()
     return snapshot
 
 
-def _copies(tensors: dict[str, Tensor], reuse: dict[str, Tensor]) -> dict[str, Tensor]:
+def _copies(tensors: Mapping[str, Tensor], reuse: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies in the CPU's memory; those from a GPU are complete once it is synchronised."""
     copies = {}
     for name, value in tensors.items():
@@ -92,6 +101,7 @@ def save_checkpoint(
     state: dict[str, Any],
     *,
     world_size: int = 1,
+    probe: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder/step-N` atomically, then remove all but the newest `KEEP`.
 
@@ -101,12 +111,13 @@ def save_checkpoint(
         state: further JSON values, given back by `read_state`; of its `settings` the manifest
             holds a digest too.
         world_size: processes of the run.
+        probe: state of the online probe, given back by `load_probe`.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; checkpoints that were
             there before are left as they were.
     """
-    return _write(folder, step, take_snapshot(model, optimizer), state, world_size)
+    return _write(folder, step, take_snapshot(model, optimizer, probe=probe), state, world_size)
 
 
 class CheckpointWriter:
@@ -127,7 +138,13 @@ class CheckpointWriter:
         return self._error is not None
 
     def save(
-        self, step: int, model: PreTrainedModel, optimizer: Optimizer, state: dict[str, Any]
+        self,
+        step: int,
+        model: PreTrainedModel,
+        optimizer: Optimizer,
+        state: dict[str, Any],
+        *,
+        probe: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Copy, and begin to write.
 
@@ -135,7 +152,7 @@ class CheckpointWriter:
             CheckpointError: the one before could not be written.
         """
         self.wait()
-        self._snapshot = take_snapshot(model, optimizer, self._snapshot)
+        self._snapshot = take_snapshot(model, optimizer, self._snapshot, probe)
         self._thread = threading.Thread(
             target=self._work, args=(step, self._snapshot, state), name="checkpoint"
         )
@@ -174,6 +191,8 @@ def _write(
         save_file(snapshot.weights, aside / "model.safetensors", metadata={"format": "pt"})
         save_file(snapshot.tensors, aside / "optimizer.safetensors")
         (aside / "optimizer.json").write_text(json.dumps(snapshot.rest))
+        if snapshot.probe:
+            save_file(snapshot.probe, aside / PROBE)
         files = {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in aside.iterdir()}
         manifest = {
             "step": step,
@@ -265,6 +284,11 @@ def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: Optimizer) ->
         ) from error
 
 
+def load_probe(path: Path) -> dict[str, Tensor] | None:
+    """The state of the online probe in a checkpoint that is whole; None where it has none."""
+    return load_file(path / PROBE) if PROBE in read_manifest(path)["files"] else None
+
+
 def _by_step(folder: Path) -> Iterator[Path]:
     """Newest first."""
     found = [path for path in folder.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
@@ -282,7 +306,7 @@ def _fault(path: Path) -> str | None:
             return f"{MANIFEST} has another checksum"
         if manifest["step"] != _step(path):
             return f"{MANIFEST} is of step {manifest['step']}"
-        if manifest["files"].keys() != FILES:
+        if manifest["files"].keys() - {PROBE} != FILES:
             return f"{MANIFEST} lists other files"
         for name, expected in manifest["files"].items():
             if (path / name).stat().st_size != expected["size"]:

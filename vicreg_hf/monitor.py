@@ -5,7 +5,7 @@ Shapes: N rows, F features, S side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ MAX_TRAIN, MAX_TEST = 50_000, 10_000
 
 @dataclass
 class KNNMonitor:
-    """20-NN accuracy on a held-out split. Labels are used here and nowhere else."""
+    """20-NN accuracy on a held-out split. Labels are used here and by the online probe alone."""
 
     train: ImageSplit
     train_images: ImageSplit | Tensor
@@ -69,25 +69,42 @@ class KNNMonitor:
             f"{self.held_out.name}, neighbours from {len(self._rows(self.train, MAX_TRAIN))}"
         )
 
-    def accuracy(self, encoder: nn.Module, device: torch.device) -> float:
-        """Share of held-out images, 0 to 1, that their neighbours classify rightly."""
+    def measure(
+        self,
+        encoder: nn.Module,
+        device: torch.device,
+        classify: Callable[[Tensor], Tensor] | None = None,
+    ) -> dict[str, float]:
+        """Share of held-out images, 0 to 1, that are classified rightly.
+
+        Args:
+            classify: gives classes (N,) for representations (N, F), as the online probe does.
+
+        Returns:
+            `knn`, by their neighbours, and `probe`, by `classify` if it is given.
+        """
         train_rows = self._rows(self.train, MAX_TRAIN)
         test_rows = self._rows(self.held_out, MAX_TEST)
         assert self.train.labels is not None
         assert self.held_out.labels is not None
-        return knn_accuracy(
+        y = self._features(encoder, self.held_out, test_rows, device)
+        labels = self.held_out.labels[torch.from_numpy(test_rows)].to(device)
+        knn = knn_accuracy(
             self._features(encoder, self.train_images, train_rows, device),
             self.train.labels[torch.from_numpy(train_rows)].to(device),
-            self._features(encoder, self.held_out, test_rows, device),
-            self.held_out.labels[torch.from_numpy(test_rows)].to(device),
+            y,
+            labels,
             k=K,
         )
+        if classify is None:
+            return {"knn": knn}
+        return {"knn": knn, "probe": (classify(y) == labels).float().mean().item()}
 
     def pixels(self) -> float | None:
         """The same of the images themselves, which an encoder has to beat; None for large ones."""
         if self.image_size > SMALL_IMAGE:
             return None
-        return self.accuracy(nn.Flatten(), torch.device("cpu"))
+        return self.measure(nn.Flatten(), torch.device("cpu"))["knn"]
 
     def _rows(self, split: ImageSplit, most: int) -> NDArray[np.int64]:
         if len(split) <= most:

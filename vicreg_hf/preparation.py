@@ -23,6 +23,7 @@ from vicreg_hf.hub import open_repository
 from vicreg_hf.inputs import Inputs, open_inputs
 from vicreg_hf.modeling_vicreg import VICRegModel, check_architecture
 from vicreg_hf.monitor import KNNMonitor
+from vicreg_hf.online_probe import create_probe
 from vicreg_hf.optim import create_optimizer
 from vicreg_hf.publishing import check_exportable
 from vicreg_hf.randomness import Stream, derive_seed
@@ -62,6 +63,9 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     train, batches = inputs.train, inputs.batches
     # convolutions are faster in this layout, on CPU too; attention does not mind
     model = _build_model(args).to(accelerator.device, memory_format=torch.channels_last)
+    probe = None
+    if args.online_probe:
+        probe = create_probe(train, inputs.held_out, model.num_features).to(accelerator.device)
     _check_micro_batches(model, batches)
     if accelerator.is_main_process:
         check_exportable(model)
@@ -88,11 +92,13 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
         )
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process)
     fingerprint = train.fingerprint()
-    step, seconds = resume(args, accelerator, model, optimizer, fingerprint, before=before)
+    step, seconds = resume(
+        args, accelerator, model, optimizer, fingerprint, probe=probe, before=before
+    )
     wrapped, prepared = accelerator.prepare(model, optimizer)
     return Run(
         args, accelerator, model, wrapped, prepared, inputs, views,
-        _create_monitor(args, inputs, cfg), log, fingerprint, step, seconds, started,
+        _create_monitor(args, inputs, cfg), probe, log, fingerprint, step, seconds, started,
     )  # fmt: skip
 
 

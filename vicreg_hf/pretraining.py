@@ -1,6 +1,7 @@
 """The one training loop: setup, fit, finish.
 
-Everything that changes during a run is in the model, the optimiser and the step number.
+Everything that changes during a run is in the model, the optimiser, the probe if there is one, and
+the step number.
 """
 
 from __future__ import annotations
@@ -87,6 +88,9 @@ def fit(run: Run, signals: Signals) -> None:
             raise step_failure(run, output, norm, lr)
         if unsaved:
             settle(run)
+        if run.probe is not None:
+            assert output.pooler_output is not None
+            run.probe.learn(output.pooler_output, run.batches.batch(run.step)[1])
         take_step(run)
         clock.tick()
         last = run.step == run.total_steps
@@ -94,12 +98,12 @@ def fit(run: Run, signals: Signals) -> None:
             row = _metrics(run, output, norm, lr, clock)
             bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             if last or (args.knn_steps and run.step % args.knn_steps == 0):
-                row |= _knn(run)
+                row |= _accuracies(run)
             run.log.add(row)
             run.warn(watch.look(row))
             clock.restart()
         elif args.knn_steps and run.step % args.knn_steps == 0:
-            run.log.add(_place(run) | _knn(run))
+            run.log.add(_place(run) | _accuracies(run))
             clock.restart()
         if run.step % args.save_steps == 0 or last or stopping:
             save(run)
@@ -166,7 +170,7 @@ def _agree_on_bad_images(run: Run) -> None:
 def measure(run: Run) -> None:
     """Before the first step: kNN accuracy of the pixels and of the untrained encoder."""
     if run.step == 0 and run.monitor is not None:
-        row = _place(run) | _knn(run)
+        row = _place(run) | _accuracies(run)
         if run.accelerator.is_main_process:
             pixels = run.monitor.pixels()
             run.log.add(row if pixels is None else row | {"knn_pixels": pixels})
@@ -179,7 +183,10 @@ def save(run: Run) -> None:
     fault: CheckpointError | None = None
     if run.accelerator.is_main_process:
         try:
-            run.writer.save(run.step, run.model, run.inner_optimizer, state_of(run))
+            run.writer.save(
+                run.step, run.model, run.inner_optimizer, state_of(run),
+                probe=None if run.probe is None else run.probe.state_dict(),
+            )  # fmt: skip
         except CheckpointError as error:  # of the one before
             fault = error
     _fail_together(run, fault)
@@ -225,26 +232,32 @@ def _metrics(run: Run, output: Any, norm: Tensor, lr: float, clock: Clock) -> di
     rate = clock.rate()
     _agree_on_bad_images(run)
     z, z_prime = (gather_rows(branch.detach()) for branch in output.embeddings)
-    return _place(run) | {
-        "loss": output.loss.item(),
-        "invariance": output.invariance.item(),
-        "variance": output.variance.item(),
-        "covariance": output.covariance.item(),
-        "grad_norm": norm.item(),
-        "lr": lr,
-        "views_per_second": round(rate, 1),
-        "embedding_std": embedding_std(z).item(),
-        "effective_rank": effective_rank(z).item(),
-        "alignment": alignment(z, z_prime).item(),
-        "uniformity": uniformity(z).item(),
-        "bad_images": len(run.inputs.bad),
-    }
+    probe = {} if run.probe is None else {"probe_loss": run.probe.loss.item()}
+    return (
+        _place(run)
+        | {
+            "loss": output.loss.item(),
+            "invariance": output.invariance.item(),
+            "variance": output.variance.item(),
+            "covariance": output.covariance.item(),
+            "grad_norm": norm.item(),
+            "lr": lr,
+            "views_per_second": round(rate, 1),
+            "embedding_std": embedding_std(z).item(),
+            "effective_rank": effective_rank(z).item(),
+            "alignment": alignment(z, z_prime).item(),
+            "uniformity": uniformity(z).item(),
+            "bad_images": len(run.inputs.bad),
+        }
+        | probe
+    )
 
 
-def _knn(run: Run) -> dict[str, float]:
-    """Measured by the main process while the others wait."""
+def _accuracies(run: Run) -> dict[str, float]:
+    """Of kNN and probe, measured by the main process while the others wait."""
     row = {}
     if run.monitor is not None and run.accelerator.is_main_process:
-        row["knn"] = run.monitor.accuracy(run.model.encoder, run.accelerator.device)
+        classify = run.probe.predict if run.probe is not None and run.probe.has_learned else None
+        row = run.monitor.measure(run.model.encoder, run.accelerator.device, classify)
     run.accelerator.wait_for_everyone()
     return row

@@ -95,6 +95,9 @@ def summary(encoder: Path, rows: list[dict[str, Any]], monitor: KNNMonitor | Non
             lines.append(f"    encoder at step 0   {100 * measured[0]['knn']:5.1f} %")
         last = measured[-1]
         lines.append(f"    trained encoder     {100 * last['knn']:5.1f} % (step {last['step']})")
+        if "probe" in last:
+            lines.append("Of the same images, a linear classifier trained beside the encoder:")
+            lines.append(f"    online linear probe {100 * last['probe']:5.1f} %")
     return "\n".join(lines)
 
 
@@ -105,6 +108,12 @@ def results(rows: list[dict[str, Any]], monitor: KNNMonitor | None) -> list[Resu
     if monitor is not None and measured:
         last, how = measured[-1], monitor.description
         found.append(Result("20-NN accuracy", last["knn"], f"{how}, at the last step", True))
+        if "probe" in last:
+            how = (
+                "the same images, by a linear classifier that learned from the views beside the "
+                "encoder"
+            )
+            found.append(Result("online linear probe accuracy", last["probe"], how, True))
         if measured[0]["step"] == 0:
             how = "the same, of the encoder before training"
             value = measured[0]["knn"]

@@ -16,15 +16,17 @@ from vicreg_hf.checkpointing import (
     CheckpointError,
     installed_versions,
     load_checkpoint,
+    load_probe,
     newest_checkpoint,
     read_manifest,
 )
 from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.online_probe import OnlineProbe
 from vicreg_hf.run import Run
 
 FREE_TO_CHANGE = {
     "output_dir", "resume", "resume_changed", "num_workers", "compile", "max_bad_fraction",
-    "logging_steps", "save_steps", "knn_steps", "eval_split", "label_column",
+    "logging_steps", "save_steps", "knn_steps", "eval_split", "label_column", "online_probe",
     "push_to_hub", "hub_model_id", "hub_private",
     "dataset_name",  # a folder may move; the data's fingerprint tells whether it is another
 }  # fmt: skip
@@ -43,12 +45,14 @@ def resume(
     optimizer: Optimizer,
     fingerprint: dict[str, Any],
     *,
+    probe: OnlineProbe | None = None,
     before: int | None = None,
 ) -> tuple[int, float]:
     """Load the newest checkpoint that is whole.
 
     Args:
         fingerprint: of the data.
+        probe: of this session; it starts anew where the checkpoint has none of these labels.
         before: a step; only checkpoints of earlier ones count.
 
     Returns:
@@ -79,7 +83,21 @@ def resume(
         accelerator.scaler.load_state_dict(state["scaler"])
     accelerator.print(f"Resuming from {path}.")
     _mention_surroundings(accelerator, manifest)
+    if probe is not None:
+        _resume_probe(accelerator, probe, state, path)
     return manifest["step"], state.get("seconds", 0.0)
+
+
+def _resume_probe(
+    accelerator: Accelerator, probe: OnlineProbe, state: dict[str, Any], path: Path
+) -> None:
+    saved = load_probe(path)
+    if saved is None:
+        accelerator.print(f"The online probe starts anew: {path} holds none.")
+    elif state.get("labels_sha256") != probe.labels_sha256:
+        accelerator.print(f"The online probe starts anew: that of {path} is of other labels.")
+    else:
+        probe.load_state_dict(saved)
 
 
 def _check_all_see(path: Path | None, folder: Path) -> None:
@@ -93,13 +111,14 @@ def _check_all_see(path: Path | None, folder: Path) -> None:
 
 
 def state_of(run: Run) -> dict[str, Any]:
-    """What a checkpoint holds of a run besides weights, optimiser and step."""
+    """What a checkpoint holds of a run besides weights, optimiser, probe and step."""
     scaler = run.accelerator.scaler
     return {
         "settings": asdict(run.args),
         "data": run.fingerprint,
         "seconds": run.seconds,
         "scaler": scaler.state_dict() if scaler is not None else None,
+        "labels_sha256": None if run.probe is None else run.probe.labels_sha256,
     }
 
 

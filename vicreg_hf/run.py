@@ -20,6 +20,7 @@ from vicreg_hf.distributed import any_process
 from vicreg_hf.inputs import Inputs
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.monitor import KNNMonitor
+from vicreg_hf.online_probe import OnlineProbe
 from vicreg_hf.optim import learning_rate
 from vicreg_hf.reporting import MetricsLog
 from vicreg_hf.sampler import GlobalBatches
@@ -28,7 +29,7 @@ from vicreg_hf.views import TwoViews
 
 @dataclass
 class Run:
-    """What `setup` makes and `fit` uses; only weights, optimiser and step change."""
+    """What `setup` makes and `fit` uses; only weights, optimiser, probe and step change."""
 
     args: PretrainingArguments
     accelerator: Accelerator
@@ -39,6 +40,7 @@ class Run:
     inputs: Inputs
     views: TwoViews
     monitor: KNNMonitor | None
+    probe: OnlineProbe | None
     log: MetricsLog
     fingerprint: dict[str, Any]
     """Of the training data; a checkpoint remembers it."""

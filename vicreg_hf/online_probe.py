@@ -1,0 +1,141 @@
+"""A linear classifier that learns beside the encoder: what classes it tells apart so far.
+
+It sees representations apart from their graph, and draws no random numbers: an encoder is the same,
+bit for bit, with it and without.
+
+Shapes: B rows per process, N = B * world size, M images, F representation, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vicreg_hf.distributed import sum_over_processes, world_size
+from vicreg_hf.monitor import K
+from vicreg_hf.sources import ImageSplit
+from vicreg_hf.streaming import ImageStream
+
+LEARNING_RATE, MOMENTUM = 5.0, 0.9
+"""Of stochastic gradient descent, the first over F. The mean square norm of standardised
+representations is F, so the loss curves by F / 2 at most, and it takes a learning rate of
+2 (1 + MOMENTUM) over that to swing apart."""
+LEAST_SHARE = 0.01
+"""Of a batch in the running mean and variance, which are those of all batches to begin with."""
+LEAST_VARIANCE, EPS = 1e-6, 1e-12
+"""Of a dimension, as a share of the mean over all, and of all: what is silent is not made loud."""
+
+
+class OnlineProbe(nn.Module):
+    """Softmax regression on standardised representations, starting from zero.
+
+    Several processes hold the same: statistics and gradients are those of the global batch.
+
+    Args:
+        labels: (rows of the training split,) classes from 0.
+        names: of the C classes.
+        num_features: F.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor
+    momentum: Tensor
+    steps: Tensor
+
+    def __init__(self, labels: Tensor, names: tuple[str, ...], num_features: int) -> None:
+        super().__init__()
+        self.labels = labels
+        digest = hashlib.sha256("\n".join(names).encode())
+        digest.update(labels.numpy().tobytes())
+        self.labels_sha256 = digest.hexdigest()
+        """What tells one set of labels from another."""
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("variance", torch.zeros(num_features))
+        # the last column is the bias
+        self.register_buffer("weight", torch.zeros(len(names), num_features + 1))
+        self.register_buffer("momentum", torch.zeros(len(names), num_features + 1))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.loss = torch.tensor(torch.nan)
+        """Mean cross-entropy of the global batch last learned from, before it was."""
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether it has taken a step."""
+        return bool(self.steps > 0)
+
+    @torch.no_grad()
+    def learn(self, y: Tensor, rows: NDArray[np.int64]) -> None:
+        """Take one step; every process must.
+
+        Args:
+            y: (B, F) representations.
+            rows: (B,) of the training split, whose images they are of.
+        """
+        y, labels = y.detach().float(), self.labels[torch.from_numpy(rows)].to(y.device)
+        self._count(y)
+        x = self._standardise(y)
+        logits = x @ self.weight.T
+        residual = logits.softmax(1)
+        residual[torch.arange(len(y), device=y.device), labels] -= 1
+        loss = F.cross_entropy(logits, labels)
+        sums = torch.cat([(residual.T @ x / len(y)).flatten(), loss[None]])
+        means = sum_over_processes(sums) / world_size()
+        self.momentum.mul_(MOMENTUM).add_(means[:-1].view_as(self.weight))
+        self.weight.sub_(LEARNING_RATE / y.shape[1] * self.momentum)
+        self.loss = means[-1]
+
+    @torch.no_grad()
+    def predict(self, y: Tensor) -> Tensor:
+        """The likeliest class of each of (M, F) representations: (M,)."""
+        return (self._standardise(y.float()) @ self.weight.T).argmax(1)
+
+    def _count(self, y: Tensor) -> None:
+        """Take a batch into the running mean and variance."""
+        self.steps += 1
+        share = (1 / self.steps).clamp(min=LEAST_SHARE)
+        # Centred before squaring: sums of squares cancel in float32.
+        off = y - self.mean
+        sums = torch.cat([off.mean(0), off.square().mean(0)])
+        shift, square = (sum_over_processes(sums) / world_size()).chunk(2)
+        self.variance.lerp_(square, share).sub_((share * shift).square()).clamp_(min=0)
+        self.mean.add_(share * shift)
+
+    def _standardise(self, y: Tensor) -> Tensor:
+        """(M, F) to (M, F + 1), whose last column is 1."""
+        least = LEAST_VARIANCE * self.variance.mean() + EPS
+        x = (y - self.mean) * (self.variance + least).rsqrt()
+        return F.pad(x, (0, 1), value=1.0)
+
+
+def create_probe(
+    train: ImageSplit | ImageStream, held_out: ImageSplit | None, num_features: int
+) -> OnlineProbe:
+    """A probe for a run's data, on the CPU.
+
+    Args:
+        num_features: F.
+
+    Raises:
+        ValueError: nothing to learn from, or nothing to measure it on.
+    """
+    if isinstance(train, ImageStream):
+        fault = "streams have neither; use --streaming false"
+    elif train.labels is None:
+        fault = f"{train.name} has no labels; name their column with --label_column"
+    elif held_out is None:
+        fault = "there is no labelled split beside the one trained on; name one with --eval_split"
+    elif held_out.labels is None:
+        fault = f"{held_out.name} has no labels; choose another --eval_split"
+    elif len(train) < K:
+        fault = f"{train.name} has {len(train)} images, fewer than the {K} of the kNN monitor"
+    else:
+        return OnlineProbe(train.labels, train.label_names, num_features)
+    raise ValueError(
+        f"online_probe needs labels and a held-out split, but {fault}, or --online_probe false."
+    )
