@@ -5,8 +5,22 @@ or SIGUSR1 and saved (start it again to go on), 128 + the signal's number stoppe
 """
 
 import argparse
+import os
+import signal
 import sys
 
+
+def _stop_before_the_run(*_: object) -> None:
+    os.write(2, b"\nStopped before the run began.\n")
+    os._exit(75)
+
+
+if __name__ == "__main__":  # what is imported below takes seconds
+    for _name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, _name):
+            signal.signal(getattr(signal, _name), _stop_before_the_run)
+
+# ruff: noqa: E402
 from safetensors import SafetensorError
 
 from vicreg_hf.arguments import parse_arguments

@@ -125,6 +125,18 @@ def test_a_run_asked_to_stop_saves_and_goes_on_to_the_same_end(
     assert_same_end(tmp_path, whole)
 
 
+def test_a_run_asked_to_stop_before_it_begins_says_so(flags: list[str], tmp_path: Path) -> None:
+    process = start(*flags, f"--output_dir={tmp_path}")
+    handled = Path(f"/proc/{process.pid}/status")
+    usr1 = 1 << (signal.SIGUSR1 - 1)
+    wait_for(process, lambda: bool(int(handled.read_text().split("SigCgt:")[1].split()[0], 16)
+                                   & usr1))  # fmt: skip
+    process.send_signal(signal.SIGUSR1)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, printed
+    assert "Stopped before the run began." in printed
+
+
 def test_a_second_request_ends_at_once(tmp_path: Path) -> None:
     # A step of minutes, of which the first forward pass is a single long operation after another.
     process = start("--dataset_name=demo", "--architecture=test_vit3", "--batch_size=16384",
