@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as tv
 from transformers import AutoImageProcessor, AutoModel
 from workflow import ROOT, environment, run
 
-from vicreg_hf.extraction import ExtractionArguments, extract_dataset, load_encoder
+from vicreg_hf.extraction import ExtractionArguments, extract_dataset
 
 SIZES = [(40, 60), (64, 64), (33, 90), (120, 50)]
 
@@ -231,20 +231,6 @@ def test_features_are_pushed_as_a_data_set_in_one_commit(
             (tmp_path / "down" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "down" / name).write_bytes(content)
         assert set(load(tmp_path / "down", tmp_path)) == {"train", "test"}
-
-
-def test_encoders_are_found_in_runs_checkpoints_and_on_the_hub(tmp_path: Path) -> None:
-    model = trained()
-    model.save_pretrained(tmp_path / "run" / "encoder")
-    encoder = load_encoder(str(tmp_path / "run"))
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(encoder(x), model.encoder(x))
-    assert not encoder.training
-    with pytest.raises(ValueError, match="model must be org/name"):
-        load_encoder("a/b/c")
-    with pytest.raises(ValueError, match="model must be a timm model"):
-        load_encoder("org/there-is-none")
 
 
 @pytest.mark.parametrize(

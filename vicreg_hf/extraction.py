@@ -8,7 +8,6 @@ Shapes: B images, C channels, S side in pixels, F features.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,30 +20,24 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import timm
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
-from PIL import Image
-from timm.data import create_transform
-from timm.data.config import resolve_model_data_config
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vicreg_hf.bad_images import BadImages
 from vicreg_hf.columns import BadImage
 from vicreg_hf.data import available_cores, default_num_workers, loading_errors
+from vicreg_hf.encoders import Encoder, open_encoder
 from vicreg_hf.evaluation.features import normalise_images
-from vicreg_hf.hub import HubError, check_repo_id, check_revision, open_repository, push_folder
-from vicreg_hf.publishing import find_encoder, load_model
+from vicreg_hf.hub import HubError, check_repo_id, open_repository, push_folder
 from vicreg_hf.sources import ImageSplit, image_split, open_dataset
 
 RECORD, BAD_IMAGES = "extraction.json", "bad_images.jsonl"
-PIL_CHANNELS = (1, 3)
-"""Images that are resized by PIL, as stock pipelines do; others as tensors."""
 
 
 def _setting(default: Any, meaning: str) -> Any:
@@ -56,7 +49,7 @@ class ExtractionArguments:
     """Settings of `extract_dataset`."""
 
     model: str = field(
-        metadata={"help": "timm model on the Hub, output_dir of a run, or directory of an encoder."}
+        metadata={"help": "Encoder on the Hub, output_dir of a run, or directory of an encoder."}
     )
     dataset_name: str = field(metadata={"help": "As for pretrain.py: Hub id, folder or file."})
     output_dir: str = field(metadata={"help": "Where the features go; started again, it goes on."})
@@ -106,7 +99,7 @@ class Batch(NamedTuple):
     rows: list[int]
     paths: list[str | None]
     images: Tensor | None
-    """(B, C, S, S) uint8, of the rows that have one; None if none has."""
+    """(B, C, S, S), of the rows that have one; None if none has."""
     bad: list[BadImage]
 
 
@@ -134,10 +127,10 @@ def extract_dataset(args: ExtractionArguments) -> Path:
         open_repository(
             str(args.hub_dataset_id), private=args.hub_private or None, repo_type="dataset"
         )
-    encoder = load_encoder(args.model, args.revision).to(accelerator.device)
-    data_config = resolve_model_data_config(encoder)
+    encoder = open_encoder(args.model, args.revision)
+    encoder.module.to(accelerator.device)
     with accelerator.main_process_first():
-        splits = _open_splits(args, channels=data_config["input_size"][0])
+        splits = _open_splits(args, channels=encoder.in_chans)
     _remember(args, encoder, splits, output_dir, write=main)
     accelerator.wait_for_everyone()
     parts = _parts(splits, output_dir / "data", args.rows_per_file)
@@ -155,7 +148,7 @@ def extract_dataset(args: ExtractionArguments) -> Path:
     bf16 = torch.autocast(accelerator.device.type, torch.bfloat16) if args.bf16 else nullcontext()
     with loading_errors(), bf16, accelerator.autocast():
         for part in features_of(
-            encoder, splits, mine, data_config, device=accelerator.device,
+            encoder, splits, mine, device=accelerator.device,
             batch_size=args.batch_size, num_workers=workers, dtype=args.dtype,
             root=args.dataset_name, show=accelerator.is_local_main_process,
         ):  # fmt: skip
@@ -171,41 +164,10 @@ def extract_dataset(args: ExtractionArguments) -> Path:
     return output_dir
 
 
-def load_encoder(name: str, revision: str | None = None) -> nn.Module:
-    """A timm model that gives pooled features, in eval mode.
-
-    Args:
-        name: Hub id, output_dir of a run, or directory of an encoder or a checkpoint.
-        revision: branch or commit, on the Hub.
-
-    Raises:
-        ValueError: no such model, or not one of timm's.
-    """
-    if Path(name).exists():
-        directory = find_encoder(name)
-        if json.loads((directory / "config.json").read_text()).get("model_type") == "vicreg":
-            model, _ = load_model(directory)
-            encoder: Any = model.encoder
-            encoder.pretrained_cfg = dict(model.config.pretrained_cfg or {})
-            return encoder.eval()
-        source = f"local-dir:{directory}"
-    else:
-        source = f"hf-hub:{check_repo_id(name, 'model')}"
-        source += f"@{check_revision(revision)}" if revision else ""
-    try:
-        return timm.create_model(source, pretrained=True, num_classes=0).eval()
-    except Exception as error:
-        raise ValueError(
-            f"model must be a timm model on the Hub or in a directory, got {name!r}: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from error
-
-
 def features_of(
-    encoder: nn.Module,
+    encoder: Encoder,
     splits: dict[str, ImageSplit],
     parts: Sequence[Part],
-    data_config: dict[str, Any],
     *,
     device: torch.device,
     batch_size: int,
@@ -217,13 +179,12 @@ def features_of(
     """Write the features of some parts, and yield for each the images that could not be used.
 
     Args:
-        encoder: gives (B, F) for (B, C, S, S), in eval mode on the device.
+        encoder: its module on the device.
         parts: of the splits, in the order in which they are made.
-        data_config: timm's, of the encoder.
         root: folder of the data, of which paths are shown as parts.
         show: a progress bar.
     """
-    encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    encoder.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     pinned = device.type == "cuda"
     batches = [
         (part, part.rows[start : start + batch_size])
@@ -231,13 +192,12 @@ def features_of(
         for start in range(0, len(part.rows), batch_size)
     ]
     loader = DataLoader(
-        _Views(splits, batches, data_config), batch_size=None, num_workers=num_workers,
+        _Views(splits, batches, encoder), batch_size=None, num_workers=num_workers,
         pin_memory=pinned, prefetch_factor=4 if num_workers else None,
     )  # fmt: skip
     bar = tqdm(total=sum(len(part.rows) for part in parts), unit="image", disable=not show)
     # should all images of a part be bad, its column is as wide as the others'
-    width: Any = encoder.head_hidden_size
-    empty = torch.empty(0, width, device=device)
+    empty = torch.empty(0, encoder.num_features, device=device)
     made: list[Batch] = []
     features: list[Tensor] = []
     written: tuple[Future[None], list[BadImage]] | None = None
@@ -245,7 +205,7 @@ def features_of(
         for (part, rows), batch in zip(batches, loader, strict=True):
             made.append(batch)
             if batch.images is not None:
-                features.append(_encode(encoder, batch.images, data_config, device))
+                features.append(_encode(encoder, batch.images, device))
             bar.update(len(rows))
             if rows[-1] != part.rows[-1]:
                 continue
@@ -263,13 +223,12 @@ def features_of(
 
 
 @torch.inference_mode()
-def _encode(
-    encoder: nn.Module, images: Tensor, data_config: dict[str, Any], device: torch.device
-) -> Tensor:
+def _encode(encoder: Encoder, images: Tensor, device: torch.device) -> Tensor:
     """(B, F) float32 on the device."""
     images = images.to(device, non_blocking=True)
-    pixels = normalise_images(images, data_config["mean"], data_config["std"])
-    features = encoder(pixels.to(memory_format=torch.channels_last)).float()
+    if images.dtype == torch.uint8:
+        images = normalise_images(images, encoder.mean, encoder.std)
+    features = encoder.module(images.to(memory_format=torch.channels_last)).float()
     if features.ndim != 2:
         raise ValueError(
             "the encoder must pool to shape (batch, features), got "
@@ -282,17 +241,9 @@ class _Views(Dataset[Batch]):
     """Batches of rows as the encoder's own evaluation views."""
 
     def __init__(
-        self,
-        splits: dict[str, ImageSplit],
-        batches: list[tuple[Part, range]],
-        data_config: dict[str, Any],
+        self, splits: dict[str, ImageSplit], batches: list[tuple[Part, range]], encoder: Encoder
     ) -> None:
-        self.splits, self.batches = splits, batches
-        self.side = tuple(data_config["input_size"][1:])
-        self.whole = data_config["crop_pct"] == 1
-        self.transform: Any = create_transform(
-            **data_config, is_training=False, use_prefetcher=True
-        )
+        self.splits, self.batches, self.prepare = splits, batches, encoder.prepare
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -307,16 +258,8 @@ class _Views(Dataset[Batch]):
                 continue
             rows.append(row)
             paths.append(path)
-            images.append(self._view(image))
+            images.append(self.prepare(image))
         return Batch(rows, paths, torch.stack(images) if images else None, bad)
-
-    def _view(self, image: Tensor) -> Tensor:
-        if self.whole and image.shape[-2:] == self.side:
-            return image
-        if len(image) not in PIL_CHANNELS:
-            return self.transform(image)
-        pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-        return self.transform(Image.fromarray(pixels.contiguous().numpy()))
 
 
 def _write(
@@ -388,18 +331,15 @@ def _parts(splits: dict[str, ImageSplit], folder: Path, rows_per_file: int) -> l
 
 def _remember(
     args: ExtractionArguments,
-    encoder: nn.Module,
+    encoder: Encoder,
     splits: dict[str, ImageSplit],
     output_dir: Path,
     *,
     write: bool,
 ) -> None:
     """Make sure that what is in output_dir is of the same features."""
-    digest = hashlib.sha256()
-    for value in encoder.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     record = {
-        "weights": digest.hexdigest(), "dtype": args.dtype, "bf16": args.bf16,
+        "encoder": encoder.fingerprint(), "dtype": args.dtype, "bf16": args.bf16,
         "rows_per_file": args.rows_per_file,
         "splits": {name: split.fingerprint() for name, split in splits.items()},
     }  # fmt: skip

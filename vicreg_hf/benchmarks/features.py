@@ -9,11 +9,11 @@ from pathlib import Path
 import datasets
 import timm
 import torch
-from timm.data.config import resolve_model_data_config
 
 from vicreg_hf.benchmarks.data import jpeg, photographs
 from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
 from vicreg_hf.data import default_num_workers
+from vicreg_hf.encoders import timm_encoder
 from vicreg_hf.extraction import Part, features_of
 from vicreg_hf.sources import image_split
 
@@ -29,9 +29,11 @@ def extraction(
     place = torch.device(device)
     encoder = timm.create_model(architecture, num_classes=0).eval().to(device)
     encoder = encoder.to(memory_format=torch.channels_last)
-    config = resolve_model_data_config(encoder)
+    cfg = dict(encoder.pretrained_cfg)
     if side is not None:
-        config = config | {"input_size": (3, side, side), "crop_pct": 1.0}
+        cfg |= {"input_size": (3, side, side), "crop_pct": 1.0}
+    opened = timm_encoder(encoder, architecture, pretrained_cfg=cfg)
+    config = opened.data_config
     size = (side, side) if side is not None else (500, 375)
     cells = [{"bytes": jpeg(image), "path": None} for image in photographs(64, *size)]
     pixels = torch.randn(batch_size, *config["input_size"], device=device)
@@ -52,7 +54,7 @@ def extraction(
         def whole() -> None:
             shutil.rmtree(part.file.parent, ignore_errors=True)
             for _ in features_of(
-                encoder, splits, [part], config, device=place, batch_size=batch_size,
+                opened, splits, [part], device=place, batch_size=batch_size,
                 num_workers=default_num_workers(1),
             ):  # fmt: skip
                 pass

@@ -1,0 +1,140 @@
+"""Encoders of every kind, opened: their features must be those of the stock loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+from transformers import AutoImageProcessor, AutoModel
+
+from vicreg_hf import VICRegConfig, VICRegModel
+from vicreg_hf.benchmarks.data import photographs
+from vicreg_hf.encoders import Encoder, open_encoder
+from vicreg_hf.evaluation.features import normalise_images
+
+
+def features_of(encoder: Encoder, image: Tensor) -> Tensor:
+    pixels = encoder.prepare(image)[None]
+    if pixels.dtype == torch.uint8:
+        pixels = normalise_images(pixels, encoder.mean, encoder.std)
+    with torch.inference_mode():
+        return encoder.module(pixels)
+
+
+def vicreg(**model_args: Any) -> VICRegModel:
+    torch.manual_seed(0)
+    name = model_args.pop("architecture", "test_resnet")
+    config = VICRegConfig(architecture=name, model_args=model_args or None, expander_dims=[8])
+    return VICRegModel(config).eval()
+
+
+def vit(path: Path, *, pooler: bool = True) -> Any:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        image_size=48, patch_size=16,
+    )  # fmt: skip
+    model = transformers.ViTModel(config, add_pooling_layer=pooler).eval()
+    model.save_pretrained(path)
+    transformers.ViTImageProcessor(
+        size={"height": 48, "width": 48}, image_mean=[0.4] * 3, image_std=[0.2] * 3
+    ).save_pretrained(path)
+    return model
+
+
+def resnet(path: Path) -> None:
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
+    )
+    transformers.ResNetModel(config).save_pretrained(path)
+    transformers.ConvNextImageProcessor(size={"shortest_edge": 64}).save_pretrained(path)
+
+
+@pytest.mark.parametrize(("make", "width"), [(vit, 16), (resnet, 16)])
+def test_a_transformers_model_gives_what_it_pools(
+    make: Callable[[Path], Any], width: int, tmp_path: Path
+) -> None:
+    make(tmp_path)
+    encoder = open_encoder(str(tmp_path))
+    (shown,) = photographs(1, 90, 70)
+    image = tv.pil_to_tensor(shown)
+    processor: Any = AutoImageProcessor.from_pretrained(tmp_path)
+    model: Any = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        expected = model(**processor(shown, return_tensors="pt")).pooler_output.flatten(1)
+    torch.testing.assert_close(features_of(encoder, image), expected)
+    assert encoder.num_features == width == expected.shape[1]
+    assert encoder.data_config["input_size"] == tuple(encoder.prepare(image).shape)
+
+
+def test_a_pooler_that_a_file_does_not_hold_is_not_used(tmp_path: Path) -> None:
+    # transformers would draw its weights at random, at each loading others
+    model = vit(tmp_path, pooler=False)
+    encoder = open_encoder(str(tmp_path))
+    (shown,) = photographs(1, 90, 70)
+    image = tv.pil_to_tensor(shown)
+    with torch.inference_mode():
+        tokens = model(encoder.prepare(image)[None]).last_hidden_state
+    torch.testing.assert_close(features_of(encoder, image), tokens[:, 0])
+    assert encoder.fingerprint() == open_encoder(str(tmp_path)).fingerprint()
+
+
+def test_encoders_are_found_in_runs_checkpoints_and_on_the_hub(tmp_path: Path) -> None:
+    model = vicreg()
+    model.save_pretrained(tmp_path / "run" / "encoder")
+    model.config.save_pretrained(tmp_path / "step-1")
+    save_file(model.state_dict(), tmp_path / "step-1" / "model.safetensors", {"format": "pt"})
+    x = torch.randn(2, 3, 64, 64)
+    for name in ("run", "run/encoder", "step-1"):
+        encoder = open_encoder(str(tmp_path / name))
+        with torch.no_grad():
+            torch.testing.assert_close(encoder.module(x), model.encoder(x))
+        assert not encoder.module.training
+        assert encoder.num_features == model.num_features
+    with pytest.raises(ValueError, match="model must be org/name"):
+        open_encoder("a/b/c")
+    for name in ("org/there-is-none", str(tmp_path)):
+        with pytest.raises(ValueError, match="model must be an encoder of images that timm or"):
+            open_encoder(name)
+
+
+def test_a_directory_of_timm_is_opened_without_its_classifier(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=7).eval()
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    encoder = open_encoder(str(tmp_path))
+    x = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        expected = model.forward_head(model.forward_features(x), pre_logits=True)
+        torch.testing.assert_close(encoder.module(x), expected)
+
+
+def test_a_fingerprint_tells_weights_architecture_and_preprocessing_apart(tmp_path: Path) -> None:
+    def fingerprint(model: VICRegModel, **cfg: Any) -> str:
+        assert model.config.pretrained_cfg is not None
+        model.config.pretrained_cfg |= cfg
+        model.save_pretrained(tmp_path)
+        return open_encoder(str(tmp_path)).fingerprint()
+
+    first = fingerprint(vicreg())
+    assert fingerprint(vicreg()) == first
+    other = vicreg()
+    with torch.no_grad():
+        next(other.encoder.parameters()).view(-1)[0] += 1e-3
+    changed = [
+        fingerprint(other),
+        fingerprint(vicreg(), mean=[0.4, 0.4, 0.4]),
+        fingerprint(vicreg(), crop_pct=0.5),
+        fingerprint(vicreg(), interpolation="bicubic"),
+        fingerprint(vicreg(), input_size=[3, 48, 48]),
+        fingerprint(vicreg(output_stride=16)),
+    ]
+    assert len({first, *changed}) == 7
