@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
+from vicreg_hf.augmentation import ViewRecipe
 from vicreg_hf.bad_images import BadImages
 from vicreg_hf.data import (
     LoadingError,
@@ -29,7 +30,7 @@ from vicreg_hf.data import (
 from vicreg_hf.images import ImageError
 from vicreg_hf.sampler import GlobalBatches
 from vicreg_hf.sources import ImageSplit, image_split
-from vicreg_hf.views import TwoViews
+from vicreg_hf.views import RandomViews, TwoViews
 
 CPU = torch.device("cpu")
 
@@ -140,6 +141,31 @@ def test_memory_and_workers_give_the_same_views(images: Tensor, split: ImageSpli
     assert (apart > 2.01).float().mean() < 1e-3  # jitter stretches a crop's rounding here and there
     assert apart.mean() < 0.05
     assert apart.max() < 12
+
+
+ONE_VIEW: RandomViews[tuple[Tensor]] = RandomViews(24, (ViewRecipe(jitter=0, grayscale=0),), seed=1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_one_view_is_made_in_memory_by_workers_and_processes_alike(
+    images: Tensor, split: ImageSplit, num_workers: int, world_size: int
+) -> None:
+    whole = []
+    for step in range(3):
+        epoch, rows = GlobalBatches(20, 8, seed=2).batch(step)
+        whole += ONE_VIEW(images[rows], rows, epoch)
+    for source in (images, split):
+        parts = []
+        for rank in range(world_size):
+            batches = GlobalBatches(20, 8, seed=2, rank=rank, world_size=world_size)
+            made = training_views(
+                source, batches, ONE_VIEW, steps=range(3), device=CPU, num_workers=num_workers
+            )
+            parts.append([x for (x,) in made])
+        for step, expected in enumerate(whole):
+            apart = (torch.cat([part[step] for part in parts]) - expected).abs()
+            assert apart.max() < 2.01 / (255 * 0.224)  # two grey levels
 
 
 BAD = (3, 13, 14)

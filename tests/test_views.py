@@ -26,7 +26,7 @@ from vicreg_hf.augmentation import (
     draw_crops,
 )
 from vicreg_hf.randomness import Stream, uniforms
-from vicreg_hf.views import TwoViews
+from vicreg_hf.views import RandomViews, TwoViews
 
 LARGEST = np.float32(1 - 2**-24)  # uniform there is
 NOTHING = ViewRecipe(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grayscale=0.0)
@@ -296,6 +296,17 @@ def test_another_key_gives_other_views(
         assert not torch.equal(one[view], other[view])
 
 
+def test_one_view_is_the_first_of_two(photographs: Tensor) -> None:
+    first, second = PRESETS["authors"]
+    one: RandomViews[tuple[Tensor]] = RandomViews(32, (first,), seed=2)
+    two, indices = TwoViews(32, (first, second), seed=2), np.arange(16)
+    (x,) = one(photographs, indices, 3)
+    assert torch.equal(x, two(photographs, indices, 3)[0])
+    (crop,), crops = one.crop(list(photographs), indices, 3), two.crop([*photographs], indices, 3)
+    assert torch.equal(crop, crops[0])
+    assert torch.equal(one.colour((crop,), indices, 3)[0], two.colour(crops, indices, 3)[0])
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_two_views_of_an_image_differ(preset: str, photographs: Tensor) -> None:
     x, x_prime = TwoViews(image_size=32, preset=preset)(photographs, np.arange(16))
@@ -349,6 +360,12 @@ def test_images_of_another_dtype_or_shape_are_named(images: Tensor, received: st
 def test_an_unknown_preset_is_answered_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"authors, paper, cifar.*got 'imagenet'"):
         TwoViews(preset="imagenet")
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_every_view_needs_numbers_of_its_own(count: int) -> None:
+    with pytest.raises(ValueError, match=f"of 1 to 2 views, got {count}"):
+        RandomViews(8, (NOTHING,) * count)
 
 
 def test_a_view_has_at_least_one_pixel() -> None:

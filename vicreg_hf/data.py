@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import cast
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from vicreg_hf.sampler import GlobalBatches
 from vicreg_hf.signals import ignore_requests
 from vicreg_hf.sources import ImageSplit
 from vicreg_hf.streaming import ImageStream
-from vicreg_hf.views import TwoViews, Views
+from vicreg_hf.views import RandomViews, Views
 
 SMALL_IMAGE = 64
 """Side in pixels up to which images are taken at their own size, with the `cifar` views."""
@@ -37,8 +38,9 @@ MEMORY_BUDGET = 4 * 2**30
 STREAM_CHUNK = 32
 """Images of a stream that a worker crops together."""
 
-Crops = tuple[Views, NDArray[np.int64], list[BadImage]]
-"""Two (B, C, S, S) uint8 tensors, the (B,) keys they were drawn by, and what was replaced."""
+Crops = tuple[tuple[Tensor, ...], NDArray[np.int64], list[BadImage]]
+"""For each view a (B, C, S, S) uint8 tensor, the (B,) keys they were drawn by, and what was
+replaced."""
 
 
 class LoadingError(RuntimeError):
@@ -72,10 +74,10 @@ def load_in_memory(
 
 
 class _Crops(Dataset[Crops]):
-    """Both crops of a step's samples, cut where they are decoded."""
+    """The crops of a step's samples, cut where they are decoded."""
 
     def __init__(
-        self, split: ImageSplit, batches: GlobalBatches, views: TwoViews, steps: range
+        self, split: ImageSplit, batches: GlobalBatches, views: RandomViews, steps: range
     ) -> None:
         self.split, self.batches, self.views, self.steps = split, batches, views, steps
 
@@ -89,9 +91,9 @@ class _Crops(Dataset[Crops]):
 
 
 class _StreamCrops(IterableDataset[Crops]):
-    """Both crops of what a stream gives, drawn by the images' content."""
+    """The crops of what a stream gives, drawn by the images' content."""
 
-    def __init__(self, stream: ImageStream, views: TwoViews, epoch: int) -> None:
+    def __init__(self, stream: ImageStream, views: RandomViews, epoch: int) -> None:
         self.stream, self.views, self.epoch = stream, views, epoch
 
     def __iter__(self) -> Iterator[Crops]:
@@ -133,14 +135,14 @@ def _loader(source: Dataset[Crops], device: torch.device, num_workers: int) -> D
 def training_views(
     images: ImageSplit | ImageStream | Tensor,
     batches: GlobalBatches,
-    views: TwoViews,
+    views: RandomViews[Views],
     *,
     steps: range,
     device: torch.device,
     num_workers: int = 0,
     bad: BadImages | None = None,
 ) -> Iterator[Views]:
-    """The two views of this process's rows at every step, on the device.
+    """The views of this process's rows at every step, on the device.
 
     On a GPU the next views are made while a step computes.
 
@@ -149,10 +151,10 @@ def training_views(
         batches: which rows each step sees; of a stream only how many.
         steps: steps to yield; starting late resumes exactly, but for streams.
         num_workers: loading processes; without effect for images in memory.
-        bad: told of images that could not be used.
+        bad: told of images that could not be used, before the step that they are replaced in.
 
     Yields:
-        Two (B, C, S, S) float32 tensors.
+        A (B, C, S, S) float32 tensor for each view.
 
     Raises:
         ImageError: nothing usable.
@@ -172,7 +174,11 @@ def training_views(
 
 
 def _views_of_memory(
-    images: Tensor, batches: GlobalBatches, views: TwoViews, steps: range, device: torch.device
+    images: Tensor,
+    batches: GlobalBatches,
+    views: RandomViews[Views],
+    steps: range,
+    device: torch.device,
 ) -> Iterator[Views]:
     for step in steps:
         epoch, rows = batches.batch(step)
@@ -183,38 +189,39 @@ def _views_of_memory(
 
 
 def _views_of_crops(
-    crops: Iterable[tuple[int, Crops]], views: TwoViews, device: torch.device, bad: BadImages | None
+    crops: Iterable[tuple[int, Crops]],
+    views: RandomViews[Views],
+    device: torch.device,
+    bad: BadImages | None,
 ) -> Iterator[Views]:
-    for epoch, ((x, x_prime), keys, replaced) in crops:
+    for epoch, (cut, keys, replaced) in crops:
         if bad is not None:
             bad.add(replaced)
-        on_device = (x.to(device, non_blocking=True), x_prime.to(device, non_blocking=True))
+        on_device = cast(Views, tuple(x.to(device, non_blocking=True) for x in cut))
         yield views.colour(on_device, np.asarray(keys), epoch)
 
 
 def _crops_of_stream(
     stream: ImageStream,
     batches: GlobalBatches,
-    views: TwoViews,
+    views: RandomViews,
     steps: range,
     device: torch.device,
     num_workers: int,
 ) -> Iterator[tuple[int, Crops]]:
     """Batches of one size from chunks of any; a pass over the stream follows the other."""
     size = batches.batch_size // batches.world_size
-    x, x_prime, keys, bad = _nothing(views)
+    cut, keys, bad = _nothing(views)
     epoch, left = steps.start, len(steps)  # a resumed run goes on with passes not yet seen
     while left:
         count = 0
-        for (own, own_prime), rows, replaced in _loader(
-            _StreamCrops(stream, views, epoch), device, num_workers
-        ):
+        for own, rows, replaced in _loader(_StreamCrops(stream, views, epoch), device, num_workers):
             count += len(rows)
-            x, x_prime = torch.cat([x, own]), torch.cat([x_prime, own_prime])
+            cut = tuple(torch.cat(pair) for pair in zip(cut, own, strict=True))
             keys, bad = np.concatenate([keys, rows]), bad + replaced
             while len(keys) >= size and left:
-                yield epoch, ((x[:size], x_prime[:size]), keys[:size], bad)
-                x, x_prime, keys, bad = x[size:], x_prime[size:], keys[size:], []
+                yield epoch, (tuple(x[:size] for x in cut), keys[:size], bad)
+                cut, keys, bad = tuple(x[size:] for x in cut), keys[size:], []
                 left -= 1
             if not left:
                 return
@@ -223,9 +230,9 @@ def _crops_of_stream(
         epoch += 1
 
 
-def _nothing(views: TwoViews) -> tuple[Tensor, Tensor, NDArray[np.int64], list[BadImage]]:
+def _nothing(views: RandomViews) -> Crops:
     empty = torch.empty(0, views.in_chans, views.image_size, views.image_size, dtype=torch.uint8)
-    return empty, empty, np.empty(0, np.int64), []
+    return (empty,) * len(views.recipes), np.empty(0, np.int64), []
 
 
 @contextmanager

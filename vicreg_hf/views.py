@@ -1,9 +1,9 @@
-"""Two random views of every image, drawn from keyed random numbers and computed in batches.
+"""Random views of every image, drawn from keyed random numbers and computed in batches.
 
-A view is made in two halves that may run in different places: `TwoViews.crop` (the random resized
-crop) and `TwoViews.colour` (flip, colour jitter, grayscale, blur, solarise, normalisation).
-Calling the object does both. Between operations pixels are uint8, as they are in PIL, which the
-authors use.
+A view is made in two halves that may run in different places: `RandomViews.crop` (the random
+resized crop) and `RandomViews.colour` (flip, colour jitter, grayscale, blur, solarise,
+normalisation). Calling the object does both. Between operations pixels are uint8, as they are in
+PIL, which the authors use.
 
 Shapes: B images, C channels, H x W source pixels, S side of a view, K uniforms per view.
 """
@@ -11,7 +11,7 @@ Shapes: B images, C channels, H x W source pixels, S side of a view, K uniforms 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -51,20 +51,23 @@ NEEDS_RGB = ("saturation", "hue", "grayscale")
 ELEMENTS_AT_ONCE = 2**23
 """Levels of which a CPU makes views at once: larger batches leave its cache."""
 
-Views = tuple[Tensor, Tensor]
+VIEW_STREAMS = (Stream.VIEW, Stream.VIEW_PRIME)
+"""Where the numbers of each view come from; a further view needs a stream of its own."""
+
+Views = TypeVar("Views", bound=tuple[Tensor, ...])
+"""A tensor for each view."""
 Operation = Callable[..., Tensor]
 
 
-class TwoViews:
-    """Make the two views of VICReg from a batch of images.
+class RandomViews(Generic[Views]):
+    """Make a random view of each recipe from a batch of images.
 
     What happens to an image depends on (seed, epoch, index, view) alone. Images of other than three
     channels keep the operations that need no colours: `NEEDS_RGB` names the others.
 
     Args:
         image_size: S, the side of a view in pixels.
-        preset: one of `PRESETS`, a YAML file or its content as `find_recipes` takes it, or the
-            recipes of the first and the second view.
+        recipes: of each view; as many as there are `VIEW_STREAMS` at most.
         mean: subtracted after scaling to [0, 1], per channel; by default ImageNet's, of which
             images of other than three channels get the average.
         std: divided by after that, per channel.
@@ -74,18 +77,18 @@ class TwoViews:
             at the start. Without a C++ compiler it says so and goes on without.
 
     Raises:
-        ValueError: unknown preset, no channels, or a side below one pixel.
+        ValueError: no recipe or too many, no channels, or a side below one pixel.
 
     Example:
-        >>> x, x_prime = TwoViews(image_size=32, preset="cifar")(images, indices)
+        >>> (x,) = RandomViews(32, (ViewRecipe(jitter=0, grayscale=0),))(images, indices)
 
     Source: vicreg@4e12602, augmentations.py, operation by operation and in that order.
     """
 
     def __init__(
         self,
-        image_size: int = 224,
-        preset: str | Mapping[str, Any] | Recipes = "authors",
+        image_size: int,
+        recipes: tuple[ViewRecipe, ...],
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -97,8 +100,12 @@ class TwoViews:
             raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
         if in_chans < 1:
             raise ValueError(f"in_chans must be at least 1, got {in_chans}.")
+        if not 1 <= len(recipes) <= len(VIEW_STREAMS):
+            raise ValueError(
+                f"recipes must be of 1 to {len(VIEW_STREAMS)} views, got {len(recipes)}."
+            )
         self.image_size, self.seed, self.in_chans = image_size, seed, in_chans
-        self.recipes: Recipes = preset if isinstance(preset, tuple) else find_recipes(preset)
+        self.recipes = recipes
         self.kernels = Kernels(compiled=compile)
         mean, std = (
             _per_channel(name, values, default, in_chans)
@@ -119,8 +126,8 @@ class TwoViews:
         return tuple(n for n in NEEDS_RGB if any(getattr(recipe, n) for recipe in self.recipes))
 
     def uniforms(self, indices: ArrayLike, epoch: ArrayLike, view: int) -> NDArray[np.float32]:
-        """The (B, K) numbers that decide view 0 or 1 of every image."""
-        stream = (Stream.VIEW, Stream.VIEW_PRIME)[view]
+        """The (B, K) numbers that decide one view, counted from 0, of every image."""
+        stream = VIEW_STREAMS[view]
         return uniforms(indices, NUM_UNIFORMS, seed=self.seed, epoch=epoch, stream=stream)
 
     def __call__(
@@ -135,7 +142,7 @@ class TwoViews:
             epoch: scalar or (B,).
 
         Returns:
-            Two (B, C, S, S) float32 tensors, normalised.
+            A (B, C, S, S) float32 tensor for each view, normalised.
 
         Raises:
             ValueError: images of another dtype or shape.
@@ -153,10 +160,10 @@ class TwoViews:
             boxes = draw_crops(self.uniforms(indices, epoch, view), height, width, recipe)
             on_device = torch.from_numpy(boxes).to(images.device, non_blocking=True)
             crops.append(self.kernels(resized_crop, images, on_device, shared=(self.image_size,)))
-        return self.colour((crops[0], crops[1]), indices, epoch)
+        return self.colour(cast(Views, tuple(crops)), indices, epoch)
 
     def crop(self, images: Sequence[Tensor], indices: ArrayLike, epoch: ArrayLike = 0) -> Views:
-        """Both crops of images of any sizes; what a loading worker does.
+        """The crops of images of any sizes; what a loading worker does.
 
         Args:
             images: B of (C, H, W) uint8.
@@ -164,7 +171,7 @@ class TwoViews:
             epoch: scalar or (B,).
 
         Returns:
-            Two (B, C, S, S) uint8 tensors.
+            A (B, C, S, S) uint8 tensor for each view.
         """
         side = [self.image_size, self.image_size]
         heights, widths = np.array([image.shape[-2:] for image in images]).T
@@ -178,18 +185,18 @@ class TwoViews:
                 part = image[:, top : top + height, left : left + width]
                 into.copy_(tv.resize(part, side, tv.InterpolationMode.BICUBIC, antialias=True))
             views.append(out)
-        return views[0], views[1]
+        return cast(Views, tuple(views))
 
     @torch.no_grad()
     def colour(self, crops: Views, indices: ArrayLike, epoch: ArrayLike = 0) -> Views:
         """Finish a batch of crops, on their own device.
 
         Args:
-            crops: two (B, C, S, S) uint8 tensors, as `crop` gives them.
+            crops: (B, C, S, S) uint8 tensors, as `crop` gives them.
             indices: (B,) as given to `crop`; likewise epoch.
 
         Returns:
-            Two (B, C, S, S) float32 tensors, normalised.
+            A (B, C, S, S) float32 tensor for each view, normalised.
         """
         views = []
         for view, (x, recipe) in enumerate(zip(crops, self.recipes, strict=True)):
@@ -202,7 +209,7 @@ class TwoViews:
                 levels = self._apply(x[rows].clone(), parameters.rows(rows), recipe)
                 out[rows] = self.kernels(normalise, levels, shared=(scale, shift))
             views.append(out)
-        return views[0], views[1]
+        return cast(Views, tuple(views))
 
     def _apply(self, x: Tensor, p: ColourParameters, recipe: ViewRecipe) -> Tensor:
         """Flip, jitter, grayscale, blur and solarise a batch in place, in the authors' order."""
@@ -232,6 +239,39 @@ class TwoViews:
             change(gaussian_blur, p.blur, weights)
         change(solarize, p.solarize)
         return x
+
+
+class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
+    """Make the two views of VICReg from a batch of images.
+
+    Args:
+        image_size: S, the side of a view in pixels.
+        preset: one of `PRESETS`, a YAML file or its content as `find_recipes` takes it, or the
+            recipes of the first and the second view.
+        mean: as for `RandomViews`; likewise the others.
+
+    Raises:
+        ValueError: unknown preset, no channels, or a side below one pixel.
+
+    Example:
+        >>> x, x_prime = TwoViews(image_size=32, preset="cifar")(images, indices)
+    """
+
+    def __init__(
+        self,
+        image_size: int = 224,
+        preset: str | Mapping[str, Any] | Recipes = "authors",
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        seed: int = 0,
+        in_chans: int = 3,
+        compile: bool = False,  # noqa: A002 - torch's word
+    ) -> None:
+        recipes = preset if isinstance(preset, tuple) else find_recipes(preset)
+        super().__init__(
+            image_size, recipes, mean=mean, std=std, seed=seed, in_chans=in_chans, compile=compile
+        )
 
 
 def _per_channel(
