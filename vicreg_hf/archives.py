@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
+from datasets import config
 
 from vicreg_hf.columns import MAX_FILE
 
@@ -43,7 +43,7 @@ def _files_of_zip(archive: Path) -> Iterator[tuple[str, int]]:
         for entry in file.infolist():
             total += entry.file_size
             yield entry.filename, entry.file_size
-    place = Path(datasets.config.HF_DATASETS_CACHE)
+    place = Path(config.HF_DATASETS_CACHE)
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
@@ -57,7 +57,7 @@ def _files_of_zip(archive: Path) -> Iterator[tuple[str, int]]:
 def _files_of_tar(archive: Path) -> Iterator[tuple[str, int]]:
     with tarfile.open(archive, "r:") as file:
         for entry in file:
-            file.members = []  # tarfile remembers every one
+            file.members = []  # pyright: ignore - tarfile remembers every one
             if entry.name.lower().endswith(COMPRESSED):
                 raise ValueError(
                     f"a tar must hold files that are not compressed once more, got {entry.name} in "
