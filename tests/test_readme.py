@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -108,6 +109,33 @@ def test_features_are_extracted_and_searched_as_shown(tmp_path: Path) -> None:
     done = run([sys.executable, "-c", block.replace('"feats"', repr(str(tmp_path / "feats")))])
     assert done.returncode == 0, done.stderr
     assert "'0'" in done.stdout  # the nearest to an image is itself
+
+
+def test_an_encoder_is_measured_as_shown(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", rows=220)
+    model = VICRegModel(VICRegConfig(architecture="test_resnet", expander_dims=[8]))
+    model.save_pretrained(tmp_path / "encoder")
+    (command,) = [line for block in blocks("bash") for line in block.splitlines()
+                  if "evaluate.py" in line]  # fmt: skip
+    for word, path in {"org/name": "encoder", "path/or/hub-id": "images"}.items():
+        command = command.replace(f" {word}", f" {tmp_path / path}")
+    output = tmp_path / "out"
+    done = run([*shlex.split(command), f"--output_dir={output}", f"--cache_dir={tmp_path}/cache"])
+    assert done.returncode == 0, done.stderr
+    protocols = {entry["protocol"] for entry in json.loads((output / "results.json").read_text())
+                 ["results"]}  # fmt: skip
+    assert protocols == {"knn", "linear", "retrieval"}
+    assert (output / "report.html").is_file()
+
+
+def test_measures_work_in_python_as_shown() -> None:
+    (block,) = [block for block in blocks("python") if "linear_probe" in block]
+    done = run([sys.executable, "-c", block])
+    assert done.returncode == 0, done.stderr
+    knn, linear, rank = map(float, done.stdout.split())
+    assert 0 <= knn <= 1
+    assert 0 <= linear <= 1
+    assert 1 < rank <= 64
 
 
 def test_python_interface_works_as_shown(tmp_path: Path) -> None:

@@ -8,7 +8,10 @@ from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.augmentation import ViewRecipe
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.conversion import convert_checkpoint
-from vicreg_hf.evaluation import knn_accuracy
+from vicreg_hf.evaluating import evaluate
+from vicreg_hf.evaluation import collapse_report, knn_accuracy, linear_probe
+from vicreg_hf.evaluation.arguments import EvaluationArguments
+from vicreg_hf.evaluation.finetune import FinetuneSettings, finetune
 from vicreg_hf.loss import VICRegLoss, vicreg_loss
 from vicreg_hf.modeling_vicreg import VICRegModel, VICRegOutput
 from vicreg_hf.optim import LARS
@@ -20,6 +23,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LARS",
+    "EvaluationArguments",
+    "FinetuneSettings",
     "PretrainingArguments",
     "TwoViews",
     "VICRegConfig",
@@ -27,9 +32,13 @@ __all__ = [
     "VICRegModel",
     "VICRegOutput",
     "ViewRecipe",
+    "collapse_report",
     "convert_checkpoint",
+    "evaluate",
     "export_encoder",
+    "finetune",
     "knn_accuracy",
+    "linear_probe",
     "pretrain",
     "publish",
     "vicreg_loss",

@@ -6,18 +6,19 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from importlib import resources
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
 
+from vicreg_hf import recipe_files
 from vicreg_hf.augmentation import PRESETS, describe, find_recipes
 from vicreg_hf.data import SMALL_IMAGE
 from vicreg_hf.hub import check_repo_id
 from vicreg_hf.optim import default_base_lr
+from vicreg_hf.recipe_files import as_flags
 from vicreg_hf.sources import DEMO
 
 
@@ -196,53 +197,19 @@ class PretrainingArguments:
     @classmethod
     def from_recipe(cls, name_or_path: str, **overrides: Any) -> PretrainingArguments:
         """A shipped recipe or YAML file, with some settings replaced."""
-        return parse_arguments(["--config", name_or_path, *_as_flags(overrides)])
+        return parse_arguments(["--config", name_or_path, *as_flags(overrides)])
 
 
 def recipe_names() -> list[str]:
     """Names that --config takes besides files."""
-    folder = resources.files("vicreg_hf") / "recipes"
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
+    return recipe_files.recipe_names("vicreg_hf")
 
 
 def read_recipe(name_or_path: str) -> dict[str, Any]:
-    """Settings of a shipped recipe or a YAML file.
-
-    Raises:
-        ValueError: no such recipe or file, not a mapping, or settings that do not exist.
-    """
-    if name_or_path in recipe_names():
-        text = (resources.files("vicreg_hf") / "recipes" / f"{name_or_path}.yaml").read_text()
-    elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text(encoding="utf-8")
-    else:
-        raise ValueError(
-            f"config must be a recipe ({', '.join(recipe_names())}) or a YAML file, "
-            f"got {name_or_path!r}."
-        )
-    try:
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"config must be valid YAML, {name_or_path} is not: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"config must map settings to values, got {settings!r} in {name_or_path}.")
-    unknown = {str(name) for name in settings} - {f.name for f in fields(PretrainingArguments)}
-    if unknown:
-        raise ValueError(
-            f"config must hold settings of scripts/pretrain.py, got {', '.join(sorted(unknown))} "
-            f"in {name_or_path}; --help lists them."
-        )
-    return settings
-
-
-def _as_flags(settings: dict[str, Any]) -> list[str]:
-    """Settings as command-line words, so that YAML and shell pass through one parser."""
-    words = []
-    for name, value in settings.items():
-        if value is not None:
-            text = json.dumps(value) if isinstance(value, dict) else str(value)
-            words.append(f"--{name}={text}")
-    return words
+    """Settings of a shipped recipe or a YAML file; errors as `recipe_files.read_recipe`."""
+    return recipe_files.read_recipe(
+        name_or_path, "vicreg_hf", PretrainingArguments, "scripts/pretrain.py"
+    )
 
 
 def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
@@ -285,7 +252,7 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
         type=int,
         help="Instead of training, take a step of the run in output_dir again and describe it.",
     )
-    words = [*(_as_flags(read_recipe(config)) if config else []), *argv]
+    words = [*(as_flags(read_recipe(config)) if config else []), *argv]
     namespace = vars(parser.parse_args(words))
     for name in ("config", "preview", "replay"):
         namespace.pop(name)

@@ -21,6 +21,7 @@ import vicreg_hf
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.backbones import is_ours
 from vicreg_hf.configuration_vicreg import VICRegConfig
+from vicreg_hf.evaluation.results import Measurement
 from vicreg_hf.sources import DEMO
 
 CARD_FILE = "README.md"
@@ -205,6 +206,65 @@ def personalise(text: str, repo_id: str, licence: str | None = None) -> str:
         card.data.license = licence
         text = str(card)
     return re.sub(rf'(["/:`]){re.escape(MODEL_ID)}\b', lambda found: found[1] + repo_id, text)
+
+
+def add_evaluation(
+    path: Path, measurements: Sequence[Measurement], *, dataset: str, split: str
+) -> None:
+    """Add results of an evaluation to a card, in the place of earlier ones of the same data.
+
+    Args:
+        path: of the card.
+        dataset: id on the Hub, or a name; likewise split.
+    """
+    card: Any = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    shares = [m for m in measurements if m.percent]
+    kept = [
+        result for result in card.data.eval_results or []
+        if (result.dataset_name, result.dataset_split) != (dataset, split)
+        or result.metric_name not in {m.name for m in shares}
+    ]  # fmt: skip
+    if shares:
+        card.data.model_name = card.data.model_name or path.resolve().parent.name
+        card.data.eval_results = kept + [
+            EvalResult(
+                task_type="image-classification", dataset_type=dataset, dataset_name=dataset,
+                dataset_split=split, metric_type=_metric_type(m.name), metric_name=m.name,
+                metric_value=round(100 * m.value, 2),
+            )
+            for m in shares
+        ]  # fmt: skip
+        types = {_metric_type(m.name) for m in shares} | set(card.data.metrics or [])
+        card.data.metrics = sorted(types)
+    card.text = _with_section(card.text, dataset, split, measurements)
+    aside = path.with_suffix(".partial")
+    aside.write_text(str(card), encoding="utf-8")
+    aside.replace(path)
+
+
+def _metric_type(name: str) -> str:
+    kinds = {"recall": "recall", "precision": "mean_average_precision"}
+    return next((kind for word, kind in kinds.items() if word in name), "accuracy")
+
+
+def _with_section(text: str, dataset: str, split: str, measurements: Sequence[Measurement]) -> str:
+    """A card's text with a table for one data set, before its training or at its end."""
+    begin, end = f"<!-- evaluation: {dataset} ({split}) -->", "<!-- end of evaluation -->"
+    rows = {m.name: f"| {m.name} | {m.shown} | {m.num_images:,} |" for m in measurements}
+    if begin in text:
+        before, _, rest = text.partition(begin)
+        old, _, after = rest.partition(end)
+        earlier = [line for line in old.splitlines() if line.startswith("| ")][1:]
+        rows = {line.split("|")[1].strip(): line for line in earlier} | rows
+    else:
+        place = text.find("\n## Training\n") + 1 or len(text)
+        before, after = text[:place].rstrip() + "\n\n", "\n\n" + text[place:].lstrip()
+    lines = [
+        begin, f"## Evaluation on {dataset} ({split})", "",
+        "| measure | value, 95 % interval over resampled images | images |", "|---|---|---|",
+        *rows.values(), end,
+    ]  # fmt: skip
+    return before + "\n".join(lines) + after
 
 
 def _base_model(

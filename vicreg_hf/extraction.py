@@ -9,6 +9,7 @@ Shapes: B images, C channels, S side in pixels, F features.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -132,8 +133,11 @@ def extract_dataset(args: ExtractionArguments) -> Path:
     with accelerator.main_process_first():
         splits = _open_splits(args, channels=encoder.in_chans)
     _remember(args, encoder, splits, output_dir, write=main)
+    if main:
+        for left in (output_dir / "data").glob(".*.partial"):  # by a process that was killed
+            left.unlink()
     accelerator.wait_for_everyone()
-    parts = _parts(splits, output_dir / "data", args.rows_per_file)
+    parts = parts_of(splits, output_dir / "data", args.rows_per_file)
     missing = [part for part in parts if not part.file.is_file()]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     seen = sum(len(split) for split in splits.values())
@@ -288,7 +292,7 @@ def _write(
         kinds["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
     table = pa.Table.from_arrays(arrays, schema=datasets.Features(kinds).arrow_schema)
     part.file.parent.mkdir(parents=True, exist_ok=True)
-    aside = part.file.with_name(f".{part.file.name}.partial")
+    aside = part.file.with_name(f".{part.file.name}.{os.getpid()}.partial")
     with pq.ParquetWriter(aside, table.schema) as file:
         if len(table):  # `datasets` cannot read a row group of none
             file.write_table(table)
@@ -318,7 +322,8 @@ def _open_splits(args: ExtractionArguments, channels: int) -> dict[str, ImageSpl
     }  # fmt: skip
 
 
-def _parts(splits: dict[str, ImageSplit], folder: Path, rows_per_file: int) -> list[Part]:
+def parts_of(splits: dict[str, ImageSplit], folder: Path, rows_per_file: int) -> list[Part]:
+    """The files that splits are cut into."""
     parts = []
     for name, split in splits.items():
         starts = range(0, len(split), rows_per_file)

@@ -70,7 +70,7 @@ def open_inputs(
     images: ImageSplit | ImageStream | Tensor = train
     side = None
     if isinstance(train, ImageSplit):
-        side = _common_side(train)
+        side = common_side(train)
         loaded = None if side is None else load_in_memory(train, bad=bad)
         if loaded is not None:
             images = loaded
@@ -119,7 +119,7 @@ def _num_images(train: ImageSplit | ImageStream, args: PretrainingArguments) -> 
     return args.max_steps * args.batch_size  # what the run will see is its epoch
 
 
-def _common_side(split: ImageSplit) -> int | None:
+def common_side(split: ImageSplit) -> int | None:
     """The side of the images if they look small, square and alike; else None."""
     few, _ = split.read_or_replace(range(min(8, len(split))))
     height, width = few[0].shape[-2:]

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from vicreg_hf.randomness import permutation
+
+MOST_PAIRS = 4096
+"""Rows of which every pair is compared, for uniformity."""
 
 
 def embedding_std(z: Tensor) -> Tensor:
@@ -26,13 +32,16 @@ def effective_rank(z: Tensor) -> Tensor:
 
     Source: Garrido et al. 2023, "RankMe", arXiv:2210.02885, eq. 1.
     """
-    z = (
-        z.cpu() if z.device.type == "mps" else z
-    ).double()  # the Gram matrix squares the condition number
-    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
-    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    singular = _singular_values(z)
     p = singular / singular.sum().clamp(min=1e-12) + 1e-7
     return torch.exp(-(p * p.log()).sum())
+
+
+def _singular_values(z: Tensor) -> Tensor:
+    """The least first, by way of the smaller Gram matrix, which squares the condition number."""
+    z = (z.cpu() if z.device.type == "mps" else z).double()
+    gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
 
 
 def alignment(z: Tensor, z_prime: Tensor) -> Tensor:
@@ -61,3 +70,67 @@ def uniformity(z: Tensor) -> Tensor:
     squared = (2 - 2 * (z @ z.T)).clamp(min=0)
     pairs = torch.triu_indices(len(z), len(z), offset=1, device=z.device)
     return torch.logsumexp(-2 * squared[pairs[0], pairs[1]], 0) - math.log(pairs.shape[1])
+
+
+@dataclass(frozen=True)
+class CollapseReport:
+    """What a set of features shows of collapse."""
+
+    embedding_std: float
+    """Mean over dimensions of the standard deviation of unit-length features, times sqrt(F): 1 is
+    what points spread evenly over the sphere have, 0 what equal ones have."""
+    std: Tensor = field(repr=False)
+    """(F,) of each dimension, of the features as they are."""
+    singular_values: Tensor = field(repr=False)
+    """(min(N, F),) of the centred features, the largest first."""
+    effective_rank: float
+    """RankMe: between 1 and min(N, F)."""
+    uniformity: float
+    off_diagonal_correlation: float
+    """Mean absolute correlation of two dimensions, 0 to 1."""
+    alignment: float | None = None
+    """Of two views of the same images, if they were given."""
+
+
+def collapse_report(features: Tensor, views: tuple[Tensor, Tensor] | None = None) -> CollapseReport:
+    """Measure how far features spread, and over how many dimensions.
+
+    Args:
+        features: (N, F), a row for every image.
+        views: two (M, F), features of two views of some images; for alignment.
+
+    Raises:
+        ValueError: fewer than two rows, or values that are not finite.
+    """
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(
+            f"features must be at least two rows of numbers, got shape {tuple(features.shape)}."
+        )
+    if not bool(features.isfinite().all()):
+        raise ValueError("features must be finite numbers, and some are not.")
+    x = features.float()
+    centred = x - x.mean(0)
+    # the first rows may all be of one class
+    some = x[torch.from_numpy(permutation(len(x), seed=0, epoch=0)[:MOST_PAIRS]).to(x.device)]
+    return CollapseReport(
+        embedding_std=(F.normalize(x, dim=1).std(0).mean() * math.sqrt(x.shape[1])).item(),
+        std=x.std(0).cpu(),
+        singular_values=_singular_values(centred).flip(0).float().cpu(),
+        effective_rank=effective_rank(x).item(),
+        uniformity=uniformity(some).item(),
+        off_diagonal_correlation=_off_diagonal(centred[:, _varies(x)]).item(),
+        alignment=None if views is None else alignment(*views).item(),
+    )
+
+
+def _varies(x: Tensor) -> Tensor:
+    """(F,) whether a dimension is more than a constant, of which centring leaves some rounding."""
+    return x.std(0) > 1e-6 * x.abs().amax(0)
+
+
+def _off_diagonal(centred: Tensor) -> Tensor:
+    size = centred.shape[1]
+    if size < 2:
+        return centred.new_zeros(())
+    unit = centred / centred.norm(dim=0)
+    return ((unit.T @ unit).abs().sum() - size) / (size * (size - 1))

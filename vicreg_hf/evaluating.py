@@ -1,0 +1,232 @@
+"""Measuring an encoder on a labelled data set, by several protocols at once.
+
+Shapes: N training and M test images that can be used, F features, K classes.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import datasets
+import timm
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
+
+import vicreg_hf
+from vicreg_hf.cards import CARD_FILE, add_evaluation, hardware, impersonal
+from vicreg_hf.data import available_cores
+from vicreg_hf.encoders import Encoder, open_encoder
+from vicreg_hf.evaluation.arguments import TRAINED, EvaluationArguments
+from vicreg_hf.evaluation.report import Gallery, write_report
+from vicreg_hf.evaluation.results import Measurement
+from vicreg_hf.feature_cache import Features, cached_features
+from vicreg_hf.labelled import Labelled, LabelledData, open_labelled
+from vicreg_hf.protocols import MULTI_LABEL, NO_LABELS, Task, run_protocol
+
+RESULTS, REPORT = "results.json", "report.html"
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation has found."""
+
+    args: EvaluationArguments
+    encoder: Encoder
+    data: LabelledData
+    device: torch.device
+    num_processes: int
+    measurements: list[Measurement] = field(default_factory=list)
+    predictions: dict[str, Tensor] = field(default_factory=dict)
+    """(M,) classes by the name of the classifier."""
+    features: dict[str, Features] = field(default_factory=dict)
+
+
+def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print) -> dict[str, Any]:
+    """Measure an encoder, write results.json and report.html, and add to its card.
+
+    Everything that can be refused is refused before an image is encoded. Every process must call
+    this.
+
+    Args:
+        say: told what was measured.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        ValueError: a setting, encoder or data set that cannot be, or labels that do not suffice.
+        ImageError: too many images cannot be used.
+        FloatingPointError: a training diverged.
+    """
+    # the others wait while the main process works on features
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
+    accelerator = Accelerator(kwargs_handlers=[patience])
+    datasets.disable_progress_bars()
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(max(1, available_cores() // accelerator.num_processes))
+    output_dir = Path(str(args.output_dir))
+    encoder = open_encoder(args.model, args.revision)
+    with accelerator.main_process_first():
+        data = open_labelled(
+            args.dataset_name, train_split=args.train_split, eval_split=args.eval_split,
+            config_name=args.dataset_config_name, image_column=args.image_column,
+            label_column=args.label_column, channels=encoder.in_chans,
+        )  # fmt: skip
+    check_labels(args, data)
+    _claim(output_dir)
+    encoder.module.to(accelerator.device)
+    found = Evaluation(args, encoder, data, accelerator.device, accelerator.num_processes)
+    found.features = cached_features(
+        encoder, {"train": data.train.split, "test": data.test.split}, Path(args.cache_dir),
+        accelerator, batch_size=args.batch_size, num_workers=args.num_workers, bf16=args.bf16,
+        max_bad_fraction=args.max_bad_fraction,
+    )  # fmt: skip
+    for protocol in args.protocol_names:
+        if accelerator.is_main_process or protocol in TRAINED:
+            task = Task(args, accelerator, encoder, data, found.features)
+            measured = run_protocol(protocol, task)
+            found.measurements += measured.measurements
+            found.predictions |= measured.predictions
+            for measurement in measured.measurements if accelerator.is_main_process else ():
+                say(f"{measurement.name}: {measurement.shown}")
+        accelerator.wait_for_everyone()
+    results = summary(found)
+    if accelerator.is_main_process:
+        (output_dir / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+        _write_report(found, results, output_dir / REPORT)
+        if args.update_card:
+            _update_card(found)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return results
+
+
+def check_labels(args: EvaluationArguments, data: LabelledData) -> None:
+    """Refuse what the labels of a data set do not suffice for.
+
+    Raises:
+        ValueError: says which protocol needs what.
+    """
+    train, test = data.train, data.test
+    for protocol in args.protocol_names:
+        if protocol in NO_LABELS:
+            continue
+        if train.classes is None and train.targets is None:
+            raise ValueError(
+                f"protocol {protocol} needs labels in both splits, and {train.split.name} or "
+                f"{test.split.name} has none; name their column with --label_column, or choose of "
+                f"{', '.join(NO_LABELS)}."
+            )
+        if (protocol in MULTI_LABEL) != (train.targets is not None):
+            kinds = {True: "lists of classes", False: "one class an image"}
+            raise ValueError(
+                f"protocol {protocol} needs {kinds[protocol in MULTI_LABEL]}, and "
+                f"{train.split.name} has {kinds[train.targets is not None]}; choose another "
+                "--protocols or --label_column."
+            )
+        if train.classes is not None and len(train.classes.unique()) < 2:
+            raise ValueError(
+                f"protocol {protocol} needs at least two classes, and {train.split.name} shows "
+                f"only {data.names[int(train.classes[0])] if data.names else 'one'}."
+            )
+    for protocol, setting in (("knn", "knn_k"), ("retrieval", "retrieval_k")):
+        most = max(args.numbers(setting))
+        if protocol in args.protocol_names and len(train.split) < most:
+            raise ValueError(
+                f"{setting} must be at most the number of training images, got {most} and "
+                f"{len(train.split)} images of {train.split.name}; give smaller --{setting}."
+            )
+
+
+def _claim(output_dir: Path) -> None:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / RESULTS).open("a").close()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir must be a directory that can be written, got {output_dir}: {error}."
+        ) from error
+
+
+def summary(found: Evaluation) -> dict[str, Any]:
+    """What results.json holds."""
+    encoder, data = found.encoder, found.data
+    return {
+        "model": impersonal(found.args.model),
+        "revision": found.args.revision,
+        "encoder_sha256": encoder.fingerprint(),
+        "dataset": impersonal(found.args.dataset_name),
+        "train_split": data.train_name,
+        "eval_split": data.test_name,
+        "num_train_images": len(found.features["train"].rows),
+        "num_eval_images": len(found.features["test"].rows),
+        "num_features": encoder.num_features,
+        "preprocessing": json.loads(json.dumps(dict(encoder.data_config))),
+        "bf16": found.args.bf16,
+        "hardware": hardware(found.device, found.num_processes),
+        "software": _software(),
+        "results": [measurement.to_dict() for measurement in found.measurements],
+    }
+
+
+def _software() -> dict[str, str]:
+    return {
+        "vicreg_hf": vicreg_hf.__version__, "torch": torch.__version__, "timm": timm.__version__,
+        "transformers": transformers.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def _write_report(found: Evaluation, results: dict[str, Any], path: Path) -> None:
+    data = found.data
+    side = " x ".join(map(str, results["preprocessing"]["input_size"]))
+    facts = {
+        "model": str(results["model"]),
+        "data": f"{results['dataset']}, {data.train_name} ({results['num_train_images']:,} images) "
+                f"and {data.test_name} ({results['num_eval_images']:,})",
+        "preprocessing": f"{side}, {100 * results['preprocessing']['crop_pct']:.3g} % centre crop",
+        "features": str(results["num_features"]),
+        "hardware": results["hardware"],
+        "software": ", ".join(f"{name} {of}" for name, of in results["software"].items()),
+        "seed": str(found.args.seed),
+    }  # fmt: skip
+    labels = _used(data.test, found.features["test"])
+    write_report(
+        path, title=f"{results['model']} on {results['dataset']}", facts=facts,
+        measurements=found.measurements, predictions=found.predictions or None, labels=labels,
+        class_names=data.names if labels is not None else (),
+        train=_gallery(data.train, found.features["train"]),
+        test=_gallery(data.test, found.features["test"]), seed=found.args.seed,
+    )  # fmt: skip
+
+
+def _used(part: Labelled, features: Features) -> Tensor | None:
+    """The classes of the images that can be used."""
+    return None if part.classes is None else part.classes[features.rows]
+
+
+def _gallery(part: Labelled, features: Features) -> Gallery:
+    def read(places: Any) -> list[Tensor]:
+        return part.split.read([int(features.rows[int(place)]) for place in places])
+
+    return Gallery(features.x, _used(part, features), read)
+
+
+def _update_card(found: Evaluation) -> None:
+    model = Path(found.args.model)
+    for directory in (model / "encoder", model):
+        card = directory / CARD_FILE
+        if card.is_file() and (directory / "config.json").is_file():
+            add_evaluation(
+                card, found.measurements, dataset=str(impersonal(found.args.dataset_name)),
+                split=found.data.test_name,
+            )  # fmt: skip
+            return

@@ -1,0 +1,188 @@
+"""Every setting of an evaluation, and how the command line and recipes fill them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+from transformers import HfArgumentParser
+
+from vicreg_hf.evaluation.finetune import LINEAR, ONE_PERCENT, TEN_PERCENT, FinetuneSettings
+from vicreg_hf.recipe_files import as_flags, read_recipe, recipe_names
+
+PACKAGE = "vicreg_hf.evaluation"
+
+TRAINED: dict[str, tuple[FinetuneSettings, float]] = {
+    "linear-sgd": (LINEAR, 1.0),
+    "finetune-1": (ONE_PERCENT, 0.01),
+    "finetune-10": (TEN_PERCENT, 0.1),
+    "finetune": (TEN_PERCENT, 1.0),
+}
+"""Protocols that train with the images: how, and on which part of the labels."""
+PROTOCOLS = ("knn", "linear", *TRAINED, "svm", "retrieval", "collapse")
+
+
+def _setting(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass
+class EvaluationArguments:
+    """Settings of `evaluate`."""
+
+    model: str = field(
+        metadata={"help": "Encoder on the Hub, output_dir of a run, or directory of an encoder."}
+    )
+    dataset_name: str = field(metadata={"help": "As for pretrain.py: Hub id, folder or file."})
+    protocols: str = _setting("knn,linear", f"Of {', '.join(PROTOCOLS)}, joined by commas.")
+    output_dir: str | None = _setting(
+        None, "Where results.json and report.html go; by default evaluations/MODEL-on-DATA."
+    )
+    revision: str | None = _setting(None, "Branch or commit of a model on the Hub.")
+    dataset_config_name: str | None = _setting(None, "Configuration of a Hub data set.")
+    train_split: str = _setting("train", "Split to learn from.")
+    eval_split: str | None = _setting(
+        None, "Split to measure on; by default test or validation, if there."
+    )
+    image_column: str | None = _setting(None, "Column of images; found by its type if only one.")
+    label_column: str | None = _setting(
+        None, "Column of classes, or of lists of classes; by default the only one."
+    )
+    seed: int = _setting(0, "Of subsets, classifiers, crops and resampling.")
+    knn_k: str = _setting("20,200", "Neighbours of knn, joined by commas.")
+    temperature: float = _setting(0.07, "Of the votes of knn; smaller trusts the nearest more.")
+    retrieval_k: str = _setting("1,5,10,100", "Neighbours of retrieval, joined by commas.")
+    probe_epochs: int = _setting(30, "Passes of linear over the features.")
+    epochs: int | None = _setting(None, "Of linear-sgd and finetune; by default the authors'.")
+    train_batch_size: int | None = _setting(
+        None, "Images per step of linear-sgd and finetune over all processes."
+    )
+    lr_head: float | None = _setting(None, "Of the classifier; by default the authors'.")
+    lr_backbone: float | None = _setting(None, "Of the encoder when fine-tuned; likewise.")
+    weight_decay: float | None = _setting(None, "Of linear-sgd and finetune; likewise.")
+    label_fraction: float | None = _setting(
+        None, "Part of each class that finetune learns from, chosen by the seed; by default all."
+    )
+    label_list: str | None = _setting(
+        None, "File of image names or row numbers, one a line, that finetune learns from."
+    )
+    batch_size: int = _setting(256, "Images encoded at once in each process.")
+    bf16: bool = _setting(False, "Encode in bfloat16.")
+    num_workers: int | None = _setting(None, "Image-decoding workers per process.")
+    max_bad_fraction: float = _setting(0.05, "Share of images that may be unusable; left out.")
+    num_resamples: int = _setting(1000, "Of the test images, for 95 % intervals.")
+    cache_dir: str = _setting(
+        str(Path(HF_HOME) / "vicreg_hf" / "features"), "Where features are kept; may be deleted."
+    )
+    update_card: bool = _setting(True, "Add the results to the card of a model in a directory.")
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.protocol_names if name not in PROTOCOLS]
+        if unknown or not self.protocol_names:
+            raise ValueError(
+                f"protocols must be of {', '.join(PROTOCOLS)}, joined by commas, got "
+                f"{', '.join(unknown) or 'none'}."
+            )
+        for name in ("knn_k", "retrieval_k"):
+            _ = self.numbers(name)
+        for name in ("temperature", "batch_size", "probe_epochs", "num_resamples", "epochs",
+                     "train_batch_size", "lr_head"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value}.")
+        if self.label_fraction is not None and not 0 < self.label_fraction <= 1:
+            raise ValueError(
+                f"label_fraction must lie above 0 and at most at 1, got {self.label_fraction}."
+            )
+        if self.label_fraction is not None and self.label_list is not None:
+            raise ValueError("label_fraction and label_list exclude each other, got both.")
+        subset = self.label_fraction is not None or self.label_list is not None
+        if subset and "finetune" not in self.protocol_names:
+            raise ValueError(
+                "label_fraction and label_list are settings of the protocol finetune, got "
+                f"protocols={self.protocols}; finetune-1 and finetune-10 have their own."
+            )
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(
+                f"max_bad_fraction must lie between 0 and 1, got {self.max_bad_fraction}."
+            )
+        if not 0 <= self.seed < 2**32:  # as scikit-learn wants it
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}.")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers must be a number from 0, got {self.num_workers}.")
+        for protocol in self.protocol_names:
+            if protocol in TRAINED:
+                _ = self.training(protocol)
+        if self.output_dir is None:
+            names = [Path(name).resolve() if Path(name).exists() else Path(name)
+                     for name in (self.model, self.dataset_name)]  # fmt: skip
+            model, data = names
+            # the encoder of a run is known by the run
+            name = model.parent.name if model.name == "encoder" else model.name
+            self.output_dir = f"evaluations/{name}-on-{data.name}"
+
+    @property
+    def protocol_names(self) -> list[str]:
+        """Each once, in the order given."""
+        given = [name.strip() for name in self.protocols.split(",")]
+        return list(dict.fromkeys(name for name in given if name))
+
+    def numbers(self, name: str) -> list[int]:
+        """A setting of whole numbers joined by commas."""
+        try:
+            found = [int(number) for number in str(getattr(self, name)).split(",")]
+        except ValueError:
+            found = []
+        if not found or min(found) < 1:
+            raise ValueError(
+                f"{name} must be positive whole numbers joined by commas, got "
+                f"{getattr(self, name)!r}."
+            )
+        return sorted(set(found))
+
+    def training(self, protocol: str) -> tuple[FinetuneSettings, float]:
+        """How one of `TRAINED` trains, and on which part of the labels."""
+        settings, fraction = TRAINED[protocol]
+        given = {
+            "epochs": self.epochs, "batch_size": self.train_batch_size, "lr_head": self.lr_head,
+            "weight_decay": self.weight_decay, "seed": self.seed,
+        }  # fmt: skip
+        if not settings.frozen:
+            given["lr_backbone"] = self.lr_backbone
+        if protocol == "finetune":
+            fraction = self.label_fraction or 1.0
+        changed: Any = {name: value for name, value in given.items() if value is not None}
+        return replace(settings, **changed), fraction
+
+
+def parse_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
+    """Settings from command-line words: a recipe first, flags on top.
+
+    Raises:
+        ValueError: a setting that cannot be.
+        SystemExit: words that are not flags, or --help.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    known, _ = first.parse_known_args(list(argv))
+    parser = HfArgumentParser(
+        EvaluationArguments,  # pyright: ignore[reportArgumentType]
+        allow_abbrev=False,
+        description="Measure an encoder on a labelled data set.",
+    )
+    parser.add_argument(
+        "--config",
+        help=f"A recipe ({', '.join(recipe_names(PACKAGE))}) or a YAML file; flags override it.",
+    )
+    recipe = {}
+    if known.config:
+        recipe = read_recipe(known.config, PACKAGE, EvaluationArguments, "scripts/evaluate.py")
+    words = [*as_flags(recipe), *argv]
+    namespace = vars(parser.parse_args(words))
+    namespace.pop("config")
+    return EvaluationArguments(**namespace)

@@ -1,0 +1,156 @@
+"""Linear classification of features that are there already, with a sweep of settings at once.
+
+Shapes: N training rows, M test rows, B rows of a batch, F features, K classes, S settings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vicreg_hf.evaluation.subsets import balanced_subset
+from vicreg_hf.randomness import permutation
+
+LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+WEIGHT_DECAYS = (0.0, 1e-5, 1e-4, 1e-3)
+VALIDATION = 0.1
+"""Part of the training rows on which a setting is chosen, and from which it is then learned too."""
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """What a sweep has found."""
+
+    predictions: Tensor
+    """(M,) classes."""
+    learning_rate: float
+    """Of the setting that was chosen; likewise weight_decay."""
+    weight_decay: float
+    validation: dict[tuple[float, float], float]
+    """Accuracy on the rows held out of training, 0 to 1, by learning rate and weight decay."""
+
+    def accuracy(self, labels: Tensor) -> float:
+        """Share of test rows, 0 to 1, that are classified rightly."""
+        return (self.predictions == labels).float().mean().item()
+
+
+def linear_probe(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    num_classes: int | None = None,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    weight_decays: Sequence[float] = WEIGHT_DECAYS,
+    epochs: int = 30,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> LinearResult:
+    """Train a linear classifier for every setting in one pass, and classify by the best.
+
+    Features are standardised by the training rows. All classifiers see the same batches, as the
+    columns of one matrix; SGD with momentum, its rate falling along a cosine to zero. The setting
+    is chosen on a tenth of the training rows, and trained again on all of them. Test labels are
+    never seen.
+
+    Args:
+        train_features: (N, F), any float dtype.
+        train_labels: (N,) classes from 0.
+        test_features: (M, F).
+        num_classes: K; by default as many as the labels show.
+
+    Raises:
+        ValueError: rows and labels that differ in number, fewer than two classes, a label that is
+            not below num_classes, or no settings.
+    """
+    if len(train_features) != len(train_labels):
+        raise ValueError(
+            "every training row needs one label, got "
+            f"{len(train_features)} rows and {len(train_labels)} labels."
+        )
+    present = len(train_labels.unique())
+    if present < 2:
+        raise ValueError(f"a classifier needs rows of at least two classes, got {present}.")
+    largest = int(train_labels.max())
+    classes = largest + 1 if num_classes is None else num_classes
+    if largest >= classes:
+        raise ValueError(f"every label must be below num_classes={classes}, got {largest}.")
+    settings = list(itertools.product(learning_rates, weight_decays))
+    if not settings:
+        raise ValueError("a sweep needs at least one learning rate and one weight decay, got none.")
+    x, x_test = _standardised(train_features, test_features)
+    labels = train_labels.to(x.device)
+    held_out = torch.from_numpy(balanced_subset(train_labels.cpu(), VALIDATION, seed))
+    kept = torch.ones(len(x), dtype=torch.bool)
+    if len(held_out) < len(x):  # else each class has one row, and is chosen on what it learns
+        kept[held_out] = False
+    kept, held_out = kept.to(x.device), held_out.to(x.device)
+    options = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
+    weight, bias = _train(x[kept], labels[kept], classes, settings, **options)
+    found = _classify(x[held_out], weight, bias, classes)
+    scores = (found == labels[held_out, None]).float().mean(0).tolist()
+    best = settings[int(np.argmax(scores))]
+    weight, bias = _train(x, labels, classes, [best], **options)
+    predictions = _classify(x_test, weight, bias, classes)[:, 0]
+    return LinearResult(predictions, *best, dict(zip(settings, scores, strict=True)))
+
+
+def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    train, test = train.float(), test.float().to(train.device)
+    mean, std = train.mean(0), train.std(0)
+    # a constant's std is not 0 but some rounding of its size; the size of others says nothing
+    std = torch.where(std > 1e-6 * train.abs().amax(0), std, torch.ones_like(std))
+    return (train - mean) / std, (test - mean) / std
+
+
+def _train(
+    x: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    settings: Sequence[tuple[float, float]],
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Weights (F, S K) and biases (S K) of a classifier for each setting; gradients by hand."""
+    rates, decays = torch.tensor(settings, device=x.device).T
+    columns = (len(settings), num_classes)
+    rate, decay = (v[:, None].expand(columns).reshape(-1) for v in (rates, decays))
+    weight = x.new_zeros(x.shape[1], rate.numel())
+    bias = x.new_zeros(rate.numel())
+    momentum, bias_momentum = torch.zeros_like(weight), torch.zeros_like(bias)
+    targets = F.one_hot(labels, num_classes).to(x.dtype)
+    total = epochs * math.ceil(len(x) / batch_size)
+    step = 0
+    for epoch in range(epochs):
+        order = torch.from_numpy(permutation(len(x), seed=seed, epoch=epoch)).to(x.device)
+        for rows in order.split(batch_size):
+            share = 0.5 * (1 + math.cos(math.pi * step / total))
+            batch = x[rows]
+            logits = torch.addmm(bias, batch, weight).view(len(rows), *columns)
+            error = logits.softmax(2).sub_(targets[rows, None]).flatten(1).div_(len(rows))
+            momentum.mul_(MOMENTUM).addmm_(batch.T, error).addcmul_(weight, decay)
+            bias_momentum.mul_(MOMENTUM).add_(error.sum(0))
+            weight.addcmul_(momentum, rate, value=-share)
+            bias.addcmul_(bias_momentum, rate, value=-share)
+            step += 1
+    return weight, bias
+
+
+def _classify(x: Tensor, weight: Tensor, bias: Tensor, num_classes: int) -> Tensor:
+    """(rows, S) classes; of a classifier that has diverged, none that there is."""
+    parts = []
+    for rows in x.split(4096):
+        logits = torch.addmm(bias, rows, weight).view(len(rows), -1, num_classes)
+        classes = logits.nan_to_num(nan=-math.inf).argmax(2)
+        parts.append(torch.where(logits.isfinite().all(2), classes, -1))
+    return torch.cat(parts)

@@ -1,0 +1,61 @@
+"""Named settings: recipes shipped with the package, and YAML files of one's own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def recipe_names(package: str) -> list[str]:
+    """Names of the recipes in a package's folder `recipes`."""
+    folder = resources.files(package) / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
+
+
+def read_recipe(name_or_path: str, package: str, settings_of: type, script: str) -> dict[str, Any]:
+    """Settings of a shipped recipe or a YAML file.
+
+    Args:
+        settings_of: dataclass whose fields there are.
+        script: whose settings they are, for the error.
+
+    Raises:
+        ValueError: no such recipe or file, not a mapping, or settings that do not exist.
+    """
+    names = recipe_names(package)
+    if name_or_path in names:
+        text = (resources.files(package) / "recipes" / f"{name_or_path}.yaml").read_text()
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text(encoding="utf-8")
+    else:
+        raise ValueError(
+            f"config must be a recipe ({', '.join(names)}) or a YAML file, got {name_or_path!r}."
+        )
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config must be valid YAML, {name_or_path} is not: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config must map settings to values, got {settings!r} in {name_or_path}.")
+    unknown = {str(name) for name in settings} - {f.name for f in fields(settings_of)}
+    if unknown:
+        raise ValueError(
+            f"config must hold settings of {script}, got {', '.join(sorted(unknown))} "
+            f"in {name_or_path}; --help lists them."
+        )
+    return settings
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """Settings as command-line words, so that YAML and shell pass through one parser."""
+    words = []
+    for name, value in settings.items():
+        if value is not None:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            words.append(f"--{name}={text}")
+    return words
