@@ -216,8 +216,11 @@ def add_evaluation(
     Args:
         path: of the card.
         dataset: id on the Hub, or a name; likewise split.
+
+    Raises:
+        ValueError, YAMLError: metadata that cannot be read, which would be lost.
     """
-    card: Any = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    card: Any = ModelCard(path.read_text(encoding="utf-8"))
     shares = [m for m in measurements if m.percent]
     kept = [
         result for result in card.data.eval_results or []

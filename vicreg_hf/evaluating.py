@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import datasets
@@ -20,6 +21,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
+from yaml import YAMLError
 
 import vicreg_hf
 from vicreg_hf.cards import CARD_FILE, add_evaluation, hardware, impersonal
@@ -28,9 +30,10 @@ from vicreg_hf.encoders import Encoder, open_encoder
 from vicreg_hf.evaluation.arguments import TRAINED, EvaluationArguments
 from vicreg_hf.evaluation.report import Gallery, write_report
 from vicreg_hf.evaluation.results import Measurement
+from vicreg_hf.evaluation.svm import FOLDS
 from vicreg_hf.feature_cache import Features, cached_features
 from vicreg_hf.labelled import Labelled, LabelledData, open_labelled
-from vicreg_hf.protocols import MULTI_LABEL, NO_LABELS, Task, run_protocol
+from vicreg_hf.protocols import MULTI_LABEL, NO_LABELS, Task, run_protocol, training_rows
 
 RESULTS, REPORT = "results.json", "report.html"
 
@@ -104,7 +107,7 @@ def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print)
         (output_dir / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
         _write_report(found, results, output_dir / REPORT)
         if args.update_card:
-            _update_card(found)
+            _update_card(found, say)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
@@ -138,6 +141,16 @@ def check_labels(args: EvaluationArguments, data: LabelledData) -> None:
                 f"protocol {protocol} needs at least two classes, and {train.split.name} shows "
                 f"only {data.names[int(train.classes[0])] if data.names else 'one'}."
             )
+        if protocol in TRAINED:
+            _ = training_rows(protocol, args, data)
+        if protocol in MULTI_LABEL:
+            _check_targets(data)
+    if "linear" in args.protocol_names and train.classes is not None:
+        if len(train.classes.unique()) == len(train.classes):
+            raise ValueError(
+                "protocol linear holds images of every class out to choose its settings, and "
+                f"{train.split.name} has one image of each; choose another of --protocols."
+            )
     for protocol, setting in (("knn", "knn_k"), ("retrieval", "retrieval_k")):
         most = max(args.numbers(setting))
         if protocol in args.protocol_names and len(train.split) < most:
@@ -147,10 +160,27 @@ def check_labels(args: EvaluationArguments, data: LabelledData) -> None:
             )
 
 
+def _check_targets(data: LabelledData) -> None:
+    assert data.train.targets is not None
+    assert data.test.targets is not None
+    shown = data.train.targets.sum(0)
+    for name, number in zip(data.names, shown.tolist(), strict=True):
+        if min(number, len(data.train.split) - number) < FOLDS:
+            raise ValueError(
+                f"protocol svm needs at least {FOLDS} training images that show a class and "
+                f"{FOLDS} that do not, and {number} of {len(data.train.split)} in "
+                f"{data.train.split.name} show {name}; leave it out."
+            )
+    if not data.test.targets.any():
+        raise ValueError(
+            f"protocol svm needs images of some class, and {data.test.split.name} shows none."
+        )
+
+
 def _claim(output_dir: Path) -> None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / RESULTS).open("a").close()
+        TemporaryFile(dir=output_dir).close()
     except OSError as error:
         raise ValueError(
             f"output_dir must be a directory that can be written, got {output_dir}: {error}."
@@ -220,13 +250,16 @@ def _gallery(part: Labelled, features: Features) -> Gallery:
     return Gallery(features.x, _used(part, features), read)
 
 
-def _update_card(found: Evaluation) -> None:
+def _update_card(found: Evaluation, say: Callable[[str], object]) -> None:
     model = Path(found.args.model)
     for directory in (model / "encoder", model):
         card = directory / CARD_FILE
         if card.is_file() and (directory / "config.json").is_file():
-            add_evaluation(
-                card, found.measurements, dataset=str(impersonal(found.args.dataset_name)),
-                split=found.data.test_name,
-            )  # fmt: skip
+            try:
+                add_evaluation(
+                    card, found.measurements, dataset=str(impersonal(found.args.dataset_name)),
+                    split=found.data.test_name,
+                )  # fmt: skip
+            except (OSError, ValueError, YAMLError) as error:  # one that people have written
+                say(f"warning: {card} was left as it was: {' '.join(str(error).split())}")
             return

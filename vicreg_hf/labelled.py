@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from vicreg_hf.columns import find_label_column
 from vicreg_hf.sources import EVAL_SPLITS, ImageSplit, Splits, image_split, open_dataset
+
+CLASSES = (datasets.ClassLabel, datasets.Value)
 
 
 @dataclass
@@ -66,28 +69,54 @@ def open_labelled(
         "dataset_name": Path(dataset_name).name or dataset_name, "image_column": image_column,
         "channels": channels,
     }  # fmt: skip
-    tables = []
     for name in (train_split, test_name):
         if name not in splits:
             raise ValueError(f"split must be one of {', '.join(map(str, splits))}, got {name!r}.")
-        tables.append(splits[name])
+        _restore_names(splits[name], dataset_name, name)
+    tables = [splits[name] for name in (train_split, test_name)]
     column = _label_column(tables[0], label_column)
     several = column is not None and _is_list(tables[0].features[column])
     train, test = (
-        image_split(splits, name, label_column=None if several else column, **common)
+        image_split(splits, name, label_column=None if several else label_column, **common)
         for name in (train_split, test_name)
     )
+    shared = column is not None and column in tables[1].features
     if several:
         assert column is not None
-        targets, names = _targets(tables, column)
+        names, targets = _targets(tables, column, needed=label_column is not None)
         parts = [Labelled(train, targets=targets[0]), Labelled(test, targets=targets[1])]
-    elif train.labels is not None and test.labels is not None:
-        exact = isinstance(tables[0].features[column], datasets.ClassLabel)
+    elif shared and train.labels is not None and test.labels is not None:
+        exact = all(isinstance(t.features[column], datasets.ClassLabel) for t in tables)
         names = train.label_names
         parts = [Labelled(train, train.labels), Labelled(test, _matched(train, test, exact))]
     else:
         names, parts = (), [Labelled(train), Labelled(test)]
     return LabelledData(parts[0], parts[1], names, train_split, test_name)
+
+
+def _restore_names(table: Any, dataset_name: str, split: str) -> None:
+    """Give a split the class names of its own parquet files.
+
+    Of a local folder `datasets` takes those of the first split for all, whatever the others'
+    numbers mean.
+    """
+    if not any(Path(dataset_name).glob("**/*.parquet")):
+        return
+    files = datasets.load_dataset_builder(dataset_name).config.data_files or {}
+    for file in files.get(split, ()):
+        if not str(file).endswith(".parquet"):
+            continue
+        own = datasets.Features.from_arrow_schema(pq.read_schema(file))
+        for column, kind in own.items():
+            if isinstance(kind, datasets.ClassLabel) or (
+                _is_list(kind) and isinstance(kind.feature, datasets.ClassLabel)
+            ):
+                if file != files[split][0] and kind != table.features[column]:
+                    raise ValueError(
+                        f"class names must be the same in all files of a split, and {file} "
+                        f"declares others than {files[split][0]} for {column!r}."
+                    )
+                table.features[column] = kind
 
 
 def _held_out(splits: Splits, train: str, dataset_name: str) -> str:
@@ -103,7 +132,13 @@ def _held_out(splits: Splits, train: str, dataset_name: str) -> str:
 def _label_column(table: Any, wanted: str | None) -> str | None:
     found = find_label_column(table.features, wanted)
     if found is not None:
-        return found
+        kind = table.features[found]
+        if isinstance(kind.feature if _is_list(kind) else kind, CLASSES):
+            return found
+        raise ValueError(
+            f"label_column must hold classes, or lists of them, got {found!r} of type "
+            f"{type(kind).__name__}; columns: {', '.join(table.features)}."
+        )
     lists = [
         name for name, kind in table.features.items()
         if _is_list(kind) and isinstance(kind.feature, datasets.ClassLabel)
@@ -122,17 +157,23 @@ def _matched(train: ImageSplit, test: ImageSplit, exact: bool) -> Tensor:
         exact: whether the names are declared, and not merely those that occur.
     """
     assert test.labels is not None
+    _check_names(train.label_names, test.label_names, (train.name, test.name), exact)
     known = {name: number for number, name in enumerate(train.label_names)}
-    strange = [name for name in test.label_names if name not in known]
-    absent = sorted(known.keys() - set(test.label_names)) if exact else []
+    return torch.tensor([known[name] for name in test.label_names])[test.labels]
+
+
+def _check_names(
+    train: Sequence[str], test: Sequence[str], splits: tuple[str, str], exact: bool
+) -> None:
+    strange = [name for name in test if name not in set(train)]
+    absent = sorted(set(train) - set(test)) if exact else []
     if strange or absent:
-        parts = [f"only {test.name} has {_few(strange)}"] if strange else []
-        parts += [f"only {train.name} has {_few(absent)}"] if absent else []
+        parts = [f"only {splits[1]} has {_few(strange)}"] if strange else []
+        parts += [f"only {splits[0]} has {_few(absent)}"] if absent else []
         raise ValueError(
             f"class names must be the same in both splits, and {' and '.join(parts)}; choose "
             "another --eval_split or --label_column."
         )
-    return torch.tensor([known[name] for name in test.label_names])[test.labels]
 
 
 def _few(names: Sequence[str]) -> str:
@@ -140,32 +181,49 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + more
 
 
-def _targets(tables: Sequence[Any], column: str) -> tuple[list[Tensor], tuple[str, ...]]:
-    """(N, K) of each table, and the names of the classes."""
-    values = [table.with_format("arrow")[:][column].to_pylist() for table in tables]
-    for table, rows in zip(tables, values, strict=True):
-        if any(row is None for row in rows):
-            raise ValueError(
-                f"label_column must hold a list in every row, got null in {column!r} of split "
-                f"{table.split}."
-            )
-    kind = tables[0].features[column].feature
-    if isinstance(kind, datasets.ClassLabel):
-        numbers, names = list(range(len(kind.names))), tuple(kind.names)
-    else:
-        numbers = sorted({entry for row in values[0] for entry in row})
-        names = tuple(map(str, numbers))
-    place = {number: k for k, number in enumerate(numbers)}
-    strange = sorted({str(e) for row in values[1] for e in row if e not in place})
-    if strange:
+def _targets(
+    tables: Sequence[Any], column: str, *, needed: bool
+) -> tuple[tuple[str, ...], list[Tensor | None]]:
+    """Names of the K classes, and (N, K) of each table, by the names of the first.
+
+    Without names where some image has no list, unless they are needed.
+    """
+    found = [_listed(table, column) for table in tables]
+    lists = [each for each in found if each is not None]
+    if len(lists) < len(tables):
+        if not needed:
+            return (), [None, None]
+        lacks = tables[found.index(None)].split
         raise ValueError(
-            f"class names must be the same in both splits, and only the one to measure on has "
-            f"{_few(strange)}; choose another --eval_split or --label_column."
+            f"label_column must hold a list of classes in every row, got rows of split {lacks} "
+            f"without one in {column!r}."
         )
-    targets = []
-    for rows in values:
+    kinds = [table.features[column].feature for table in tables]
+    exact = all(isinstance(kind, datasets.ClassLabel) for kind in kinds)
+    names = lists[0][0]
+    _check_names(names, lists[1][0], (f"split {tables[0].split}", f"split {tables[1].split}"), exact)
+    place = {name: k for k, name in enumerate(names)}
+    targets: list[Tensor | None] = []
+    for _, rows in lists:
         target = torch.zeros(len(rows), len(names), dtype=torch.bool)
         for number, row in enumerate(rows):
-            target[number, [place[entry] for entry in row]] = True
+            target[number, [place[name] for name in row]] = True
         targets.append(target)
-    return targets, names
+    return names, targets
+
+
+def _listed(table: Any, column: str) -> tuple[tuple[str, ...], list[list[str]]] | None:
+    """The names that are declared, or occur, and those of each image; None where some lack them."""
+    kind = table.features.get(column)
+    if not _is_list(kind):
+        return None
+    rows = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    if any(row is None or None in row for row in rows):
+        return None
+    if not isinstance(kind.feature, datasets.ClassLabel):
+        names = tuple(map(str, sorted({entry for row in rows for entry in row})))
+        return names, [[str(entry) for entry in row] for row in rows]
+    if any(number < 0 for row in rows for number in row):
+        return None
+    names = tuple(kind.feature.names)
+    return names, [[names[number] for number in row] for row in rows]

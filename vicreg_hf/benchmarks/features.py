@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import datasets
 import timm
@@ -29,7 +30,8 @@ def extraction(
     place = torch.device(device)
     encoder = timm.create_model(architecture, num_classes=0).eval().to(device)
     encoder = encoder.to(memory_format=torch.channels_last)
-    cfg = dict(encoder.pretrained_cfg)
+    registry: Any = encoder.pretrained_cfg
+    cfg = dict(registry)
     if side is not None:
         cfg |= {"input_size": (3, side, side), "crop_pct": 1.0}
     opened = timm_encoder(encoder, architecture, pretrained_cfg=cfg)
