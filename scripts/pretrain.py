@@ -8,6 +8,7 @@ import argparse
 import os
 import signal
 import sys
+from typing import Any
 
 
 def _stop_before_the_run(*_: object) -> None:
@@ -15,10 +16,14 @@ def _stop_before_the_run(*_: object) -> None:
     os._exit(75)
 
 
+def _handle_requests(handler: Any) -> None:
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handler)
+
+
 if __name__ == "__main__":  # what is imported below takes seconds
-    for _name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, _name):
-            signal.signal(getattr(signal, _name), _stop_before_the_run)
+    _handle_requests(_stop_before_the_run)
 
 # ruff: noqa: E402
 from safetensors import SafetensorError
@@ -45,6 +50,8 @@ def main() -> None:
     flags.add_argument("--preview")
     flags.add_argument("--replay", type=int)
     instead = flags.parse_known_args()[0]
+    if instead.preview is not None or instead.replay is not None:
+        _handle_requests(signal.SIG_DFL)  # there is nothing to save
     try:
         args = parse_arguments(sys.argv[1:])
         if instead.preview is not None:
@@ -53,6 +60,7 @@ def main() -> None:
             print(f"The step is described in {replay(args, instead.replay)}.")
         else:
             pretrain(args)
+            _handle_requests(signal.SIG_IGN)  # all is done
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(STOPPED)

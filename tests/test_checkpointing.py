@@ -189,6 +189,14 @@ def test_a_background_save_that_fails_is_told_by_the_next_and_then_forgotten(
     assert newest_checkpoint(folder) == (folder / "step-3", [])
 
 
+def test_whatever_ends_a_background_save_is_told(trained: Objects, tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path)
+    writer.save(1, *trained, {"settings": object()})  # which JSON cannot hold
+    with pytest.raises(TypeError, match="JSON"):
+        writer.wait()
+    assert newest_checkpoint(tmp_path) == (None, [])
+
+
 def test_a_checkpoint_of_another_model_is_refused(trained: Objects, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, *trained, {})
     with pytest.raises(CheckpointError, match="step-1 does not fit this model"):
@@ -293,6 +301,65 @@ def test_only_the_newest_remain(trained: Objects, tmp_path: Path) -> None:
     paths = save_steps(tmp_path, trained, 8, 9, 10, 100)
     assert KEEP == 2
     assert sorted(tmp_path.iterdir()) == sorted(paths[-2:])
+
+
+@pytest.mark.parametrize("in_the_background", [True, False])
+@pytest.mark.parametrize("damage", [flip_a_bit, delete, empty])
+def test_damaged_ones_do_not_count_towards_those_that_remain(
+    damage: Callable[[Path], None], in_the_background: bool, trained: Objects, tmp_path: Path
+) -> None:
+    whole, damaged = save_steps(tmp_path, trained, 10, 20)
+    (tmp_path / "step-25").mkdir()
+    damage(damaged / "optimizer.safetensors")
+    if in_the_background:
+        writer = CheckpointWriter(tmp_path)
+        writer.save(30, *trained, {})
+        writer.wait()
+    else:
+        save_steps(tmp_path, trained, 30)
+    assert sorted(tmp_path.iterdir()) == [whole, tmp_path / "step-30"]
+
+
+def in_the_way_file(path: Path) -> None:
+    path.write_text("hi")
+
+
+def in_the_way_link(path: Path) -> None:
+    path.symlink_to(path.with_name("elsewhere"), target_is_directory=True)
+    path.with_name("elsewhere").mkdir()
+
+
+def in_the_way_dangling(path: Path) -> None:
+    path.symlink_to(path.with_name("nowhere"))
+
+
+@pytest.mark.parametrize("obstacle", [in_the_way_file, in_the_way_link, in_the_way_dangling])
+def test_what_is_no_checkpoint_gives_way_to_one(
+    obstacle: Callable[[Path], None], trained: Objects, tmp_path: Path
+) -> None:
+    (before,) = save_steps(tmp_path, trained, 1)
+    obstacle(tmp_path / "step-2")
+    newest, damaged = newest_checkpoint(tmp_path)
+    assert newest == before
+    assert len(damaged) == 1
+    (path,) = save_steps(tmp_path, trained, 2)
+    assert newest_checkpoint(tmp_path) == (path, [])
+
+
+@pytest.mark.parametrize("name", ["step-007", "step-\u00b2", "step-7 "])
+def test_names_that_only_look_like_steps_are_left_alone(
+    name: str, trained: Objects, tmp_path: Path
+) -> None:
+    (tmp_path / name).mkdir()
+    (path,) = save_steps(tmp_path, trained, 8)
+    assert newest_checkpoint(tmp_path) == (path, [])
+    assert (tmp_path / name).is_dir()
+
+
+def test_a_manifest_without_end_is_damage(trained: Objects, tmp_path: Path) -> None:
+    before, newest = save_steps(tmp_path, trained, 1, 2)
+    (newest / "manifest.json").write_text("[" * 200_000)
+    assert newest_checkpoint(tmp_path)[0] == before
 
 
 def test_newest_is_by_number_and_not_by_name(trained: Objects, tmp_path: Path) -> None:

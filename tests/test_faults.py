@@ -185,7 +185,7 @@ def test_a_single_process_stops_when_its_launcher_is_killed(
     until = time.monotonic() + 60
     while Path(f"/proc/{child}").exists() and time.monotonic() < until:
         time.sleep(0.05)
-    assert "Stopped by SIGUSR2 after step" in log.read_text()
+    assert "Stopped by the end of its launcher after step" in log.read_text()
 
 
 # Killed

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
 from workflow import SMALL, launch, metrics, run, write_images
 
-from vicreg_hf import pretrain
+from vicreg_hf import PretrainingArguments, pretrain
 from vicreg_hf.arguments import parse_arguments
-from vicreg_hf.checkpointing import newest_checkpoint
+from vicreg_hf.checkpointing import CheckpointError, newest_checkpoint
+from vicreg_hf.faults import OutOfMemory
+from vicreg_hf.preparation import begin, setup
 
 pytestmark = [
     pytest.mark.usefixtures("one_core"),
@@ -165,3 +169,102 @@ def test_the_manifest_tells_processes_versions_and_settings(on_two: Path) -> Non
     assert manifest["world_size"] == 2
     assert manifest["versions"]["torch"]
     assert manifest["state"]["settings"]["batch_size"] == 16
+
+
+# Sessions of one run
+
+
+def small(images: Path, output_dir: Path, *more: str) -> PretrainingArguments:
+    return parse_arguments([*SMALL, f"--dataset_name={images}", "--image_size=32",
+                            f"--output_dir={output_dir}", *more])  # fmt: skip
+
+
+def test_what_an_earlier_run_saved_is_set_aside_before_another_begins(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(small(images, tmp_path, "--max_steps=2"))
+    earlier = metrics(tmp_path)
+    args = small(images, tmp_path, "--max_steps=2", "--resume=never", "--save_steps=2")
+    begin(setup(args))  # and is killed before it saves
+    assert f"is now in {tmp_path / 'earlier-1'}" in capsys.readouterr().out
+    assert metrics(tmp_path / "earlier-1") == earlier
+    assert newest_checkpoint(tmp_path / "earlier-1" / "checkpoints")[0] is not None
+    assert newest_checkpoint(tmp_path / "checkpoints") == (None, [])
+    # the same settings again, as config.yaml repeats them, go on and do not start over
+    assert parse_arguments([f"--config={tmp_path / 'config.yaml'}"]).resume == "auto"
+    pretrain(small(images, tmp_path, "--max_steps=2", "--resume=never"))
+    assert not (tmp_path / "earlier-2").exists()
+
+
+def test_fewer_steps_than_were_taken_are_refused(images: Path, tmp_path: Path) -> None:
+    pretrain(small(images, tmp_path, "--max_steps=3"))
+    with pytest.raises(CheckpointError, match=r"max_steps must be .* got 2 and .*step-3"):
+        pretrain(small(images, tmp_path, "--max_steps=2"))
+    pretrain(small(images, tmp_path, "--max_steps=3"))  # nothing is left to do
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\n", b'{"note": 1}\n[]\n7\n{"step": '])
+def test_a_log_that_is_lost_or_spoiled_ends_no_run(
+    content: bytes | None, images: Path, tmp_path: Path
+) -> None:
+    pretrain(small(images, tmp_path, "--max_steps=2"))
+    log = tmp_path / "metrics.jsonl"
+    if content is None:
+        log.unlink()
+    else:
+        log.write_bytes(content + log.read_bytes())
+    pretrain(small(images, tmp_path, "--max_steps=3"))
+    steps = [row["step"] for row in metrics(tmp_path)]
+    assert steps == ([3] if content is None else [0, 1, 2, 3][content.endswith(b": ") :])
+
+
+def test_a_run_whose_log_is_lost_when_all_is_done_ends_well(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images")
+    (folder / "test.parquet").unlink()  # and so without kNN
+    for _ in range(2):
+        pretrain(small(folder, tmp_path / "run", "--max_steps=1"))
+        (tmp_path / "run" / "metrics.jsonl").unlink()
+
+
+def test_a_place_for_checkpoints_that_is_none_is_refused_at_the_start(
+    images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(ValueError, match=r"output_dir must be .*/checkpoints'"):
+        pretrain(small(images, tmp_path, "--max_steps=2"))
+    assert not (tmp_path / "metrics.jsonl").exists() or not metrics(tmp_path)
+
+
+def test_data_that_differ_after_the_first_images_are_noticed(images: Path, tmp_path: Path) -> None:
+    pretrain(small(images, tmp_path / "run", "--max_steps=1"))
+    table = datasets.Dataset.from_parquet(str(images / "train.parquet"))
+    (tmp_path / "other").mkdir()
+    rows = [*range(8), *reversed(range(8, 80))]
+    table.select(rows).to_parquet(tmp_path / "other" / "train.parquet")  # pyright: ignore
+    with pytest.raises(CheckpointError, match="the data were 80 images"):
+        pretrain(small(tmp_path / "other", tmp_path / "run", "--max_steps=2"))
+
+
+def test_another_precision_is_named(images: Path, tmp_path: Path) -> None:
+    flags = flags_of(images, tmp_path)
+    pretrain(parse_arguments([*flags, "--max_steps=1"]))
+    again = run([sys.executable, "scripts/pretrain.py", *flags, "--max_steps=2"],
+                ACCELERATE_MIXED_PRECISION="bf16")  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "precision was no, is bf16" in again.stdout
+
+
+def test_want_of_memory_for_the_model_is_told_before_training(images: Path, tmp_path: Path) -> None:
+    args = small(images, tmp_path, "--max_steps=2", "--expander_dims=2000000-2000000")
+    with pytest.raises(OutOfMemory, match=r"before the first step.*narrow --expander_dims, now"):
+        pretrain(args)
+
+
+def test_what_a_killed_export_left_goes(images: Path, tmp_path: Path) -> None:
+    left = tmp_path / "encoder" / ".export-abc"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    directory = pretrain(small(images, tmp_path, "--max_steps=1"))
+    assert not left.exists()
+    modes = {path.stat().st_mode for path in directory.iterdir() if path.is_file()}
+    assert len(modes) == 1  # weights can be read by whoever can read the config

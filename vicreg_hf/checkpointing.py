@@ -14,20 +14,23 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
+
+from vicreg_hf.snapshots import Snapshot, join_tensors, take_snapshot
 
 MANIFEST = "manifest.json"
 FILES = {"config.json", "model.safetensors", "optimizer.json", "optimizer.safetensors"}
@@ -41,56 +44,6 @@ PACKAGES = ("vicreg-hf", "torch", "timm", "transformers", "accelerate", "dataset
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read."""
-
-
-@dataclass
-class Snapshot:
-    """Copies of all that training changes, which it does not change any more."""
-
-    config: PretrainedConfig
-    weights: dict[str, Tensor]
-    tensors: dict[str, Tensor]
-    """Of the optimiser's state."""
-    rest: dict[str, Any]
-    """What else its state is."""
-    probe: dict[str, Tensor]
-    """Empty where the run has none."""
-
-
-def take_snapshot(
-    model: PreTrainedModel,
-    optimizer: Optimizer,
-    reuse: Snapshot | None = None,
-    probe: Mapping[str, Tensor] | None = None,
-) -> Snapshot:
-    """Copy weights, optimiser state and the probe's to the CPU.
-
-    Args:
-        reuse: a snapshot nobody needs any more, into whose memory to copy.
-    """
-    tensors, rest = _split_tensors(optimizer.state_dict())
-    weights = model.state_dict()
-    snapshot = Snapshot(
-        model.config,
-        _copies(weights, {} if reuse is None else reuse.weights),
-        _copies(tensors, {} if reuse is None else reuse.tensors),
-        rest,
-        _copies(probe or {}, {} if reuse is None else reuse.probe),
-    )
-    if any(value.is_cuda for value in weights.values()):
-        torch.cuda.synchronize()
-    return snapshot
-
-
-def _copies(tensors: Mapping[str, Tensor], reuse: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in the CPU's memory; those from a GPU are complete once it is synchronised."""
-    copies = {}
-    for name, value in tensors.items():
-        copy = reuse.get(name)
-        if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
-            copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-        copies[name] = copy.copy_(value.detach(), non_blocking=value.is_cuda)
-    return copies
 
 
 def save_checkpoint(
@@ -117,7 +70,8 @@ def save_checkpoint(
         CheckpointError: the disk is full or the folder cannot be written; checkpoints that were
             there before are left as they were.
     """
-    return _write(folder, step, take_snapshot(model, optimizer, probe=probe), state, world_size)
+    snapshot = take_snapshot(model, optimizer, probe=probe)
+    return _write(folder, step, snapshot, state, world_size, whole=set())
 
 
 class CheckpointWriter:
@@ -130,7 +84,9 @@ class CheckpointWriter:
         self.folder, self.world_size = folder, world_size
         self._thread: threading.Thread | None = None
         self._snapshot: Snapshot | None = None
-        self._error: CheckpointError | None = None
+        self._error: Exception | None = None
+        self._whole: set[Path] = set()
+        installed_versions()  # those in use, whatever is installed meanwhile
 
     @property
     def failed(self) -> bool:
@@ -160,8 +116,8 @@ class CheckpointWriter:
 
     def _work(self, step: int, snapshot: Snapshot, state: dict[str, Any]) -> None:
         try:
-            _write(self.folder, step, snapshot, state, self.world_size)
-        except CheckpointError as error:  # raised again by `wait`
+            _write(self.folder, step, snapshot, state, self.world_size, self._whole)
+        except Exception as error:  # raised again by `wait`; nothing may pass for saved
             self._error = error
 
     def wait(self) -> None:
@@ -179,13 +135,19 @@ class CheckpointWriter:
 
 
 def _write(
-    folder: Path, step: int, snapshot: Snapshot, state: dict[str, Any], world_size: int
+    folder: Path,
+    step: int,
+    snapshot: Snapshot,
+    state: dict[str, Any],
+    world_size: int,
+    whole: set[Path],
 ) -> Path:
+    """As `save_checkpoint`; whole are those that need not be verified, and the new one is added."""
     final, aside = folder / f"{PREFIX}{step}", folder / f".{PREFIX}{step}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(f".{PREFIX}*.partial"):  # by a process that was killed
-            shutil.rmtree(left)
+            _remove(left)
         aside.mkdir()
         snapshot.config.save_pretrained(aside)
         save_file(snapshot.weights, aside / "model.safetensors", metadata={"format": "pt"})
@@ -206,8 +168,7 @@ def _write(
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
         for file in (*aside.iterdir(), aside):
             _fsync(file)
-        if final.exists():
-            shutil.rmtree(final)
+        _remove(final)
         aside.rename(final)
         _fsync(folder)
     # A full disk is an OSError from Python and a SafetensorError from safetensors.
@@ -217,17 +178,43 @@ def _write(
             f"a checkpoint could not be written to {final}: {error}. Earlier checkpoints are "
             "untouched; free some space or choose another output_dir, and start again to resume."
         ) from error
-    # Later steps are of a run that was started over; they must not outlive what replaces them.
-    kept = [path for path in _by_step(folder) if _step(path) <= step][:KEEP]
-    for path in _by_step(folder):
-        if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+    whole.add(final)
+    _prune(folder, step, whole)
     return final
 
 
+def _prune(folder: Path, step: int, whole: set[Path]) -> None:
+    """Remove all but the newest `KEEP` that are whole.
+
+    Later steps are of a run that was started over; they must not outlive what replaces them.
+    """
+    kept = 0
+    for path in _by_step(folder):
+        if kept < KEEP and _step(path) <= step and (path in whole or _fault(path) is None):
+            whole.add(path)
+            kept += 1
+            continue
+        whole.discard(path)
+        with suppress(OSError):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Whatever is there, also where it is no directory."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+@cache
 def installed_versions() -> dict[str, str]:
-    """Versions on which the last bit of a result may depend."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    """Versions on which the last bit of a result may depend, as they were when first asked for."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):  # a checkout that is not installed
+            found[name] = version(name)
+    return found
 
 
 def newest_checkpoint(folder: Path, *, before: int | None = None) -> tuple[Path | None, list[str]]:
@@ -271,7 +258,7 @@ def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: Optimizer) ->
     try:
         weights = load_file(path / "model.safetensors")
         tensors = load_file(path / "optimizer.safetensors")
-        state = _join_tensors(tensors, json.loads((path / "optimizer.json").read_text()))
+        state = join_tensors(tensors, json.loads((path / "optimizer.json").read_text()))
         model.load_state_dict(weights)
         optimizer.load_state_dict(state)
     # RuntimeError and ValueError are torch's words for other shapes and other parameter groups.
@@ -291,8 +278,11 @@ def load_probe(path: Path) -> dict[str, Tensor] | None:
 
 def _by_step(folder: Path) -> Iterator[Path]:
     """Newest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
+    found = [path for path in folder.glob(f"{PREFIX}*") if _NAME.fullmatch(path.name)]
     yield from sorted(found, key=_step, reverse=True)
+
+
+_NAME = re.compile(rf"{PREFIX}(0|[1-9][0-9]*)")
 
 
 def _step(path: Path) -> int:
@@ -313,31 +303,9 @@ def _fault(path: Path) -> str | None:
                 return f"{name} has another size"
             if _sha256(path / name) != expected["sha256"]:
                 return f"{name} has another checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _split_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state_dict as a flat dict of tensors and JSON for everything else."""
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, entries in state["state"].items():
-        scalars[str(index)] = {}
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                scalars[str(index)][name] = value
-    return tensors, {"param_groups": state["param_groups"], "scalars": scalars}
-
-
-def _join_tensors(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    state = {int(index): dict(entries) for index, entries in rest["scalars"].items()}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state[int(index)][name] = value
-    return {"state": state, "param_groups": rest["param_groups"]}
 
 
 def _digest(values: Any) -> str:

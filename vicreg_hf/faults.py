@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.checkpointing import newest_checkpoint
 from vicreg_hf.modeling_vicreg import VICRegOutput
 from vicreg_hf.run import Run
@@ -98,14 +100,16 @@ def failure(run: Run, sentence: str, found: dict[str, Any]) -> FloatingPointErro
     newest, _ = newest_checkpoint(run.output_dir / "checkpoints")
     remedies = _remedies(run)
     path = run.output_dir / f"not-finite-step-{found['step']}.json"
-    replay = f"scripts/pretrain.py --output_dir {run.output_dir} --replay {found['step']}"
+    replay = shlex.join(["python", "scripts/pretrain.py", "--output_dir", str(run.output_dir),
+                         "--replay", str(found["step"])])  # fmt: skip
     if run.accelerator.is_main_process:
         report = found | {
             "checkpoint": None if newest is None else newest.name,
             "remedies": remedies,
             "replay": replay,
         }
-        write_report(path, report)
+        with suppress(OSError):  # a full disk must not hide what is not finite
+            write_report(path, report)
     kept = f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
     return FloatingPointError(
         f"{sentence}. {kept} Remedies: {'; '.join(remedies)}. The report is {path}; the step is "
@@ -160,8 +164,11 @@ def _names_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 
 @contextmanager
-def explained(run: Run) -> Iterator[None]:
+def explained(args: PretrainingArguments, run: Run | None = None) -> Iterator[None]:
     """Say in a sentence what torch raises when memory is short or another process has ended.
+
+    Args:
+        run: None while it is being set up.
 
     Raises:
         OutOfMemory: instead of torch's own errors.
@@ -175,11 +182,11 @@ def explained(run: Run) -> Iterator[None]:
         if type(error) is not RuntimeError and not isinstance(error, known):
             raise  # it has words of its own
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
-            raise OutOfMemory(_no_memory(run, text)) from None
+            raise OutOfMemory(_no_memory(args, run, text)) from None
         if isinstance(error, torch.distributed.DistError) or any(w in text for w in _LOST):
             raise ProcessLost(
-                f"another process of this run has ended or cannot be reached, at step "
-                f"{run.step + 1}; its own message says why. The last checkpoint is untouched: "
+                f"another process of this run has ended or cannot be reached, {_when(run)}; its "
+                f"own message says why. The last checkpoint is untouched: "
                 f"start again to go on. ({text[:200]})"
             ) from None
         raise
@@ -188,18 +195,21 @@ def explained(run: Run) -> Iterator[None]:
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
 
 
-def _no_memory(run: Run, text: str) -> str:
-    args = run.args
+def _when(run: Run | None) -> str:
+    return "before the first step" if run is None else f"at step {run.step + 1}"
+
+
+def _no_memory(args: PretrainingArguments, run: Run | None, text: str) -> str:
     micro = args.micro_batch_size or args.batch_size
-    precision = run.accelerator.mixed_precision
     remedies = [f"lower --micro_batch_size, now {micro}, which changes no result but batch "
                 "normalisation's statistics"]  # fmt: skip
-    if precision == "no":
+    if run is not None and run.accelerator.mixed_precision == "no":
         remedies.append("use accelerate launch --mixed_precision bf16")
     remedies.append(f"lower --batch_size, now {args.batch_size}")
+    remedies.append(f"narrow --expander_dims, now {args.expander_dims}")
     if args.num_workers:
         remedies.append(f"lower --num_workers, now {args.num_workers}")
     return (
-        f"memory ran out at step {run.step + 1}: {text[:200]} Remedies: {'; '.join(remedies)}. "
+        f"memory ran out {_when(run)}: {text[:200]} Remedies: {'; '.join(remedies)}. "
         "The last checkpoint is untouched."
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from vicreg_hf.cards import CARD_FILE, TrainingRecord, hardware, model_card
 from vicreg_hf.hub import HubError
 from vicreg_hf.pictures import draw_pictures
@@ -18,8 +20,14 @@ def finish(run: Run) -> Path:
     directory = run.output_dir / "encoder"
     fault: Exception | None = None
     if run.accelerator.is_main_process:
-        export_encoder(run.model, directory, include_expander=True)
-        _write_card(run, directory)
+        try:
+            export_encoder(run.model, directory, include_expander=True)
+            _write_card(run, directory)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"the encoder could not be written to {directory}: {error}. The last checkpoint "
+                "is whole; free some space and start again to finish."
+            ) from error
         print(summary(directory, run.log.rows(), run.monitor))
         try:
             _push(run, directory)

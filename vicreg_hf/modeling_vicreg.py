@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -222,6 +223,9 @@ class VICRegModel(PreTrainedModel):
                 (directory / name).unlink(missing_ok=True)
         config = self.config.to_encoder_dict(self.num_features, include_expander=include_expander)
         _write_json(directory / "config.json", config)
+        for name in (ENCODER_FILE, EXPANDER_FILE):
+            if (directory / name).exists():  # safetensors lets nobody else read them
+                shutil.copymode(directory / "config.json", directory / name)
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

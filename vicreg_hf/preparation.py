@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -104,14 +107,41 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
 
 def begin(run: Run) -> None:
     """Make output_dir as the checkpoint left it."""
-    main, bad = run.accelerator.is_main_process, run.inputs.bad
-    if run.step:
-        bad.recall()
-    elif main:
-        bad.forget()
-    run.log.keep_until(run.step if run.step else -1)
-    if main:
-        (run.output_dir / "config.yaml").write_text(run.args.to_yaml())
+    main, bad, directory = run.accelerator.is_main_process, run.inputs.bad, run.output_dir
+    try:
+        if main and run.args.resume == "never":
+            _set_aside(directory)
+        if run.step:
+            bad.recall()
+        elif main:
+            bad.forget()
+        run.log.keep_until(run.step if run.step else -1)
+        if main:
+            # how this session began is no setting of the run
+            settings = replace(run.args, resume="auto", resume_changed=False)
+            aside = directory / "config.partial"
+            aside.write_text(settings.to_yaml())
+            aside.replace(directory / "config.yaml")
+            (directory / "checkpoints").mkdir(exist_ok=True)
+            tempfile.TemporaryFile(dir=directory / "checkpoints").close()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir must be a directory that can be written, got {directory}: {error}. "
+            "Nothing in it is lost; free some space or choose another."
+        ) from error
+
+
+def _set_aside(directory: Path) -> None:
+    """Keep what an earlier run has saved from being taken for this one's."""
+    if not any((directory / "checkpoints").glob("step-*")):
+        return
+    number = next(n for n in itertools.count(1) if not (directory / f"earlier-{n}").exists())
+    place = directory / f"earlier-{number}"
+    place.mkdir()
+    for name in ("metrics.jsonl", "config.yaml", "checkpoints"):
+        if (directory / name).exists():
+            (directory / name).rename(place / name)
+    print(f"What an earlier run saved in {directory} is now in {place}.")
 
 
 @contextmanager

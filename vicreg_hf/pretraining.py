@@ -31,7 +31,7 @@ from vicreg_hf.randomness import Stream, derive_seed
 from vicreg_hf.reporting import Clock
 from vicreg_hf.resuming import state_of
 from vicreg_hf.run import Run
-from vicreg_hf.signals import Signals, Stopped
+from vicreg_hf.signals import Signals, Stopped, name_of
 
 RUN_AHEAD = 10
 """While a checkpoint is written, training goes on for this part of `save_steps`, and then waits:
@@ -58,10 +58,11 @@ def pretrain(args: PretrainingArguments) -> Path:
         HubError: the encoder cannot be pushed, before any training; or could not be, after it.
     """
     with Signals() as signals, claim(Path(str(args.output_dir))):
-        run = setup(replace(args))
+        with explained(args):
+            run = setup(replace(args))
         begin(run)
         # torch may say anywhere that a worker has died
-        with watched(run), explained(run), loading_errors():
+        with watched(run), explained(args, run), loading_errors():
             _agree_on_bad_images(run)
             measure(run)
             fit(run, signals)
@@ -180,14 +181,14 @@ def measure(run: Run) -> None:
 def save(run: Run) -> None:
     """Begin to write a checkpoint, unless the weights are not finite."""
     check_weights(run)
-    fault: CheckpointError | None = None
+    fault: Exception | None = None
     if run.accelerator.is_main_process:
         try:
             run.writer.save(
                 run.step, run.model, run.inner_optimizer, state_of(run),
                 probe=None if run.probe is None else run.probe.state_dict(),
             )  # fmt: skip
-        except CheckpointError as error:  # of the one before
+        except Exception as error:  # of the one before
             fault = error
     _fail_together(run, fault)
 
@@ -198,15 +199,15 @@ def settle(run: Run) -> None:
     Raises:
         CheckpointError: it could not be written; in every process.
     """
-    fault: CheckpointError | None = None
+    fault: Exception | None = None
     try:
         run.writer.wait()
-    except CheckpointError as error:
+    except Exception as error:  # whatever it is, all processes end
         fault = error
     _fail_together(run, fault)
 
 
-def _fail_together(run: Run, fault: CheckpointError | None) -> None:
+def _fail_together(run: Run, fault: Exception | None) -> None:
     if run.agree(fault is not None)[0]:
         raise fault or CheckpointError(
             "a checkpoint could not be written; the main process says why."
@@ -217,7 +218,7 @@ def stop(run: Run, signals: Signals) -> None:
     """End a run that was asked to, when it is saved."""
     settle(run)
     signals.settled = True
-    reason = "another process" if signals.received is None else signals.received.name
+    reason = "another process" if signals.received is None else name_of(signals.received)
     raise Stopped(
         f"Stopped by {reason} after step {run.step} of {run.total_steps}, which is saved in "
         f"{run.writer.folder}. Started again with the same settings, the run goes on."

@@ -46,6 +46,8 @@ def export_encoder(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    for left in directory.glob(".export-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as aside:
         model.save_pretrained(aside, include_expander=include_expander)
         verify_export(model, aside)

@@ -36,7 +36,7 @@ def replay(args: PretrainingArguments, step: int) -> Path:
         run.accelerator.print("No checkpoint from before that step is left: it is taken from 0.")
     path = run.output_dir / f"replay-step-{step}.json"
     run.wrapped.train()
-    with explained(run):
+    with explained(args, run):
         for x, x_prime in views_from_here(run, until=step):
             output, norm = take_gradients(run, x, x_prime)
             if run.step + 1 == step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ class MetricsLog:
         if not self.path.is_file():
             return []
         rows = []
-        for line in self.path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # torn by a kill; what follows is written again
-                break
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(json.JSONDecodeError):  # torn by a kill; it is written again
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
         return rows
 
     def add(self, row: dict[str, Any]) -> None:
@@ -81,13 +82,14 @@ def summary(encoder: Path, rows: list[dict[str, Any]], monitor: KNNMonitor | Non
     measured = [row for row in rows if "knn" in row]
     if monitor is None:
         lines.append("No labelled held-out split, so no kNN accuracy was measured.")
+    if monitor is None and rows and "embedding_std" in rows[-1]:
         last = rows[-1]
         lines.append(
             f"Embeddings of the last batch: std {last['embedding_std']:.3f}, effective rank "
             f"{last['effective_rank']:.1f}, alignment {last['alignment']:.3f}, uniformity "
             f"{last['uniformity']:.3f}. A std near 0 or a rank near 1 is collapse."
         )
-    elif measured:
+    if monitor is not None and measured:
         lines.append(f"{monitor.description}:")
         if "knn_pixels" in measured[0]:
             lines.append(f"    raw pixels          {100 * measured[0]['knn_pixels']:5.1f} %")

@@ -78,6 +78,7 @@ def resume(
     manifest = read_manifest(path)
     state = manifest["state"]
     _check_same_run(args, accelerator, state, fingerprint, path)
+    _check_length(manifest["step"], args, path)
     load_checkpoint(path, model, optimizer)
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -110,6 +111,14 @@ def _check_all_see(path: Path | None, folder: Path) -> None:
         )
 
 
+def _check_length(step: int, args: PretrainingArguments, path: Path) -> None:
+    if args.max_steps is not None and args.max_steps < step:
+        raise CheckpointError(
+            f"max_steps must be at least the steps that were taken, got {args.max_steps} and "
+            f"{path}; choose more, another output_dir, or --resume never to start over."
+        )
+
+
 def state_of(run: Run) -> dict[str, Any]:
     """What a checkpoint holds of a run besides weights, optimiser, probe and step."""
     scaler = run.accelerator.scaler
@@ -118,6 +127,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "data": run.fingerprint,
         "seconds": run.seconds,
         "scaler": scaler.state_dict() if scaler is not None else None,
+        "precision": run.accelerator.mixed_precision,
         "labels_sha256": None if run.probe is None else run.probe.labels_sha256,
     }
 
@@ -160,6 +170,9 @@ def _mention_surroundings(accelerator: Accelerator, manifest: dict[str, Any]) ->
     versions, now = manifest["versions"], installed_versions()
     changed = [f"{name} was {versions.get(name)}, is {now[name]}"
                for name in now if versions.get(name) != now[name]]  # fmt: skip
+    before, precision = manifest["state"].get("precision"), accelerator.mixed_precision
+    if before != precision:
+        changed.append(f"precision was {before}, is {precision}")
     if manifest["world_size"] != accelerator.num_processes:
         changed.append(f"processes were {manifest['world_size']}, are {accelerator.num_processes}")
     if changed:

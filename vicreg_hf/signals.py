@@ -88,10 +88,15 @@ class Signals:
         if self.received is None:
             self.received, self._since = number, now
             if os.environ.get("RANK", "0") == "0":
-                _say(f"{number.name}: finishing the step and saving. Once more ends at once.")
+                _say(f"{name_of(number)}: finishing the step and saving. Once more ends at once.")
         elif not self.settled and number != LAUNCHER_ENDED and now - self._since > SAME_REQUEST:
             _say(f"{number.name}: ended at once; the last checkpoint is untouched.")
             os._exit(128 + number)
+
+
+def name_of(number: signal.Signals) -> str:
+    """What a user calls a request."""
+    return "the end of its launcher" if number == LAUNCHER_ENDED else number.name
 
 
 def ignore_requests(_worker: int) -> None:
