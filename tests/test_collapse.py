@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vicreg_hf.evaluation import alignment, effective_rank, embedding_std, uniformity
+from vicreg_hf.evaluation import alignment, collapse, effective_rank, embedding_std, uniformity
+from vicreg_hf.evaluation.collapse import collapse_report
 
 
 def random(rows: int, dim: int, *, rank: int | None = None) -> Tensor:
@@ -114,3 +115,125 @@ def test_uniformity_is_that_of_the_pairs_distances() -> None:
     expected = (-2 * squared).exp().mean().log()
     torch.testing.assert_close(uniformity(z), expected)
     assert uniformity(z) < uniformity(random(40, 7, rank=1))
+
+
+# --- the report
+
+
+def correlated(rows: int, dim: int) -> Tensor:
+    """Features far from the origin, of dimensions that share something and differ in scale."""
+    x = random(rows, dim) + 0.7 * random(rows, 1)
+    return 5 + x * torch.logspace(-2, 2, dim)
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(200, 16), (16, 40), (20, 20)])
+def test_reported_singular_values_are_those_of_centred_features(rows: int, dim: int) -> None:
+    x = correlated(rows, dim).double()
+    expected = torch.linalg.svdvals(x - x.mean(0))
+    actual = collapse_report(x.float()).singular_values
+    assert actual.shape == (min(rows, dim),)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-6 * expected[0].item())
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(200, 16), (16, 40), (50, 2)])
+def test_reported_correlation_is_numpys(rows: int, dim: int) -> None:
+    x = correlated(rows, dim)
+    matrix = np.corrcoef(x.double().numpy(), rowvar=False)
+    expected = np.abs(matrix[~np.eye(dim, dtype=bool)]).mean()
+    actual = collapse_report(x).off_diagonal_correlation
+    assert actual == pytest.approx(expected, abs=1e-5)
+    assert 0.1 < actual < 0.9
+
+
+def test_constant_dimensions_have_no_correlation() -> None:
+    x = correlated(1200, 6)
+    constants = torch.tensor([0.0, 0.1, 0.3, 1 / 3, 123.456, -1e4]).expand(1200, -1)
+    report = collapse_report(torch.cat([x, constants], dim=1))
+    expected = collapse_report(x).off_diagonal_correlation
+    assert report.off_diagonal_correlation == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(report.std[:6], x.std(0))
+    torch.testing.assert_close(report.std[6:] / constants[0].abs().clamp(min=1), torch.zeros(6))
+    alone = collapse_report(torch.cat([x[:, :1], constants], dim=1))
+    assert alone.off_diagonal_correlation == 0.0
+
+
+def test_dimensions_of_any_scale_count_in_correlation() -> None:
+    x = correlated(100, 6)
+    expected = collapse_report(x).off_diagonal_correlation
+    scales = torch.tensor([1e-9, 1.0, 1e9, 1e-5, 1e5, 1.0])
+    assert collapse_report(x * scales).off_diagonal_correlation == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("dim", [16, 256])
+def test_reported_embedding_std_is_one_for_points_spread_evenly(dim: int) -> None:
+    report = collapse_report(random(2000, dim) * torch.logspace(-3, 3, 2000)[:, None])
+    assert report.embedding_std == pytest.approx(1.0, abs=0.02)
+
+
+def test_reported_embedding_std_falls_with_the_dimensions_that_are_used() -> None:
+    some = collapse_report(torch.cat([random(2000, 16), torch.zeros(2000, 48)], dim=1))
+    assert some.embedding_std == pytest.approx(0.5, abs=0.02)  # sqrt(16 / 64)
+
+
+def test_equal_rows_are_reported_as_collapsed() -> None:
+    report = collapse_report(random(1, 12).expand(100, -1))
+    assert report.embedding_std == pytest.approx(0.0, abs=1e-6)
+    assert report.effective_rank == pytest.approx(1.0, rel=1e-3)
+    assert report.uniformity == pytest.approx(0.0, abs=1e-5)
+    assert report.off_diagonal_correlation == 0.0
+    torch.testing.assert_close(report.singular_values, torch.zeros(12), rtol=0, atol=1e-4)
+    torch.testing.assert_close(report.std, torch.zeros(12))
+
+
+@pytest.mark.parametrize("rank", [1, 3, None])
+def test_reported_rank_and_uniformity_are_those_measured_alone(rank: int | None) -> None:
+    x = random(100, 12, rank=rank)
+    report = collapse_report(x)
+    assert report.effective_rank == pytest.approx(effective_rank(x).item())
+    assert report.uniformity == pytest.approx(uniformity(x).item(), abs=1e-6)
+    assert report.alignment is None
+
+
+def test_reported_alignment_is_that_of_the_views_and_not_of_the_features() -> None:
+    x, noise = random(50, 12), random(30, 12)
+    views = (x[:30], x[:30] + noise)
+    report = collapse_report(x, views)
+    expected = np.mean([
+        np.square(a / np.linalg.norm(a) - b / np.linalg.norm(b)).sum()
+        for a, b in zip(views[0].numpy(), views[1].numpy(), strict=True)
+    ])  # fmt: skip
+    assert report.alignment == pytest.approx(expected, rel=1e-5)
+    equal = collapse_report(x, (views[0], 3 * views[0])).alignment
+    assert equal == pytest.approx(0.0, abs=1e-6)
+
+
+def test_uniformity_of_many_rows_is_that_of_some_from_everywhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    centres = 5 * random(10, 12)
+    x = centres.repeat_interleave(100, dim=0) + random(1000, 12)  # sorted by class
+    expected = collapse_report(x).uniformity
+    monkeypatch.setattr(collapse, "MOST_PAIRS", 200)
+    assert collapse_report(x).uniformity == pytest.approx(expected, rel=0.1)
+    assert uniformity(x[:200]) > 0.5 * expected  # the first 200 are of two classes
+
+
+def test_half_precision_is_reported_as_in_more() -> None:
+    x = (random(64, 8) * 1e3).half()
+    report, expected = collapse_report(x), collapse_report(x.float())
+    assert report.embedding_std == expected.embedding_std
+    assert torch.equal(report.singular_values, expected.singular_values)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (0, 5), (5,), (2, 3, 4)])
+def test_a_report_of_less_than_two_rows_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at least two rows of numbers, got shape"):
+        collapse_report(torch.ones(shape))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_report_of_what_is_not_finite_is_refused(value: float) -> None:
+    x = random(10, 4)
+    x[7, 2] = value
+    with pytest.raises(ValueError, match="must be finite numbers, and some are not"):
+        collapse_report(x)

@@ -346,7 +346,7 @@ def test_a_step_that_is_not_finite_is_not_taken_and_can_be_replayed(
     for value in load_file(newest / "model.safetensors").values():
         assert torch.isfinite(value.float()).all()
     # By the words of the report.
-    again = run([sys.executable, *found["replay"].split()])
+    again = run(shlex.split(found["replay"]))
     assert again.returncode == 0, again.stderr
     replayed = json.loads((tmp_path / f"replay-step-{step}.json").read_text())
     assert replayed == {key: found[key] for key in replayed}

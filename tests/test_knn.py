@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
@@ -98,3 +99,25 @@ def test_test_labels_for_other_rows_are_refused() -> None:
     train, labels = split(10, seed=0)
     with pytest.raises(ValueError, match="10 rows and 1 labels"):
         knn_accuracy(train, labels, train, labels[:1], k=1)
+
+
+# --- handwritten digits
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+@pytest.mark.parametrize("k", [20, 200])
+def test_predictions_on_digits_equal_scikit_learns_but_for_ties(k: int, temperature: float) -> None:
+    pixels, labels = load_digits(return_X_y=True)
+    unit = pixels / np.linalg.norm(pixels, axis=1, keepdims=True)
+    weights: Any = lambda distance: np.exp(-distance / temperature)  # noqa: E731
+    classifier = KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute")
+    votes = np.sort(classifier.fit(unit[:1000], labels[:1000]).predict_proba(unit[1000:]), axis=1)
+    tied = votes[:, -1] - votes[:, -2] < 1e-5
+    x, y = torch.tensor(pixels, dtype=torch.float32), torch.from_numpy(labels)
+    actual = knn_predict(x[:1000], y[:1000], x[1000:], k=k, temperature=temperature).numpy()
+    expected = classifier.predict(unit[1000:])
+    assert tied.mean() < 0.01
+    np.testing.assert_array_equal(actual[~tied], expected[~tied])
+    accuracy = knn_accuracy(x[:1000], y[:1000], x[1000:], y[1000:], k=k, temperature=temperature)
+    assert accuracy == pytest.approx((actual == labels[1000:]).mean())
+    assert accuracy > 0.85

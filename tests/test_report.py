@@ -27,7 +27,8 @@ from scipy.stats import binomtest
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from vicreg_hf.evaluation.charts import CASES, COLOURS, NEIGHBOURS
+from vicreg_hf.evaluation.charts import COLOURS
+from vicreg_hf.evaluation.neighbours import CASES, NEIGHBOURS
 from vicreg_hf.evaluation.report import Gallery, write_report
 from vicreg_hf.evaluation.results import Measurement
 

@@ -72,7 +72,7 @@ def open_labelled(
     for name in (train_split, test_name):
         if name not in splits:
             raise ValueError(f"split must be one of {', '.join(map(str, splits))}, got {name!r}.")
-        _restore_names(splits[name], dataset_name, name)
+        _restore_names(splits[name], name, dataset_name, config_name)
     tables = [splits[name] for name in (train_split, test_name)]
     column = _label_column(tables[0], label_column)
     several = column is not None and _is_list(tables[0].features[column])
@@ -94,7 +94,7 @@ def open_labelled(
     return LabelledData(parts[0], parts[1], names, train_split, test_name)
 
 
-def _restore_names(table: Any, dataset_name: str, split: str) -> None:
+def _restore_names(table: Any, split: str, dataset_name: str, config_name: str | None) -> None:
     """Give a split the class names of its own parquet files.
 
     Of a local folder `datasets` takes those of the first split for all, whatever the others'
@@ -102,21 +102,22 @@ def _restore_names(table: Any, dataset_name: str, split: str) -> None:
     """
     if not any(Path(dataset_name).glob("**/*.parquet")):
         return
-    files = datasets.load_dataset_builder(dataset_name).config.data_files or {}
-    for file in files.get(split, ()):
-        if not str(file).endswith(".parquet"):
+    files = datasets.load_dataset_builder(dataset_name, config_name).config.data_files or {}
+    declared: dict[str, Any] = {}
+    for file in map(str, files.get(split, ())):
+        if not file.endswith(".parquet"):
             continue
         own = datasets.Features.from_arrow_schema(pq.read_schema(file))
         for column, kind in own.items():
-            if isinstance(kind, datasets.ClassLabel) or (
-                _is_list(kind) and isinstance(kind.feature, datasets.ClassLabel)
-            ):
-                if file != files[split][0] and kind != table.features[column]:
-                    raise ValueError(
-                        f"class names must be the same in all files of a split, and {file} "
-                        f"declares others than {files[split][0]} for {column!r}."
-                    )
-                table.features[column] = kind
+            inner = kind.feature if _is_list(kind) else kind
+            if not isinstance(inner, datasets.ClassLabel):
+                continue
+            if declared.setdefault(column, kind) != kind:
+                raise ValueError(
+                    f"class names must be the same in all files of a split, and {file} declares "
+                    f"others for {column!r} than the first of {split}."
+                )
+    table.info.features.update(declared)
 
 
 def _held_out(splits: Splits, train: str, dataset_name: str) -> str:
@@ -201,7 +202,9 @@ def _targets(
     kinds = [table.features[column].feature for table in tables]
     exact = all(isinstance(kind, datasets.ClassLabel) for kind in kinds)
     names = lists[0][0]
-    _check_names(names, lists[1][0], (f"split {tables[0].split}", f"split {tables[1].split}"), exact)
+    _check_names(
+        names, lists[1][0], (f"split {tables[0].split}", f"split {tables[1].split}"), exact
+    )
     place = {name: k for k, name in enumerate(names)}
     targets: list[Tensor | None] = []
     for _, rows in lists:

@@ -1,18 +1,15 @@
-"""What the report shows of features: their spectrum, a map of them, and nearest neighbours.
+"""What the report shows of features: their spectrum, and a map of them.
 
 Figures hold no text from outside: names of classes stand in the page, which escapes them.
 
-Shapes: N training images, M test images, n of either, C channels, F features.
+Shapes: n images, F features.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -23,14 +20,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 from numpy.typing import NDArray
-from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from vicreg_hf.evaluation.collapse import effective_rank
-from vicreg_hf.evaluation.knn import knn_predict
+from vicreg_hf.evaluation.gallery import Gallery, finite_rows, sample
 
 MAX_NUMBERS = 2**25
 """Features, rows times columns, that statistics are taken of: all 50,000 rows of ResNet-18."""
@@ -40,16 +36,6 @@ MAX_MAPPED = 2000
 MIN_TSNE = 30
 """Images below which the map is a PCA."""
 MAX_LEGEND = 20
-CASES = 6
-"""Test images, of either kind, that are shown beside their neighbours."""
-NEIGHBOURS = 6
-CANDIDATES = 2000
-"""Test images among which cases are looked for."""
-K = 20
-THUMBNAIL = 96
-"""Pixels of a thumbnail's longer side, at most."""
-LOSSLESS_BYTES = 4096
-"""Thumbnails that are larger as PNG are JPEG."""
 INK, ACCENT = "#010203", "#010204"
 """Stand in figures for the colours of the page, which change with its theme."""
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")
@@ -62,64 +48,6 @@ STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
     "axes.formatter.useoffset": False,
 }  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Gallery:
-    """The images of a split, and their features."""
-
-    features: Tensor
-    """(n, F)."""
-    labels: Tensor | None
-    """(n,) integers from 0."""
-    read: Callable[[Sequence[int]], list[Tensor]]
-    """Gives images (C, H, W) uint8 of any sizes for their rows; what follows RGB is not shown."""
-
-
-def finite_rows(features: Tensor) -> NDArray[np.int64]:
-    """The rows that hold neither NaN nor infinity."""
-    return features.isfinite().all(1).nonzero().flatten().cpu().numpy()
-
-
-def sample(rows: NDArray[np.int64], most: int, seed: int) -> NDArray[np.int64]:
-    """At most so many of the rows, drawn at random and in order."""
-    if len(rows) <= most:
-        return rows
-    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
-
-
-# --- pictures in the page
-
-
-@dataclass(frozen=True)
-class Inline:
-    """A picture as the page holds it."""
-
-    uri: str
-    width: int
-    height: int
-
-
-def thumbnail(image: Tensor) -> Inline:
-    """A small picture of an image (C, H, W) uint8 of any size."""
-    shown = (image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)).permute(1, 2, 0)
-    picture = Image.fromarray(shown.cpu().contiguous().numpy())
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    inline = as_png(picture)
-    if len(inline.uri) * 3 // 4 <= LOSSLESS_BYTES:
-        return inline
-    return _encoded(picture, "jpeg", quality=85)
-
-
-def as_png(picture: Image.Image, **options: Any) -> Inline:
-    return _encoded(picture, "png", optimize=True, **options)
-
-
-def _encoded(picture: Image.Image, kind: str, **options: Any) -> Inline:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return Inline(f"data:image/{kind};base64,{data}", *picture.size)
 
 
 def to_svg(figure: Figure, name: str, description: str) -> Markup:
@@ -301,106 +229,3 @@ def _draw_map(points: NDArray[np.float64], classes: NDArray[np.int64], method: s
         f"{method} map of the features of {len(points):,} test images, "
         f"{len(np.unique(classes))} classes; places are in arbitrary units.",
     )  # fmt: skip
-
-
-# --- nearest neighbours
-
-
-@dataclass(frozen=True)
-class Shown:
-    """An image of a case."""
-
-    picture: Inline
-    label: int | None
-    similarity: float | None = None
-    """Cosine similarity to the case's test image."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A test image beside its nearest training images."""
-
-    query: Shown
-    voted: int | None
-    near: Sequence[Shown]
-
-
-def neighbours(
-    train: Gallery, test: Gallery, labels: NDArray[np.int64] | None, *, seed: int
-) -> dict[str, Any] | None:
-    """Test images beside their nearest training images; None if either split has none.
-
-    Args:
-        labels: (M,) of the test images; without them, or those of training images, cases are
-            not told apart.
-
-    Returns:
-        What the page's section shows: k, and groups of cases.
-    """
-    bank, rows = finite_rows(train.features), finite_rows(test.features)
-    if not len(bank) or not len(rows):
-        return None
-    candidates = np.random.default_rng(seed).permutation(rows)[:CANDIDATES]
-    features, k = _take(train.features, bank), min(K, len(bank))
-    groups: dict[str, NDArray[np.int64]] = {"": candidates}
-    votes: dict[int, int] = {}
-    if labels is not None and train.labels is not None:
-        voted = knn_predict(
-            features, train.labels[torch.from_numpy(bank)].long().to(features.device),
-            _take(test.features, candidates).to(features), k=k,
-        ).cpu().numpy()  # fmt: skip
-        votes = dict(zip(candidates.tolist(), voted.tolist(), strict=True))
-        right = voted == labels[candidates]
-        groups = {"right": candidates[right], "wrong": candidates[~right]}
-    shown = []
-    for kind, members in groups.items():
-        chosen = members[:CASES]
-        found, similarity = _nearest(features, _take(test.features, chosen).to(features))
-        cases = _cases(train, test, labels, chosen, bank[found], similarity, votes)
-        shown.append({"kind": kind, "of": len(members), "cases": cases})
-    return {
-        "k": k, "images": len(bank), "candidates": len(candidates), "of": len(rows),
-        "groups": shown,
-    }  # fmt: skip
-
-
-def _cases(
-    train: Gallery,
-    test: Gallery,
-    labels: NDArray[np.int64] | None,
-    chosen: NDArray[np.int64],
-    found: NDArray[np.int64],
-    similarity: NDArray[np.float32],
-    votes: dict[int, int],
-) -> list[Case]:
-    if not len(chosen):
-        return []
-    queries = test.read(chosen.tolist())
-    images = iter(train.read(found.flatten().tolist()))
-    cases = []
-    for row, image, near, close in zip(chosen.tolist(), queries, found, similarity, strict=True):
-        query = Shown(thumbnail(image), None if labels is None else int(labels[row]))
-        shown = [
-            Shown(
-                thumbnail(next(images)),
-                None if train.labels is None else int(train.labels[index]),
-                float(value),
-            )
-            for index, value in zip(near.tolist(), close, strict=True)
-        ]
-        cases.append(Case(query, votes.get(row), shown))
-    return cases
-
-
-def _take(features: Tensor, rows: NDArray[np.int64]) -> Tensor:
-    if len(rows) == len(features) and bool((np.diff(rows) == 1).all()):
-        return features.float()
-    return features[torch.from_numpy(rows).to(features.device)].float()
-
-
-def _nearest(bank: Tensor, queries: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Rows of the bank nearest in cosine similarity, and the similarity."""
-    lengths = bank.norm(dim=1).clamp(min=1e-12)
-    similarity = torch.nn.functional.normalize(queries, dim=1) @ bank.T / lengths
-    nearest = similarity.topk(min(NEIGHBOURS, len(bank)), dim=1)
-    return nearest.indices.cpu().numpy(), nearest.values.cpu().numpy()

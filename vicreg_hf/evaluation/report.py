@@ -20,12 +20,11 @@ from torch import Tensor
 from vicreg_hf.evaluation.charts import (
     COLOURS,
     MARKERS,
-    Gallery,
-    as_png,
     feature_map,
-    neighbours,
     spectrum,
 )
+from vicreg_hf.evaluation.gallery import Gallery, as_png
+from vicreg_hf.evaluation.neighbours import neighbours
 from vicreg_hf.evaluation.results import Measurement, bootstrap_interval
 
 TEMPLATE = "report.html.jinja"
