@@ -1,0 +1,85 @@
+"""The images of a split beside their features, and how a page holds pictures.
+
+Shapes: n images, C channels, F features.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+THUMBNAIL = 96
+"""Pixels of a thumbnail's longer side, at most."""
+LOSSLESS_BYTES = 4096
+"""Thumbnails that are larger as PNG are JPEG."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """The images of a split, and their features."""
+
+    features: Tensor
+    """(n, F)."""
+    labels: Tensor | None
+    """(n,) integers from 0."""
+    read: Callable[[Sequence[int]], list[Tensor]]
+    """Gives images (C, H, W) uint8 of any sizes for their rows; what follows RGB is not shown."""
+
+
+def finite_rows(features: Tensor) -> NDArray[np.int64]:
+    """The rows that hold neither NaN nor infinity."""
+    return features.isfinite().all(1).nonzero().flatten().cpu().numpy()
+
+
+def sample(rows: NDArray[np.int64], most: int, seed: int) -> NDArray[np.int64]:
+    """At most so many of the rows, drawn at random and in order."""
+    if len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
+
+
+def take(features: Tensor, rows: NDArray[np.int64]) -> Tensor:
+    """Some rows of features, as float32."""
+    if len(rows) == len(features) and bool((np.diff(rows) == 1).all()):
+        return features.float()
+    return features[torch.from_numpy(rows).to(features.device)].float()
+
+
+@dataclass(frozen=True)
+class Inline:
+    """A picture as the page holds it."""
+
+    uri: str
+    width: int
+    height: int
+
+
+def thumbnail(image: Tensor) -> Inline:
+    """A small picture of an image (C, H, W) uint8 of any size."""
+    shown = (image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)).permute(1, 2, 0)
+    picture = Image.fromarray(shown.cpu().contiguous().numpy())
+    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    inline = as_png(picture)
+    if len(inline.uri) * 3 // 4 <= LOSSLESS_BYTES:
+        return inline
+    return _encoded(picture, "jpeg", quality=85)
+
+
+def as_png(picture: Image.Image, **options: Any) -> Inline:
+    return _encoded(picture, "png", optimize=True, **options)
+
+
+def _encoded(picture: Image.Image, kind: str, **options: Any) -> Inline:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return Inline(f"data:image/{kind};base64,{data}", *picture.size)
