@@ -145,8 +145,8 @@ def check_labels(args: EvaluationArguments, data: LabelledData) -> None:
             _ = training_rows(protocol, args, data)
         if protocol in MULTI_LABEL:
             _check_targets(data)
-    if "linear" in args.protocol_names and train.classes is not None:
-        if len(train.classes.unique()) == len(train.classes):
+        alone = train.classes is not None and len(train.classes.unique()) == len(train.classes)
+        if protocol == "linear" and alone:
             raise ValueError(
                 "protocol linear holds images of every class out to choose its settings, and "
                 f"{train.split.name} has one image of each; choose another of --protocols."

@@ -83,7 +83,8 @@ def open_labelled(
     shared = column is not None and column in tables[1].features
     if several:
         assert column is not None
-        names, targets = _targets(tables, column, needed=label_column is not None)
+        needed = label_column is not None
+        names, targets = _targets(tables, column, (train.name, test.name), needed=needed)
         parts = [Labelled(train, targets=targets[0]), Labelled(test, targets=targets[1])]
     elif shared and train.labels is not None and test.labels is not None:
         exact = all(isinstance(t.features[column], datasets.ClassLabel) for t in tables)
@@ -183,7 +184,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _targets(
-    tables: Sequence[Any], column: str, *, needed: bool
+    tables: Sequence[Any], column: str, splits: tuple[str, str], *, needed: bool
 ) -> tuple[tuple[str, ...], list[Tensor | None]]:
     """Names of the K classes, and (N, K) of each table, by the names of the first.
 
@@ -194,17 +195,14 @@ def _targets(
     if len(lists) < len(tables):
         if not needed:
             return (), [None, None]
-        lacks = tables[found.index(None)].split
         raise ValueError(
-            f"label_column must hold a list of classes in every row, got rows of split {lacks} "
-            f"without one in {column!r}."
+            "label_column must hold a list of classes in every row, got rows of "
+            f"{splits[found.index(None)]} without one in {column!r}."
         )
     kinds = [table.features[column].feature for table in tables]
     exact = all(isinstance(kind, datasets.ClassLabel) for kind in kinds)
     names = lists[0][0]
-    _check_names(
-        names, lists[1][0], (f"split {tables[0].split}", f"split {tables[1].split}"), exact
-    )
+    _check_names(names, lists[1][0], splits, exact)
     place = {name: k for k, name in enumerate(names)}
     targets: list[Tensor | None] = []
     for _, rows in lists:

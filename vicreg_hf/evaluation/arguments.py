@@ -65,6 +65,9 @@ class EvaluationArguments:
     lr_head: float | None = _setting(None, "Of the classifier; by default the authors'.")
     lr_backbone: float | None = _setting(None, "Of the encoder when fine-tuned; likewise.")
     weight_decay: float | None = _setting(None, "Of linear-sgd and finetune; likewise.")
+    crop_scale: float | None = _setting(
+        None, "Least area of the random crops of linear-sgd and finetune; by default 0.08."
+    )
     label_fraction: float | None = _setting(
         None, "Part of each class that finetune learns from, chosen by the seed; by default all."
     )
@@ -95,10 +98,10 @@ class EvaluationArguments:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value}.")
-        if self.label_fraction is not None and not 0 < self.label_fraction <= 1:
-            raise ValueError(
-                f"label_fraction must lie above 0 and at most at 1, got {self.label_fraction}."
-            )
+        for name in ("label_fraction", "crop_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must lie above 0 and at most at 1, got {value}.")
         if self.label_fraction is not None and self.label_list is not None:
             raise ValueError("label_fraction and label_list exclude each other, got both.")
         subset = self.label_fraction is not None or self.label_list is not None
@@ -118,6 +121,8 @@ class EvaluationArguments:
         for protocol in self.protocol_names:
             if protocol in TRAINED:
                 _ = self.training(protocol)
+        for protocol in TRAINED.keys() & set(self.protocol_names):
+            _ = self.training(protocol)
         if self.output_dir is None:
             names = [Path(name).resolve() if Path(name).exists() else Path(name)
                      for name in (self.model, self.dataset_name)]  # fmt: skip
@@ -148,7 +153,7 @@ class EvaluationArguments:
     def training(self, protocol: str) -> tuple[FinetuneSettings, float]:
         """How one of `TRAINED` trains, and on which part of the labels."""
         settings, fraction = TRAINED[protocol]
-        given = {
+        given: dict[str, Any] = {
             "epochs": self.epochs, "batch_size": self.train_batch_size, "lr_head": self.lr_head,
             "weight_decay": self.weight_decay, "seed": self.seed,
         }  # fmt: skip
@@ -156,6 +161,8 @@ class EvaluationArguments:
             given["lr_backbone"] = self.lr_backbone
         if protocol == "finetune":
             fraction = self.label_fraction or 1.0
+        if self.crop_scale is not None:
+            given["scale"] = (self.crop_scale, 1.0)
         changed: Any = {name: value for name, value in given.items() if value is not None}
         return replace(settings, **changed), fraction
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vicreg_hf.evaluation.subsets import balanced_subset
 from vicreg_hf.randomness import permutation
 
-LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WEIGHT_DECAYS = (0.0, 1e-5, 1e-4, 1e-3)
 VALIDATION = 0.1
 """Part of the training rows on which a setting is chosen, and from which it is then learned too."""
@@ -51,7 +51,7 @@ def linear_probe(
     learning_rates: Sequence[float] = LEARNING_RATES,
     weight_decays: Sequence[float] = WEIGHT_DECAYS,
     epochs: int = 30,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> LinearResult:
     """Train a linear classifier for every setting in one pass, and classify by the best.
@@ -66,6 +66,7 @@ def linear_probe(
         train_labels: (N,) classes from 0.
         test_features: (M, F).
         num_classes: K; by default as many as the labels show.
+        batch_size: by default a fortieth of the training rows, from 32 to 1024.
 
     Raises:
         ValueError: rows and labels that differ in number, fewer than two classes, a label that is
@@ -93,6 +94,7 @@ def linear_probe(
     if len(held_out) < len(x):  # else each class has one row, and is chosen on what it learns
         kept[held_out] = False
     kept, held_out = kept.to(x.device), held_out.to(x.device)
+    batch_size = batch_size or min(max(len(x) // 40, 32), 1024)
     options = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
     weight, bias = _train(x[kept], labels[kept], classes, settings, **options)
     found = _classify(x[held_out], weight, bias, classes)
