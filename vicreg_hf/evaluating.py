@@ -145,12 +145,6 @@ def check_labels(args: EvaluationArguments, data: LabelledData) -> None:
             _ = training_rows(protocol, args, data)
         if protocol in MULTI_LABEL:
             _check_targets(data)
-        alone = train.classes is not None and len(train.classes.unique()) == len(train.classes)
-        if protocol == "linear" and alone:
-            raise ValueError(
-                "protocol linear holds images of every class out to choose its settings, and "
-                f"{train.split.name} has one image of each; choose another of --protocols."
-            )
     for protocol, setting in (("knn", "knn_k"), ("retrieval", "retrieval_k")):
         most = max(args.numbers(setting))
         if protocol in args.protocol_names and len(train.split) < most:

@@ -65,6 +65,11 @@ def open_labelled(
     """
     splits = open_dataset(dataset_name, config_name)
     test_name = eval_split or _held_out(splits, train_split, dataset_name)
+    if test_name == train_split:
+        raise ValueError(
+            f"eval_split must be another than train_split, got {test_name!r} for both; an image "
+            "finds itself."
+        )
     common: Any = {
         "dataset_name": Path(dataset_name).name or dataset_name, "image_column": image_column,
         "channels": channels,

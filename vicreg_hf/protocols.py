@@ -5,6 +5,7 @@ Shapes: N training and M test images that can be used, F features, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -137,12 +138,17 @@ def _linear(protocol: str, task: Task, measured: Measured) -> None:
     )  # fmt: skip
     settings = {
         "epochs": args.probe_epochs, "learning_rate": result.learning_rate,
-        "weight_decay": result.weight_decay,
+        "weight_decay": result.weight_decay, "batch_size": result.batch_size,
     }  # fmt: skip
-    tried = [
-        {"learning_rate": rate, "weight_decay": decay, "validation_accuracy": accuracy}
-        for (rate, decay), accuracy in result.validation.items()
-    ]
+    tried = []
+    for (rate, decay), accuracy in result.validation.items():
+        loss = result.validation_loss[rate, decay]
+        tried.append(
+            {
+                "learning_rate": rate, "weight_decay": decay, "validation_accuracy": accuracy,
+                "validation_loss": loss if math.isfinite(loss) else None,
+            }
+        )  # fmt: skip
     measured.classified(
         task, protocol, "linear probe", result.predictions, settings, {"tried": tried}
     )
