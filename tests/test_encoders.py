@@ -108,7 +108,7 @@ def test_encoders_are_found_in_runs_checkpoints_and_on_the_hub(tmp_path: Path) -
 
 def test_a_directory_of_timm_is_opened_without_its_classifier(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=7).eval()
+    model: Any = timm.create_model("test_vit", num_classes=7).eval()
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     encoder = open_encoder(str(tmp_path))
     x = torch.randn(2, 3, 160, 160)

@@ -300,7 +300,7 @@ def test_classes_without_training_rows_are_never_predicted() -> None:
 
 
 def test_accuracy_is_the_share_of_right_predictions() -> None:
-    result = linear.LinearResult(torch.tensor([0, 1, 2, -1]), 0.1, 0.0, {})
+    result = linear.LinearResult(torch.tensor([0, 1, 2, -1]), 0.1, 0.0, {}, {}, 32)
     assert result.accuracy(torch.tensor([0, 1, 1, 0])) == 0.5
 
 
