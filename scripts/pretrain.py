@@ -26,23 +26,12 @@ if __name__ == "__main__":  # what is imported below takes seconds
     _handle_requests(_stop_before_the_run)
 
 # ruff: noqa: E402
-from safetensors import SafetensorError
-
 from vicreg_hf.arguments import parse_arguments
-from vicreg_hf.checkpointing import CheckpointError
-from vicreg_hf.data import LoadingError
-from vicreg_hf.faults import OutOfMemory, ProcessLost
-from vicreg_hf.hub import HubError, without_tokens
-from vicreg_hf.pretraining import pretrain
+from vicreg_hf.hub import without_tokens
+from vicreg_hf.pretraining import ERRORS, pretrain
 from vicreg_hf.preview import draw_preview
-from vicreg_hf.publishing import ExportError
 from vicreg_hf.replay import replay
 from vicreg_hf.signals import STOPPED, Stopped
-
-ERRORS = (
-    ValueError, OSError, SafetensorError, CheckpointError, FloatingPointError, LoadingError,
-    HubError, ExportError, OutOfMemory, ProcessLost,
-)  # fmt: skip
 
 
 def main() -> None:

@@ -12,27 +12,43 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.checkpointing import CheckpointError
 from vicreg_hf.collapse_watch import CollapseWatch
-from vicreg_hf.data import loading_errors, training_views
+from vicreg_hf.data import LoadingError, loading_errors, training_views
 from vicreg_hf.distributed import gather_rows
 from vicreg_hf.evaluation import alignment, effective_rank, embedding_std, uniformity
-from vicreg_hf.faults import check_weights, explained, gradient_norm, not_finite, step_failure
+from vicreg_hf.faults import (
+    OutOfMemory,
+    ProcessLost,
+    check_weights,
+    explained,
+    gradient_norm,
+    not_finite,
+    step_failure,
+)
 from vicreg_hf.finishing import finish
 from vicreg_hf.gradcache import backward_in_chunks
+from vicreg_hf.hub import HubError
 from vicreg_hf.liveness import watched
 from vicreg_hf.modeling_vicreg import VICRegOutput
 from vicreg_hf.preparation import begin, claim, setup
+from vicreg_hf.publishing import ExportError
 from vicreg_hf.randomness import Stream, derive_seed
 from vicreg_hf.reporting import Clock
 from vicreg_hf.resuming import state_of
 from vicreg_hf.run import Run
 from vicreg_hf.signals import Signals, Stopped, name_of
 
+ERRORS = (
+    ValueError, OSError, SafetensorError, CheckpointError, FloatingPointError, LoadingError,
+    HubError, ExportError, OutOfMemory, ProcessLost,
+)  # fmt: skip
+"""What ends a run with a sentence that says why."""
 RUN_AHEAD = 10
 """While a checkpoint is written, training goes on for this part of `save_steps`, and then waits:
 a crash costs at most so much more than `save_steps`."""
