@@ -17,9 +17,8 @@ def _stop_before_the_run(*_: object) -> None:
 
 
 def _handle_requests(handler: Any) -> None:
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handler)
+    for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), handler)
 
 
 if __name__ == "__main__":  # what is imported below takes seconds
