@@ -50,6 +50,7 @@ def main() -> None:
             pretrain(args)
             _handle_requests(signal.SIG_IGN)  # all is done
     except Stopped as stopped:
+        _handle_requests(signal.SIG_IGN)
         print(stopped, file=sys.stderr)
         sys.exit(STOPPED)
     except ERRORS as error:

@@ -24,7 +24,8 @@ from torchvision.transforms.v2 import functional as tv
 from transformers import AutoImageProcessor, AutoModel
 from workflow import ROOT, environment, run
 
-from vicreg_hf.extraction import ExtractionArguments, extract_dataset
+from vicreg_hf.encoders import Encoder
+from vicreg_hf.extraction import ExtractionArguments, _encode, extract_dataset
 
 SIZES = [(40, 60), (64, 64), (33, 90), (120, 50)]
 
@@ -267,3 +268,14 @@ def test_rows_without_a_path_are_named_by_their_number(encoder: Path, tmp_path: 
     found = load(output, tmp_path)["train"]
     assert found["image_id"][:] == ["0", "1", "2"]
     assert "label" not in found.column_names
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    linear = torch.nn.Linear(12, 2)
+    torch.nn.init.constant_(linear.weight, torch.inf)
+    module = torch.nn.Sequential(torch.nn.Flatten(), linear)
+    config = {"input_size": (3, 2, 2), "mean": (0,) * 3, "std": (1,) * 3}
+    encoder = Encoder(module, 2, lambda image: image, config, {})
+    images = torch.ones(4, 3, 2, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="must give finite features, and some are not"):
+        _encode(encoder, images, torch.device("cpu"))

@@ -254,6 +254,8 @@ def _with_section(text: str, dataset: str, split: str, measurements: Sequence[Me
     """A card's text with a table for one data set, before its training or at its end."""
     begin, end = f"<!-- evaluation: {dataset} ({split}) -->", "<!-- end of evaluation -->"
     rows = {m.name: f"| {m.name} | {m.shown} | {m.num_images:,} |" for m in measurements}
+    if begin in text and end not in text.partition(begin)[2]:
+        raise ValueError(f"a card's table must end with {end}, got none after {begin}.")
     if begin in text:
         before, _, rest = text.partition(begin)
         old, _, after = rest.partition(end)

@@ -16,6 +16,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
@@ -331,6 +332,11 @@ def available_cores() -> int:
     with suppress(AttributeError):  # macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def local_processes(accelerator: Accelerator) -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
 
 
 def default_num_workers(num_processes: int) -> int:

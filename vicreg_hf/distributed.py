@@ -5,7 +5,8 @@ Without an initialised process group everything here is the single-process case.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -83,6 +84,28 @@ def gather_rows(x: Tensor, group: ProcessGroup = None) -> Tensor:
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     gather(rows, x.contiguous(), group=group)
     return rows
+
+
+class OtherProcessFailed(RuntimeError):  # noqa: N818
+    """What another process of the run raised."""
+
+
+@contextmanager
+def failing_together(device: torch.device) -> Iterator[None]:
+    """Raise in every process where one does, or the others would wait for it.
+
+    Every process must enter, and nothing inside may wait for other processes.
+
+    Raises:
+        OtherProcessFailed: in the processes that did not fail themselves.
+    """
+    fault: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # whatever it is
+        fault = error
+    if any_process([fault is not None], device)[0]:
+        raise fault or OtherProcessFailed("another process has failed; its own message says why.")
 
 
 class _Sum(torch.autograd.Function):

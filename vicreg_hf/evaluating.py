@@ -25,7 +25,8 @@ from yaml import YAMLError
 
 import vicreg_hf
 from vicreg_hf.cards import CARD_FILE, add_evaluation, hardware, impersonal
-from vicreg_hf.data import available_cores
+from vicreg_hf.data import available_cores, local_processes
+from vicreg_hf.distributed import failing_together
 from vicreg_hf.encoders import Encoder, open_encoder
 from vicreg_hf.evaluation.arguments import TRAINED, EvaluationArguments
 from vicreg_hf.evaluation.report import Gallery, write_report
@@ -33,7 +34,15 @@ from vicreg_hf.evaluation.results import Measurement
 from vicreg_hf.evaluation.svm import FOLDS
 from vicreg_hf.feature_cache import Features, cached_features
 from vicreg_hf.labelled import Labelled, LabelledData, open_labelled
-from vicreg_hf.protocols import MULTI_LABEL, NO_LABELS, Task, run_protocol, training_rows
+from vicreg_hf.protocols import (
+    MULTI_LABEL,
+    NO_LABELS,
+    Measured,
+    Task,
+    run_protocol,
+    training_rows,
+)
+from vicreg_hf.sampler import GlobalBatches
 
 RESULTS, REPORT = "results.json", "report.html"
 
@@ -75,16 +84,19 @@ def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print)
     accelerator = Accelerator(kwargs_handlers=[patience])
     datasets.disable_progress_bars()
     if accelerator.device.type == "cpu":
-        torch.set_num_threads(max(1, available_cores() // accelerator.num_processes))
+        torch.set_num_threads(max(1, available_cores() // local_processes(accelerator)))
     output_dir = Path(str(args.output_dir))
     encoder = open_encoder(args.model, args.revision)
-    with accelerator.main_process_first():
-        data = open_labelled(
-            args.dataset_name, train_split=args.train_split, eval_split=args.eval_split,
-            config_name=args.dataset_config_name, image_column=args.image_column,
-            label_column=args.label_column, channels=encoder.in_chans,
-        )  # fmt: skip
-    check_labels(args, data)
+    data: Any = None
+    for main_first in (True, False):
+        with failing_together(accelerator.device):
+            if accelerator.is_main_process == main_first:
+                data = open_labelled(
+                    args.dataset_name, train_split=args.train_split, eval_split=args.eval_split,
+                    config_name=args.dataset_config_name, image_column=args.image_column,
+                    label_column=args.label_column, channels=encoder.in_chans,
+                )  # fmt: skip
+    check_labels(args, data, num_processes=accelerator.num_processes)
     _claim(output_dir)
     encoder.module.to(accelerator.device)
     found = Evaluation(args, encoder, data, accelerator.device, accelerator.num_processes)
@@ -93,28 +105,40 @@ def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print)
         accelerator, batch_size=args.batch_size, num_workers=args.num_workers, bf16=args.bf16,
         max_bad_fraction=args.max_bad_fraction,
     )  # fmt: skip
+    _check_neighbours(args, len(found.features["train"].rows), data.train.split.name)
+    task = Task(args, accelerator, encoder, data, found.features)
     for protocol in args.protocol_names:
-        if accelerator.is_main_process or protocol in TRAINED:
-            task = Task(args, accelerator, encoder, data, found.features)
+        measured = Measured()
+        if protocol in TRAINED:
             measured = run_protocol(protocol, task)
-            found.measurements += measured.measurements
-            found.predictions |= measured.predictions
-            for measurement in measured.measurements if accelerator.is_main_process else ():
-                say(f"{measurement.name}: {measurement.shown}")
-        accelerator.wait_for_everyone()
+        else:
+            with failing_together(accelerator.device):
+                if accelerator.is_main_process:
+                    measured = run_protocol(protocol, task)
+        found.measurements += measured.measurements
+        found.predictions |= measured.predictions
+        for measurement in measured.measurements if accelerator.is_main_process else ():
+            say(f"{measurement.name}: {measurement.shown}")
     results = summary(found)
-    if accelerator.is_main_process:
-        (output_dir / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
-        _write_report(found, results, output_dir / REPORT)
-        if args.update_card:
-            _update_card(found, say)
-    accelerator.wait_for_everyone()
+    with failing_together(accelerator.device):
+        if accelerator.is_main_process:
+            _write(found, results, output_dir, say)
     accelerator.end_training()
     return results
 
 
-def check_labels(args: EvaluationArguments, data: LabelledData) -> None:
-    """Refuse what the labels of a data set do not suffice for.
+def _write(
+    found: Evaluation, results: dict[str, Any], output_dir: Path, say: Callable[[str], object]
+) -> None:
+    (output_dir / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
+    _write_report(found, results, output_dir / REPORT)
+    say(f"In {output_dir}: {RESULTS}, and {REPORT} to open in a browser.")
+    if found.args.update_card:
+        _update_card(found, say)
+
+
+def check_labels(args: EvaluationArguments, data: LabelledData, *, num_processes: int = 1) -> None:
+    """Refuse what the labels of a data set do not suffice for, or processes cannot share.
 
     Raises:
         ValueError: says which protocol needs what.
@@ -142,16 +166,30 @@ def check_labels(args: EvaluationArguments, data: LabelledData) -> None:
                 f"only {data.names[int(train.classes[0])] if data.names else 'one'}."
             )
         if protocol in TRAINED:
-            _ = training_rows(protocol, args, data)
+            _check_batches(protocol, args, data, num_processes)
         if protocol in MULTI_LABEL:
             _check_targets(data)
+    _check_neighbours(args, len(train.split), train.split.name)
+
+
+def _check_neighbours(args: EvaluationArguments, num_images: int, name: str) -> None:
     for protocol, setting in (("knn", "knn_k"), ("retrieval", "retrieval_k")):
         most = max(args.numbers(setting))
-        if protocol in args.protocol_names and len(train.split) < most:
+        if protocol in args.protocol_names and num_images < most:
             raise ValueError(
                 f"{setting} must be at most the number of training images, got {most} and "
-                f"{len(train.split)} images of {train.split.name}; give smaller --{setting}."
+                f"{num_images} images of {name}; give smaller --{setting}."
             )
+
+
+def _check_batches(
+    protocol: str, args: EvaluationArguments, data: LabelledData, num_processes: int
+) -> None:
+    rows = training_rows(protocol, args, data)
+    number = len(data.train.split) if rows is None else len(rows)
+    settings, _ = args.training(protocol)
+    batch_size = min(settings.batch_size, number // num_processes * num_processes)
+    _ = GlobalBatches(number, batch_size, seed=args.seed, world_size=num_processes)
 
 
 def _check_targets(data: LabelledData) -> None:

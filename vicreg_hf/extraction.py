@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from vicreg_hf.bad_images import BadImages
 from vicreg_hf.columns import BadImage
-from vicreg_hf.data import available_cores, default_num_workers, loading_errors
+from vicreg_hf.data import available_cores, default_num_workers, loading_errors, local_processes
 from vicreg_hf.encoders import Encoder, open_encoder
 from vicreg_hf.evaluation.features import normalise_images
 from vicreg_hf.hub import HubError, check_repo_id, open_repository, push_folder
@@ -121,7 +121,7 @@ def extract_dataset(args: ExtractionArguments) -> Path:
     accelerator = Accelerator()
     datasets.disable_progress_bars()  # one is enough
     if accelerator.device.type == "cpu":
-        torch.set_num_threads(max(1, available_cores() // accelerator.num_processes))
+        torch.set_num_threads(max(1, available_cores() // local_processes(accelerator)))
     output_dir = Path(args.output_dir)
     main = accelerator.is_main_process
     if args.push_to_hub and main:
@@ -148,7 +148,7 @@ def extract_dataset(args: ExtractionArguments) -> Path:
         bad.forget()
     workers = args.num_workers
     if workers is None:
-        workers = default_num_workers(accelerator.num_processes)
+        workers = default_num_workers(local_processes(accelerator))
     bf16 = torch.autocast(accelerator.device.type, torch.bfloat16) if args.bf16 else nullcontext()
     with loading_errors(), bf16, accelerator.autocast():
         for part in features_of(
@@ -237,6 +237,11 @@ def _encode(encoder: Encoder, images: Tensor, device: torch.device) -> Tensor:
         raise ValueError(
             "the encoder must pool to shape (batch, features), got "
             f"{tuple(features.shape)}; remove global_pool from its model_args."
+        )
+    if not bool(features.isfinite().all()):
+        raise ValueError(
+            "the encoder must give finite features, and some are not; compute in float32, without "
+            "--bf16 and --mixed_precision, or choose another checkpoint."
         )
     return features
 

@@ -96,7 +96,8 @@ def describe_step(run: Run, output: VICRegOutput, norm: Tensor, lr: float) -> di
 
 def failure(run: Run, sentence: str, found: dict[str, Any]) -> FloatingPointError:
     """Write what was found; the error that says where."""
-    run.writer.wait()
+    with suppress(Exception):  # a save that failed must not hide what is not finite
+        run.writer.wait()
     newest, _ = newest_checkpoint(run.output_dir / "checkpoints")
     remedies = _remedies(run)
     path = run.output_dir / f"not-finite-step-{found['step']}.json"

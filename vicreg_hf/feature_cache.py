@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from vicreg_hf.bad_images import BadImages
-from vicreg_hf.data import default_num_workers, loading_errors
+from vicreg_hf.data import default_num_workers, loading_errors, local_processes
+from vicreg_hf.distributed import failing_together
 from vicreg_hf.encoders import Encoder
 from vicreg_hf.extraction import Part, features_of, parts_of
 from vicreg_hf.images import ImageError
@@ -34,7 +36,7 @@ class Features:
     """Of the images of a split that can be used."""
 
     x: Tensor
-    """(N, F) float32, on the CPU."""
+    """(N, F) float32, on the CPU; (0, F) in other processes than the main one."""
     rows: Tensor
     """(N,) numbers of the images within the split, ascending."""
 
@@ -71,34 +73,42 @@ def cached_features(
     for name, split in splits.items():
         place = cache_dir / _key(digest, precision, split)
         parts += parts_of({name: split}, place, ROWS_PER_FILE)
-    missing = [part for part in parts if not _is_whole(part.file)]
-    accelerator.wait_for_everyone()  # before any process writes what another looks for
+    # all must agree, whatever another evaluation puts there meanwhile
+    absent = set(gather_object([n for n, part in enumerate(parts) if not _is_whole(part.file)]))
+    missing = [part for number, part in enumerate(parts) if number in absent]
     if missing:
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         seen = sum(len(part.rows) for part in missing)
         bad = BadImages(seen, max_bad_fraction, None, fate="left out")
         workers = num_workers
         if workers is None:
-            workers = default_num_workers(accelerator.num_processes)
+            workers = default_num_workers(local_processes(accelerator))
         device = accelerator.device
         halved = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-        try:
-            with loading_errors(), halved, accelerator.autocast():
-                for found in features_of(
-                    encoder, dict(splits), mine, device=device, batch_size=batch_size,
-                    num_workers=workers, show=accelerator.is_local_main_process,
-                ):  # fmt: skip
-                    bad.add(found)
-        except OSError as error:
-            raise ValueError(
-                f"cache_dir must be a directory that can be written, got {cache_dir}: {error}."
-            ) from error
+        with (
+            failing_together(device), _writing(cache_dir), loading_errors(), halved,
+            accelerator.autocast(),
+        ):  # fmt: skip
+            for found in features_of(
+                encoder, dict(splits), mine, device=device, batch_size=batch_size,
+                num_workers=workers, show=accelerator.is_local_main_process,
+            ):  # fmt: skip
+                bad.add(found)
         bad.agree(gather_object, seen=seen, write=False, say=accelerator.print)
     accelerator.wait_for_everyone()
+    lost = gather_object([part.file.name for part in parts if not _is_whole(part.file)])
+    if lost:
+        raise ValueError(
+            f"every process must see the same cache_dir, and for one {cache_dir} lacks {lost[0]}; "
+            "choose one that all nodes share."
+        )
     found = {
-        name: _read([part.file for part in parts if part.split == name], encoder.num_features)
+        name: _read(
+            [part.file for part in parts if part.split == name], encoder.num_features,
+            with_features=accelerator.is_main_process,
+        )
         for name in splits
-    }
+    }  # fmt: skip
     _check_share(found, splits, max_bad_fraction)
     return found
 
@@ -131,11 +141,23 @@ def _is_whole(file: Path) -> bool:
     return True
 
 
-def _read(files: list[Path], width: int) -> Features:
+@contextmanager
+def _writing(cache_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cache_dir must be a directory that can be written, got {cache_dir}: {error}."
+        ) from error
+
+
+def _read(files: list[Path], width: int, *, with_features: bool) -> Features:
     rows, features = [np.empty(0, np.int64)], [np.empty((0, width), np.float32)]
     for file in files:
-        table = pq.read_table(file, columns=["row", "embedding"])
+        table = pq.read_table(file, columns=["row", "embedding"] if with_features else ["row"])
         rows.append(table["row"].to_numpy())
+        if not with_features:
+            continue
         flat = table["embedding"].combine_chunks().flatten().to_numpy()
         features.append(flat.reshape(-1, width))
     return Features(

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.configuration_vicreg import VICRegConfig, encoder_pretrained_cfg
-from vicreg_hf.data import SMALL_IMAGE, available_cores
+from vicreg_hf.data import SMALL_IMAGE, available_cores, local_processes
 from vicreg_hf.distributed import SyncBatchNorm
 from vicreg_hf.hub import open_repository
 from vicreg_hf.inputs import Inputs, open_inputs
@@ -61,7 +61,7 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
         open_repository(str(args.hub_model_id), private=args.hub_private or None)
     inputs = open_inputs(
         args, rank=accelerator.process_index, world_size=accelerator.num_processes,
-        local_processes=_local_processes(accelerator), main_first=accelerator.main_process_first,
+        local_processes=local_processes(accelerator), main_first=accelerator.main_process_first,
     )  # fmt: skip
     train, batches = inputs.train, inputs.batches
     # convolutions are faster in this layout, on CPU too; attention does not mind
@@ -138,7 +138,7 @@ def _set_aside(directory: Path) -> None:
     number = next(n for n in itertools.count(1) if not (directory / f"earlier-{n}").exists())
     place = directory / f"earlier-{number}"
     place.mkdir()
-    for name in ("metrics.jsonl", "config.yaml", "checkpoints"):
+    for name in ("checkpoints", "metrics.jsonl", "config.yaml", "bad_images.jsonl"):
         if (directory / name).exists():
             (directory / name).rename(place / name)
     print(f"What an earlier run saved in {directory} is now in {place}.")
@@ -214,13 +214,8 @@ def _accelerator() -> Accelerator:
         )
     if accelerator.device.type == "cpu":
         # accelerate launch sets OMP_NUM_THREADS=1, which leaves all cores but one idle
-        torch.set_num_threads(max(1, available_cores() // _local_processes(accelerator)))
+        torch.set_num_threads(max(1, available_cores() // local_processes(accelerator)))
     return accelerator
-
-
-def _local_processes(accelerator: Accelerator) -> int:
-    """Processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
 
 
 def _check_micro_batches(model: VICRegModel, batches: GlobalBatches) -> None:

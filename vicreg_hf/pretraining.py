@@ -20,7 +20,7 @@ from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.checkpointing import CheckpointError
 from vicreg_hf.collapse_watch import CollapseWatch
 from vicreg_hf.data import LoadingError, loading_errors, training_views
-from vicreg_hf.distributed import gather_rows
+from vicreg_hf.distributed import OtherProcessFailed, failing_together, gather_rows
 from vicreg_hf.evaluation import alignment, effective_rank, embedding_std, uniformity
 from vicreg_hf.faults import (
     OutOfMemory,
@@ -46,7 +46,7 @@ from vicreg_hf.signals import Signals, Stopped, name_of
 
 ERRORS = (
     ValueError, OSError, SafetensorError, CheckpointError, FloatingPointError, LoadingError,
-    HubError, ExportError, OutOfMemory, ProcessLost,
+    HubError, ExportError, OutOfMemory, ProcessLost, OtherProcessFailed,
 )  # fmt: skip
 """What ends a run with a sentence that says why."""
 RUN_AHEAD = 10
@@ -76,9 +76,10 @@ def pretrain(args: PretrainingArguments) -> Path:
     with Signals() as signals, claim(Path(str(args.output_dir))):
         with explained(args):
             run = setup(replace(args))
-        begin(run)
+            with failing_together(run.accelerator.device):
+                begin(run)
         # torch may say anywhere that a worker has died
-        with watched(run), explained(args, run), loading_errors():
+        with explained(args, run), watched(run), loading_errors():
             _agree_on_bad_images(run)
             measure(run)
             fit(run, signals)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vicreg_hf.bad_images import BadImages
-from vicreg_hf.data import SMALL_IMAGE, default_num_workers, load_in_memory
+from vicreg_hf.data import SMALL_IMAGE, default_num_workers, load_in_memory, local_processes
 from vicreg_hf.encoders import Encoder
 from vicreg_hf.evaluation.arguments import TRAINED, EvaluationArguments
 from vicreg_hf.evaluation.collapse import collapse_report
@@ -43,6 +43,8 @@ MULTI_LABEL = ("svm",)
 ALIGNED = 1000
 """Images of which two views are compared."""
 VIEWS_AT_ONCE = 64
+MOST_RANKINGS = 200
+"""Resamples of mean average precision, each of which ranks all images anew."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def _trained(protocol: str, task: Task, measured: Measured) -> None:
     rows = training_rows(protocol, args, data)
     workers = args.num_workers
     if workers is None:
-        workers = default_num_workers(task.accelerator.num_processes)
+        workers = default_num_workers(local_processes(task.accelerator))
     result = finetune(
         encoder.module, _in_memory(data.train.split, encoder), data.train.classes,
         _in_memory(data.test.split, encoder), num_classes=len(data.names),
@@ -223,7 +225,8 @@ def _svm(protocol: str, task: Task, measured: Measured) -> None:
     value, each = mean_average_precision(scores, targets[1])
     random = np.random.default_rng(args.seed)
     resampled = []
-    for _ in range(min(args.num_resamples, 200)):  # each ranks all images anew
+    resamples = min(args.num_resamples, MOST_RANKINGS)
+    for _ in range(resamples):
         rows = random.integers(len(test), size=len(test))
         resampled.append(mean_average_precision(scores[rows], targets[1][rows])[0])
     low, high = np.nanquantile(resampled, [0.025, 0.975])
@@ -231,10 +234,11 @@ def _svm(protocol: str, task: Task, measured: Measured) -> None:
         name: {"average_precision": None if np.isnan(own) else own, "cost": cost}
         for name, own, cost in zip(data.names, each, costs, strict=True)
     }
+    settings = {"costs": list(COSTS), "folds": FOLDS, "resamples": resamples}
     measured.measurements.append(
         Measurement(
-            protocol, "linear SVM mean average precision", value, len(test), args.seed,
-            {"costs": list(COSTS), "folds": FOLDS}, float(low), float(high), details=details,
+            protocol, "linear SVM mean average precision", value, len(test), args.seed, settings,
+            float(low), float(high), details=details,
         )
     )  # fmt: skip
 
@@ -292,7 +296,8 @@ def _two_views(task: Task) -> tuple[Tensor, Tensor]:
     for start in range(0, len(rows), VIEWS_AT_ONCE):
         own = rows[start : start + VIEWS_AT_ONCE]
         crops = make.crop(split.read(own.tolist()), own)
-        with torch.inference_mode():
+        halved = torch.autocast(task.device.type, torch.bfloat16, enabled=task.args.bf16)
+        with torch.inference_mode(), halved, task.accelerator.autocast():
             for part, view in zip(parts, make.colour(crops, own), strict=True):
                 part.append(encoder.module(view.to(task.device)).float())
     return torch.cat(parts[0]), torch.cat(parts[1])

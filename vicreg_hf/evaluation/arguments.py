@@ -78,7 +78,9 @@ class EvaluationArguments:
     bf16: bool = _setting(False, "Encode in bfloat16.")
     num_workers: int | None = _setting(None, "Image-decoding workers per process.")
     max_bad_fraction: float = _setting(0.05, "Share of images that may be unusable; left out.")
-    num_resamples: int = _setting(1000, "Of the test images, for 95 % intervals.")
+    num_resamples: int = _setting(
+        1000, "Of the test images, for 95 % intervals; of svm at most 200."
+    )
     cache_dir: str = _setting(
         str(Path(HF_HOME) / "vicreg_hf" / "features"), "Where features are kept; may be deleted."
     )
@@ -121,8 +123,6 @@ class EvaluationArguments:
         for protocol in self.protocol_names:
             if protocol in TRAINED:
                 _ = self.training(protocol)
-        for protocol in TRAINED.keys() & set(self.protocol_names):
-            _ = self.training(protocol)
         if self.output_dir is None:
             names = [Path(name).resolve() if Path(name).exists() else Path(name)
                      for name in (self.model, self.dataset_name)]  # fmt: skip

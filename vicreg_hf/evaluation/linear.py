@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vicreg_hf.evaluation.subsets import balanced_subset
 from vicreg_hf.randomness import permutation
@@ -72,6 +71,7 @@ def linear_probe(
         batch_size: by default a fortieth of the training rows, from 32 to 1024.
 
     Raises:
+        FloatingPointError: no setting trains.
         ValueError: rows and labels that differ in number, fewer than two classes, a label that is
             not below num_classes, or no settings.
     """
@@ -103,6 +103,10 @@ def linear_probe(
     found = _classify(x[held_out], weight, bias, classes)
     scores = (found == labels[held_out, None]).float().mean(0).tolist()
     losses = _cross_entropy(x[held_out], labels[held_out], weight, bias, classes)
+    if not bool(losses.isfinite().any()):
+        raise FloatingPointError(
+            "every linear classifier diverged; are the features finite numbers?"
+        )
     best = settings[int(losses.nan_to_num(nan=math.inf).argmin())]
     weight, bias = _train(x, labels, classes, [best], **options)
     predictions = _classify(x_test, weight, bias, classes)[:, 0]
@@ -137,7 +141,6 @@ def _train(
     weight = x.new_zeros(x.shape[1], rate.numel())
     bias = x.new_zeros(rate.numel())
     momentum, bias_momentum = torch.zeros_like(weight), torch.zeros_like(bias)
-    targets = F.one_hot(labels, num_classes).to(x.dtype)
     total = epochs * math.ceil(len(x) / batch_size)
     step = 0
     for epoch in range(epochs):
@@ -146,7 +149,9 @@ def _train(
             share = 0.5 * (1 + math.cos(math.pi * step / total))
             batch = x[rows]
             logits = torch.addmm(bias, batch, weight).view(len(rows), *columns)
-            error = logits.softmax(2).sub_(targets[rows, None]).flatten(1).div_(len(rows))
+            error = logits.softmax(2)
+            error[torch.arange(len(rows), device=x.device), :, labels[rows]] -= 1
+            error = error.flatten(1).div_(len(rows))
             momentum.mul_(MOMENTUM).addmm_(batch.T, error).addcmul_(weight, decay)
             bias_momentum.mul_(MOMENTUM).add_(error.sum(0))
             weight.addcmul_(momentum, rate, value=-share)

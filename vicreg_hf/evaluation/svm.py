@@ -1,4 +1,7 @@
-"""Images of several classes at once: one linear SVM a class, as VOC07 is evaluated.
+"""Images of several classes at once: one linear SVM a class, after the protocol for VOC07.
+
+What differs from it: average precision is scikit-learn's, which interpolates nothing, and costs are
+those of a shorter list.
 
 Shapes: N training rows, M test rows, F features, K classes.
 """
