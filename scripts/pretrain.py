@@ -24,7 +24,6 @@ def _handle_requests(handler: Any) -> None:
 if __name__ == "__main__":  # what is imported below takes seconds
     _handle_requests(_stop_before_the_run)
 
-# ruff: noqa: E402
 from vicreg_hf.arguments import parse_arguments
 from vicreg_hf.hub import without_tokens
 from vicreg_hf.pretraining import ERRORS, pretrain
