@@ -276,7 +276,7 @@ cp -r {disk}/run {results}/run
 """
 
 
-@pytest.mark.parametrize("size", ["1500k"])
+@pytest.mark.parametrize("size", ["1500k", "2200k"])
 def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
     size: str, images: Path, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ GENTLE = ["--optimizer=sgd", "--base_lr=1e-2"]
 """Steps small enough that differences in rounding stay small."""
 RUNS = {
     "lars": [],
+    "adamw": ["--optimizer=adamw", "--base_lr=1e-2"],
     "workers": ["--num_workers=2"],
     "micro-batches": ["--micro_batch_size=4"],
     "dropout and drop-path": [DROPPING],
