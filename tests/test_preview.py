@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from workflow import run, write_images
 
 from vicreg_hf.arguments import PretrainingArguments
-from vicreg_hf.preview import GAP, draw_preview
+from vicreg_hf.preview import GAP, draw_preview, picture_of_views
 
 
 def tiles(path: Path, side: int) -> np.ndarray:
@@ -56,6 +57,32 @@ def test_views_without_operations_are_the_images(folder: Path, tmp_path: Path) -
     assert np.abs(drawn[:, 1:].astype(int) - drawn[:, :1]).max() <= 1
     assert len({tile.tobytes() for tile in drawn[:, 0]}) == 8
     assert folder.is_dir()
+
+
+def test_any_views_stand_in_a_row_and_smaller_ones_in_the_middle(tmp_path: Path) -> None:
+    image = torch.full((3, 50, 100), 9, dtype=torch.uint8)
+    views = [torch.full((2, 3, side, side), side / 255) for side in (100, 100, 40, 120)]
+    picture_of_views([image, image[:, :, :50]], views).save(tmp_path / "views.png")
+    drawn = tiles(tmp_path / "views.png", 120)
+    assert drawn.shape[:2] == (2, 5)
+    for column, (side, shown) in enumerate([(100, 100), (100, 100), (40, 120), (120, 120)], 1):
+        edge = (120 - shown) // 2
+        expected = np.full((2, 120, 120, 3), 255)
+        expected[:, edge : 120 - edge, edge : 120 - edge] = side
+        np.testing.assert_array_equal(drawn[:, column], expected)
+    assert (drawn[0, 0, :30] == 255).all()
+    assert (drawn[0, 0, 30:90] == 9).all()
+
+
+def test_rows_of_small_gray_views_are_large_enough_to_see(tmp_path: Path) -> None:
+    image = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    views = [torch.eye(side).view(1, 1, side, side) for side in (32, 16)]
+    picture_of_views([image], views).save(tmp_path / "views.png")
+    drawn = tiles(tmp_path / "views.png", 96)
+    assert drawn.shape[:2] == (1, 3)
+    for column, factor in ((1, 3), (2, 6)):
+        eye = np.kron(np.eye(96 // factor), np.ones((factor, factor))) * 255
+        np.testing.assert_array_equal(drawn[0, column], np.repeat(eye[..., None], 3, 2))
 
 
 @pytest.mark.parametrize("name", ["views", "views.txt"])

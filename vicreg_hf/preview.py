@@ -1,7 +1,8 @@
-"""What the model will see: images beside their two views, in one picture."""
+"""What the model will see: images beside their views, in one picture."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,10 +26,9 @@ LEAST_SIDE = 96
 
 
 def draw_preview(args: PretrainingArguments, path: str | Path, *, count: int = 8) -> Path:
-    """Draw the first images of a run's first step, each beside its two views.
+    """Draw the first images of a run's first step, each beside its views.
 
-    They are the views that training would make, without the normalisation. Channels beyond the
-    third are not shown.
+    They are the views that training would make, without the normalisation.
 
     Args:
         path: ends in .png or another extension that PIL writes.
@@ -54,14 +54,10 @@ def draw_preview(args: PretrainingArguments, path: str | Path, *, count: int = 8
     )  # fmt: skip
     epoch, rows = inputs.batches.batch(0)
     images, rows = _first_images(inputs, rows[:count])
-    x, x_prime = views.colour(views.crop(images, rows, epoch), rows, epoch)
-    grid = [
-        [_fit(image, args.image_size), *((v * 255).round().byte() for v in pair)]
-        for image, *pair in zip(images, x, x_prime, strict=True)
-    ]
+    made = views.colour(views.crop(images, rows, epoch), rows, epoch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _picture(grid).save(path)
+        picture_of_views(images, made).save(path)
     except OSError as error:
         raise ValueError(
             f"preview must be a file that can be written, got {path}: {error}."
@@ -98,15 +94,33 @@ def _fit(image: Tensor, side: int) -> Tensor:
     return square
 
 
-def _picture(grid: list[list[Tensor]]) -> Image.Image:
-    side = grid[0][0].shape[-1]
-    factor = -(-LEAST_SIDE // side)
-    step = side * factor + GAP
-    sheet = Image.new("RGB", (GAP + 3 * step, GAP + len(grid) * step), "white")
-    for row, line in enumerate(grid):
-        for column, image in enumerate(line):
-            shown = image[:3] if len(image) >= 3 else image[:1].repeat(3, 1, 1)
-            tile = Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
-            tile = tile.resize((side * factor, side * factor), Image.Resampling.NEAREST)
-            sheet.paste(tile, (GAP + column * step, GAP + row * step))
+def picture_of_views(images: Sequence[Tensor], views: Sequence[Tensor]) -> Image.Image:
+    """A row for each image: the image, and then each of its views, all as high as the largest.
+
+    Smaller views are enlarged by whole numbers, pixel by pixel, and stand in the middle. Channels
+    beyond the third are not shown.
+
+    Args:
+        images: B of (C, H, W) uint8, of any sizes.
+        views: one (B, C, S, S) tensor or more of levels in [0, 1], each of any side.
+    """
+    side = max(view.shape[-1] for view in views)
+    tile = side * -(-LEAST_SIDE // side)
+    step = tile + GAP
+    size = GAP + (1 + len(views)) * step, GAP + len(images) * step
+    sheet = Image.new("RGB", size, "white")
+    levels = [(view * 255).round().byte() for view in views]
+    for row, (image, *own) in enumerate(zip(images, *levels, strict=True)):
+        for column, pixels in enumerate([_fit(image, side), *own]):
+            drawn = _enlarge(pixels, tile)
+            margin = GAP + (tile - drawn.width) // 2
+            sheet.paste(drawn, (margin + column * step, margin + row * step))
     return sheet
+
+
+def _enlarge(pixels: Tensor, room: int) -> Image.Image:
+    """A square (C, S, S) of uint8, pixel by pixel and as often as there is room."""
+    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1].repeat(3, 1, 1)
+    drawn = Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
+    side = drawn.width * (room // drawn.width)
+    return drawn.resize((side, side), Image.Resampling.NEAREST)
