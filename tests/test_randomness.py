@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vicreg_hf.randomness import Stream, derive_seed, permutation, philox, uniforms, words
+from vicreg_hf.randomness import (
+    Stream,
+    derive_seed,
+    permutation,
+    philox,
+    uniforms,
+    view_stream,
+    words,
+)
 
 KEY: dict[str, Any] = {"seed": 7, "epoch": 3, "stream": Stream.VIEW}
 
@@ -65,11 +73,25 @@ def test_every_row_may_have_its_own_epoch() -> None:
 @pytest.mark.parametrize(
     "change",
     [{"seed": 8}, {"seed": 7 + 2**32}, {"seed": -7}, {"epoch": 4}]
-    + [{"stream": stream} for stream in Stream if stream != KEY["stream"]],
+    + [{"stream": stream} for stream in Stream if stream != KEY["stream"]]
+    + [{"stream": view_stream(view)} for view in (2, 3, 50)],
 )
 def test_every_part_of_the_key_changes_every_word(change: dict[str, Any]) -> None:
     # a word survives by chance with probability 2**-32
     assert (words(np.arange(100), 8, **KEY) != words(np.arange(100), 8, **{**KEY, **change})).all()
+
+
+def test_views_beyond_the_second_share_a_stream_with_nothing() -> None:
+    streams = [view_stream(view) for view in range(1000)]
+    assert streams[:2] == [Stream.VIEW, Stream.VIEW_PRIME]
+    assert len({*streams[2:], *Stream}) == 998 + len(Stream)
+    assert min(streams[2:]) > 256  # room for purposes to come
+    assert max(streams) < 2**32  # a word of the counter
+
+
+def test_a_view_before_the_first_is_refused() -> None:
+    with pytest.raises(ValueError, match="view must be at least 0, got -1"):
+        view_stream(-1)
 
 
 def test_uniforms_are_uniform_on_the_unit_interval() -> None:

@@ -76,7 +76,7 @@ def test_preview_is_drawn_as_shown(tmp_path: Path) -> None:
 
 def test_recipe_of_views_is_one() -> None:
     (block,) = blocks("yaml")
-    x, x_prime = find_recipes(yaml.safe_load(block))
+    x, x_prime, _ = find_recipes(yaml.safe_load(block))
     assert (x.flip, x.scale, x_prime.solarize) == (0, (0.3, 1.0), 0)
     assert x == replace(PRESETS["authors"][0], flip=0, scale=(0.3, 1.0))
 

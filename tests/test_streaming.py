@@ -13,13 +13,14 @@ import torch
 from pictures import photographs, png, table_of
 from workflow import SMALL, launch, metrics
 
+from vicreg_hf.augmentation import multi_crop_recipes
 from vicreg_hf.bad_images import BadImages
 from vicreg_hf.columns import BadImage
 from vicreg_hf.data import training_views
 from vicreg_hf.sampler import GlobalBatches
 from vicreg_hf.sources import open_dataset
 from vicreg_hf.streaming import ImageStream, image_stream
-from vicreg_hf.views import TwoViews
+from vicreg_hf.views import RandomViews, TwoViews
 
 CPU = torch.device("cpu")
 COUNT = 24
@@ -102,6 +103,21 @@ def test_views_of_a_stream_depend_on_the_image_and_the_pass_alone(tars: Path) ->
         return {pair.numpy().tobytes(): pair for pair in pairs}
 
     assert views_of(0).keys() == views_of(2).keys()
+
+
+def test_views_of_a_stream_may_have_sides_of_their_own(tars: Path) -> None:
+    stream = stream_of(tars).share(0, 1, seed=0)
+    recipes = multi_crop_recipes("cifar", num_local_views=1)
+
+    def views_of(sides: list[int]) -> list[tuple[torch.Tensor, ...]]:
+        made = RandomViews[tuple[torch.Tensor, ...]](sides, recipes[: len(sides)])
+        batches = GlobalBatches(COUNT, 8, seed=0)
+        return list(training_views(stream, batches, made, steps=range(3), device=CPU))
+
+    many, two = views_of([24, 24, 12]), views_of([24, 24])
+    for batch, pair in zip(many, two, strict=True):
+        assert [view.shape for view in batch] == [(8, 3, 24, 24)] * 2 + [(8, 3, 12, 12)]
+        assert all(torch.equal(*both) for both in zip(batch[:2], pair, strict=True))
 
 
 def test_every_pass_has_an_order_of_its_own(tars: Path) -> None:

@@ -24,6 +24,7 @@ from vicreg_hf.augmentation import (
     ViewRecipe,
     draw_colour,
     draw_crops,
+    multi_crop_recipes,
 )
 from vicreg_hf.randomness import Stream, uniforms
 from vicreg_hf.views import RandomViews, TwoViews
@@ -297,7 +298,7 @@ def test_another_key_gives_other_views(
 
 
 def test_one_view_is_the_first_of_two(photographs: Tensor) -> None:
-    first, second = PRESETS["authors"]
+    first, second, _ = PRESETS["authors"]
     one: RandomViews[tuple[Tensor]] = RandomViews(32, (first,), seed=2)
     two, indices = TwoViews(32, (first, second), seed=2), np.arange(16)
     (x,) = one(photographs, indices, 3)
@@ -305,6 +306,88 @@ def test_one_view_is_the_first_of_two(photographs: Tensor) -> None:
     (crop,), crops = one.crop(list(photographs), indices, 3), two.crop([*photographs], indices, 3)
     assert torch.equal(crop, crops[0])
     assert torch.equal(one.colour((crop,), indices, 3)[0], two.colour(crops, indices, 3)[0])
+
+
+def whole_and_in_halves(
+    views: RandomViews[tuple[Tensor, ...]], images: Tensor
+) -> list[tuple[Tensor, ...]]:
+    """Of each view the crops, what becomes of them, and what the call makes of the images."""
+    indices = np.arange(7, 7 + len(images))
+    crops = views.crop(list(images), indices, 3)
+    made = views.colour(crops, indices, 3)
+    return list(zip(crops, made, views(images, indices, 3), strict=True))
+
+
+def assert_equal_views(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_of_many_views_are_the_two_views(preset: str, photographs: Tensor) -> None:
+    recipes = multi_crop_recipes(preset, num_global_views=3, num_local_views=2)
+    two = whole_and_in_halves(TwoViews(32, preset, seed=2), photographs)
+    many = whole_and_in_halves(RandomViews([32, 32, 32, 16, 16], recipes, seed=2), photographs)
+    for one, other in zip(two, many[:2], strict=True):
+        assert_equal_views(one, other)
+
+
+def test_a_view_is_the_same_whatever_other_views_there_are(photographs: Tensor) -> None:
+    recipes = multi_crop_recipes("authors", num_global_views=3, num_local_views=3)
+    sides = [40, 24, 32, 16, 20, 12]
+    many = whole_and_in_halves(RandomViews(sides, recipes, seed=2), photographs)
+    for view in range(6):  # as the last of views that are otherwise different
+        others = (NOTHING,) * view
+        last = RandomViews([9] * view + [sides[view]], (*others, recipes[view]), seed=2)
+        assert_equal_views(whole_and_in_halves(last, photographs)[view], many[view])
+        assert many[view][0].shape == many[view][1].shape == (16, 3, sides[view], sides[view])
+
+
+def test_views_of_one_recipe_differ_from_one_another(photographs: Tensor) -> None:
+    recipes = multi_crop_recipes("cifar", num_global_views=4)
+    views = RandomViews[tuple[Tensor, ...]](32, recipes)(photographs, np.arange(16))
+    for view in range(4):
+        for other in range(view):
+            assert ((views[view] - views[other]).abs().amax((1, 2, 3)) > 0).all()
+
+
+def test_local_crops_are_as_small_as_their_recipe_says() -> None:
+    recipes = multi_crop_recipes("authors", num_local_views=2)
+    views: RandomViews[tuple[Tensor, ...]] = RandomViews(16, recipes)
+    for view in (2, 3):
+        u = views.uniforms(np.arange(5000), 0, view)
+        _, _, height, width = draw_crops(u, 375, 500, views.recipes[view]).T
+        area = height * width / (375 * 500)
+        assert stats.kstest(area, stats.uniform(0.05, 0.09).cdf).pvalue > 1e-3
+
+
+def test_branches_may_have_views_of_their_own_side_and_normalisation(photographs: Tensor) -> None:
+    own: Any = {"mean": [(0.1, 0.2, 0.3), (0.5,)], "std": [(2, 3, 4), (0.5,)]}
+    both = TwoViews([24, 40], "paper", **own)
+    assert both.image_size == both.image_sizes == (24, 40)
+    made = both(photographs, np.arange(16))
+    for view, side in enumerate((24, 40)):
+        one = {name: values[view] for name, values in own.items()}
+        expected = TwoViews(side, "paper", **one)(photographs, np.arange(16))[view]
+        assert torch.equal(made[view], expected)
+
+
+def test_one_side_stays_a_number() -> None:
+    views = TwoViews(24)
+    assert views.image_size == 24
+    assert views.image_sizes == (24, 24)
+
+
+def test_compiled_views_of_different_sides_are_the_plain_ones(photographs: Tensor) -> None:
+    only = replace(NOTHING, scale=(0.3, 1.0), flip=0.5, solarize=0.5)
+    sides, indices = [32, 32, 16, 12], np.arange(16)
+    plain, fused = (
+        RandomViews[tuple[Tensor, ...]](sides, (only,) * 4, compile=compiled)
+        for compiled in (False, True)
+    )
+    crops = plain.crop(list(photographs), indices)
+    for _ in range(2):
+        assert_equal_views(fused.colour(crops, indices), plain.colour(crops, indices))
+    assert fused.kernels.compiled  # it did not fall back
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -362,15 +445,37 @@ def test_an_unknown_preset_is_answered_with_those_there_are() -> None:
         TwoViews(preset="imagenet")
 
 
-@pytest.mark.parametrize("count", [0, 3])
-def test_every_view_needs_numbers_of_its_own(count: int) -> None:
-    with pytest.raises(ValueError, match=f"of 1 to 2 views, got {count}"):
-        RandomViews(8, (NOTHING,) * count)
+def test_there_is_a_view_to_make() -> None:
+    with pytest.raises(ValueError, match="recipes must be of at least 1 view, got none"):
+        RandomViews(8, ())
 
 
-def test_a_view_has_at_least_one_pixel() -> None:
-    with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
-        TwoViews(image_size=0)
+def test_two_views_are_two() -> None:
+    three: Any = (NOTHING,) * 3
+    with pytest.raises(ValueError, match="preset must have the recipes of 2 views, got 3"):
+        TwoViews(8, three)
+
+
+@pytest.mark.parametrize("image_size", [0, [8, 0]])
+def test_a_view_has_at_least_one_pixel(image_size: Any) -> None:
+    with pytest.raises(ValueError, match=r"at least 1 pixel, got .*0"):
+        TwoViews(image_size)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": [8]}, "image_size must be one for all views or one for each of 2, got 1"),
+        ({"mean": [[0.5]] * 3}, "mean must be one for all views or one for each of 2, got 3"),
+        ({"std": [[0.5], [0.1] * 4]}, r"std must have a number per channel, 3, got \[0.1"),
+        ({"std": []}, r"std must have a number per channel, 3, got \[\]"),
+    ],
+)
+def test_settings_of_another_number_of_views_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TwoViews(**settings)
 
 
 # --- other numbers of channels

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -78,26 +78,66 @@ def _within(name: str, value: Any, low: float, high: float) -> None:
         raise ValueError(f"{name} must be a number {limits}, got {value!r}.")
 
 
-Recipes = tuple[ViewRecipe, ViewRecipe]
-"""Of the first and of the second view."""
+class Recipes(NamedTuple):
+    """What a preset or a file says about the views of a run."""
+
+    x: ViewRecipe
+    """Of the first view, and of every other global view after it."""
+    x_prime: ViewRecipe
+    """Of the second view, and of every other global view after it."""
+    local: ViewRecipe
+    """Of local views, if there are any."""
+
+
+LOCAL_SCALE = (0.05, 0.14)
+"""SwAV's, beside global crops of (0.14, 1)."""
+
+
+def local_recipe(x: ViewRecipe) -> ViewRecipe:
+    """What local views are by default: smaller crops, with all else as in the first view.
+
+    Their scale is SwAV's, (0.05, 0.14), enlarged in proportion where global crops start above 0.14,
+    so that local crops end where global ones start, and small images leave them pixels to show.
+
+    Source: SwAV, Caron et al. 2020, arXiv:2006.09882 (224 pixels globally, 96 locally), whose
+    scales VICReg's authors took over in VICRegL@98c8834, transforms.py.
+    """
+    low, high = LOCAL_SCALE
+    start = max(high, x.scale[0])
+    return replace(x, scale=(round(low * start / high, 4), start))
+
+
+def _preset(x: ViewRecipe, x_prime: ViewRecipe) -> Recipes:
+    return Recipes(x, x_prime, local_recipe(x))
+
 
 _AUTHORS = ViewRecipe()
 _PAPER = replace(_AUTHORS, blur=0.5, solarize=0.1)
 _CIFAR = ViewRecipe(scale=(0.2, 1.0), solarize=0.1)
 _TINY = ViewRecipe(scale=(0.4, 1.0), jitter=0.6, grayscale=0.1)
 _DEMO = ViewRecipe(scale=(0.3, 1.0), flip=0.0, grayscale=0.0)
+_AUDIO = ViewRecipe(
+    scale=(0.6, 1.0), ratio=(0.6, 8.0), flip=0.0, saturation=0.0, hue=0.0, grayscale=0.0
+)
 
 PRESETS: Mapping[str, Recipes] = {
     # vicreg@4e12602, augmentations.py: the two views differ.
-    "authors": (replace(_AUTHORS, blur=1.0), replace(_AUTHORS, blur=0.1, solarize=0.2)),
+    "authors": _preset(replace(_AUTHORS, blur=1.0), replace(_AUTHORS, blur=0.1, solarize=0.2)),
     # The paper's text, appendix C.1: both views alike.
-    "paper": (_PAPER, _PAPER),
+    "paper": _preset(_PAPER, _PAPER),
     # solo-learn's recipe for CIFAR: larger crops, no blur.
-    "cifar": (_CIFAR, _CIFAR),
+    "cifar": _preset(_CIFAR, _CIFAR),
     # Gentler than cifar, for small images and backbones of under a million parameters.
-    "tiny": (_TINY, _TINY),
+    "tiny": _preset(_TINY, _TINY),
     # Handwritten digits: a mirrored digit is not a digit.
-    "demo": (_DEMO, _DEMO),
+    "demo": _preset(_DEMO, _DEMO),
+    # Log-mel spectrograms as gray images, frequency down and time across, after BYOL-A (Niizumi et
+    # al. 2021, arXiv:2103.06695): a crop resized shifts and stretches pitch and time, which most
+    # sounds survive down to 0.6 of either. Brightness and contrast stand for gain and dynamics. A
+    # mirrored sound runs backwards, a solarised one has its silence loud, and there is no colour.
+    # The ratio, in pixels, reaches from a square cut to 0.6 of its time to ten seconds (1000 x 128)
+    # uncut: of a spectrogram wider than its ratio allows, every view would be the same middle.
+    "audio": _preset(_AUDIO, _AUDIO),
 }
 
 
@@ -105,7 +145,8 @@ def find_recipes(preset: str | Mapping[str, Any]) -> Recipes:
     """The recipes of a preset, a YAML file, or what such a file holds.
 
     The file names a preset to start from (`preset`, by default authors) and what differs from it:
-    fields of `ViewRecipe` for both views, and under `x` and `x_prime` for one.
+    fields of `ViewRecipe` for all views, and under `x`, `x_prime` and `local` for one kind. Local
+    views start from what x has become, with the scale of `local_recipe`.
 
     Raises:
         ValueError: no such preset or file, a field that does not exist, a value that cannot be.
@@ -129,25 +170,50 @@ def find_recipes(preset: str | Mapping[str, Any]) -> Recipes:
         raise ValueError(f"augmentation must map fields to values, got {content!r}.")
     common = dict(content)
     base = common.pop("preset", "authors")
-    own = [common.pop(view, None) or {} for view in ("x", "x_prime")]
+    own = {view: common.pop(view, None) or {} for view in Recipes._fields}
     if base not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {base!r}.")
-    x, x_prime = (
-        _changed(recipe, common, changes)
-        for recipe, changes in zip(PRESETS[base], own, strict=True)
-    )
-    return x, x_prime
+    x = _changed(PRESETS[base].x, common, own["x"])
+    x_prime = _changed(PRESETS[base].x_prime, common, own["x_prime"])
+    return Recipes(x, x_prime, _changed(local_recipe(x), own["local"]))
+
+
+def multi_crop_recipes(
+    preset: str | Mapping[str, Any] | Recipes,
+    *,
+    num_global_views: int = 2,
+    num_local_views: int = 0,
+) -> tuple[ViewRecipe, ...]:
+    """A recipe for each view: first the global ones, x and x_prime by turns, then the local ones.
+
+    Args:
+        preset: as `find_recipes` takes it, or what it gives.
+
+    Raises:
+        ValueError: as `find_recipes`; no global view, or fewer than no local ones.
+
+    Example:
+        >>> recipes = multi_crop_recipes("authors", num_local_views=6)
+        >>> views = RandomViews([224] * 2 + [96] * 6, recipes)
+    """
+    if num_global_views < 1:
+        raise ValueError(f"num_global_views must be at least 1, got {num_global_views}.")
+    if num_local_views < 0:
+        raise ValueError(f"num_local_views must be at least 0, got {num_local_views}.")
+    recipes = preset if isinstance(preset, Recipes) else find_recipes(preset)
+    by_turns = (recipes[view % 2] for view in range(num_global_views))
+    return (*by_turns, *[recipes.local] * num_local_views)
 
 
 def _changed(recipe: ViewRecipe, *changes: Any) -> ViewRecipe:
     known = {f.name for f in fields(ViewRecipe)}
     for change in changes:
         if not isinstance(change, dict):
-            raise ValueError(f"x and x_prime must map fields to values, got {change!r}.")
+            raise ValueError(f"x, x_prime and local must map fields to values, got {change!r}.")
         unknown = {str(name) for name in change} - known
         if unknown:
             raise ValueError(
-                "augmentation must hold preset, x, x_prime and fields of a view "
+                "augmentation must hold preset, x, x_prime, local and fields of a view "
                 f"({', '.join(sorted(known))}), got {', '.join(sorted(unknown))}."
             )
         recipe = replace(recipe, **change)
@@ -155,12 +221,17 @@ def _changed(recipe: ViewRecipe, *changes: Any) -> ViewRecipe:
 
 
 def describe(recipes: Recipes) -> dict[str, Any]:
-    """Recipes as `find_recipes` takes them."""
-    plain = [
-        {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(recipe).items()}
-        for recipe in recipes
-    ]
-    return {"x": plain[0], "x_prime": plain[1]}
+    """Recipes as `find_recipes` takes them; of local views only what is not the default.
+
+    So a run without such views keeps the description that it had before there were any.
+    """
+    plain = {
+        view: {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(recipe).items()}
+        for view, recipe in recipes._asdict().items()
+    }
+    if recipes.local == local_recipe(recipes.x):
+        del plain["local"]
+    return plain
 
 
 @dataclass(frozen=True)

@@ -232,8 +232,10 @@ def _crops_of_stream(
 
 
 def _nothing(views: RandomViews) -> Crops:
-    empty = torch.empty(0, views.in_chans, views.image_size, views.image_size, dtype=torch.uint8)
-    return (empty,) * len(views.recipes), np.empty(0, np.int64), []
+    cut = tuple(
+        torch.empty(0, views.in_chans, side, side, dtype=torch.uint8) for side in views.image_sizes
+    )
+    return cut, np.empty(0, np.int64), []
 
 
 @contextmanager

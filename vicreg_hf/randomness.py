@@ -32,6 +32,22 @@ class Stream(IntEnum):
     REPLACEMENT = 7
 
 
+FIRST_FURTHER_VIEW = 2**16
+"""Stream of the third view; those below are left to purposes yet to come."""
+
+
+def view_stream(view: int) -> int:
+    """The stream of one of an image's views, counted from 0, however many there are.
+
+    Raises:
+        ValueError: a negative number.
+    """
+    if view < 0:
+        raise ValueError(f"view must be at least 0, got {view}.")
+    further = FIRST_FURTHER_VIEW + view - 2
+    return (Stream.VIEW, Stream.VIEW_PRIME)[view] if view < 2 else further
+
+
 def philox(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
     """Philox4x32 with ten rounds: 128 counter bits and 64 key bits to 128 random bits.
 
@@ -59,7 +75,7 @@ def philox(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
 
 
 def words(
-    indices: ArrayLike, num_columns: int, *, seed: int, epoch: ArrayLike = 0, stream: Stream
+    indices: ArrayLike, num_columns: int, *, seed: int, epoch: ArrayLike = 0, stream: int
 ) -> NDArray[np.uint64]:
     """Random 32-bit words, one row per index.
 
@@ -68,7 +84,7 @@ def words(
         num_columns: C.
         seed: any integer; its low 64 bits count.
         epoch: scalar or (B,), below 2**32.
-        stream: the purpose.
+        stream: the purpose: a `Stream`, or of a view what `view_stream` gives.
 
     Returns:
         (B, C) words below 2**32.
@@ -89,7 +105,7 @@ def words(
 
 
 def uniforms(
-    indices: ArrayLike, num_columns: int, *, seed: int, epoch: ArrayLike = 0, stream: Stream
+    indices: ArrayLike, num_columns: int, *, seed: int, epoch: ArrayLike = 0, stream: int
 ) -> NDArray[np.float32]:
     """Uniform numbers in [0, 1), one row per index; arguments as for `words`.
 

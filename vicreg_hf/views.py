@@ -5,7 +5,8 @@ resized crop) and `RandomViews.colour` (flip, colour jitter, grayscale, blur, so
 normalisation). Calling the object does both. Between operations pixels are uint8, as they are in
 PIL, which the authors use.
 
-Shapes: B images, C channels, H x W source pixels, S side of a view, K uniforms per view.
+Shapes: B images, C channels, H x W source pixels, S side of a view (each may have its own), K
+uniforms per view.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from vicreg_hf.pixels import (
     resized_crop,
     solarize,
 )
-from vicreg_hf.randomness import Stream, uniforms
+from vicreg_hf.randomness import uniforms, view_stream
 
 JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 NEEDS_RGB = ("saturation", "hue", "grayscale")
@@ -51,8 +52,8 @@ NEEDS_RGB = ("saturation", "hue", "grayscale")
 ELEMENTS_AT_ONCE = 2**23
 """Levels of which a CPU makes views at once: larger batches leave its cache."""
 
-VIEW_STREAMS = (Stream.VIEW, Stream.VIEW_PRIME)
-"""Where the numbers of each view come from; a further view needs a stream of its own."""
+PerChannel = Sequence[float] | Sequence[Sequence[float]]
+"""A number for each channel, or such numbers for each view."""
 
 Views = TypeVar("Views", bound=tuple[Tensor, ...])
 """A tensor for each view."""
@@ -62,61 +63,62 @@ Operation = Callable[..., Tensor]
 class RandomViews(Generic[Views]):
     """Make a random view of each recipe from a batch of images.
 
-    What happens to an image depends on (seed, epoch, index, view) alone. Images of other than three
-    channels keep the operations that need no colours: `NEEDS_RGB` names the others.
+    What happens to an image depends on (seed, epoch, index, view) alone, and so not on how many
+    other views there are or on their sides. Images of other than three channels keep the operations
+    that need no colours: `NEEDS_RGB` names the others.
 
     Args:
-        image_size: S, the side of a view in pixels.
-        recipes: of each view; as many as there are `VIEW_STREAMS` at most.
+        image_size: S, the side of a view in pixels; one for all, or one for each.
+        recipes: of each view; `multi_crop_recipes` gives those of global and local views.
         mean: subtracted after scaling to [0, 1], per channel; by default ImageNet's, of which
-            images of other than three channels get the average.
-        std: divided by after that, per channel.
+            images of other than three channels get the average. Once for all views, or for each.
+        std: divided by after that, per channel; likewise.
         seed: any integer.
         in_chans: C.
         compile: fuse the operations with torch.compile: the same views, sooner, after half a minute
             at the start. Without a C++ compiler it says so and goes on without.
 
     Raises:
-        ValueError: no recipe or too many, no channels, or a side below one pixel.
+        ValueError: no recipe, no channels, a side below one pixel, or sides, means or deviations
+            of another number of views.
 
     Example:
         >>> (x,) = RandomViews(32, (ViewRecipe(jitter=0, grayscale=0),))(images, indices)
+        >>> x, x_prime, *local = RandomViews([224, 224, 96, 96], recipes)(images, indices)
 
     Source: vicreg@4e12602, augmentations.py, operation by operation and in that order.
     """
 
     def __init__(
         self,
-        image_size: int,
+        image_size: int | Sequence[int],
         recipes: tuple[ViewRecipe, ...],
         *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: PerChannel | None = None,
+        std: PerChannel | None = None,
         seed: int = 0,
         in_chans: int = 3,
         compile: bool = False,  # noqa: A002 - torch's word
     ) -> None:
-        if image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
         if in_chans < 1:
             raise ValueError(f"in_chans must be at least 1, got {in_chans}.")
-        if not 1 <= len(recipes) <= len(VIEW_STREAMS):
-            raise ValueError(
-                f"recipes must be of 1 to {len(VIEW_STREAMS)} views, got {len(recipes)}."
-            )
-        self.image_size, self.seed, self.in_chans = image_size, seed, in_chans
-        self.recipes = recipes
+        if not recipes:
+            raise ValueError("recipes must be of at least 1 view, got none.")
+        self.image_size = tuple(image_size) if isinstance(image_size, Sequence) else image_size
+        self.image_sizes: tuple[int, ...] = _per_view("image_size", image_size, len(recipes))
+        """The side of each view."""
+        if min(self.image_sizes) < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
+        self.seed, self.in_chans, self.recipes = seed, in_chans, recipes
         self.kernels = Kernels(compiled=compile)
-        mean, std = (
-            _per_channel(name, values, default, in_chans)
+        means, stds = (
+            _per_channel(name, default if values is None else values, len(recipes), in_chans)
             for name, values, default in (
-                ("mean", mean, IMAGENET_DEFAULT_MEAN), ("std", std, IMAGENET_DEFAULT_STD),
+                ("mean", mean, _imagenet(IMAGENET_DEFAULT_MEAN, in_chans)),
+                ("std", std, _imagenet(IMAGENET_DEFAULT_STD, in_chans)),
             )
-        )  # fmt: skip
-        # x / 255, minus mean, over std, as one multiplication and one addition
-        scale = torch.tensor([1 / (255 * s) for s in std])
-        shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
-        self._scale, self._shift = scale.view(-1, 1, 1), shift.view(-1, 1, 1)
+        )
+        self._normalisation = [_factors(*own) for own in zip(means, stds, strict=True)]
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -127,7 +129,7 @@ class RandomViews(Generic[Views]):
 
     def uniforms(self, indices: ArrayLike, epoch: ArrayLike, view: int) -> NDArray[np.float32]:
         """The (B, K) numbers that decide one view, counted from 0, of every image."""
-        stream = VIEW_STREAMS[view]
+        stream = view_stream(view)
         return uniforms(indices, NUM_UNIFORMS, seed=self.seed, epoch=epoch, stream=stream)
 
     def __call__(
@@ -156,10 +158,10 @@ class RandomViews(Generic[Views]):
             indices = torch.randint(2**31, (len(images),)).numpy()
         height, width = images.shape[-2:]
         crops = []
-        for view, recipe in enumerate(self.recipes):
+        for view, (recipe, side) in enumerate(zip(self.recipes, self.image_sizes, strict=True)):
             boxes = draw_crops(self.uniforms(indices, epoch, view), height, width, recipe)
             on_device = torch.from_numpy(boxes).to(images.device, non_blocking=True)
-            crops.append(self.kernels(resized_crop, images, on_device, shared=(self.image_size,)))
+            crops.append(self.kernels(resized_crop, images, on_device, shared=(side,)))
         return self.colour(cast(Views, tuple(crops)), indices, epoch)
 
     def crop(self, images: Sequence[Tensor], indices: ArrayLike, epoch: ArrayLike = 0) -> Views:
@@ -173,17 +175,17 @@ class RandomViews(Generic[Views]):
         Returns:
             A (B, C, S, S) uint8 tensor for each view.
         """
-        side = [self.image_size, self.image_size]
         heights, widths = np.array([image.shape[-2:] for image in images]).T
         views = []
-        for view, recipe in enumerate(self.recipes):
+        for view, (recipe, side) in enumerate(zip(self.recipes, self.image_sizes, strict=True)):
             boxes = draw_crops(self.uniforms(indices, epoch, view), heights, widths, recipe)
-            out = torch.empty((len(images), self.in_chans, *side), dtype=torch.uint8)
+            size = [side, side]
+            out = torch.empty((len(images), self.in_chans, *size), dtype=torch.uint8)
             for image, (top, left, height, width), into in zip(
                 images, boxes.tolist(), out, strict=True
             ):
                 part = image[:, top : top + height, left : left + width]
-                into.copy_(tv.resize(part, side, tv.InterpolationMode.BICUBIC, antialias=True))
+                into.copy_(tv.resize(part, size, tv.InterpolationMode.BICUBIC, antialias=True))
             views.append(out)
         return cast(Views, tuple(views))
 
@@ -201,7 +203,7 @@ class RandomViews(Generic[Views]):
         views = []
         for view, (x, recipe) in enumerate(zip(crops, self.recipes, strict=True)):
             parameters = draw_colour(self.uniforms(indices, epoch, view), recipe)
-            scale, shift = self._scale.to(x.device), self._shift.to(x.device)
+            scale, shift = (factor.to(x.device) for factor in self._normalisation[view])
             out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
             at_once = len(x) if x.is_cuda else max(1, ELEMENTS_AT_ONCE // max(1, x[:1].numel()))
             for start in range(0, len(x), at_once):
@@ -245,13 +247,13 @@ class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
     """Make the two views of VICReg from a batch of images.
 
     Args:
-        image_size: S, the side of a view in pixels.
-        preset: one of `PRESETS`, a YAML file or its content as `find_recipes` takes it, or the
-            recipes of the first and the second view.
+        image_size: S, the side of a view in pixels; one for both, or one for each.
+        preset: one of `PRESETS`, a YAML file or its content as `find_recipes` takes it, what that
+            gives, or the recipes of the first and the second view.
         mean: as for `RandomViews`; likewise the others.
 
     Raises:
-        ValueError: unknown preset, no channels, or a side below one pixel.
+        ValueError: unknown preset, or as for `RandomViews`.
 
     Example:
         >>> x, x_prime = TwoViews(image_size=32, preset="cifar")(images, indices)
@@ -259,29 +261,57 @@ class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
 
     def __init__(
         self,
-        image_size: int = 224,
-        preset: str | Mapping[str, Any] | Recipes = "authors",
+        image_size: int | Sequence[int] = 224,
+        preset: str | Mapping[str, Any] | Recipes | tuple[ViewRecipe, ViewRecipe] = "authors",
         *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: PerChannel | None = None,
+        std: PerChannel | None = None,
         seed: int = 0,
         in_chans: int = 3,
         compile: bool = False,  # noqa: A002 - torch's word
     ) -> None:
         recipes = preset if isinstance(preset, tuple) else find_recipes(preset)
+        if isinstance(recipes, Recipes):
+            recipes = recipes.x, recipes.x_prime
+        if len(recipes) != 2:
+            raise ValueError(f"preset must have the recipes of 2 views, got {len(recipes)}.")
         super().__init__(
             image_size, recipes, mean=mean, std=std, seed=seed, in_chans=in_chans, compile=compile
         )
 
 
+def _per_view(name: str, values: Any, num_views: int) -> tuple[Any, ...]:
+    """A setting for each view, of one for all of them or one for each."""
+    own = tuple(values) if isinstance(values, Sequence) else (values,) * num_views
+    if len(own) != num_views:
+        raise ValueError(
+            f"{name} must be one for all views or one for each of {num_views}, got {len(own)}."
+        )
+    return own
+
+
+def _imagenet(default: Sequence[float], channels: int) -> Sequence[float]:
+    return default if channels == 3 else [sum(default) / len(default)]
+
+
 def _per_channel(
-    name: str, values: Sequence[float] | None, default: Sequence[float], channels: int
-) -> list[float]:
-    if values is None:
-        values = default if channels == 3 else [sum(default) / len(default)]
-    if len(values) not in (1, channels):
-        raise ValueError(f"{name} must have a number per channel, {channels}, got {list(values)}.")
-    return list(values) if len(values) == channels else [values[0]] * channels
+    name: str, values: PerChannel, num_views: int, channels: int
+) -> list[tuple[float, ...]]:
+    """The numbers of each view, one for each channel."""
+    for_each = len(values) > 0 and isinstance(values[0], Sequence)
+    views: list[tuple[float, ...]] = []
+    for own in _per_view(name, values if for_each else [values] * num_views, num_views):
+        if len(own) not in (1, channels):
+            raise ValueError(f"{name} must have a number per channel, {channels}, got {list(own)}.")
+        views.append(tuple(own) if len(own) == channels else (own[0],) * channels)
+    return views
+
+
+def _factors(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """What makes of x / 255, minus mean, over std one multiplication and one addition."""
+    scale = torch.tensor([1 / (255 * s) for s in std])
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
+    return scale.view(-1, 1, 1), shift.view(-1, 1, 1)
 
 
 def _write_rows(x: Tensor, rows: Tensor, values: Tensor) -> None:
