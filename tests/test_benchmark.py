@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import re
 import sys
+from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gloo import GlooPool
+from PIL import Image
 from torch import Tensor
 from workflow import ROOT, SMALL, run, write_images
 
@@ -18,7 +23,17 @@ from vicreg_hf.augmentation import PRESETS
 from vicreg_hf.benchmarks.data import _ratios, bottleneck, photographs, pil_view
 from vicreg_hf.benchmarks.loss import _figures, authors_loss, losses, our_loss
 from vicreg_hf.benchmarks.measuring import MIB, memory_process, peak_extra_mib
+from vicreg_hf.benchmarks.peers import (
+    AuthorsLARS,
+    PILViews,
+    loaded_views,
+    plain_step,
+    projector,
+)
+from vicreg_hf.benchmarks.train import _pictures, training
 from vicreg_hf.distributed import rank, world_size
+from vicreg_hf.loss import vicreg_loss
+from vicreg_hf.optim import LARS
 
 CPU = torch.device("cpu")
 DIMS = [4, 24]  # fewer dimensions than rows, and more
@@ -205,3 +220,95 @@ def test_the_bottleneck_of_a_run_is_its_slowest_stage(
     assert all(rate > 0 for rate in rates.values())
     slowest = printed.splitlines()[-1].removeprefix("The bottleneck is: ").removesuffix(".")
     assert rates[slowest] == min(rates.values())
+
+
+# Training
+
+
+def test_training_is_measured_against_the_bare_backbone_the_authors_and_lightly() -> None:
+    flags = ["--architecture=test_resnet", "--batch_size=8", "--expander_dims=16-16",
+             "--steps=1", "--rounds=1", "--device=cpu", "--precision=fp32",
+             "--num_workers=1"]  # fmt: skip
+    result = run([sys.executable, "scripts/benchmark.py", "train", *flags])
+    assert result.returncode == 0, result.stderr
+    above, settings, header, _, *lines = result.stdout.splitlines()
+    assert f"torch {torch.__version__}" in above
+    assert "test_resnet, 8 images of 32 pixels in memory" in settings
+    assert header.count("|") == 7  # no memory on CPU
+    rows = {name: figures for name, *figures in (line[2:-2].split(" | ") for line in lines)}
+    assert list(rows) == ["bare backbone", "vicreg_hf", "authors", "lightly"]
+    if find_spec("lightly") is None:
+        assert rows.pop("lightly")[0] == "not installed"
+    milliseconds = {name: float(figures[1]) for name, figures in rows.items()}
+    for name, (precision, ms, rate, share, multiple) in rows.items():
+        assert precision == "fp32"
+        assert float(rate) == pytest.approx(1000 * 16 / float(ms), rel=0.01, abs=1)
+        expected = 100 * milliseconds["bare backbone"] / milliseconds[name]
+        assert float(share.removesuffix(" %")) == pytest.approx(expected, abs=0.2)
+        expected = milliseconds["authors"] / milliseconds[name]
+        assert float(multiple) == pytest.approx(expected, rel=0.01, abs=0.01)
+
+
+def test_what_is_left_out_has_no_row_and_no_ratio_to_it() -> None:
+    printed = training(
+        ["--architecture=test_resnet", "--batch_size=4", "--expander_dims=8"], precision="fp32",
+        device="cpu", channels_last=False, steps=1, rounds=1, only=["bare"],
+    )  # fmt: skip
+    (row,) = [line for line in printed.splitlines() if line.startswith("| bare")]
+    assert row.endswith(" | 100.0 % | - |")
+    assert "channels first" in printed
+
+
+def test_training_is_measured_on_images_of_its_own() -> None:
+    settings = {"precision": "fp32", "device": "cpu", "channels_last": True}
+    with pytest.raises(ValueError, match="makes its own images"):
+        training(["--dataset_name=demo"], **settings, steps=1, rounds=1)
+
+
+def test_large_images_are_decoded_as_they_come() -> None:
+    pictures = _pictures(65, 3)
+    for picture in pictures:
+        assert isinstance(picture, bytes)
+        assert Image.open(io.BytesIO(picture)).size == (500, 375)
+    make = PILViews(PRESETS["authors"], 65)
+    loaded = loaded_views(pictures, make, batch_size=2, num_workers=0, device=CPU)
+    with closing(loaded) as batches:
+        shapes = [[tuple(x.shape) for x in next(batches)] for _ in range(2)]  # beyond an epoch
+    assert shapes == [[(2, 3, 65, 65)] * 2] * 2
+
+
+def test_the_authors_optimiser_written_plainly_is_ours() -> None:
+    """A matrix, one of zeros, a filter without gradient at first, and a bias."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 3), (4, 2), (2, 3, 3, 3), (7,)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    start[1].zero_()
+    both = [[p.clone().requires_grad_() for p in start] for _ in range(2)]
+    settings: dict[str, Any] = {"lr": 0.3, "weight_decay": 0.01, "momentum": 0.9, "eta": 0.02}
+    optimizers = LARS(both[0], **settings), AuthorsLARS(both[1], **settings)
+    for step in range(4):
+        for k in range(len(start)):
+            grad = torch.randn(start[k].shape, generator=generator) * (step + k > 2)
+            for parameters in both:
+                parameters[k].grad = None if k == 2 and step == 0 else grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(both[1], both[0], rtol=1e-5, atol=1e-7)
+    assert all(not torch.equal(p, before) for p, before in zip(both[0], start, strict=True))
+
+
+def test_the_authors_step_changes_weights_as_ours_does() -> None:
+    """Loss and optimiser together, on the expander alone."""
+    torch.manual_seed(0)
+    theirs = projector(6, [8, 8, 5])
+    ours = copy.deepcopy(theirs)
+    step = plain_step(
+        theirs, authors_loss, AuthorsLARS(theirs.parameters(), 0.5), device=CPU, precision="fp32"
+    )
+    optimizer = LARS(ours.parameters(), 0.5)
+    for x, x_prime in torch.randn(3, 2, 16, 6):
+        step(x, x_prime)
+        vicreg_loss(ours(x), ours(x_prime)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(theirs.state_dict(), ours.state_dict(), rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from vicreg_hf.benchmarks.data import against_others, bottleneck
 from vicreg_hf.benchmarks.features import extraction
 from vicreg_hf.benchmarks.loss import one_process, several_processes
 from vicreg_hf.benchmarks.measuring import surroundings
+from vicreg_hf.benchmarks.train import NAMES, training
 
 
 @dataclass
@@ -85,6 +86,29 @@ def _checkpoint(args: argparse.Namespace, _: Sequence[str]) -> str:
     )  # fmt: skip
 
 
+def _train_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument(
+        "--channels_last",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="of the bare backbone; vicreg_hf always is, the authors and lightly never",
+    )
+    parser.add_argument("--steps", type=int, help="measured in a turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    _device_flag(parser)
+
+
+def _train(args: argparse.Namespace, others: Sequence[str]) -> str:
+    on_gpu = torch.device(args.device).type == "cuda"
+    return training(
+        others, precision=args.precision or ("bf16" if on_gpu else "fp32"), device=args.device,
+        channels_last=args.channels_last, steps=args.steps or (50 if on_gpu else 8),
+        rounds=args.rounds, only=args.only,
+    )  # fmt: skip
+
+
 def _device_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -103,5 +127,13 @@ COMMANDS = {
         ),
         Command("features", "extraction against the bare forward pass", _features_flags, _features),
         Command("checkpoint", "what saving adds to a run", _checkpoint_flags, _checkpoint),
+        Command(
+            "train",
+            "training against the bare backbone, the authors' recipe and lightly's example; "
+            "takes flags of pretrain.py, such as --architecture or --batch_size",
+            _train_flags,
+            _train,
+            takes_more=True,
+        ),
     )
 }

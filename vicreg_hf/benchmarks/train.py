@@ -1,0 +1,228 @@
+"""Training from images to changed weights, as a share of what the bare backbone would do alone.
+
+Shapes: B images, C channels, S side of a view.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vicreg_hf.arguments import parse_arguments
+from vicreg_hf.benchmarks.contenders import (
+    WITHOUT_END,
+    Contender,
+    authors,
+    bare,
+    lightly,
+    ours,
+)
+from vicreg_hf.benchmarks.data import jpeg, photographs
+from vicreg_hf.benchmarks.measuring import MIB, surroundings, table
+from vicreg_hf.benchmarks.peers import Pair
+from vicreg_hf.data import SMALL_IMAGE
+from vicreg_hf.preparation import setup
+
+DEFAULTS = ("--architecture=resnet18", "--image_size=32", "--expander_dims=2048-2048-2048")
+NAMES = ("bare", "vicreg_hf", "authors", "lightly")
+"""What --only takes, in the order of the table."""
+LABELS = {"bare": "bare backbone"}
+WARM_UP = 3
+"""Steps of a turn that are not measured, at least."""
+PICTURES = 256
+"""Different images at most; larger data sets repeat them."""
+ACCELERATE = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def training(
+    flags: Sequence[str],
+    *,
+    precision: str,
+    device: str,
+    channels_last: bool,
+    steps: int,
+    rounds: int,
+    only: Sequence[str] = NAMES,
+) -> str:
+    """A table of ways to train, which take turns.
+
+    Each turn begins with nothing prepared and takes steps that are not measured first: at least
+    `WARM_UP`, and as many as there are loading workers.
+
+    Args:
+        flags: of pretrain.py, over `DEFAULTS`.
+        precision: fp32, bf16 or fp16; the authors' own is fp16 on CUDA whatever this is.
+        channels_last: layout of the bare backbone; vicreg_hf always has it, the others never.
+        steps: measured in a turn; rounded up to a multiple of the loading workers.
+        rounds: turns of each; the median counts.
+        only: what is measured, of `NAMES`.
+
+    Raises:
+        ValueError: flags that name data: the images are made.
+    """
+    if any(word.startswith("--dataset_name") for word in flags):
+        raise ValueError("train makes its own images, got --dataset_name; leave it out.")
+    defaults = () if any(word.startswith("--config") for word in flags) else DEFAULTS
+    args = parse_arguments([*defaults, *flags, "--dataset_name=made"])
+    side = args.image_size or 224
+    pictures = _pictures(side, max(args.batch_size, PICTURES))
+    with tempfile.TemporaryDirectory() as folder, _accelerate(precision, device):
+        _write(pictures, f"{folder}/images")
+        run = setup(
+            replace(
+                args, dataset_name=f"{folder}/images", image_size=side, max_steps=WITHOUT_END,
+                output_dir=f"{folder}/run", resume="never",
+            )
+        )  # fmt: skip
+        on = run.accelerator.device
+        builders = {
+            "bare": lambda: bare(run, precision, channels_last),
+            "vicreg_hf": lambda: ours(run, precision),
+            "authors": lambda: authors(run, pictures),
+            "lightly": lambda: lightly(run, pictures, precision),
+        }
+        contenders = {name: builders[name]() for name in NAMES if name in only}
+        _take_turns([c for c in contenders.values() if c is not None], steps, rounds, on)
+    shape = f"{args.architecture}, {args.batch_size} images of {side} pixels"
+    origin = "in memory" if isinstance(run.inputs.images, Tensor) else "from JPEGs of 500 x 375"
+    layout = "channels last" if channels_last else "channels first"
+    settings = (
+        f"{shape} {origin}, views {run.args.augmentation}, expander {args.expander_dims}; "
+        f"vicreg_hf: {args.optimizer}; bare backbone: {layout}; {run.args.num_workers} loading "
+        f"workers; medians of {rounds} rounds of {steps} steps"
+    )
+    rows = _rows(contenders, 2 * args.batch_size, on)
+    return f"{surroundings(on)}\n{settings}\n{rows}"
+
+
+# Measuring
+
+
+def _take_turns(
+    contenders: Sequence[Contender], steps: int, rounds: int, device: torch.device
+) -> None:
+    for contender in contenders:  # compiles, tunes and allocates
+        _turn(contender, 1, device)
+        contender.peak = 0
+    for _, contender in itertools.product(range(rounds), contenders):
+        contender.seconds.append(_turn(contender, steps, device))
+
+
+def _turn(contender: Contender, steps: int, device: torch.device) -> float:
+    """Seconds a step."""
+    torch.backends.cudnn.benchmark = contender.autotune
+    before = _start_memory(device)
+    count = -(-steps // contender.workers) * contender.workers
+    with closing(contender.views()) as views:
+        _take(contender, views, max(WARM_UP, contender.workers))
+        _synchronise(device)
+        begun = time.perf_counter()
+        _take(contender, views, count)
+        _synchronise(device)
+        seconds = (time.perf_counter() - begun) / count
+    if device.type == "cuda":
+        extra = torch.cuda.max_memory_allocated(device) - before
+        contender.peak = max(contender.peak, _held(contender) + extra)
+    return seconds
+
+
+def _take(contender: Contender, views: Iterator[Pair], count: int) -> None:
+    for x, x_prime in itertools.islice(views, count):
+        contender.step(x, x_prime)
+
+
+def _start_memory(device: torch.device) -> int:
+    """Bytes that are allocated on a GPU, from where its peak is measured anew."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _held(contender: Contender) -> int:
+    """Bytes of the weights and the optimiser's state, which lie there between turns."""
+    state = contender.optimizer.state.values() if contender.optimizer is not None else ()
+    moments = [value for entries in state for value in entries.values()]
+    tensors = [*contender.model.parameters(), *contender.model.buffers(), *moments]
+    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _rows(
+    contenders: dict[str, Contender | None], views_per_step: int, device: torch.device
+) -> str:
+    seconds = {n: statistics.median(c.seconds) for n, c in contenders.items() if c is not None}
+    on_gpu = device.type == "cuda"
+    lines = []
+    for name, contender in contenders.items():
+        label = LABELS.get(name, name)
+        if contender is None:
+            lines.append([label, "not installed", *["-"] * (4 + on_gpu)])
+            continue
+        took = seconds[name]
+        bare, authors = (seconds.get(other) for other in ("bare", "authors"))
+        line = [label, contender.precision, f"{1000 * took:.2f}", f"{views_per_step / took:.0f}"]
+        line.append("-" if bare is None else f"{100 * bare / took:.1f} %")
+        line.append("-" if authors is None else f"{authors / took:.2f}")
+        lines.append([*line, *([f"{contender.peak / MIB:.0f}"] if on_gpu else [])])
+    header = ["", "precision", "ms a step", "views/s", "share of the bare backbone"]
+    return table([*header, "authors / this", *(["peak MiB"] if on_gpu else [])], lines)
+
+
+# What it is measured on
+
+
+def _pictures(side: int, count: int) -> list[Image.Image] | list[bytes]:
+    """Images of the views' own side where that is small; else JPEGs of 500 x 375."""
+    if side <= SMALL_IMAGE:
+        different: Any = photographs(PICTURES, side, side)
+    else:
+        different = [jpeg(image) for image in photographs(PICTURES, 500, 375)]
+    return [different[k % PICTURES] for k in range(count)]
+
+
+def _write(pictures: Sequence[Image.Image | bytes], folder: str) -> None:
+    """As a data set that pretrain.py takes."""
+    cells = [{"bytes": p if isinstance(p, bytes) else _png(p), "path": None} for p in pictures]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": cells}, features=features).save_to_disk(Path(folder))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@contextmanager
+def _accelerate(precision: str, device: str) -> Iterator[None]:
+    """Have accelerate begin as `accelerate launch` would with these."""
+    settings = {"ACCELERATE_MIXED_PRECISION": ACCELERATE[precision]}
+    settings["ACCELERATE_USE_CPU"] = str(torch.device(device).type == "cpu").lower()
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
