@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vicreg_hf import vicreg_loss
+from vicreg_hf import covariance_term, multi_view_loss, variance_term, vicreg_loss
 from vicreg_hf.benchmarks.loss import authors_loss, our_loss
 from vicreg_hf.distributed import (
     SyncBatchNorm,
@@ -230,6 +230,178 @@ def test_backward_communicates_nothing(gloo: GlooPool, dim: int) -> None:
 def test_the_recorder_would_see_what_backward_communicates(gloo: GlooPool) -> None:
     for _, _, in_backward, _ in gloo.run(2, communication, True, 24):
         assert in_backward == ["c10d::allreduce_"] * 2  # the authors', one for each branch
+
+
+# One view, and many
+
+
+def of_many(kind: str, views: list[Tensor], group: Any = None) -> Results:
+    """A loss of however many views it takes, and the gradient of each view."""
+    views = [x.requires_grad_() for x in views]
+    if kind == "variance":
+        values = {"loss": variance_term(views[0], group=group)}
+    elif kind == "covariance":
+        values = {"loss": covariance_term(views[0], group=group)}
+    else:
+        values = multi_view_loss(views[:2], views[2:], group=group)._asdict()
+    grads = torch.autograd.grad(values["loss"], views, allow_unused=True)
+    given = {f"grad {number}": grad for number, grad in enumerate(grads) if grad is not None}
+    return {name: value.detach() for name, value in values.items()} | given
+
+
+def many_views(world: int, dim: int) -> list[Tensor]:
+    return [x for seed in (0, 1) for x in all_rows(world, dim, seed=seed)]
+
+
+def of_own_rows(kind: str, dim: int, paired: bool) -> Results:
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])] if paired else [None]
+    views = [own(x) for x in many_views(world_size(), dim)]
+    return of_many(kind, views, groups[rank() // 2 if paired else 0])
+
+
+def expected_of_many(kind: str, views: list[Tensor], world: int) -> list[Results]:
+    """One process on all rows, its gradients times the processes that DDP averages over."""
+    whole = of_many(kind, [x.clone() for x in views])
+    grads = {name: (whole.pop(name) * world).chunk(world) for name in list(whole) if "grad" in name}
+    return [whole | {name: part[r] for name, part in grads.items()} for r in range(world)]
+
+
+@pytest.mark.parametrize("kind", ["variance", "covariance", "multi-view"])
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("world", [2, 3])
+def test_terms_of_one_and_many_views_equal_those_of_one_process_on_all_rows(
+    gloo: GlooPool, world: int, dim: int, kind: str
+) -> None:
+    expected = expected_of_many(kind, many_views(world, dim), world)
+    results = gloo.run(world, of_own_rows, kind, dim, False)
+    for actual, wanted in zip(results, expected, strict=True):
+        assert_all_close(actual, wanted)
+        assert actual["loss"].item() == results[0]["loss"].item()
+
+
+@pytest.mark.parametrize("kind", ["variance", "covariance", "multi-view"])
+@pytest.mark.parametrize("dim", DIMS)
+def test_a_process_group_sees_only_its_own_rows_of_one_and_many_views(
+    gloo: GlooPool, dim: int, kind: str
+) -> None:
+    views = many_views(4, dim)
+    halves = [[x.chunk(2)[half] for x in views] for half in (0, 1)]
+    expected = [result for half in halves for result in expected_of_many(kind, half, 2)]
+    results = gloo.run(4, of_own_rows, kind, dim, True)
+    for actual, wanted in zip(results, expected, strict=True):
+        assert_all_close(actual, wanted)
+
+
+def put_together(dim: int) -> tuple[Results, Results]:
+    """`vicreg_loss` without invariance, and the terms that must add up to it."""
+    views = [own(x).requires_grad_() for x in all_rows(world_size(), dim)]
+    whole = vicreg_loss(*views, sim_coeff=0, std_coeff=5, cov_coeff=2).loss
+    terms = [5 * variance_term(z) / 2 + 2 * covariance_term(z) for z in views]
+    results = []
+    for loss in (whole, terms[0] + terms[1]):
+        grad, grad_prime = torch.autograd.grad(loss, views)
+        results.append({"loss": loss.detach(), "grad": grad, "grad_prime": grad_prime})
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_the_loss_is_put_together_of_the_terms_on_several_processes(
+    gloo: GlooPool, dim: int
+) -> None:
+    for whole, added in gloo.run(2, put_together, dim):
+        assert_all_close(added, whole, tolerance=1e-12)
+
+
+def compiled_of_own_rows(dim: int) -> tuple[Results, Results]:
+    torch.compiler.reset()
+    views = [own(x).requires_grad_() for x in many_views(world_size(), dim)]
+    results = []
+    for compute in (torch.compile(regularized, fullgraph=True, backend="aot_eager"), regularized):
+        loss = compute(views)
+        grads = torch.autograd.grad(loss, views)
+        results.append({"loss": loss.detach()} | {str(i): g for i, g in enumerate(grads)})
+    return results[0], results[1]
+
+
+def regularized(views: list[Tensor]) -> Tensor:
+    terms = variance_term(views[0]) + covariance_term(views[0])
+    return multi_view_loss(views[:3], views[3:]).loss + terms
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_compiled_terms_of_one_and_many_views_equal_the_eager_ones(
+    gloo: GlooPool, dim: int
+) -> None:
+    for compiled, eager in gloo.run(2, compiled_of_own_rows, dim):
+        assert_all_close(compiled, eager)
+
+
+def communication_of_many(kind: str, dim: int) -> tuple[list[str], list[int], list[str], int]:
+    """As `communication`."""
+    views = [own(x).requires_grad_() for x in many_views(world_size(), dim)]
+    with Recorder() as forward:
+        if kind == "multi-view":
+            loss = multi_view_loss(views[:2], views[2:]).loss
+        else:
+            loss = {"variance": variance_term, "covariance": covariance_term}[kind](views[0])
+    with Recorder() as backward:
+        loss.backward()
+    seen = backward.collectives()
+    return forward.collectives(), forward.gathered, seen, len(backward.names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dim", "gathered"),
+    [
+        ("variance", 4, [2 * 2]),  # the shapes
+        ("variance", 24, [2 * 2]),
+        ("covariance", 4, [2 * 2]),
+        ("covariance", 24, [2 * 2, 6 * 24]),
+        ("multi-view", 4, [2 * 4]),
+        ("multi-view", 24, [2 * 4, 4 * 6 * 24]),  # all four views in one
+    ],
+)
+def test_one_and_many_views_are_gathered_once_and_backward_communicates_nothing(
+    gloo: GlooPool, kind: str, dim: int, gathered: list[int]
+) -> None:
+    for forward, sizes, backward, num_operators in gloo.run(2, communication_of_many, kind, dim):
+        assert sizes == gathered
+        assert forward.count("c10d::_allgather_base_") == len(gathered)
+        assert num_operators > 0
+        assert not backward
+
+
+def refusal_of_many(kind: str, counts: list[tuple[int, int, int]]) -> str:
+    """What zeros are refused with; counts are this process's global views, local ones and rows."""
+    num_global, num_local, rows = counts[rank()]
+    z = torch.zeros(rows, 4)
+    try:
+        if kind == "multi-view":
+            multi_view_loss([z] * num_global, [z] * num_local)
+        else:
+            {"variance": variance_term, "covariance": covariance_term}[kind](z)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+@pytest.mark.parametrize(
+    ("kind", "counts", "shapes"),
+    [
+        ("variance", [(1, 0, 3), (1, 0, 2)], "(3, 4), (2, 4)"),
+        ("covariance", [(1, 0, 3), (1, 0, 2)], "(3, 4), (2, 4)"),
+        ("multi-view", [(2, 1, 3), (2, 1, 2)], "(2, 1, 3, 4), (2, 1, 2, 4)"),
+        ("multi-view", [(2, 1, 3), (3, 0, 3)], "(2, 1, 3, 4), (3, 0, 3, 4)"),
+        ("multi-view", [(2, 1, 3), (2, 2, 3)], "(2, 1, 3, 4), (2, 2, 3, 4)"),
+    ],
+)
+def test_views_that_differ_between_processes_are_refused_alike_in_all(
+    gloo: GlooPool, kind: str, counts: list[tuple[int, int, int]], shapes: str
+) -> None:
+    messages = gloo.run(2, refusal_of_many, kind, counts)
+    assert len(set(messages)) == 1
+    assert "must hold embeddings of the same shape" in messages[0]
+    assert shapes in messages[0]
 
 
 # A network under DistributedDataParallel

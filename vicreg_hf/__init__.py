@@ -14,6 +14,7 @@ from vicreg_hf.evaluation.arguments import EvaluationArguments
 from vicreg_hf.evaluation.finetune import FinetuneSettings, finetune
 from vicreg_hf.loss import VICRegLoss, vicreg_loss
 from vicreg_hf.modeling_vicreg import VICRegModel, VICRegOutput
+from vicreg_hf.multi_view import covariance_term, multi_view_loss, variance_term
 from vicreg_hf.optim import LARS
 from vicreg_hf.pretraining import pretrain
 from vicreg_hf.publishing import export_encoder, publish
@@ -34,12 +35,15 @@ __all__ = [
     "ViewRecipe",
     "collapse_report",
     "convert_checkpoint",
+    "covariance_term",
     "evaluate",
     "export_encoder",
     "finetune",
     "knn_accuracy",
     "linear_probe",
+    "multi_view_loss",
     "pretrain",
     "publish",
+    "variance_term",
     "vicreg_loss",
 ]

@@ -31,7 +31,7 @@ class Branch(NamedTuple):
     """(D,): unbiased."""
     product: Tensor
     """Gram form: (n, N), this process's rows of X X^T / (N - 1), without the leading dimensions;
-    otherwise (D, D), the covariance matrix with a diagonal of zeros."""
+    otherwise (D, D), the covariance matrix with a diagonal of zeros; empty where not asked for."""
     leading: Tensor
     """(K,): indices of the dimensions of largest variance; empty in the covariance form."""
     cross: Tensor
@@ -61,23 +61,28 @@ def prefers_gram(num_rows: int, dim: int) -> bool:
     return num_rows < dim
 
 
-def analyse(rows: Tensor, n: int, total: int, group: ProcessGroup) -> tuple[Branch, Tensor]:
+def analyse(
+    rows: Tensor, n: int, total: int, group: ProcessGroup, *, product: bool = True
+) -> tuple[Branch, Tensor]:
     """Statistics of a branch and this process's share of its covariance term.
 
     Args:
         rows: Gram form: (N, D) of all processes; otherwise this process's (n, D).
+        product: form it; without it the variance alone is computed, and that share is zero.
     """
+    if not product:
+        return _spread(rows, total, group)
     form = _gram if prefers_gram(total, rows.shape[1]) else _covariance
     return form(rows, n, total, group)
 
 
-def allocate(like: Tensor, n: int, total: int, dim: int) -> Branch:
+def allocate(like: Tensor, n: int, total: int, dim: int, *, product: bool = True) -> Branch:
     """What `analyse` gives, without values."""
-    gram, num_leading = prefers_gram(total, dim), min(LEADING, dim)
+    gram, num_leading = product and prefers_gram(total, dim), min(LEADING, dim)
     return Branch(
         mean=like.new_empty(dim),
         variance=like.new_empty(dim),
-        product=like.new_empty((n, total) if gram else (dim, dim)),
+        product=like.new_empty(((n, total) if gram else (dim, dim)) if product else 0),
         leading=like.new_empty(num_leading if gram else 0, dtype=torch.long),
         cross=like.new_empty((num_leading, dim) if gram else 0),
     )
@@ -122,6 +127,14 @@ def _covariance(rows: Tensor, n: int, total: int, group: ProcessGroup) -> tuple[
     return Branch(mean, variance, product, empty.long(), empty), squares
 
 
+def _spread(rows: Tensor, total: int, group: ProcessGroup) -> tuple[Branch, Tensor]:
+    """Mean and variance of this process's rows (n, D) and all others'."""
+    mean = sum_over_processes(rows.sum(0, dtype=compute_dtype(rows)), group) / total
+    variance = sum_over_processes(sum_of_squares(rows - mean, 0), group) / (total - 1)
+    empty = mean.new_empty(0)
+    return Branch(mean, variance, empty, empty.long(), empty.clone()), mean.new_zeros(())
+
+
 def differentiate(
     branch: Branch, rows: Tensor, z: Tensor, other: Tensor, weights: Gradient, group: ProcessGroup
 ) -> Tensor:
@@ -136,7 +149,8 @@ def differentiate(
         for start in range(0, n, step := _block_length(x, dim)):
             part = slice(start, start + step)
             out = _local_part(x[part], z[part], other[part], weights.columns, weights)
-            out.addmm_(x[part], branch.product, alpha=weights.covariance)
+            if branch.product.numel():
+                out.addmm_(x[part], branch.product, alpha=weights.covariance)
             grad[part] = _scaled(out, weights.total, z.dtype)
     return grad
 

@@ -43,7 +43,7 @@ class VICRegTerms(NamedTuple):
     covariance: Tensor
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """What `vicreg_loss` takes, as numbers; branch_weight is 1/2 for the mean over branches."""
 
     sim: float
@@ -58,26 +58,22 @@ def _forward(
     z: Tensor, z_prime: Tensor, settings: Sequence[float], group_name: str
 ) -> list[Tensor]:
     """The four of `VICRegTerms`, the gathered rows (empty if none are), and two `Branch`es."""
-    by, group = _Settings(*settings), find_group(group_name)
+    by, group = Settings(*settings), find_group(group_name)
     check_same_shape(z, group)
     (n, dim), processes = z.shape, world_size(group)
-    total = n * processes
-    if total < 2:
-        raise ValueError(
-            f"variance needs at least 2 rows over all processes, got {total}; use a larger batch."
-        )
+    total = count_rows(n, group)
     with torch.autocast(z.device.type, enabled=False):
         gathered = z.new_empty(0)
         if processes > 1 and covariance.prefers_gram(total, dim):
             gathered = gather_rows(torch.stack((z, z_prime), 1), group)
         first, second = (
-            covariance.analyse(rows, n, total, group) for rows in _rows(z, z_prime, gathered)
+            covariance.analyse(rows, n, total, group) for rows in rows_of((z, z_prime), gathered)
         )
-        sums = torch.stack([_squared_distance(z, z_prime), first[1] + second[1]])
+        sums = torch.stack([squared_distance(z, z_prime), first[1] + second[1]])
         distance, squares = sum_over_processes(sums, group)
         invariance, squares = distance / (total * dim), squares.clone()
         hinges = [
-            _hinge(branch, by)[0].mean() * by.branch_weight for branch in (first[0], second[0])
+            hinge(branch, by)[0].mean() * by.branch_weight for branch in (first[0], second[0])
         ]
         variance = hinges[0] + hinges[1]
         loss = by.sim * invariance + by.std * variance + by.cov * squares
@@ -97,47 +93,66 @@ def _backward(
 
     `saved` is emptied, so that a branch's product is gone when its gradient is there.
     """
-    by, group = _Settings(*settings), find_group(group_name)
+    by, group = Settings(*settings), find_group(group_name)
     gathered, branches = saved[0], [Branch(*saved[6:]), Branch(*saved[1:6])]
     saved.clear()
     (n, dim), processes = z.shape, world_size(group)
     total = n * processes
     grads = []
     with torch.autocast(z.device.type, enabled=False):
-        for index, rows in enumerate(_rows(z, z_prime, gathered)):
+        for index, rows in enumerate(rows_of((z, z_prime), gathered)):
             branch = branches.pop()
             if not needed[index]:
                 grads.append(z.new_empty(0))
                 continue
             own, other = (z, z_prime) if index == 0 else (z_prime, z)
-            hinge, deviation = _hinge(branch, by)
-            slope = by.std * by.branch_weight / ((total - 1) * dim)
-            weights = Gradient(
-                covariance=4 * by.cov / ((total - 1) * dim),
-                columns=(hinge > 0) / deviation * -slope,
-                difference=2 * by.sim / (total * dim),
-                # DDP averages over processes; what is global must survive that.
-                total=grad * processes,
-            )
+            # DDP averages over processes; what is global must survive that.
+            weights = weigh(branch, by, total, 2 * by.sim / (total * dim), grad * processes)
             grads.append(covariance.differentiate(branch, rows, own, other, weights, group))
     return grads
 
 
-def _rows(z: Tensor, z_prime: Tensor, gathered: Tensor) -> Sequence[Tensor]:
+def count_rows(n: int, group: ProcessGroup) -> int:
+    """The rows of all processes; fewer than two are refused."""
+    total = n * world_size(group)
+    if total < 2:
+        raise ValueError(
+            f"variance needs at least 2 rows over all processes, got {total}; use a larger batch."
+        )
+    return total
+
+
+def rows_of(branches: Sequence[Tensor], gathered: Tensor) -> Sequence[Tensor]:
     """What each branch's product is formed of: all processes' rows if gathered, else the own."""
-    return gathered.unbind(1) if gathered.numel() else (z, z_prime)
+    return gathered.unbind(1) if gathered.numel() else branches
 
 
-def _squared_distance(z: Tensor, z_prime: Tensor) -> Tensor:
+def squared_distance(z: Tensor, z_prime: Tensor) -> Tensor:
+    """Sum of the squared differences, by blocks."""
     blocks = zip(covariance.in_blocks(z), covariance.in_blocks(z_prime), strict=True)
     dtype = covariance.compute_dtype(z)
     return torch.stack([(a.to(dtype) - b.to(dtype)).square_().sum() for a, b in blocks]).sum()
 
 
-def _hinge(branch: Branch, by: _Settings) -> tuple[Tensor, Tensor]:
+def hinge(branch: Branch, by: Settings) -> tuple[Tensor, Tensor]:
     """What each dimension's standard deviation lacks, and that deviation."""
     deviation = (branch.variance + by.eps).sqrt()
     return (by.gamma - deviation).clamp(min=0), deviation
+
+
+def weigh(
+    branch: Branch, by: Settings, total: int, difference: float, total_grad: Tensor
+) -> Gradient:
+    """The weights of a branch's gradient, where all processes hold `total` rows."""
+    lacking, deviation = hinge(branch, by)
+    pairs = (total - 1) * len(deviation)
+    slope = by.std * by.branch_weight / pairs
+    return Gradient(
+        covariance=4 * by.cov / pairs,
+        columns=(lacking > 0) / deviation * -slope,
+        difference=difference,
+        total=total_grad,
+    )
 
 
 # torch.compile takes each as one node: nothing to trace, and the same arithmetic as without it.
@@ -244,18 +259,28 @@ def vicreg_loss(
             "z and z_prime must both have shape (rows, dimensions), got "
             f"{tuple(z.shape)} and {tuple(z_prime.shape)}."
         )
-    if not (z.is_floating_point() and z_prime.is_floating_point()):
-        raise ValueError(
-            f"embeddings must be floating point, got {z.dtype} and {z_prime.dtype}; "
-            "convert them with .float()."
-        )
-    if variance_reduction not in ("mean", "sum"):
-        raise ValueError(f"variance_reduction must be mean or sum, got {variance_reduction!r}.")
-    branch_weight = 0.5 if variance_reduction == "mean" else 1.0
-    settings = list(_Settings(sim_coeff, std_coeff, cov_coeff, gamma, eps, branch_weight))
+    check_floating_point(z, z_prime)
+    branch_weight = find_branch_weight(variance_reduction)
+    settings = list(Settings(sim_coeff, std_coeff, cov_coeff, gamma, eps, branch_weight))
     name = "" if group is None else group.group_name
     dtype = torch.promote_types(z.dtype, z_prime.dtype)
     return VICRegTerms(*_VICReg.apply(z.to(dtype), z_prime.to(dtype), settings, name))
+
+
+def check_floating_point(*branches: Tensor) -> None:
+    """Refuse integer embeddings."""
+    if not all(z.is_floating_point() for z in branches):
+        received = " and ".join(str(z.dtype) for z in branches)
+        raise ValueError(
+            f"embeddings must be floating point, got {received}; convert them with .float()."
+        )
+
+
+def find_branch_weight(variance_reduction: VarianceReduction) -> float:
+    """What each of two branches counts in the variance term."""
+    if variance_reduction not in ("mean", "sum"):
+        raise ValueError(f"variance_reduction must be mean or sum, got {variance_reduction!r}.")
+    return 0.5 if variance_reduction == "mean" else 1.0
 
 
 class VICRegLoss(nn.Module):
