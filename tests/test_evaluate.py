@@ -554,17 +554,14 @@ def test_what_does_not_suffice_is_refused_before_an_image_is_encoded(
 def test_the_command_line_refuses_in_one_sentence(
     strange: Path, encoder: Path, tmp_path: Path
 ) -> None:
-    done = run(
-        [sys.executable, *script(
-            f"--model={encoder}", f"--dataset_name={strange / 'names'}",
-            f"--output_dir={tmp_path / 'out'}", "--knn_k=5",
-        )],
-        HF_HOME=str(tmp_path / "home"),
-    )  # fmt: skip
+    done = run_script(*script(
+        f"--model={encoder}", f"--dataset_name={strange / 'names'}", "--knn_k=5",
+        f"--output_dir={tmp_path / 'out'}", f"--cache_dir={tmp_path / 'cache'}",
+    ))  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: class names must be the same in both")
-    assert not (tmp_path / "home" / "vicreg_hf").exists()
+    assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "out").exists()
 
 
