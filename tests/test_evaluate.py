@@ -30,6 +30,7 @@ from timm.data import create_transform
 from timm.data.config import resolve_model_data_config
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel
+from warm import run_script
 from workflow import SMALL, run
 
 from vicreg_hf import pretrain
@@ -364,13 +365,11 @@ def test_an_encoder_on_the_hub_is_measured_from_the_command_line(
 def test_two_processes_find_what_one_finds(
     found: dict[str, Any], encoder: Path, data: Path, tmp_path: Path
 ) -> None:
-    done = run(
-        ["torchrun", "--standalone", "--nproc_per_node=2", *script(
-            f"--model={encoder}", f"--dataset_name={data}", f"--output_dir={tmp_path / 'out'}",
-            "--protocols=knn,linear,linear-sgd",
-        )],
-        ACCELERATE_USE_CPU="true", HF_HOME=str(tmp_path), OMP_NUM_THREADS="1",
+    words = script(
+        f"--model={encoder}", f"--dataset_name={data}", f"--output_dir={tmp_path / 'out'}",
+        "--protocols=knn,linear,linear-sgd", f"--cache_dir={tmp_path / 'cache'}",
     )  # fmt: skip
+    done = run_script(*words, processes=2)
     assert done.returncode == 0, done.stderr
     two = strict(tmp_path / "out" / "results.json")
     assert two["hardware"].endswith("2 processes")
@@ -555,17 +554,14 @@ def test_what_does_not_suffice_is_refused_before_an_image_is_encoded(
 def test_the_command_line_refuses_in_one_sentence(
     strange: Path, encoder: Path, tmp_path: Path
 ) -> None:
-    done = run(
-        [sys.executable, *script(
-            f"--model={encoder}", f"--dataset_name={strange / 'names'}",
-            f"--output_dir={tmp_path / 'out'}", "--knn_k=5",
-        )],
-        HF_HOME=str(tmp_path / "home"),
-    )  # fmt: skip
+    done = run_script(*script(
+        f"--model={encoder}", f"--dataset_name={strange / 'names'}", "--knn_k=5",
+        f"--output_dir={tmp_path / 'out'}", f"--cache_dir={tmp_path / 'cache'}",
+    ))  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: class names must be the same in both")
-    assert not (tmp_path / "home" / "vicreg_hf").exists()
+    assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "out").exists()
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,7 +20,8 @@ from PIL import Image
 from test_modeling import trained
 from torchvision.transforms.v2 import functional as tv
 from transformers import AutoImageProcessor, AutoModel
-from workflow import ROOT, environment, run
+from warm import Script, run_script
+from workflow import run
 
 from vicreg_hf.encoders import Encoder
 from vicreg_hf.extraction import ExtractionArguments, _encode, extract_dataset
@@ -59,7 +58,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(encoder: Path, folder: Path, output: Path, *flags: str) -> list[str]:
     return [
-        sys.executable, "scripts/extract_features.py", f"--model={encoder}", "--num_workers=1",
+        "scripts/extract_features.py", f"--model={encoder}", "--num_workers=1",
         f"--dataset_name={folder}", f"--output_dir={output}", "--batch_size=5",
         "--rows_per_file=10", *flags,
     ]  # fmt: skip
@@ -68,7 +67,7 @@ def command(encoder: Path, folder: Path, output: Path, *flags: str) -> list[str]
 @pytest.fixture(scope="module")
 def extracted(encoder: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("features") / "whole"
-    done = run(command(encoder, folder, output))
+    done = run_script(*command(encoder, folder, output))
     assert done.returncode == 0, done.stderr
     assert "1 images could not be used and were left out" in done.stdout + done.stderr
     return output
@@ -129,9 +128,7 @@ def test_a_part_of_bad_images_alone_is_empty_and_loads_with_the_others(
 def test_two_processes_write_the_same(
     extracted: Path, encoder: Path, folder: Path, tmp_path: Path
 ) -> None:
-    launcher = ["torchrun", "--standalone", "--nproc_per_node=2"]
-    words = [*launcher, *command(encoder, folder, tmp_path / "out")[1:]]
-    done = run(words, ACCELERATE_USE_CPU="true")
+    done = run_script(*command(encoder, folder, tmp_path / "out"), processes=2)
     assert done.returncode == 0, done.stderr
     one, two = load(extracted, tmp_path), load(tmp_path / "out", tmp_path)
     assert files(extracted).keys() == files(tmp_path / "out").keys()
@@ -152,7 +149,7 @@ def test_a_stopped_extraction_goes_on_with_what_is_missing(
     kept = {path: path.stat().st_mtime_ns for path in (output / "data").iterdir() if path != lost}
     whole = lost.read_bytes()
     lost.unlink()
-    done = run(command(encoder, folder, output))
+    done = run_script(*command(encoder, folder, output))
     assert done.returncode == 0, done.stderr
     assert lost.read_bytes() == whole
     for path, written in kept.items():
@@ -166,14 +163,12 @@ def test_killed_at_any_moment_it_ends_with_the_same_features(
     output = tmp_path / "out"
     words = command(encoder, folder, output)
     for parts in (1, 3):
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL, text=True
-        )
+        process = Script(words)
         while len(list(output.glob("data/t*.parquet"))) < parts and process.poll() is None:
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = run(words)
+        process.kill()
+        process.communicate()
+    done = run_script(*words)
     assert done.returncode == 0, done.stderr
     assert files(extracted).items() <= files(output).items()
 
@@ -182,7 +177,7 @@ def test_other_settings_are_not_mixed_into_the_same_directory(
     extracted: Path, encoder: Path, folder: Path
 ) -> None:
     before = files(extracted)
-    done = run(command(encoder, folder, extracted, "--dtype=float16", "--bf16=true"))
+    done = run_script(*command(encoder, folder, extracted, "--dtype=float16", "--bf16=true"))
     assert done.returncode != 0
     assert "dtype, bf16 differ" in done.stderr
     assert "Traceback" not in done.stderr
@@ -193,7 +188,7 @@ def test_half_precision_is_near(
     extracted: Path, encoder: Path, folder: Path, tmp_path: Path
 ) -> None:
     flags = ["--dtype=float16", "--bf16=true", "--split=train"]
-    done = run(command(encoder, folder, tmp_path / "out", *flags))
+    done = run_script(*command(encoder, folder, tmp_path / "out", *flags))
     assert done.returncode == 0, done.stderr
     half = load(tmp_path / "out", tmp_path)
     assert list(half) == ["train"]
@@ -213,7 +208,7 @@ def test_features_are_pushed_as_a_data_set_in_one_commit(
         output = tmp_path / "out"
         shutil.copytree(extracted, output)
         flags = ["--push_to_hub=true", "--hub_dataset_id=org/feats", "--hub_private=true"]
-        words = command(encoder, folder, output, *flags)
+        words = [sys.executable, *command(encoder, folder, output, *flags)]
         refused = run(words, HF_TOKEN=READER, **online)
         assert refused.returncode != 0
         assert "error: pushing to org/feats needs an access token that may write" in refused.stderr

@@ -13,24 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from workflow import (
-    ROOT,
-    SMALL,
-    descendants,
-    environment,
-    kill_all,
-    launch,
-    metrics,
-    run,
-    write_images,
-)
+from warm import Script, ranks, run_pretraining, run_script
+from workflow import ROOT, SMALL, descendants, environment, kill_all, metrics, run, write_images
 
 from vicreg_hf import PretrainingArguments, pretrain
 from vicreg_hf.arguments import parse_arguments
@@ -38,7 +28,7 @@ from vicreg_hf.checkpointing import newest_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
-STEPS = 300
+STEPS = 150
 """More than are taken before a signal arrives."""
 
 
@@ -60,8 +50,13 @@ def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def start(*flags: str, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
-    """Start a run without waiting for it, by itself or by a launcher."""
+def start(*flags: str) -> Script:
+    """Start a run without waiting for it."""
+    return Script(["scripts/pretrain.py", *flags], ACCELERATE_USE_CPU="true")
+
+
+def start_cold(*flags: str, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """Start a run as a shell does, by itself or by a launcher."""
     command = [*(launcher or [sys.executable]), "scripts/pretrain.py", *flags]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment(ACCELERATE_USE_CPU="true"), text=True,
@@ -72,19 +67,19 @@ def start(*flags: str, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
 TWO_PROCESSES = ["torchrun", "--standalone", "--nproc_per_node=2"]
 
 
-def ended(process: subprocess.Popen[str], within: float = 60) -> str:
+def ended(process: subprocess.Popen[str] | Script, within: float = 60) -> str:
     """What a run prints that must end by itself, and not well."""
     begun = time.monotonic()
-    printed, _ = process.communicate(timeout=2 * within)
+    printed = "".join(filter(None, process.communicate(timeout=2 * within)))
     assert time.monotonic() - begun < within, printed
     assert process.returncode != 0, printed
     return printed
 
 
-def wait_for(process: subprocess.Popen[Any], reached: Callable[[], bool]) -> None:
+def wait_for(process: subprocess.Popen[Any] | Script, reached: Callable[[], bool]) -> None:
     until = time.monotonic() + 120
     while not reached():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.005)
 
@@ -114,7 +109,7 @@ def test_a_run_asked_to_stop_saves_and_goes_on_to_the_same_end(
     process = start(*flags)
     wait_for(process, lambda: steps_logged(tmp_path) > 3)
     process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=60)
     assert process.returncode == 75, printed
     assert f"Stopped by {number.name} after step" in printed
     newest, _ = newest_checkpoint(tmp_path / "checkpoints")
@@ -126,7 +121,7 @@ def test_a_run_asked_to_stop_saves_and_goes_on_to_the_same_end(
 
 
 def test_a_run_asked_to_stop_before_it_begins_says_so(flags: list[str], tmp_path: Path) -> None:
-    process = start(*flags, f"--output_dir={tmp_path}")
+    process = start_cold(*flags, f"--output_dir={tmp_path}")
     handled = Path(f"/proc/{process.pid}/status")
     usr1 = 1 << (signal.SIGUSR1 - 1)
     wait_for(process, lambda: bool(int(handled.read_text().split("SigCgt:")[1].split()[0], 16)
@@ -147,7 +142,7 @@ def test_a_second_request_ends_at_once(tmp_path: Path) -> None:
     time.sleep(1)
     begun = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, printed
     assert "SIGTERM: finishing the step and saving" in printed
     assert time.monotonic() - begun < 10
@@ -156,7 +151,7 @@ def test_a_second_request_ends_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to_launcher", [True, False])
 def test_two_processes_stop_together(to_launcher: bool, flags: list[str], tmp_path: Path) -> None:
     flags = [*flags, f"--output_dir={tmp_path}"]
-    process = start(*flags, launcher=TWO_PROCESSES)
+    process = start_cold(*flags, launcher=TWO_PROCESSES)
     wait_for(process, lambda: steps_logged(tmp_path) > 3)
     if to_launcher:
         process.terminate()
@@ -195,13 +190,13 @@ def test_when_one_of_two_processes_is_killed_both_end_and_a_restart_goes_on(
     flags: list[str], whole: Path, tmp_path: Path
 ) -> None:
     flags = [*flags, f"--output_dir={tmp_path}"]
-    process = start(*flags, launcher=TWO_PROCESSES)
+    process = start_cold(*flags, launcher=TWO_PROCESSES)
     wait_for(process, lambda: (tmp_path / "checkpoints" / "step-7").is_dir())
     os.kill(descendants(process.pid)[-1], signal.SIGKILL)
     printed = ended(process)
     assert "another process of this run has ended" in printed or "Signal 9" in printed
     # on one process, whose first steps are those of two to rounding
-    again = run([sys.executable, "scripts/pretrain.py", *flags])
+    again = run_pretraining(*flags)
     assert again.returncode == 0, again.stderr
     assert "Resuming from" in again.stdout
     rows, expected = metrics(tmp_path), metrics(whole)
@@ -209,15 +204,13 @@ def test_when_one_of_two_processes_is_killed_both_end_and_a_restart_goes_on(
 
 
 def test_a_process_that_is_silent_ends_the_run(flags: list[str], tmp_path: Path) -> None:
-    process = start(*flags, f"--output_dir={tmp_path}", launcher=TWO_PROCESSES)
+    process, stuck = ranks(["scripts/pretrain.py", *flags, f"--output_dir={tmp_path}"], 2)
     wait_for(process, lambda: steps_logged(tmp_path) > 3)
-    stuck = descendants(process.pid)[-1]
-    os.kill(stuck, signal.SIGSTOP)
+    stuck.send_signal(signal.SIGSTOP)
     try:
         assert "process 1 of 2 gave no sign of life for 20 seconds" in ended(process)
     finally:
-        with suppress(ProcessLookupError):
-            os.kill(stuck, signal.SIGKILL)
+        stuck.kill()
 
 
 def test_when_a_node_is_lost_the_other_ends_and_a_restart_goes_on(
@@ -228,7 +221,7 @@ def test_when_a_node_is_lost_the_other_ends_and_a_restart_goes_on(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     nodes = [
-        start(*flags, launcher=["torchrun", "--nnodes=2", "--nproc_per_node=1",
+        start_cold(*flags, launcher=["torchrun", "--nnodes=2", "--nproc_per_node=1",
                                 f"--node_rank={rank}", "--master_addr=127.0.0.1",
                                 f"--master_port={port}"])
         for rank in range(2)
@@ -238,7 +231,7 @@ def test_when_a_node_is_lost_the_other_ends_and_a_restart_goes_on(
     printed = ended(nodes[0])
     nodes[1].communicate()
     assert "another process of this run has ended" in printed or "no sign of life" in printed
-    again = run([sys.executable, "scripts/pretrain.py", *flags])
+    again = run_pretraining(*flags)
     assert again.returncode == 0, again.stderr
     assert "Resuming from" in again.stdout
 
@@ -266,34 +259,54 @@ def test_when_a_loading_worker_is_killed_the_run_ends_and_a_restart_goes_on(
 
 
 FULL_DISK = """
-mount -t tmpfs -o size={size} tmpfs {disk}
-{python} scripts/pretrain.py {flags} > {results}/printed 2>&1
-echo $? > {results}/status
-cp -r {disk}/run/checkpoints {results}/kept
-mount -o remount,size=64m {disk}
-{python} scripts/pretrain.py {flags} > {results}/again 2>&1 || exit 1
-cp -r {disk}/run {results}/run
+import ctypes, os, pathlib, runpy, shutil, subprocess, sys
+disk, results, size, *flags = sys.argv[1:]
+disk, results = pathlib.Path(disk), pathlib.Path(results)
+maps = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
+new_user, new_mounts = 0x10000000, 0x20000  # CLONE_NEWUSER, CLONE_NEWNS
+if ctypes.CDLL(None).unshare(new_user | new_mounts):
+    sys.exit(77)
+for name, content in maps.items():
+    pathlib.Path("/proc/self", name).write_text(content)
+if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]).returncode:
+    sys.exit(77)
+
+def run(printed):
+    child = os.fork()
+    if not child:
+        file = os.open(results / printed, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.argv[:] = ["scripts/pretrain.py", *flags]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+(results / "status").write_text(str(run("printed")))
+shutil.copytree(disk / "run" / "checkpoints", results / "kept")
+subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+status = run("again")
+shutil.copytree(disk / "run", results / "run")
+sys.exit(status)
 """
+"""On a disk of its own, in a namespace of its own, where no rights are needed to mount one."""
 
 
 @pytest.mark.parametrize("size", ["1500k", "2200k"])
 def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
     size: str, images: Path, tmp_path: Path
 ) -> None:
-    # a disk of its own, in a namespace of its own, where no rights are needed to mount one
-    private = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    if run([*private, f"mount -t tmpfs tmpfs {tmp_path}"]).returncode:
-        pytest.skip("this system mounts no tmpfs without rights")
-    disk, results = tmp_path / "disk", tmp_path / "results"
+    disk, results, script = (tmp_path / name for name in ("disk", "results", "script.py"))
     disk.mkdir()
     results.mkdir()
-    flags = shlex.join([*SMALL, f"--dataset_name={images}", "--max_steps=30", "--save_steps=3",
-                        "--architecture=test_resnet", f"--output_dir={disk / 'run'}"])  # fmt: skip
-    script = FULL_DISK.format(size=size, disk=disk, python=sys.executable, flags=flags,
-                              results=results)  # fmt: skip
-    done = run([*private, script])
+    script.write_text(FULL_DISK)
+    flags = [*SMALL, f"--dataset_name={images}", "--max_steps=30", "--save_steps=3",
+             "--architecture=test_resnet", f"--output_dir={disk / 'run'}"]  # fmt: skip
+    done = run_script(str(script), str(disk), str(results), size, *flags)
+    if done.returncode == 77:
+        pytest.skip("this system mounts no tmpfs without rights")
     printed = (results / "printed").read_text()
-    assert (results / "status").read_text() == "1\n", printed
+    assert (results / "status").read_text() == "1", done.stderr + printed
     (error,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert str(disk / "run") in error
     assert "No space left on device" in error or "StorageFull" in error
@@ -309,15 +322,13 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
 def test_want_of_memory_is_told_with_remedies(images: Path, tmp_path: Path) -> None:
     flags = [*SMALL, f"--dataset_name={images}", f"--output_dir={tmp_path}"]
     pretrain(parse_arguments([*flags, "--max_steps=2"]))
-    begun = subprocess.run(
-        [sys.executable, "scripts/pretrain.py", *flags, "--max_steps=4", "--image_size=1024"],
-        cwd=ROOT, env=environment(), text=True, capture_output=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (3 * 2**30, 3 * 2**30)),
-    )  # fmt: skip
-    assert begun.returncode == 1, begun.stderr
-    assert "error: memory ran out at step 3" in begun.stderr
-    assert "lower --micro_batch_size, now 16" in begun.stderr
-    assert "Traceback" not in begun.stderr
+    process = start(*flags, "--max_steps=4", "--image_size=1024")
+    resource.prlimit(process.pid, resource.RLIMIT_DATA, (3 * 2**30, 3 * 2**30))
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 1, printed
+    assert "error: memory ran out at step 3" in printed
+    assert "lower --micro_batch_size, now 16" in printed
+    assert "Traceback" not in printed
     assert newest_checkpoint(tmp_path / "checkpoints") == (tmp_path / "checkpoints/step-2", [])
 
 
@@ -329,7 +340,7 @@ def test_a_step_that_is_not_finite_is_not_taken_and_can_be_replayed(
 ) -> None:
     flags = [*SMALL, f"--dataset_name={images}", f"--output_dir={tmp_path}", "--optimizer=sgd",
              "--base_lr=1e30", "--max_steps=40", "--save_steps=1"]  # fmt: skip
-    result = launch(*flags)
+    result = run_pretraining(*flags)
     assert result.returncode == 1
     (report,) = tmp_path.glob("not-finite-step-*.json")
     found = json.loads(report.read_text())
@@ -355,7 +366,7 @@ def test_a_step_that_is_not_finite_is_not_taken_and_can_be_replayed(
 def test_two_processes_stop_together_before_a_step_that_is_not_finite(
     images: Path, tmp_path: Path
 ) -> None:
-    result = launch(*SMALL, f"--dataset_name={images}", f"--output_dir={tmp_path}",
+    result = run_pretraining(*SMALL, f"--dataset_name={images}", f"--output_dir={tmp_path}",
                     "--optimizer=sgd", "--base_lr=1e30", "--max_steps=40", "--save_steps=1",
                     processes=2)  # fmt: skip
     assert result.returncode != 0
@@ -373,7 +384,7 @@ def test_any_step_can_be_replayed(whole: Path, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     shutil.copytree(whole, directory)
     before = metrics(directory)
-    result = launch(f"--output_dir={directory}", f"--replay={STEPS}")
+    result = run_pretraining(f"--output_dir={directory}", f"--replay={STEPS}")
     assert result.returncode == 0, result.stderr
     found = json.loads((directory / f"replay-step-{STEPS}.json").read_text())
     for name in ("loss", "invariance", "variance", "covariance", "grad_norm", "lr"):
@@ -383,7 +394,7 @@ def test_any_step_can_be_replayed(whole: Path, tmp_path: Path) -> None:
 
 
 def test_replay_without_a_run_is_refused(tmp_path: Path) -> None:
-    result = launch(f"--output_dir={tmp_path}", "--replay=3")
+    result = run_pretraining(f"--output_dir={tmp_path}", "--replay=3")
     assert result.returncode == 1
     assert "error: replay needs the output_dir of a run" in result.stderr
 
@@ -395,7 +406,7 @@ def test_an_output_directory_in_use_is_refused(flags: list[str], tmp_path: Path)
     flags = [*flags, f"--output_dir={tmp_path}"]
     process = start(*flags[:-2], "--max_steps=100000", flags[-1])
     wait_for(process, lambda: steps_logged(tmp_path) > 1)
-    result = run([sys.executable, "scripts/pretrain.py", *flags])
+    result = run_pretraining(*flags)
     assert result.returncode == 1
     assert "error: output_dir must not be in use by another run" in result.stderr
     assert process.poll() is None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import numpy as np
 import pytest
 from datasets import Array3D, Dataset, Features
 from PIL import Image
-from workflow import SMALL, environment, launch, metrics
+from warm import run_pretraining
+from workflow import SMALL, environment, metrics
 
 from vicreg_hf.arguments import parse_arguments
 from vicreg_hf.images import ImageError
@@ -83,7 +86,7 @@ def test_processes_count_bad_images_together(tmp_path: Path) -> None:
     data = folder_of(tmp_path / "data", 64, (60, 40))
     for row in (3, 30):
         (data / f"{row:03d}.png").write_bytes(b"")
-    result = launch(
+    result = run_pretraining(
         *SMALL, f"--dataset_name={data}", f"--output_dir={tmp_path / 'run'}", "--max_steps=4",
         "--image_size=32", processes=2,
     )  # fmt: skip
@@ -107,26 +110,49 @@ def test_data_without_labels_are_monitored_without(
     assert "effective rank" in printed
 
 
-@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 1), ("RGBA", 4)])
-@pytest.mark.parametrize("size", [(32, 32), (60, 40)], ids=["in memory", "decoded"])
-def test_encoders_of_other_channels_are_trained_and_published(
-    mode: str, channels: int, size: tuple[int, int], tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    data = folder_of(tmp_path / "data", 32, size, mode)
-    model_args = json.dumps({"in_chans": channels})
-    train(data, tmp_path / "run", f"--model_args={model_args}", "--image_size=32")
-    assert "seen without saturation, hue, grayscale" in capsys.readouterr().out
-    script = (
-        "import sys; sys.modules['vicreg_hf'] = None; import torch, transformers; "
-        f"m = transformers.AutoModel.from_pretrained({str(tmp_path / 'run/encoder')!r}); "
-        f"print(tuple(m(torch.zeros(2, {channels}, 32, 32)).pooler_output.shape))"
-    )
+MODES = [("L", 1), ("RGB", 1), ("RGBA", 4)]
+SIZES = {"in memory": (32, 32), "decoded": (60, 40)}
+STOCK = """
+import json, sys
+sys.modules["vicreg_hf"] = None  # importing it fails
+import torch, transformers
+for directory, channels in json.loads(sys.argv[1]):
+    model = transformers.AutoModel.from_pretrained(directory)
+    print(tuple(model(torch.zeros(2, channels, 32, 32)).pooler_output.shape))
+"""
+
+
+@pytest.fixture(scope="module")
+def of_other_channels(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[str, str]]:
+    """By mode, channels and size: what a training printed, and what its encoder gives."""
+    root, printed = tmp_path_factory.mktemp("channels"), {}
+    for mode, channels in MODES:
+        for where, size in SIZES.items():
+            place = root / f"{mode} {channels} {where}"
+            place.mkdir()
+            data = folder_of(place / "data", 32, size, mode)
+            model_args = json.dumps({"in_chans": channels})
+            with redirect_stdout(io.StringIO()) as said:
+                train(data, place / "run", f"--model_args={model_args}", "--image_size=32")
+            printed[place / "run/encoder", channels] = said.getvalue()
+    given = json.dumps([(str(directory), channels) for directory, channels in printed])
     result = subprocess.run(
-        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True
+        [sys.executable, "-c", STOCK, given], env=environment(), capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("(2, ")
+    shapes = result.stdout.splitlines()
+    names = [(*mode, where) for mode in MODES for where in SIZES]
+    return dict(zip(names, zip(printed.values(), shapes, strict=True), strict=True))
+
+
+@pytest.mark.parametrize(("mode", "channels"), MODES)
+@pytest.mark.parametrize("where", SIZES)
+def test_encoders_of_other_channels_are_trained_and_published(
+    of_other_channels: dict[Any, tuple[str, str]], mode: str, channels: int, where: str
+) -> None:
+    printed, shape = of_other_channels[mode, channels, where]
+    assert "seen without saturation, hue, grayscale" in printed
+    assert shape.startswith("(2, ")
 
 
 def test_images_of_many_bands_are_trained_on(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from gloo import GlooPool
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
-from workflow import SMALL, launch, metrics, write_images
+from warm import run_pretraining
+from workflow import SMALL, metrics, write_images
 
 from vicreg_hf import pretrain
 from vicreg_hf.arguments import parse_arguments
@@ -212,7 +213,7 @@ def test_a_run_on_two_processes_has_the_probe_of_one(images: Path, tmp_path: Pat
     # Small steps, so that rounding stays small; each process holds rows of every micro-batch.
     flags = ["--optimizer=sgd", "--base_lr=0.01", "--micro_batch_size=8"]
     one = train(images, tmp_path / "1", *flags)
-    result = launch(
+    result = run_pretraining(
         *SMALL, *EVERY, *flags, f"--dataset_name={images}", f"--output_dir={tmp_path / '2'}",
         "--online_probe=true", processes=2,
     )  # fmt: skip

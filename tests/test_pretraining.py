@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from warm import run_pretraining, run_script
 from workflow import ROOT, SMALL, environment, launch, metrics, run, write_images
 
 from vicreg_hf import PretrainingArguments, VICRegModel, pretrain
@@ -61,7 +62,7 @@ def test_config_yaml_repeats_the_run(finished: tuple[Path, str], tmp_path: Path)
     settings = yaml.safe_load(config.read_text())
     assert settings["image_size"] == 32
     assert settings["augmentation"] == "cifar"
-    result = launch("--config", str(config), f"--output_dir={tmp_path}")
+    result = run_pretraining("--config", str(config), f"--output_dir={tmp_path}")
     assert result.returncode == 0, result.stderr
     timeless = [{k: v for k, v in row.items() if k != "views_per_second"} for row in
                 metrics(tmp_path)]  # fmt: skip
@@ -122,7 +123,7 @@ def test_killed_run_goes_on_to_the_same_weights(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "encoder").exists()
-    result = launch(*flags, "--max_steps=8")
+    result = run_pretraining(*flags, "--max_steps=8")
     assert result.returncode == 0, result.stderr
     assert "Resuming from" in result.stdout
     assert [row["step"] for row in metrics(tmp_path)] == list(range(9))
@@ -169,7 +170,7 @@ def test_without_batch_norm_in_the_backbone_micro_batches_change_memory_alone(
     if processes == 1:
         pretrain(parse_arguments(flags))
     else:
-        result = launch(*flags, processes=processes)
+        result = run_pretraining(*flags, processes=processes)
         assert result.returncode == 0, result.stderr
     assert_same_curve(tmp_path, whole)
 
@@ -180,7 +181,7 @@ def test_micro_batches_are_the_same_rows_on_one_process_and_on_two(
     # Batch normalisation sees which rows make up a micro-batch.
     flags = [*SMALL, *GENTLE, f"--dataset_name={images}", "--micro_batch_size=8"]
     pretrain(parse_arguments([*flags, f"--output_dir={tmp_path / '1'}"]))
-    result = launch(*flags, f"--output_dir={tmp_path / '2'}", processes=2)
+    result = run_pretraining(*flags, f"--output_dir={tmp_path / '2'}", processes=2)
     assert result.returncode == 0, result.stderr
     assert_same_curve(tmp_path / "2", tmp_path / "1")
 
@@ -195,8 +196,8 @@ def test_two_processes_agree_with_one_in_double_precision(tmp_path: Path) -> Non
     # In float32 rounding grows from step to step; in float64 it cannot hide a wrong gradient.
     script = tmp_path / "train.py"
     script.write_text(DOUBLE_PRECISION_TRAINING)
-    one = run([sys.executable, str(script)])
-    two = run(["torchrun", "--standalone", "--nproc_per_node=2", str(script)])
+    one = run_script(str(script))
+    two = run_script(str(script), processes=2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     losses = [[float(line) for line in out.stdout.split()] for out in (one, two)]
     assert len(losses[0]) == 8
@@ -293,7 +294,7 @@ def test_bad_setting_is_one_sentence_before_training(
 
 
 def test_command_line_prints_the_sentence_and_no_traceback(images: Path, tmp_path: Path) -> None:
-    result = launch(
+    result = run_pretraining(
         *SMALL, f"--dataset_name={images}", "--batch_size=15", f"--output_dir={tmp_path}",
         processes=2,
     )  # fmt: skip
@@ -304,7 +305,9 @@ def test_command_line_prints_the_sentence_and_no_traceback(images: Path, tmp_pat
 
 def test_unwritable_output_directory_is_refused(images: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    result = launch(*SMALL, f"--dataset_name={images}", f"--output_dir={tmp_path / 'file' / 'run'}")
+    result = run_pretraining(
+        *SMALL, f"--dataset_name={images}", f"--output_dir={tmp_path / 'file' / 'run'}"
+    )
     assert result.returncode == 1
     assert "error: output_dir must be a directory that can be written" in result.stderr
 

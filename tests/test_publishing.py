@@ -17,7 +17,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_modeling import FAMILIES, photograph, pixels, same_state, trained
 from torch import nn
-from workflow import ROOT, SMALL, environment, launch, run, write_images
+from warm import run_pretraining
+from workflow import ROOT, SMALL, environment, run, write_images
 
 from vicreg_hf import VICRegModel, export_encoder
 from vicreg_hf.hub import check_repo_id, check_revision, without_tokens
@@ -233,7 +234,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_may_not_push_stops_before_it_trains(images: Path, tmp_path: Path) -> None:
     with running_hub() as hub:
         flags = [f"--output_dir={tmp_path / 'run'}", f"--dataset_name={images}", "--max_steps=2"]
-        command = ["accelerate", "launch", "scripts/pretrain.py", *SMALL, *flags]
+        command = [sys.executable, "scripts/pretrain.py", *SMALL, *flags]
         done = run(
             [*command, "--push_to_hub=true", "--hub_model_id=org/name"],
             **online(hub, tmp_path, READER),
@@ -250,7 +251,7 @@ def test_a_push_cut_off_midway_leaves_the_earlier_revision_and_says_how_to_retry
     with running_hub() as hub:
         online_here = online(hub, tmp_path / "home")
         flags = [f"--output_dir={tmp_path / 'run'}", f"--dataset_name={images}", "--max_steps=2"]
-        command = ["accelerate", "launch", "scripts/pretrain.py", *SMALL, *flags]
+        command = [sys.executable, "scripts/pretrain.py", *SMALL, *flags]
         command += ["--push_to_hub=true", "--hub_model_id=org/name", "--hub_private=true"]
         first = run([*command, "--save_steps=1"], **online_here)
         assert first.returncode == 0, first.stderr
@@ -290,7 +291,8 @@ def test_a_push_cut_off_midway_leaves_the_earlier_revision_and_says_how_to_retry
 @pytest.fixture(scope="module")
 def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "run"
-    done = launch(*SMALL, f"--dataset_name={images}", "--max_steps=3", f"--output_dir={directory}")
+    flags = [*SMALL, f"--dataset_name={images}", "--max_steps=3", f"--output_dir={directory}"]
+    done = run_pretraining(*flags)
     assert done.returncode == 0, done.stderr
     return directory
 
@@ -408,7 +410,7 @@ def test_the_flags_of_pushing_are_checked_with_the_others(tmp_path: Path) -> Non
         ("--push_to_hub=true",): "push_to_hub needs hub_model_id",
         ("--hub_model_id=a/b/c",): "hub_model_id must be org/name",
     }.items():
-        done = launch(*flags, f"--output_dir={tmp_path / 'run'}")
+        done = run_pretraining(*flags, f"--output_dir={tmp_path / 'run'}")
         assert done.returncode != 0
         assert f"error: {sentence}" in done.stderr
     assert not (tmp_path / "run").exists()

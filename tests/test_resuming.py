@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from workflow import SMALL, launch, metrics, run, write_images
+from warm import run_pretraining, run_script
+from workflow import SMALL, metrics, write_images
 
 from vicreg_hf import PretrainingArguments, pretrain
 from vicreg_hf.arguments import parse_arguments
@@ -114,14 +114,14 @@ def test_dropout_is_there(images: Path, plain: Path, tmp_path: Path) -> None:
 def on_two(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run of two processes, each with a loading worker."""
     directory = tmp_path_factory.mktemp("runs") / "two"
-    result = launch(*flags_of(images, directory, *GENTLE, "--num_workers=1"), processes=2)
+    result = run_pretraining(*flags_of(images, directory, *GENTLE, "--num_workers=1"), processes=2)
     assert result.returncode == 0, result.stderr
     return directory
 
 
 def test_two_processes_resume_to_the_same_bits(images: Path, on_two: Path, tmp_path: Path) -> None:
     resumed = interrupted(on_two, tmp_path / "resumed")
-    result = launch(*flags_of(images, resumed, *GENTLE, "--num_workers=1"), processes=2)
+    result = run_pretraining(*flags_of(images, resumed, *GENTLE, "--num_workers=1"), processes=2)
     assert result.returncode == 0, result.stderr
     assert "step-8 is damaged (model.safetensors has another size)" in result.stdout
     assert_same_bits(resumed, on_two)
@@ -133,7 +133,7 @@ def test_on_another_number_of_processes_a_run_is_the_same_to_rounding(
 ) -> None:
     whole = {1: plain, 2: on_two}[before]
     resumed = interrupted(whole, tmp_path / "resumed")
-    result = launch(*flags_of(images, resumed, *GENTLE), processes=after)
+    result = run_pretraining(*flags_of(images, resumed, *GENTLE), processes=after)
     assert result.returncode == 0, result.stderr
     assert f"but for rounding: processes were {before}, are {after}" in result.stdout
     rows = [row for row in metrics(resumed) if row["step"] > EARLIER]
@@ -157,8 +157,7 @@ def test_processes_that_see_other_checkpoints_are_refused(
         "import pretrain\npretrain.main()\n"
     )
     flags = flags_of(images, first, *GENTLE, "--num_workers=1")[:-1]
-    result = run(["torchrun", "--standalone", "--nproc_per_node=2", str(script), *flags],
-                 ACCELERATE_USE_CPU="true")  # fmt: skip
+    result = run_script(str(script), *flags, processes=2)
     assert result.returncode != 0
     assert "error: every process must see the same checkpoints in" in result.stderr
     assert "the newest is step-4, none" in result.stderr
@@ -248,8 +247,7 @@ def test_data_that_differ_after_the_first_images_are_noticed(images: Path, tmp_p
 def test_another_precision_is_named(images: Path, tmp_path: Path) -> None:
     flags = flags_of(images, tmp_path)
     pretrain(parse_arguments([*flags, "--max_steps=1"]))
-    again = run([sys.executable, "scripts/pretrain.py", *flags, "--max_steps=2"],
-                ACCELERATE_MIXED_PRECISION="bf16")  # fmt: skip
+    again = run_pretraining(*flags, "--max_steps=2", ACCELERATE_MIXED_PRECISION="bf16")
     assert again.returncode == 0, again.stderr
     assert "precision was no, is bf16" in again.stdout
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from pictures import photographs, png, table_of
-from workflow import SMALL, launch, metrics
+from warm import run_pretraining
+from workflow import SMALL, metrics
 
 from vicreg_hf.augmentation import multi_crop_recipes
 from vicreg_hf.bad_images import BadImages
@@ -142,7 +143,7 @@ def test_a_stream_is_trained_on(tars: Path, tmp_path: Path, processes: int) -> N
         *SMALL, f"--dataset_name={tars}", "--streaming=true", "--max_steps=6",
         "--image_size=32", "--num_workers=2", "--max_bad_fraction=0.2", f"--output_dir={tmp_path}",
     ]  # fmt: skip
-    result = launch(*flags, processes=processes)
+    result = run_pretraining(*flags, processes=processes)
     assert result.returncode == 0, result.stderr
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -153,7 +154,7 @@ def test_a_stream_is_trained_on(tars: Path, tmp_path: Path, processes: int) -> N
 
 def test_a_stream_of_unknown_length_asks_for_max_steps(tars: Path, tmp_path: Path) -> None:
     flags = [*SMALL, f"--dataset_name={tars}", "--streaming=true", f"--output_dir={tmp_path}"]
-    result = launch(*flags)
+    result = run_pretraining(*flags)
     assert result.returncode != 0
     assert "max_steps must be given for streams of unknown length" in result.stderr
 
