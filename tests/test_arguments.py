@@ -10,7 +10,7 @@ import pytest
 from vicreg_hf import PretrainingArguments
 from vicreg_hf.arguments import parse_arguments, read_recipe, recipe_names
 from vicreg_hf.augmentation import PRESETS
-from vicreg_hf.modeling_vicreg import check_architecture
+from vicreg_hf.branches import check_architecture
 from vicreg_hf.optim import default_base_lr
 
 

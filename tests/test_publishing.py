@@ -21,9 +21,10 @@ from warm import run_pretraining
 from workflow import ROOT, SMALL, environment, run, write_images
 
 from vicreg_hf import VICRegModel, export_encoder
+from vicreg_hf.exporting import ExportError
 from vicreg_hf.hub import check_repo_id, check_revision, without_tokens
 from vicreg_hf.onnx import export_onnx
-from vicreg_hf.publishing import ExportError, find_encoder, publish
+from vicreg_hf.publishing import find_encoder, publish
 
 
 @pytest.fixture(scope="module")

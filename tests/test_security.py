@@ -27,8 +27,9 @@ from workflow import SMALL, environment, run, write_images
 
 from vicreg_hf import PretrainingArguments, VICRegConfig, VICRegModel, convert_checkpoint, pretrain
 from vicreg_hf.arguments import parse_arguments
+from vicreg_hf.exporting import load_model
 from vicreg_hf.extraction import ExtractionArguments, extract_dataset
-from vicreg_hf.publishing import find_encoder, load_model
+from vicreg_hf.publishing import find_encoder
 from vicreg_hf.sources import open_dataset
 
 

@@ -12,12 +12,13 @@ from vicreg_hf.evaluating import evaluate
 from vicreg_hf.evaluation import collapse_report, knn_accuracy, linear_probe
 from vicreg_hf.evaluation.arguments import EvaluationArguments
 from vicreg_hf.evaluation.finetune import FinetuneSettings, finetune
+from vicreg_hf.exporting import export_encoder
 from vicreg_hf.loss import VICRegLoss, vicreg_loss
 from vicreg_hf.modeling_vicreg import VICRegModel, VICRegOutput
 from vicreg_hf.multi_view import covariance_term, multi_view_loss, variance_term
 from vicreg_hf.optim import LARS
 from vicreg_hf.pretraining import pretrain
-from vicreg_hf.publishing import export_encoder, publish
+from vicreg_hf.publishing import publish
 from vicreg_hf.views import TwoViews
 
 __version__ = "0.1.0"

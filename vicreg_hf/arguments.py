@@ -15,11 +15,18 @@ from transformers import HfArgumentParser
 
 from vicreg_hf import recipe_files
 from vicreg_hf.augmentation import PRESETS, describe, find_recipes
+from vicreg_hf.configuration_vicreg import MODALITIES
 from vicreg_hf.data import SMALL_IMAGE
 from vicreg_hf.hub import check_repo_id
 from vicreg_hf.optim import default_base_lr
 from vicreg_hf.recipe_files import as_flags
 from vicreg_hf.sources import DEMO
+
+SECOND_BRANCH = (
+    "prime_column", "prime_architecture", "prime_model_args", "prime_pretrained",
+    "prime_tokenizer", "prime_expander_dims", "prime_image_size",
+)  # fmt: skip
+"""Settings any of which asks for a second branch of its own."""
 
 
 def _setting(default: Any, meaning: str) -> Any:
@@ -57,6 +64,40 @@ class PretrainingArguments:
     )
     pretrained: bool = _setting(False, "Start from timm's pretrained weights.")
     expander_dims: str = _setting("8192-8192-8192", "Widths of the expander's layers.")
+    weights: str = _setting(
+        "shared", "shared by both branches, or separate: the second has weights of its own."
+    )
+    prime_modality: str | None = _setting(
+        None,
+        f"What the second branch takes: {', '.join(MODALITIES)}; by default the images' second "
+        "views.",
+    )
+    prime_column: str | None = _setting(
+        None, "Column of what the second branch takes; found by its type if only one."
+    )
+    prime_architecture: str | None = _setting(
+        None,
+        "Of the second branch: any timm model for images and spectrograms; for text and waveforms "
+        "a Hub id, a directory, or a model type of transformers.",
+    )
+    prime_model_args: dict[str, Any] | str | None = _setting(
+        None, "JSON of keyword arguments for it, or of fields of its configuration."
+    )
+    prime_pretrained: bool = _setting(False, "Start the second branch from pretrained weights.")
+    prime_tokenizer: str | None = _setting(
+        None, "Hub id or directory; by default that of prime_architecture."
+    )
+    prime_max_length: int | None = _setting(
+        None, "Tokens of a text that are read; by default 64, or all that the encoder takes."
+    )
+    prime_expander_dims: str | None = _setting(
+        None, "Widths of the second branch's expander, the last that of expander_dims."
+    )
+    prime_image_size: int | None = _setting(
+        None, "Side of the second branch's views in pixels; by default image_size."
+    )
+    audio_seconds: float = _setting(5.0, "Length of sound that is seen; longer clips are cut.")
+    sampling_rate: int = _setting(16_000, "Samples per second that sound is brought to.")
     sim_coeff: float = _setting(25.0, "Weight of the invariance term.")
     std_coeff: float = _setting(25.0, "Weight of the variance term.")
     cov_coeff: float = _setting(1.0, "Weight of the covariance term.")
@@ -69,6 +110,13 @@ class PretrainingArguments:
         None,
         f"One of {', '.join(PRESETS)}, or a YAML file of your own; by default authors, or cifar up "
         "to 64 pixels.",
+    )
+    num_global_views: int = _setting(
+        2, "Views of image_size from each image; with two branches the second gives the other."
+    )
+    num_local_views: int = _setting(0, "Smaller crops of each image beside these (multi-crop).")
+    local_image_size: int | None = _setting(
+        None, "Side of a local view in pixels; by default 96 of 224 as much as image_size."
     )
     batch_size: int = _setting(256, "Images per step over all processes; each gives two views.")
     micro_batch_size: int | None = _setting(
@@ -116,31 +164,35 @@ class PretrainingArguments:
     hub_private: bool = _setting(False, "Make the repository private, if it is made.")
 
     def __post_init__(self) -> None:
-        if isinstance(self.model_args, str):
-            try:
-                self.model_args = json.loads(self.model_args)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"model_args must be a JSON object, got {self.model_args!r}: {error}."
-                ) from error
-        if self.model_args is not None and not isinstance(self.model_args, dict):
-            raise ValueError(f"model_args must be a JSON object, got {self.model_args!r}.")
+        self.model_args = _json_object("model_args", self.model_args)
+        self.prime_model_args = _json_object("prime_model_args", self.prime_model_args)
         self._settle_augmentation()
+        self._settle_second_branch()
         if self.resume not in ("auto", "never", "required"):
             raise ValueError(f"resume must be auto, never or required, got {self.resume!r}.")
         for name in ("batch_size", "micro_batch_size", "logging_steps", "save_steps", "image_size",
-                     "max_steps", "knn_steps", "num_train_epochs"):  # fmt: skip
+                     "max_steps", "knn_steps", "num_train_epochs", "prime_max_length",
+                     "prime_image_size", "local_image_size", "audio_seconds",
+                     "sampling_rate"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value}.")
         for name in ("base_lr", "weight_decay", "warmup_epochs", "num_workers", "seed",
-                     "sim_coeff", "std_coeff", "cov_coeff"):  # fmt: skip
+                     "sim_coeff", "std_coeff", "cov_coeff", "num_local_views"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}.")
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}.")
-        _ = self.expander_widths
+        if self.num_global_views < 2:
+            raise ValueError(f"num_global_views must be at least 2, got {self.num_global_views}.")
+        own, prime = self.expander_widths, self.prime_expander_widths
+        if own[-1] != prime[-1]:
+            raise ValueError(
+                "both expanders must end in the same width, got "
+                f"expander_dims={self.expander_dims} and "
+                f"prime_expander_dims={self.prime_expander_dims}."
+            )
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(
                 f"max_bad_fraction must lie between 0 and 1, got {self.max_bad_fraction}."
@@ -170,6 +222,51 @@ class PretrainingArguments:
             preset = isinstance(given, str) and given in PRESETS
             self.augmentation = given if preset else describe(recipes)
 
+    def _settle_second_branch(self) -> None:
+        """Find out whether there is one, and refuse what does not go together."""
+        if self.weights not in ("shared", "separate"):
+            raise ValueError(f"weights must be shared or separate, got {self.weights!r}.")
+        if self.prime_modality is not None and self.prime_modality not in MODALITIES:
+            raise ValueError(
+                f"prime_modality must be one of {', '.join(MODALITIES)}, got "
+                f"{self.prime_modality!r}."
+            )
+        given = [name for name in SECOND_BRANCH if getattr(self, name) not in (None, False)]
+        if self.prime_modality is None and (given or self.weights == "separate"):
+            if self.prime_column is not None:
+                raise ValueError(
+                    "prime_modality must say what prime_column holds, got none for column "
+                    f"{self.prime_column!r}; use one of {', '.join(MODALITIES)}."
+                )
+            self.prime_modality = "image"
+        if self.prime_modality is None:
+            return
+        self.weights = "separate"
+        if self.prime_modality in ("text", "audio") and self.prime_architecture is None:
+            raise ValueError(
+                f"prime_architecture must name the encoder of {self.prime_modality}, got none."
+            )
+        if self.prime_modality == "embedding" and self.prime_architecture is not None:
+            raise ValueError(
+                "prime_architecture must be left out for precomputed embeddings, which have no "
+                f"encoder, got {self.prime_architecture!r}."
+            )
+        if self.streaming and self.is_paired:
+            raise ValueError(
+                f"streaming must be false for a second branch that takes {self.prime_modality} of "
+                "a column; only data on disk are read in pairs."
+            )
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the second branch takes something else than views of the same images."""
+        return self.prime_modality not in (None, "image") or self.prime_column is not None
+
+    @property
+    def num_views(self) -> int:
+        """Of each image; what the second branch takes of another kind counts as one."""
+        return self.num_global_views + self.num_local_views
+
     @property
     def in_chans(self) -> int:
         """Channels of the images, as model_args says."""
@@ -179,16 +276,14 @@ class PretrainingArguments:
     @property
     def expander_widths(self) -> list[int]:
         """`expander_dims` as integers."""
-        try:
-            widths = [int(width) for width in str(self.expander_dims).split("-")]
-        except ValueError:
-            widths = []
-        if not widths or min(widths) < 1:
-            raise ValueError(
-                "expander_dims must be positive widths joined by '-', as 8192-8192-8192, got "
-                f"{self.expander_dims!r}."
-            )
-        return widths
+        return _widths("expander_dims", self.expander_dims)
+
+    @property
+    def prime_expander_widths(self) -> list[int]:
+        """Of the second branch, if there is one; else the first's."""
+        if self.prime_expander_dims is None:
+            return self.expander_widths
+        return _widths("prime_expander_dims", self.prime_expander_dims)
 
     def to_yaml(self) -> str:
         """All settings, as --config takes them."""
@@ -198,6 +293,30 @@ class PretrainingArguments:
     def from_recipe(cls, name_or_path: str, **overrides: Any) -> PretrainingArguments:
         """A shipped recipe or YAML file, with some settings replaced."""
         return parse_arguments(["--config", name_or_path, *as_flags(overrides)])
+
+
+def _json_object(name: str, given: Any) -> dict[str, Any] | None:
+    read = given
+    if isinstance(given, str):
+        try:
+            read = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} must be a JSON object, got {given!r}: {error}.") from error
+    if read is not None and not isinstance(read, dict):
+        raise ValueError(f"{name} must be a JSON object, got {given!r}.")
+    return read
+
+
+def _widths(name: str, given: str) -> list[int]:
+    try:
+        widths = [int(width) for width in str(given).split("-")]
+    except ValueError:
+        widths = []
+    if not widths or min(widths) < 1:
+        raise ValueError(
+            f"{name} must be positive widths joined by '-', as 8192-8192-8192, got {given!r}."
+        )
+    return widths
 
 
 def recipe_names() -> list[str]:

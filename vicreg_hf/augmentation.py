@@ -99,8 +99,7 @@ def local_recipe(x: ViewRecipe) -> ViewRecipe:
     Their scale is SwAV's, (0.05, 0.14), enlarged in proportion where global crops start above 0.14,
     so that local crops end where global ones start, and small images leave them pixels to show.
 
-    Source: SwAV, Caron et al. 2020, arXiv:2006.09882 (224 pixels globally, 96 locally), whose
-    scales VICReg's authors took over in VICRegL@98c8834, transforms.py.
+    Source: SwAV, Caron et al. 2020, arXiv:2006.09882 (224 pixels globally, 96 locally).
     """
     low, high = LOCAL_SCALE
     start = max(high, x.scale[0])

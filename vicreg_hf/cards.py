@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ RETRIEVAL_PICTURE = "pictures/retrievals.png"
 PICTURES = (LOSS_PICTURE, SPECTRUM_PICTURE, RETRIEVAL_PICTURE)
 MODEL_ID = "org/name"
 """Stands in a card for the repository, until the encoder is pushed to one."""
+SECOND = "-prime"
+"""What the repository of a second branch's encoder is called after the first's name: timm opens
+repositories at their root alone, so each encoder has its own."""
 TAGS = ["timm", "vicreg", "self-supervised-learning", "arxiv:2105.04906"]
 WHERE_ONLY = {"output_dir", "resume", "push_to_hub", "hub_model_id", "hub_private"}
 """Settings that say nothing of how the model was made."""
@@ -79,7 +82,7 @@ class TrainingRecord:
 
     @property
     def views(self) -> int:
-        return 2 * self.steps * self.args.batch_size
+        return self.args.num_views * self.steps * self.args.batch_size
 
     @property
     def hub_id(self) -> str | None:
@@ -166,9 +169,7 @@ def model_card(
     Returns:
         The card; `MODEL_ID` stands in it for the repository.
     """
-    cfg = config.pretrained_cfg
-    assert cfg is not None
-    base, licence = _base_model(record, licence)
+    base, licence = (None, licence) if record is None else _base_model(record, licence)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
@@ -177,7 +178,51 @@ def model_card(
         base_model=base,
         **_results(record),
     )
-    subject = f"VICReg {config.architecture}"
+    return _rendered(
+        data, config.architecture, record,
+        kind="timm", pretrained_cfg=config.pretrained_cfg, num_features=num_features,
+        num_parameters=num_parameters, model_id=MODEL_ID, origin=origin,
+        branches=None if record is None else branches(config, record.args),
+        own_branch="the first", spectrogram=config.spectrogram,
+    )  # fmt: skip
+
+
+def second_card(
+    config: VICRegConfig, *, num_features: int, num_parameters: int, record: TrainingRecord
+) -> ModelCard:
+    """Render the card of the second branch's encoder; arguments as for `model_card`.
+
+    Its repository is `MODEL_ID` followed by `SECOND`.
+    """
+    prime = config.prime
+    assert prime is not None
+    kind = "timm" if prime["encoder_config"] is None else prime["modality"]
+    licence = "other" if record.args.prime_pretrained else "mit"
+    pipeline = "image-feature-extraction" if kind == "timm" else "feature-extraction"
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag=pipeline, license=licence,
+        tags=TAGS if kind == "timm" else TAGS[1:],
+    )  # fmt: skip
+    quiet = replace(record, results=(), pictures=())  # what was measured is of the first
+    return _rendered(
+        data, prime["architecture"], quiet,
+        kind=kind, pretrained_cfg=prime["pretrained_cfg"], num_features=num_features,
+        num_parameters=num_parameters, model_id=MODEL_ID + SECOND, origin=None,
+        branches=branches(config, record.args), own_branch="the second",
+        spectrogram=prime["preparation"] if prime["modality"] == "audio" else None,
+    )  # fmt: skip
+
+
+def _rendered(
+    data: ModelCardData,
+    architecture: str,
+    record: TrainingRecord | None,
+    *,
+    num_parameters: int | None,
+    pretrained_cfg: Mapping[str, Any] | None,
+    **facts: Any,
+) -> ModelCard:
+    subject = f"VICReg {architecture}"
     if record is not None:
         subject += f" on {record.hub_id or impersonal(record.args.dataset_name)}"
     parameters = f"{num_parameters / 1e6:.3g} million parameters, " if num_parameters else ""
@@ -185,17 +230,56 @@ def model_card(
         data,
         template_path=str(_template()),
         title=subject,
-        architecture=config.architecture,
+        architecture=architecture,
         parameters=parameters,
-        num_features=num_features,
-        input_size=cfg["input_size"],
-        model_id=MODEL_ID,
-        base_model=base,
+        input_size=None if pretrained_cfg is None else pretrained_cfg["input_size"],
+        base_model=data.base_model,
         record=record,
-        origin=origin,
-        needs_import=is_ours(config.architecture),
-        licence_text=_licence_text(licence),
+        needs_import=is_ours(architecture),
+        licence_text=_licence_text(data.license),
+        **facts,
     )
+
+
+@dataclass(frozen=True)
+class BranchFacts:
+    """A line of a card's table of branches."""
+
+    name: str
+    place: str
+    """Its directory of the run, and its repository."""
+    takes: str
+    encoder: str
+    expander: str
+
+
+def branches(config: VICRegConfig, args: PretrainingArguments) -> list[BranchFacts] | None:
+    """Which branch is which; None where they share their weights."""
+    prime = config.prime
+    if prime is None:
+        return None
+    first = "spectrograms" if config.spectrogram else "images"
+    column = f"column `{args.prime_column}`"
+    takes = {
+        "image": f"images of {column}" if args.prime_column else "the second view of each image",
+        "text": f"texts of {column}",
+        "audio": f"{'waveforms' if prime['encoder_config'] else 'spectrograms'} of {column}",
+        "embedding": f"precomputed embeddings of {column}",
+    }
+    return [
+        BranchFacts(
+            "the first", f"`encoder`, `{MODEL_ID}`", f"the first view of {first}"
+            + (", and further ones" if args.num_views > 2 else ""),
+            config.architecture, "-".join(map(str, config.expander_dims)),
+        ),
+        BranchFacts(
+            "the second",
+            "not published" if prime["modality"] == "embedding"
+            else f"`encoder_prime`, `{MODEL_ID}{SECOND}`",
+            takes[prime["modality"]], prime["architecture"] or "none",
+            "-".join(map(str, prime["expander_dims"])),
+        ),
+    ]  # fmt: skip
 
 
 def personalise(text: str, repo_id: str, licence: str | None = None) -> str:
@@ -272,11 +356,9 @@ def _with_section(text: str, dataset: str, split: str, measurements: Sequence[Me
     return before + "\n".join(lines) + after
 
 
-def _base_model(
-    record: TrainingRecord | None, licence: str | None
-) -> tuple[str | None, str | None]:
+def _base_model(record: TrainingRecord, licence: str | None) -> tuple[str | None, str | None]:
     """The repository whose weights training started from, and the licence that follows."""
-    if record is None or not record.args.pretrained:
+    if not record.args.pretrained:
         return None, licence
     cfg = get_pretrained_cfg(record.args.architecture)
     if cfg is None:

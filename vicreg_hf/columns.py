@@ -98,13 +98,15 @@ def find_image_column(features: datasets.Features, wanted: str | None) -> str:
     """The column to train on: the one asked for, or the only one that holds images.
 
     A column asked for may also hold image files as plain bytes. Where there are no
-    images, arrays of three dimensions are taken for images of many channels.
+    images, arrays of three dimensions are taken for images of many channels, and where there are
+    none either, sounds.
 
     Raises:
         ValueError: no such column, or none or several to choose from.
     """
     found = [n for n, kind in features.items() if isinstance(kind, datasets.Image)]
     found = found or [n for n, kind in features.items() if isinstance(kind, datasets.Array3D)]
+    found = found or [n for n, kind in features.items() if isinstance(kind, datasets.Audio)]
     listed = f"columns of images: {', '.join(found) or 'none'}; all: {', '.join(features)}."
     if wanted is None:
         if len(found) == 1:
@@ -114,7 +116,7 @@ def find_image_column(features: datasets.Features, wanted: str | None) -> str:
             f"{len(found)}; {listed}"
         )
     kind = features.get(wanted)
-    if isinstance(kind, (datasets.Image, datasets.Array3D)):
+    if isinstance(kind, (datasets.Image, datasets.Array3D, datasets.Audio)):
         return wanted
     if isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary"):
         return wanted

@@ -16,7 +16,12 @@ INDEX_FILE = "vicreg.safetensors.index.json"
 NESTED_KEY = "vicreg"
 METHOD_FIELDS = (
     "expander_dims", "sim_coeff", "std_coeff", "cov_coeff", "gamma", "eps", "variance_reduction",
+    "spectrogram",
 )  # fmt: skip
+PRIME_FIELDS = ("weights", "prime")
+"""Said of a published model only where the weights of its second branch are published too."""
+MODALITIES = ("image", "text", "audio", "embedding")
+"""What a branch may take: pixels or spectrograms, token ids, waveforms, precomputed vectors."""
 
 # Facts about the weights a timm registry entry was made for; those published here are others.
 _PROVENANCE = (
@@ -54,6 +59,59 @@ def encoder_pretrained_cfg(
     return json.loads(json.dumps(cfg))  # tuples become lists, as they will when read back
 
 
+def complete_prime(given: Mapping[str, Any], config: VICRegConfig) -> dict[str, Any]:
+    """The description of a second branch with everything in it that the first one settles.
+
+    Args:
+        given: some of
+            modality: one of `MODALITIES`, by default image.
+            architecture: timm model, of images and of audio as spectrograms; by default the
+                first branch's, with its model_args. Of text and of audio as waveforms a model type
+                of transformers, which encoder_config settles.
+            model_args: keyword arguments for `timm.create_model`; likewise pretrained_cfg, as of
+                the first branch.
+            encoder_config: of a transformers model, all of it.
+            preparation: of text max_length in tokens, of waveforms sampling_rate and seconds, of
+                spectrograms the fields of `SpectrogramSettings`.
+            num_features: width of precomputed embeddings.
+            expander_dims: widths of the second expander; by default the first's.
+        config: of the first branch.
+
+    Raises:
+        ValueError: an unknown field or modality, expanders that end in different widths, or a field
+            that the modality needs and lacks.
+    """
+    prime: dict[str, Any] = {
+        "modality": "image", "architecture": None, "model_args": None, "pretrained_cfg": None,
+        "encoder_config": None, "preparation": None, "num_features": None,
+        "expander_dims": list(config.expander_dims),
+    }  # fmt: skip
+    unknown = sorted(given.keys() - prime.keys())
+    if unknown:
+        raise ValueError(
+            f"prime must hold some of {', '.join(prime)}, got {', '.join(map(str, unknown))}."
+        )
+    prime |= {key: value for key, value in given.items() if value is not None}
+    modality = prime["modality"]
+    if modality not in MODALITIES:
+        raise ValueError(f"modality must be one of {', '.join(MODALITIES)}, got {modality!r}.")
+    if modality == "image" and prime["architecture"] is None:
+        prime |= {"architecture": config.architecture, "model_args": config.model_args}
+    needed = {"text": "encoder_config", "embedding": "num_features"}.get(modality)
+    if modality == "audio" and prime["encoder_config"] is None:
+        needed = "architecture"
+    if needed is not None and not prime[needed]:
+        raise ValueError(f"prime must hold {needed} for the modality {modality}, got none.")
+    widths = list(prime["expander_dims"])
+    last, own = (list(dims)[-1:] for dims in (config.expander_dims, widths))
+    if last != own:
+        raise ValueError(
+            "both expanders must end in the same width, got expander_dims="
+            f"{list(config.expander_dims)} and, of the second branch, {widths}."
+        )
+    return prime | {"expander_dims": widths}
+
+
 @strict
 class VICRegConfig(PreTrainedConfig):
     """Configuration of a `VICRegModel`: a timm backbone, the expander and the loss.
@@ -69,6 +127,13 @@ class VICRegConfig(PreTrainedConfig):
         gamma: standard deviation asked of every embedding dimension.
         eps: added to the variance before the root.
         variance_reduction: "mean" (the authors' code) or "sum" (the paper) over the branches.
+        spectrogram: how sound becomes the backbone's images, if it does: fields of
+            `SpectrogramSettings`.
+        weights: "shared" by both branches, or "separate": the second has the same architecture.
+        prime: the second branch where it is another one, as `complete_prime` takes it.
+
+    Raises:
+        ValueError: a second branch that cannot be.
     """
 
     model_type = "vicreg"
@@ -83,6 +148,17 @@ class VICRegConfig(PreTrainedConfig):
     gamma: float | int = 1.0
     eps: float = 1e-4
     variance_reduction: str = "mean"
+    spectrogram: dict[str, Any] | None = None
+    weights: str = "shared"
+    prime: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.weights not in ("shared", "separate"):
+            raise ValueError(f"weights must be shared or separate, got {self.weights!r}.")
+        if self.prime is not None or self.weights == "separate":
+            self.weights = "separate"
+            self.prime = complete_prime(self.prime or {}, self)
 
     @classmethod
     def get_config_dict(
@@ -101,11 +177,15 @@ class VICRegConfig(PreTrainedConfig):
 
         Args:
             num_features: F, width of the pooled output.
-            include_expander: whether the index over both weight files is written beside it.
+            include_expander: whether the index over all weight files is written beside it.
         """
         method = {key: getattr(self, key) for key in METHOD_FIELDS}
+        if self.spectrogram is None:
+            del method["spectrogram"]
         if include_expander:
             method["transformers_weights"] = INDEX_FILE
+            if self.prime is not None:
+                method |= {key: getattr(self, key) for key in PRIME_FIELDS}
         config = {
             "architecture": published_name(self.architecture),
             "num_classes": 0,

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from vicreg_hf.backbones import is_ours
+from vicreg_hf.branches import check_architecture
 from vicreg_hf.cards import CARD_FILE, model_card
 from vicreg_hf.configuration_vicreg import VICRegConfig, encoder_pretrained_cfg
 from vicreg_hf.expander import expander
-from vicreg_hf.modeling_vicreg import VICRegModel, check_architecture
-from vicreg_hf.publishing import export_encoder
+from vicreg_hf.exporting import export_encoder
+from vicreg_hf.modeling_vicreg import VICRegModel
 
 CANDIDATES = (
     "resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "resnet18_cifar", "resnet50x2",

@@ -12,19 +12,22 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms.v2 import functional as tv
 
 from vicreg_hf.bad_images import BadImages
+from vicreg_hf.branches import Inputs
 from vicreg_hf.columns import BadImage, path_of
 from vicreg_hf.images import ImageError
+from vicreg_hf.pairs import PairedInput, PairedSplit
 from vicreg_hf.prefetch import prefetch
 from vicreg_hf.sampler import GlobalBatches
 from vicreg_hf.signals import ignore_requests
@@ -39,9 +42,18 @@ MEMORY_BUDGET = 4 * 2**30
 STREAM_CHUNK = 32
 """Images of a stream that a worker crops together."""
 
-Crops = tuple[tuple[Tensor, ...], NDArray[np.int64], list[BadImage]]
-"""For each view a (B, C, S, S) uint8 tensor, the (B,) keys they were drawn by, and what was
-replaced."""
+
+class Crops(NamedTuple):
+    """What a loading worker makes of a step's samples."""
+
+    views: tuple[Tensor, ...]
+    """(B, C, S, S) uint8 of each view."""
+    keys: NDArray[np.int64]
+    """(B,): what they were drawn by."""
+    bad: list[BadImage]
+    """What was replaced."""
+    paired: Inputs | None = None
+    """What belongs to the images, on its way to the second branch."""
 
 
 class LoadingError(RuntimeError):
@@ -88,7 +100,32 @@ class _Crops(Dataset[Crops]):
     def __getitem__(self, position: int) -> Crops:
         epoch, rows = self.batches.batch(self.steps[position])
         images, bad = self.split.read_or_replace(rows.tolist())
-        return self.views.crop(images, rows, epoch), rows, bad
+        return Crops(self.views.crop(images, rows, epoch), rows, bad)
+
+
+class _PairedCrops(Dataset[Crops]):
+    """The same, and what belongs to the images in another column."""
+
+    def __init__(
+        self,
+        split: PairedSplit,
+        batches: GlobalBatches,
+        views: RandomViews,
+        paired: PairedInput,
+        steps: range,
+    ) -> None:
+        self.split, self.batches, self.steps = split, batches, steps
+        self.views, self.paired = views, paired
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, position: int) -> Crops:
+        epoch, rows = self.batches.batch(self.steps[position])
+        pairs, bad = self.split.read_or_replace(rows.tolist())
+        images, items = zip(*pairs, strict=True)
+        batch = self.paired.batch(items, rows, epoch)
+        return Crops(self.views.crop(images, rows, epoch), rows, bad, batch)
 
 
 class _StreamCrops(IterableDataset[Crops]):
@@ -119,7 +156,7 @@ class _StreamCrops(IterableDataset[Crops]):
 
     def _cut(self, images: list[Tensor], keys: list[int], bad: list[BadImage]) -> Crops:
         rows = np.array(keys, dtype=np.int64)
-        return self.views.crop(images, rows, self.epoch), rows, bad
+        return Crops(self.views.crop(images, rows, self.epoch), rows, bad)
 
 
 def _loader(source: Dataset[Crops], device: torch.device, num_workers: int) -> DataLoader[Crops]:
@@ -134,7 +171,7 @@ def _loader(source: Dataset[Crops], device: torch.device, num_workers: int) -> D
 
 
 def training_views(
-    images: ImageSplit | ImageStream | Tensor,
+    images: ImageSplit | PairedSplit | ImageStream | Tensor,
     batches: GlobalBatches,
     views: RandomViews[Views],
     *,
@@ -142,20 +179,24 @@ def training_views(
     device: torch.device,
     num_workers: int = 0,
     bad: BadImages | None = None,
-) -> Iterator[Views]:
+    paired: PairedInput | None = None,
+) -> Iterator[Any]:
     """The views of this process's rows at every step, on the device.
 
     On a GPU the next views are made while a step computes.
 
     Args:
-        images: a split to decode as it goes, a stream, or (N, C, H, W) uint8 in memory.
+        images: a split to decode as it goes, alone or with what belongs to it, a stream, or
+            (N, C, H, W) uint8 in memory.
         batches: which rows each step sees; of a stream only how many.
         steps: steps to yield; starting late resumes exactly, but for streams.
         num_workers: loading processes; without effect for images in memory.
         bad: told of images that could not be used, before the step that they are replaced in.
+        paired: what becomes of the other half of a `PairedSplit`.
 
     Yields:
-        A (B, C, S, S) float32 tensor for each view.
+        A (B, C, S, S) float32 tensor for each view; in pairs, what the second branch takes comes
+        second.
 
     Raises:
         ImageError: nothing usable.
@@ -167,9 +208,14 @@ def training_views(
         if isinstance(images, ImageStream):
             crops = _crops_of_stream(images, batches, views, steps, device, num_workers)
         else:
-            loader = _loader(_Crops(images, batches, views, steps), device, num_workers)
+            if isinstance(images, PairedSplit):
+                assert paired is not None
+                source = _PairedCrops(images, batches, views, paired, steps)
+            else:
+                source = _Crops(images, batches, views, steps)
+            loader = _loader(source, device, num_workers)
             crops = ((batches.batch(s)[0], c) for s, c in zip(steps, loader, strict=True))
-        made = _views_of_crops(crops, views, device, bad)
+        made = _views_of_crops(crops, views, device, bad, paired)
     with loading_errors():
         yield from prefetch(made, device)
 
@@ -194,12 +240,19 @@ def _views_of_crops(
     views: RandomViews[Views],
     device: torch.device,
     bad: BadImages | None,
-) -> Iterator[Views]:
-    for epoch, (cut, keys, replaced) in crops:
+    paired: PairedInput | None,
+) -> Iterator[Any]:
+    for epoch, made in crops:
         if bad is not None:
-            bad.add(replaced)
-        on_device = cast(Views, tuple(x.to(device, non_blocking=True) for x in cut))
-        yield views.colour(on_device, np.asarray(keys), epoch)
+            bad.add(made.bad)
+        keys = np.asarray(made.keys)
+        cut = cast(Views, send_to_device(made.views, device, non_blocking=True))
+        coloured = views.colour(cut, keys, epoch)
+        if paired is None:
+            yield coloured
+        else:
+            other = send_to_device(made.paired, device, non_blocking=True)
+            yield (coloured[0], paired.finish(other, keys, epoch), *coloured[1:])
 
 
 def _crops_of_stream(
@@ -212,16 +265,17 @@ def _crops_of_stream(
 ) -> Iterator[tuple[int, Crops]]:
     """Batches of one size from chunks of any; a pass over the stream follows the other."""
     size = batches.batch_size // batches.world_size
-    cut, keys, bad = _nothing(views)
+    cut, keys, bad, _ = _nothing(views)
     epoch, left = steps.start, len(steps)  # a resumed run goes on with passes not yet seen
     while left:
         count = 0
-        for own, rows, replaced in _loader(_StreamCrops(stream, views, epoch), device, num_workers):
+        source = _StreamCrops(stream, views, epoch)
+        for own, rows, replaced, _ in _loader(source, device, num_workers):
             count += len(rows)
             cut = tuple(torch.cat(pair) for pair in zip(cut, own, strict=True))
             keys, bad = np.concatenate([keys, rows]), bad + replaced
             while len(keys) >= size and left:
-                yield epoch, (tuple(x[:size] for x in cut), keys[:size], bad)
+                yield epoch, Crops(tuple(x[:size] for x in cut), keys[:size], bad)
                 cut, keys, bad = tuple(x[size:] for x in cut), keys[size:], []
                 left -= 1
             if not left:
@@ -235,7 +289,7 @@ def _nothing(views: RandomViews) -> Crops:
     cut = tuple(
         torch.empty(0, views.in_chans, side, side, dtype=torch.uint8) for side in views.image_sizes
     )
-    return cut, np.empty(0, np.int64), []
+    return Crops(cut, np.empty(0, np.int64), [])
 
 
 @contextmanager

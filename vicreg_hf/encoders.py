@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, TimmWrapperConfig
 
+from vicreg_hf.configuration_vicreg import NESTED_KEY
+from vicreg_hf.exporting import load_model
 from vicreg_hf.hub import check_repo_id, check_revision
-from vicreg_hf.publishing import find_encoder, load_model
+from vicreg_hf.modalities.audio import SpectrogramSettings
+from vicreg_hf.publishing import find_encoder
 
 PIL_CHANNELS = (1, 3)
 """Images that are resized by PIL, as stock pipelines do; others as tensors."""
@@ -42,6 +45,8 @@ class Encoder:
     """timm's words for that: input_size, mean, std, crop_pct."""
     identity: Mapping[str, Any] = field(repr=False)
     """What its features depend on besides its weights."""
+    sound: SpectrogramSettings | None = None
+    """How it sees sound, if it was trained on that."""
 
     @property
     def in_chans(self) -> int:
@@ -89,20 +94,27 @@ def open_encoder(name: str, revision: str | None = None) -> Encoder:
         config = AutoConfig.from_pretrained(source, revision=revision)
         if config.model_type == "vicreg":
             model, _ = load_model(Path(source))
-            return timm_encoder(
+            encoder = timm_encoder(
                 model.encoder, config.architecture, config.model_args, config.pretrained_cfg
             )
+            return replace(encoder, sound=_sound(config.spectrogram))
         if isinstance(config, TimmWrapperConfig):
             at = "" if revision is None else f"@{revision}"
             address = f"local-dir:{source}" if local else f"hf-hub:{source}{at}"
             model = timm.create_model(address, pretrained=True, num_classes=0)
-            return timm_encoder(model, config.architecture, getattr(config, "model_args", None))
+            encoder = timm_encoder(model, config.architecture, getattr(config, "model_args", None))
+            ours = getattr(config, NESTED_KEY, None) or {}
+            return replace(encoder, sound=_sound(ours.get("spectrogram")))
         return _transformers_encoder(source, revision)
     except Exception as error:  # loaders raise whatever their files make them
         raise ValueError(
             "model must be an encoder of images that timm or AutoModel loads, on the Hub or in a "
             f"directory, got {name!r}: {' '.join(str(error).split())[:300]}"
         ) from error
+
+
+def _sound(settings: Mapping[str, Any] | None) -> SpectrogramSettings | None:
+    return None if settings is None else SpectrogramSettings(**settings)
 
 
 def _directory(name: str) -> str:

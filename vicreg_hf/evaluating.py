@@ -34,6 +34,7 @@ from vicreg_hf.evaluation.results import Measurement
 from vicreg_hf.evaluation.svm import FOLDS
 from vicreg_hf.feature_cache import Features, cached_features
 from vicreg_hf.labelled import Labelled, LabelledData, open_labelled
+from vicreg_hf.pair_embeddings import Pairs, open_pairs
 from vicreg_hf.protocols import (
     MULTI_LABEL,
     NO_LABELS,
@@ -43,6 +44,7 @@ from vicreg_hf.protocols import (
     training_rows,
 )
 from vicreg_hf.sampler import GlobalBatches
+from vicreg_hf.sources import open_dataset
 
 RESULTS, REPORT = "results.json", "report.html"
 
@@ -88,6 +90,7 @@ def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print)
     output_dir = Path(str(args.output_dir))
     encoder = open_encoder(args.model, args.revision)
     data: Any = None
+    pairs: Pairs | None = None
     for main_first in (True, False):
         with failing_together(accelerator.device):
             if accelerator.is_main_process == main_first:
@@ -95,7 +98,10 @@ def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print)
                     args.dataset_name, train_split=args.train_split, eval_split=args.eval_split,
                     config_name=args.dataset_config_name, image_column=args.image_column,
                     label_column=args.label_column, channels=encoder.in_chans,
+                    sound=encoder.sound,
                 )  # fmt: skip
+                if "cross-retrieval" in args.protocol_names:
+                    pairs = _pairs(args, data)
     check_labels(args, data, num_processes=accelerator.num_processes)
     _claim(output_dir)
     encoder.module.to(accelerator.device)
@@ -106,7 +112,7 @@ def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print)
         max_bad_fraction=args.max_bad_fraction,
     )  # fmt: skip
     _check_neighbours(args, len(found.features["train"].rows), data.train.split.name)
-    task = Task(args, accelerator, encoder, data, found.features)
+    task = Task(args, accelerator, encoder, data, found.features, pairs)
     for protocol in args.protocol_names:
         measured = Measured()
         if protocol in TRAINED:
@@ -125,6 +131,14 @@ def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print)
             _write(found, results, output_dir, say)
     accelerator.end_training()
     return results
+
+
+def _pairs(args: EvaluationArguments, data: LabelledData) -> Pairs:
+    table = open_dataset(args.dataset_name, args.dataset_config_name)[data.test_name]
+    return open_pairs(
+        args.model, table, data.test.split, column=args.prime_column,
+        tokenizer=args.prime_tokenizer,
+    )  # fmt: skip
 
 
 def _write(

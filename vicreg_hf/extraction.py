@@ -131,7 +131,7 @@ def extract_dataset(args: ExtractionArguments) -> Path:
     encoder = open_encoder(args.model, args.revision)
     encoder.module.to(accelerator.device)
     with accelerator.main_process_first():
-        splits = _open_splits(args, channels=encoder.in_chans)
+        splits = _open_splits(args, encoder)
     _remember(args, encoder, splits, output_dir, write=main)
     if main:
         for left in (output_dir / "data").glob(".*.partial"):  # by a process that was killed
@@ -315,13 +315,13 @@ def _image_id(row: int, path: str | None, root: str) -> str:
     return path
 
 
-def _open_splits(args: ExtractionArguments, channels: int) -> dict[str, ImageSplit]:
+def _open_splits(args: ExtractionArguments, encoder: Encoder) -> dict[str, ImageSplit]:
     tables = open_dataset(args.dataset_name, args.dataset_config_name)
     names = [str(name) for name in tables] if args.split is None else [args.split]
     return {
         name: image_split(
-            tables, name, dataset_name=Path(args.dataset_name).name, channels=channels,
-            image_column=args.image_column, label_column=args.label_column,
+            tables, name, dataset_name=Path(args.dataset_name).name, channels=encoder.in_chans,
+            image_column=args.image_column, label_column=args.label_column, sound=encoder.sound,
         )
         for name in names
     }  # fmt: skip

@@ -6,31 +6,49 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from vicreg_hf.cards import CARD_FILE, TrainingRecord, hardware, model_card
+from vicreg_hf.cards import (
+    CARD_FILE,
+    SECOND,
+    TrainingRecord,
+    hardware,
+    model_card,
+    second_card,
+)
+from vicreg_hf.exporting import export_encoder
 from vicreg_hf.hub import HubError
 from vicreg_hf.pictures import draw_pictures
-from vicreg_hf.publishing import export_encoder, push_model, retry_command
+from vicreg_hf.publishing import push_model, retry_command
 from vicreg_hf.reporting import results, summary
 from vicreg_hf.run import Run
+from vicreg_hf.second_encoder import (
+    DIRECTORY,
+    export_second_encoder,
+    has_second_encoder,
+    push_second_encoder,
+)
 from vicreg_hf.sources import ImageSplit
 
 
 def finish(run: Run) -> Path:
     """Write the encoder and its card, say what was reached, and publish."""
     directory = run.output_dir / "encoder"
+    second = run.output_dir / DIRECTORY if has_second_encoder(run.model) else None
     fault: Exception | None = None
     if run.accelerator.is_main_process:
         try:
             export_encoder(run.model, directory, include_expander=True)
-            _write_card(run, directory)
+            if second is not None:
+                column = run.inputs.pairs.column if run.inputs.pairs else None
+                export_second_encoder(run.model, second, column=column)
+            _write_cards(run, directory, second)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"the encoder could not be written to {directory}: {error}. The last checkpoint "
                 "is whole; free some space and start again to finish."
             ) from error
-        print(summary(directory, run.log.rows(), run.monitor))
+        print(summary(directory, run.log.rows(), run.monitor, second=second))
         try:
-            _push(run, directory)
+            _push(run, directory, second)
         except HubError as error:
             fault = error
     run.accelerator.wait_for_everyone()
@@ -40,7 +58,7 @@ def finish(run: Run) -> Path:
     return directory
 
 
-def _write_card(run: Run, directory: Path) -> None:
+def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
     args, inputs, rows = run.args, run.inputs, run.log.rows()
     train = inputs.train
     pictures = draw_pictures(
@@ -59,15 +77,25 @@ def _write_card(run: Run, directory: Path) -> None:
         num_parameters=sum(p.numel() for p in run.model.encoder.parameters()),
     )  # fmt: skip
     (directory / CARD_FILE).write_text(str(card), encoding="utf-8")
+    if second is not None:
+        assert run.model.prime is not None
+        card = second_card(
+            run.model.config, num_features=run.model.prime.num_features, record=record,
+            num_parameters=sum(p.numel() for p in run.model.prime.backbone.parameters()),
+        )  # fmt: skip
+        (second / CARD_FILE).write_text(str(card), encoding="utf-8")
 
 
-def _push(run: Run, directory: Path) -> None:
+def _push(run: Run, directory: Path, second: Path | None) -> None:
     args = run.args
     if not args.push_to_hub:
         return
     repo_id = str(args.hub_model_id)
     try:
         print(f"\nPublished: {push_model(run.model, repo_id, card=directory)}")
+        if second is not None:
+            address = push_second_encoder(second, f"{repo_id}{SECOND}", first_id=repo_id)
+            print(f"Published: {address}")
     except HubError as error:
         command = retry_command(args.output_dir or "", repo_id, private=args.hub_private)
         raise HubError(

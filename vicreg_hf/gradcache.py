@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vicreg_hf.branches import Inputs
 from vicreg_hf.loss import VICRegTerms
 from vicreg_hf.modeling_vicreg import VICRegModel, VICRegOutput
 
@@ -30,23 +31,25 @@ RandomState = tuple[Tensor, Tensor | None]
 def backward_in_chunks(
     model: VICRegModel,
     pixel_values: Tensor,
-    pixel_values_prime: Tensor,
+    pixel_values_prime: Inputs,
     *,
     chunk_size: int,
+    further_views: Sequence[Tensor] = (),
+    local_views: Sequence[Tensor] = (),
     wrapped: nn.Module | None = None,
     backward: Callable[[Tensor], Any] = Tensor.backward,
     autocast: Callable[..., AbstractContextManager[Any]] = nullcontext,
 ) -> VICRegOutput:
-    """Compute the loss of two batches of views and add its gradient to every parameter's.
+    """Compute the loss of two batches of views or more and add its gradient to every parameter's.
 
-    Loss and gradients are those of `model(pixel_values, pixel_values_prime)`, but for batch
+    Loss and gradients are those of the model called with the same views, but for batch
     normalisation in the backbone, which normalises each chunk by itself. Running statistics are
     updated once a chunk and view, and dropout takes the same random numbers both times. The
     backbone is run forward twice: at most half as much work again.
 
     Args:
-        pixel_values: (B, 3, S, S) normalised views.
-        pixel_values_prime: (B, 3, S, S): the second view of each image, in the same order.
+        pixel_values: as the model takes them; likewise pixel_values_prime, further_views and
+            local_views.
         chunk_size: images of which the backbone holds activations at once, of each view.
         wrapped: what runs the model, if not it itself: DistributedDataParallel reduces gradients
             with the last chunk alone.
@@ -62,39 +65,74 @@ def backward_in_chunks(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     run = model if wrapped is None else wrapped
-    views = [view.split(chunk_size) for view in (pixel_values, pixel_values_prime)]
-    states, representations = zip(*(_represent(run, view) for view in views), strict=True)
+    names = ["pixel_values", "pixel_values_prime"]
+    names += ["pixel_values"] * (len(further_views) + len(local_views))
+    views = [
+        _split(view, chunk_size)
+        for view in (pixel_values, pixel_values_prime, *further_views, *local_views)
+    ]
+    states, representations = zip(
+        *(_represent(run, name, view) for name, view in zip(names, views, strict=True)),
+        strict=True,
+    )
+    y, y_prime, *others = representations
     with autocast():
-        output = model.compare(*representations)
-    expander = [p for p in model.expander.parameters() if p.requires_grad]
-    expander_grads = _separately(expander, lambda: backward(cast(Tensor, output.loss)))
-    with _unchanged(model.backbone, pixel_values.device):
-        for number, pair in enumerate(zip(*views, strict=True)):
+        output = model.compare(
+            y, y_prime, further=others[: len(further_views)], local=others[len(further_views) :]
+        )
+    expanders = [p for e in _expanders(model) for p in e.parameters() if p.requires_grad]
+    expander_grads = _separately(expanders, lambda: backward(cast(Tensor, output.loss)))
+    with _unchanged(_backbones(model), pixel_values.device):
+        for number, chunks in enumerate(zip(*views, strict=True)):
             last = number == len(views[0]) - 1
             with nullcontext() if last else getattr(run, "no_sync", nullcontext)():
                 roots, grads = [], []
-                for chunk, state, y in zip(pair, states, representations, strict=True):
-                    _set_random_state(state[number], chunk.device)
-                    roots.append(run(chunk).pooler_output)
-                    grads.append(y.grad.split(chunk_size)[number])
-                if last:  # the expander's gradients are reduced in this pass too
-                    roots, grads = roots + expander, grads + expander_grads
+                for name, chunk, state, y in zip(
+                    names, chunks, states, representations, strict=True
+                ):
+                    _set_random_state(state[number], pixel_values.device)
+                    found = run(**{name: chunk}).pooler_output
+                    if found.requires_grad:  # not so of precomputed embeddings
+                        roots.append(found)
+                        grads.append(y.grad.split(chunk_size)[number])
+                if last:  # the expanders' gradients are reduced in this pass too
+                    roots, grads = roots + expanders, grads + expander_grads
                 torch.autograd.backward(roots, grads)
-    z, z_prime = cast(tuple[Tensor, Tensor], output.embeddings)
+    embeddings = cast(tuple[Tensor, ...], output.embeddings)
     return VICRegOutput(
         **{name: getattr(output, name).detach() for name in VICRegTerms._fields},
-        embeddings=(z.detach(), z_prime.detach()),
+        embeddings=tuple(z.detach() for z in embeddings),
         pooler_output=representations[0].detach(),
     )
 
 
+def _split(view: Inputs, size: int) -> list[Inputs]:
+    """Successive samples, at most `size` at a time."""
+    if isinstance(view, Tensor):
+        return list(view.split(size))
+    parts = {name: values.split(size) for name, values in view.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
+def _expanders(model: VICRegModel) -> list[nn.Module]:
+    return [model.expander] if model.prime is None else [model.expander, model.prime.expander]
+
+
+def _backbones(model: VICRegModel) -> nn.ModuleList:
+    second = [] if model.prime is None else [model.prime.backbone]
+    return nn.ModuleList([model.backbone, *second])
+
+
 @torch.no_grad()
-def _represent(run: nn.Module, chunks: Sequence[Tensor]) -> tuple[list[RandomState], Tensor]:
+def _represent(
+    run: nn.Module, name: str, chunks: Sequence[Inputs]
+) -> tuple[list[RandomState], Tensor]:
     """The state of the random numbers before each chunk, and the representations of all."""
     states, representations = [], []
     for chunk in chunks:
-        states.append(_random_state(chunk.device))
-        representations.append(run(chunk).pooler_output)
+        one = chunk if isinstance(chunk, Tensor) else next(iter(chunk.values()))
+        states.append(_random_state(one.device))
+        representations.append(run(**{name: chunk}).pooler_output)
     torch.clear_autocast_cache()  # weights that were cast here have no gradient
     return states, torch.cat(representations).requires_grad_()
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vicreg_hf.columns import find_label_column
+from vicreg_hf.modalities.audio import SpectrogramSettings
 from vicreg_hf.sources import EVAL_SPLITS, ImageSplit, Splits, image_split, open_dataset
 
 CLASSES = (datasets.ClassLabel, datasets.Value)
@@ -53,10 +54,12 @@ def open_labelled(
     image_column: str | None = None,
     label_column: str | None = None,
     channels: int = 3,
+    sound: SpectrogramSettings | None = None,
 ) -> LabelledData:
     """Open both splits, with labels if there are any.
 
     Args:
+        sound: how a column of sound is seen.
         eval_split: by default the first of `EVAL_SPLITS`.
         label_column: by default the only column of classes, or of lists of them.
 
@@ -72,7 +75,7 @@ def open_labelled(
         )
     common: Any = {
         "dataset_name": Path(dataset_name).name or dataset_name, "image_column": image_column,
-        "channels": channels,
+        "channels": channels, "sound": sound,
     }  # fmt: skip
     for name in (train_split, test_name):
         if name not in splits:

@@ -6,26 +6,29 @@ Shapes: B images per process, F representation, D embedding, S side in pixels.
 from __future__ import annotations
 
 import itertools
-import json
-import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from vicreg_hf.configuration_vicreg import INDEX_FILE, VICRegConfig, encoder_pretrained_cfg
+from vicreg_hf.branches import (
+    Inputs,
+    check_architecture,
+    create_backbone,
+    create_branch,
+    is_timm,
+    pooled,
+    width_of,
+)
+from vicreg_hf.configuration_vicreg import METHOD_FIELDS, VICRegConfig, encoder_pretrained_cfg
 from vicreg_hf.expander import expander
-from vicreg_hf.loss import vicreg_loss
-
-ENCODER_FILE = "model.safetensors"
-EXPANDER_FILE = "expander.safetensors"
+from vicreg_hf.layout import write_layout
+from vicreg_hf.multi_view import multi_view_loss
 
 
 @dataclass
@@ -38,38 +41,28 @@ class VICRegOutput(ModelOutput):
     """Scalar, detached and not weighted; likewise the next two."""
     variance: Tensor | None = None
     covariance: Tensor | None = None
-    embeddings: tuple[Tensor, Tensor] | None = None
-    """Two (B, D) tensors: z of the first views and of the second."""
+    embeddings: tuple[Tensor, ...] | None = None
+    """(B, D) of every view: z of the first views, of the second, and of any further."""
     last_hidden_state: Tensor | None = None
     """The backbone's feature map or tokens of the first views, as timm lays them out."""
     pooler_output: Tensor | None = None
     """(B, F): the representations of the first views."""
 
 
-def check_architecture(name: str) -> str:
-    """Return a timm architecture's name without its tag, or say which names come close.
-
-    Raises:
-        ValueError: timm has no such model.
-    """
-    base = name.partition(".")[0]
-    if timm.is_model(base):
-        return base
-    near = get_close_matches(base, timm.list_models(), n=4, cutoff=0.5)
-    hint = f"close to it are {', '.join(near)}" if near else "timm.list_models() lists them"
-    raise ValueError(f"architecture must be a timm model, got {name!r}; {hint}.")
-
-
 class VICRegModel(PreTrainedModel):
-    """A timm backbone and the VICReg expander.
+    """A timm backbone and the VICReg expander, or two branches that share nothing.
 
     With one batch of views it is an encoder; with two it also computes the loss, over the rows of
     all processes. Built from a config the weights are timm's own random initialisation.
 
+    Where config.prime describes a second branch, it is `prime`, an encoder and an expander of its
+    own. The second view of each sample goes to it and all others to the first branch, so that
+    either sees one kind of view, as the authors' experiments with different branches have it.
+
     Raises:
         ValueError: an architecture that timm does not have, or arguments it refuses.
 
-    Source: Bardes et al. 2022, arXiv:2105.04906, figure 1.
+    Source: Bardes et al. 2022, arXiv:2105.04906, figure 1, and tables 3, 5 and 6.
     """
 
     config: VICRegConfig
@@ -80,17 +73,23 @@ class VICRegModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
 
-    def __init__(self, config: VICRegConfig, *, backbone: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        config: VICRegConfig,
+        *,
+        backbone: nn.Module | None = None,
+        backbone_prime: nn.Module | None = None,
+    ) -> None:
         super().__init__(config)
         config.architecture = check_architecture(config.architecture)
         args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
         config.model_args = args or None
         if backbone is None:
-            backbone = _create_backbone(config.architecture, args)
+            backbone = create_backbone(config.architecture, args)
         self.backbone = backbone
-        # the width after pooling and any head layer, which num_features is not (mobilenetv4)
-        self.num_features = int(backbone.head_hidden_size)  # pyright: ignore[reportArgumentType]
+        self.num_features = width_of(backbone)
         self.expander = expander(self.num_features, config.expander_dims)
+        self.prime = None if config.prime is None else create_branch(config.prime, backbone_prime)
         # timm has initialised its own tensors; transformers must not do it again. On the meta
         # device nothing has a value yet, so there `_init_weights` fills what a file does not.
         for tensor in itertools.chain(self.parameters(), self.buffers()):
@@ -99,6 +98,12 @@ class VICRegModel(PreTrainedModel):
         if config.pretrained_cfg is None:
             registry: Any = backbone.pretrained_cfg
             config.pretrained_cfg = encoder_pretrained_cfg(registry, args)
+        if self.prime is not None and is_timm(self.prime.backbone):
+            assert config.prime is not None
+            if config.prime["pretrained_cfg"] is None:
+                registry: Any = self.prime.backbone.pretrained_cfg
+                args = config.prime["model_args"] or {}
+                config.prime["pretrained_cfg"] = encoder_pretrained_cfg(registry, args)
 
     @classmethod
     def from_timm(
@@ -113,7 +118,7 @@ class VICRegModel(PreTrainedModel):
         """
         architecture = check_architecture(name)
         args = model_args or {}
-        backbone = _create_backbone(name, args, pretrained=True)
+        backbone = create_backbone(name, args, pretrained=True)
         pretrained_cfg = encoder_pretrained_cfg(backbone.pretrained_cfg, args)  # pyright: ignore
         settings = VICRegConfig(
             architecture=architecture,
@@ -128,40 +133,88 @@ class VICRegModel(PreTrainedModel):
         """The bare timm module: what is published."""
         return self.backbone
 
+    def second_model(self) -> VICRegModel:
+        """The second branch as a model of one branch, with the same tensors.
+
+        Raises:
+            ValueError: there is no second branch, or it is none of timm's.
+        """
+        prime = self.config.prime
+        if self.prime is None or prime is None or not is_timm(self.prime.backbone):
+            raise ValueError("second_model needs a second branch with an encoder of timm.")
+        own = {key: prime[key] for key in ("architecture", "model_args", "pretrained_cfg")}
+        method: Any = {key: getattr(self.config, key) for key in METHOD_FIELDS}
+        seen = prime["preparation"] if prime["modality"] == "audio" else None
+        settings = VICRegConfig(**method | own | {"expander_dims": [], "spectrogram": seen})
+        model = VICRegModel(settings, backbone=self.prime.backbone)
+        model.expander, settings.expander_dims = self.prime.expander, prime["expander_dims"]
+        return model
+
     def forward(
-        self, pixel_values: Tensor, pixel_values_prime: Tensor | None = None
+        self,
+        pixel_values: Tensor | None = None,
+        pixel_values_prime: Inputs | None = None,
+        *,
+        further_views: Sequence[Tensor] = (),
+        local_views: Sequence[Tensor] = (),
     ) -> VICRegOutput:
-        """Encode one batch of views, or two and compute the loss.
+        """Encode one batch of views, or two and more and compute the loss.
 
         Args:
-            pixel_values: (B, 3, S, S) normalised views.
-            pixel_values_prime: (B, 3, S, S): the second view of each image, in the same order.
+            pixel_values: (B, C, S, S) normalised views.
+            pixel_values_prime: (B, C, S, S): the second view of each image, in the same order; for
+                a second branch of another modality, what its encoder takes. Alone it is encoded by
+                the second branch.
+            further_views: global ones beyond these two, each (B, C, S, S).
+            local_views: small crops, each (B, C, S', S').
 
         Returns:
             last_hidden_state and pooler_output of the first views; with second views also loss,
-            invariance, variance, covariance and embeddings.
+            invariance, variance, covariance and embeddings. Of second views alone pooler_output.
+
+        Raises:
+            ValueError: no views.
         """
-        features, y = self._represent(pixel_values)
+        if pixel_values is None:
+            if pixel_values_prime is None:
+                raise ValueError("a model needs pixel_values or pixel_values_prime, got neither.")
+            return VICRegOutput(pooler_output=self._represent_prime(pixel_values_prime))
+        features, y = pooled(self.backbone, pixel_values)
         if pixel_values_prime is None:
             return VICRegOutput(last_hidden_state=features, pooler_output=y)
         # Each view passes by itself, so that batch statistics are a view's own, as the authors'.
-        _, y_prime = self._represent(pixel_values_prime)
-        return VICRegOutput(**self.compare(y, y_prime), last_hidden_state=features)
+        y_prime = self._represent_prime(pixel_values_prime)
+        further, local = (
+            [pooled(self.backbone, view)[1] for view in views]
+            for views in (further_views, local_views)
+        )
+        compared = self.compare(y, y_prime, further=further, local=local)
+        return VICRegOutput(**compared, last_hidden_state=features)
 
-    def compare(self, y: Tensor, y_prime: Tensor) -> VICRegOutput:
-        """Embed the representations of both views and compute the loss.
+    def compare(
+        self,
+        y: Tensor,
+        y_prime: Tensor,
+        *,
+        further: Iterable[Tensor] = (),
+        local: Iterable[Tensor] = (),
+    ) -> VICRegOutput:
+        """Embed the representations of all views and compute the loss.
 
         Args:
             y: (B, F) representations of the first views.
             y_prime: (B, F) representations of the second views.
+            further: (B, F) of further global views; likewise local, of local ones.
 
         Returns:
             loss, its terms, embeddings, and y as pooler_output.
         """
-        z, z_prime = self.expander(y), self.expander(y_prime)
-        terms = vicreg_loss(
+        second = self.expander if self.prime is None else self.prime.expander
+        z = [self.expander(y), second(y_prime), *(self.expander(other) for other in further)]
+        z_local = [self.expander(other) for other in local]
+        terms = multi_view_loss(
             z,
-            z_prime,
+            z_local,
             sim_coeff=self.config.sim_coeff,
             std_coeff=self.config.std_coeff,
             cov_coeff=self.config.cov_coeff,
@@ -169,18 +222,12 @@ class VICRegModel(PreTrainedModel):
             eps=self.config.eps,
             variance_reduction=self.config.variance_reduction,  # pyright: ignore
         )
-        return VICRegOutput(**terms._asdict(), embeddings=(z, z_prime), pooler_output=y)
+        return VICRegOutput(**terms._asdict(), embeddings=(*z, *z_local), pooler_output=y)
 
-    def _represent(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        backbone: Any = self.backbone
-        features = backbone.forward_features(pixel_values)
-        y = backbone.forward_head(features)
-        if y.ndim != 2:
-            raise ValueError(
-                "the backbone must pool to shape (batch, features), got "
-                f"{tuple(y.shape)}; remove global_pool from model_args."
-            )
-        return features, y
+    def _represent_prime(self, inputs: Inputs) -> Tensor:
+        if self.prime is not None:
+            return self.prime.represent(inputs)
+        return pooled(self.backbone, inputs)[1]
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -197,35 +244,19 @@ class VICRegModel(PreTrainedModel):
             save_directory: made if absent.
             is_main_process: other processes write nothing.
             state_dict: weights to write instead of the model's own.
-            include_expander: also write the expander, in a file that only
-                `VICRegModel.from_pretrained` reads.
+            include_expander: also write the expander, and a second branch if there is one, in
+                files that only `VICRegModel.from_pretrained` reads.
             max_shard_size: taken for transformers' sake; there is always one file.
         """
         if not is_main_process:
             return
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        state = state_dict if state_dict is not None else self.state_dict()
-        state = {k: v.detach().cpu().float().contiguous() if v.is_floating_point()
-                 else v.detach().cpu().contiguous() for k, v in state.items()}  # fmt: skip
-        encoder = {k[9:]: v for k, v in state.items() if k.startswith("backbone.")}
-        head = {k: v for k, v in state.items() if k.startswith("expander.")}
-        include_expander = include_expander and bool(head)
-        save_file(encoder, directory / ENCODER_FILE, metadata={"format": "pt"})
-        if include_expander:
-            save_file(head, directory / EXPANDER_FILE, metadata={"format": "pt"})
-            files = dict.fromkeys(encoder, ENCODER_FILE) | dict.fromkeys(head, EXPANDER_FILE)
-            size = sum(v.numel() * v.element_size() for v in state.values())
-            index = {"metadata": {"total_size": size}, "weight_map": files}
-            _write_json(directory / INDEX_FILE, index)
-        else:
-            for name in (EXPANDER_FILE, INDEX_FILE):
-                (directory / name).unlink(missing_ok=True)
-        config = self.config.to_encoder_dict(self.num_features, include_expander=include_expander)
-        _write_json(directory / "config.json", config)
-        for name in (ENCODER_FILE, EXPANDER_FILE):
-            if (directory / name).exists():  # safetensors lets nobody else read them
-                shutil.copymode(directory / "config.json", directory / name)
+        write_layout(
+            Path(save_directory),
+            state_dict if state_dict is not None else self.state_dict(),
+            self.config,
+            num_features=self.num_features,
+            include_expander=include_expander,
+        )
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -289,25 +320,6 @@ class VICRegModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError("a VICRegModel reads images and has no token embeddings.")
-
-
-def _create_backbone(name: str, model_args: dict[str, Any], pretrained: bool = False) -> nn.Module:
-    try:
-        return timm.create_model(name, pretrained=pretrained, **{**model_args, "num_classes": 0})
-    except TypeError as error:
-        raise ValueError(
-            f"model_args must be arguments of timm's {name}, got {model_args}: {error}."
-        ) from error
-    except (RuntimeError, AssertionError, OSError) as error:
-        weights = "with pretrained weights " if pretrained else ""
-        raise ValueError(
-            f"timm must be able to build {name} {weights}from model_args, got {model_args}: "
-            f"{' '.join(str(error).split())}"
-        ) from error
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 AutoConfig.register("vicreg", VICRegConfig, exist_ok=True)

@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-T = TypeVar("T", bound=tuple[Tensor, ...])
+T = TypeVar("T", bound=tuple[Any, ...])
 AHEAD = 2
 """Batches that wait to be used."""
 
@@ -30,7 +30,7 @@ def prefetch(batches: Iterator[T], device: torch.device) -> Iterator[T]:
         for batch, made in thread:
             current = torch.cuda.current_stream(device)
             current.wait_event(made)
-            for tensor in batch:
+            for tensor in tree_leaves(batch):
                 tensor.record_stream(current)  # its memory may not be reused before
             yield batch
     finally:

@@ -19,23 +19,26 @@ from timm.layers import convert_sync_batchnorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vicreg_hf.arguments import PretrainingArguments
-from vicreg_hf.configuration_vicreg import VICRegConfig, encoder_pretrained_cfg
-from vicreg_hf.data import SMALL_IMAGE, available_cores, local_processes
+from vicreg_hf.branches import check_architecture
+from vicreg_hf.building import build_model
+from vicreg_hf.cards import SECOND
+from vicreg_hf.data import available_cores, local_processes
 from vicreg_hf.distributed import SyncBatchNorm
+from vicreg_hf.exporting import check_exportable
 from vicreg_hf.hub import open_repository
 from vicreg_hf.inputs import Inputs, open_inputs
-from vicreg_hf.modeling_vicreg import VICRegModel, check_architecture
+from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.monitor import KNNMonitor
 from vicreg_hf.online_probe import create_probe
 from vicreg_hf.optim import create_optimizer
-from vicreg_hf.publishing import check_exportable
-from vicreg_hf.randomness import Stream, derive_seed
+from vicreg_hf.paired_inputs import run_views
+from vicreg_hf.pairs import PairedSplit
 from vicreg_hf.reporting import MetricsLog
 from vicreg_hf.resuming import resume
 from vicreg_hf.run import Run
 from vicreg_hf.sampler import GlobalBatches
+from vicreg_hf.second_encoder import check_second_exportable
 from vicreg_hf.streaming import ImageStream
-from vicreg_hf.views import TwoViews
 
 try:
     import fcntl
@@ -59,19 +62,23 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     output_dir = Path(str(args.output_dir))
     if args.push_to_hub and accelerator.is_main_process:
         open_repository(str(args.hub_model_id), private=args.hub_private or None)
+        if args.prime_modality not in (None, "embedding"):
+            open_repository(f"{args.hub_model_id}{SECOND}", private=args.hub_private or None)
     inputs = open_inputs(
         args, rank=accelerator.process_index, world_size=accelerator.num_processes,
         local_processes=local_processes(accelerator), main_first=accelerator.main_process_first,
     )  # fmt: skip
     train, batches = inputs.train, inputs.batches
     # convolutions are faster in this layout, on CPU too; attention does not mind
-    model = _build_model(args).to(accelerator.device, memory_format=torch.channels_last)
+    model = build_model(args, inputs.pairs, sound=inputs.sound)
+    model.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore
     probe = None
     if args.online_probe:
         probe = create_probe(train, inputs.held_out, model.num_features).to(accelerator.device)
     _check_micro_batches(model, batches)
     if accelerator.is_main_process:
         check_exportable(model)
+        check_second_exportable(model, inputs.pairs)
     if accelerator.num_processes > 1:
         on_cuda = accelerator.device.type == "cuda"  # torch's own is fused, and for CUDA alone
         (convert_sync_batchnorm if on_cuda else SyncBatchNorm.convert)(model)
@@ -79,29 +86,23 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     optimizer = create_optimizer(
         args.optimizer, model, lr=args.base_lr, weight_decay=args.weight_decay
     )
-    cfg = model.config.pretrained_cfg
-    assert cfg is not None
-    assert args.image_size is not None
-    assert args.augmentation is not None
     compiled = accelerator.device.type == "cuda" if args.compile is None else args.compile
-    views = TwoViews(
-        args.image_size, args.augmentation, mean=cfg["mean"], std=cfg["std"], seed=args.seed,
-        in_chans=args.in_chans, compile=compiled,
-    )  # fmt: skip
+    views, paired = run_views(args, model.config, inputs.pairs, compiled=compiled)
     if views.left_out:
         accelerator.print(
             f"Images of {args.in_chans} channels are seen without {', '.join(views.left_out)}, "
             "which need RGB."
         )
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process)
-    fingerprint = train.fingerprint()
+    fingerprint = inputs.fingerprint()
     step, seconds = resume(
         args, accelerator, model, optimizer, fingerprint, probe=probe, before=before
     )
     wrapped, prepared = accelerator.prepare(model, optimizer)
     return Run(
-        args, accelerator, model, wrapped, prepared, inputs, views,
-        _create_monitor(args, inputs, cfg), probe, log, fingerprint, step, seconds, started,
+        args, accelerator, model, wrapped, prepared, inputs, views, paired,
+        _create_monitor(args, inputs, model.config.pretrained_cfg or {}), probe, log, fingerprint,
+        step, seconds, started,
     )  # fmt: skip
 
 
@@ -195,8 +196,9 @@ def _create_monitor(
     if isinstance(inputs.train, ImageStream) or isinstance(inputs.images, ImageStream):
         return None
     assert args.image_size is not None
+    images = inputs.train if isinstance(inputs.images, PairedSplit) else inputs.images
     return KNNMonitor.create(
-        inputs.train, inputs.images, inputs.held_out, image_size=args.image_size,
+        inputs.train, images, inputs.held_out, image_size=args.image_size,
         crop_pct=cfg["crop_pct"], mean=cfg["mean"], std=cfg["std"],
         num_workers=args.num_workers or 0,
     )  # fmt: skip
@@ -226,52 +228,3 @@ def _check_micro_batches(model: VICRegModel, batches: GlobalBatches) -> None:
             f"micro_batch_size={batches.micro_batch_size} and batch_size={batches.batch_size}; "
             f"use {batches.micro_batch_size + 1}."
         )
-
-
-def _build_model(args: PretrainingArguments) -> VICRegModel:
-    """The model with weights from the seed, taking views of image_size."""
-    torch.manual_seed(derive_seed(args.seed, epoch=0, index=0, stream=Stream.MODEL))
-    assert args.image_size is not None
-    assert not isinstance(args.model_args, str)
-    model_args = dict(args.model_args or {})
-    method: Any = {
-        "expander_dims": args.expander_widths,
-        "sim_coeff": args.sim_coeff,
-        "std_coeff": args.std_coeff,
-        "cov_coeff": args.cov_coeff,
-    }
-
-    def build() -> VICRegModel:
-        if args.pretrained:
-            return VICRegModel.from_timm(args.architecture, model_args=model_args or None, **method)
-        config = VICRegConfig(
-            architecture=args.architecture, model_args=model_args or None, **method
-        )
-        return VICRegModel(config)
-
-    model = build()
-    cfg = model.config.pretrained_cfg
-    assert cfg is not None
-    if cfg.get("fixed_input_size") and cfg["input_size"][-1] != args.image_size:
-        model_args["img_size"] = args.image_size
-        model = build()
-    cfg = encoder_pretrained_cfg(model.config.pretrained_cfg or {}, model_args, args.image_size)
-    # Small images are seen whole; larger ones are evaluated on the authors' central crop.
-    crop_pct = 1.0 if args.image_size <= SMALL_IMAGE else 0.875
-    model.config.pretrained_cfg = cfg | {"crop_pct": crop_pct, "interpolation": "bicubic"}
-    _check_takes_images(model, args.in_chans, args.image_size)
-    return model
-
-
-@torch.inference_mode()
-def _check_takes_images(model: VICRegModel, channels: int, side: int) -> None:
-    """Encode one black image, so that what cannot work fails before the data is read."""
-    try:
-        model.eval()(torch.zeros(1, channels, side, side))
-    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-        raise ValueError(
-            f"the backbone must take images of {channels} x {side} x {side}, but "
-            f"{model.config.architecture} with model_args={model.config.model_args} does not: "
-            f"{' '.join(str(error).split())}"
-        ) from error
-    model.train()

@@ -22,6 +22,7 @@ from vicreg_hf.collapse_watch import CollapseWatch
 from vicreg_hf.data import LoadingError, loading_errors, training_views
 from vicreg_hf.distributed import OtherProcessFailed, failing_together, gather_rows
 from vicreg_hf.evaluation import alignment, effective_rank, embedding_std, uniformity
+from vicreg_hf.exporting import ExportError
 from vicreg_hf.faults import (
     OutOfMemory,
     ProcessLost,
@@ -37,7 +38,6 @@ from vicreg_hf.hub import HubError
 from vicreg_hf.liveness import watched
 from vicreg_hf.modeling_vicreg import VICRegOutput
 from vicreg_hf.preparation import begin, claim, setup
-from vicreg_hf.publishing import ExportError
 from vicreg_hf.randomness import Stream, derive_seed
 from vicreg_hf.reporting import Clock
 from vicreg_hf.resuming import state_of
@@ -94,11 +94,11 @@ def fit(run: Run, signals: Signals) -> None:
         disable=not run.accelerator.is_local_main_process,
     )  # fmt: skip
     run.wrapped.train()
-    clock = Clock(2 * args.batch_size)
+    clock = Clock(args.num_views * args.batch_size)
     watch = CollapseWatch(args, run.batches.steps_per_epoch, run.log.rows())
-    for x, x_prime in bar:
+    for views in bar:
         lr = run.lr
-        output, norm = take_gradients(run, x, x_prime)
+        output, norm = take_gradients(run, views)
         bad, stopping, unsaved = run.agree(
             not_finite(run, output, norm), signals.received is not None, run.writer.failed
         )
@@ -139,19 +139,30 @@ def views_from_here(run: Run, until: int | None = None) -> Any:
     return training_views(
         run.inputs.images, run.batches, run.views, steps=range(run.step, last),
         device=run.accelerator.device, num_workers=run.args.num_workers or 0, bad=run.inputs.bad,
+        paired=run.paired,
     )  # fmt: skip
 
 
-def take_gradients(run: Run, x: Tensor, x_prime: Tensor) -> tuple[VICRegOutput, Tensor]:
-    """Set the learning rate, and compute loss, gradients and their norm."""
+def take_gradients(run: Run, views: tuple[Any, ...]) -> tuple[VICRegOutput, Tensor]:
+    """Set the learning rate, and compute loss, gradients and their norm.
+
+    Args:
+        views: of a step, as `training_views` gives them.
+    """
     for group in run.optimizer.param_groups:
         group["lr"] = run.lr
     # Dropout and drop-path draw from torch's generator: keyed too, so that resuming is exact.
     rank = run.accelerator.process_index
     torch.manual_seed(derive_seed(run.args.seed, epoch=run.step, index=rank, stream=Stream.DROPOUT))
-    layout = torch.channels_last
-    output = backward(run, x.to(memory_format=layout), x_prime.to(memory_format=layout))
+    output = backward(run, tuple(_laid_out(view) for view in views))
     return output, gradient_norm(run)
+
+
+def _laid_out(view: Any) -> Any:
+    """Images in the layout in which convolutions are fast; anything else as it is."""
+    if isinstance(view, Tensor) and view.ndim == 4:
+        return view.to(memory_format=torch.channels_last)
+    return view
 
 
 def take_step(run: Run) -> None:
@@ -161,16 +172,19 @@ def take_step(run: Run) -> None:
     run.step += 1
 
 
-def backward(run: Run, x: Tensor, x_prime: Tensor) -> VICRegOutput:
-    """The loss of two batches of views, and its gradient in every parameter's `grad`."""
+def backward(run: Run, views: tuple[Any, ...]) -> VICRegOutput:
+    """The loss of a step's views, and its gradient in every parameter's `grad`."""
     accelerator, batches = run.accelerator, run.batches
+    x, x_prime, *others = views
+    num_further = run.args.num_global_views - 2
+    more: Any = {"further_views": others[:num_further], "local_views": others[num_further:]}
     if batches.micro_batch_size < batches.batch_size:
         return backward_in_chunks(
-            run.model, x, x_prime,
+            run.model, x, x_prime, **more,
             chunk_size=batches.micro_batch_size // accelerator.num_processes,
             wrapped=run.wrapped, backward=accelerator.backward, autocast=accelerator.autocast,
         )  # fmt: skip
-    output = run.wrapped(x, x_prime)
+    output = run.wrapped(x, x_prime, **more)
     accelerator.backward(output.loss)
     return output
 
@@ -249,7 +263,7 @@ def _place(run: Run) -> dict[str, Any]:
 def _metrics(run: Run, output: Any, norm: Tensor, lr: float, clock: Clock) -> dict[str, Any]:
     rate = clock.rate()
     _agree_on_bad_images(run)
-    z, z_prime = (gather_rows(branch.detach()) for branch in output.embeddings)
+    z, z_prime = (gather_rows(branch.detach()) for branch in output.embeddings[:2])
     probe = {} if run.probe is None else {"probe_loss": run.probe.loss.item()}
     return (
         _place(run)

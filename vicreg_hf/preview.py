@@ -16,8 +16,8 @@ from torchvision.transforms.v2 import functional as tv
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.images import ImageError
 from vicreg_hf.inputs import Inputs, open_inputs
+from vicreg_hf.paired_inputs import plain_views
 from vicreg_hf.sources import ImageSplit
-from vicreg_hf.views import TwoViews
 
 GAP = 4
 """White pixels between pictures."""
@@ -47,11 +47,7 @@ def draw_preview(args: PretrainingArguments, path: str | Path, *, count: int = 8
     inputs = open_inputs(args)
     assert args.image_size is not None
     assert args.augmentation is not None
-    channels = args.in_chans
-    views = TwoViews(
-        args.image_size, args.augmentation, seed=args.seed, in_chans=channels,
-        mean=[0.0] * channels, std=[1.0] * channels,
-    )  # fmt: skip
+    views = plain_views(args, inputs.pairs)
     epoch, rows = inputs.batches.batch(0)
     images, rows = _first_images(inputs, rows[:count])
     made = views.colour(views.crop(images, rows, epoch), rows, epoch)

@@ -21,6 +21,7 @@ from vicreg_hf.data import SMALL_IMAGE, default_num_workers, load_in_memory, loc
 from vicreg_hf.encoders import Encoder
 from vicreg_hf.evaluation.arguments import TRAINED, EvaluationArguments
 from vicreg_hf.evaluation.collapse import collapse_report
+from vicreg_hf.evaluation.cross_modal import chance, cross_recall
 from vicreg_hf.evaluation.finetune import finetune
 from vicreg_hf.evaluation.knn import knn_predict
 from vicreg_hf.evaluation.linear import linear_probe
@@ -35,10 +36,11 @@ from vicreg_hf.evaluation.svm import COSTS, FOLDS, mean_average_precision, svm_s
 from vicreg_hf.feature_cache import Features
 from vicreg_hf.inputs import common_side
 from vicreg_hf.labelled import LabelledData
+from vicreg_hf.pair_embeddings import Pairs, embed_pairs
 from vicreg_hf.sources import ImageSplit
 from vicreg_hf.views import TwoViews
 
-NO_LABELS = ("collapse",)
+NO_LABELS = ("collapse", "cross-retrieval")
 MULTI_LABEL = ("svm",)
 ALIGNED = 1000
 """Images of which two views are compared."""
@@ -56,6 +58,8 @@ class Task:
     encoder: Encoder
     data: LabelledData
     features: Mapping[str, Features]
+    pairs: Pairs | None = None
+    """Both branches and the test pairs, for cross-retrieval."""
 
     @property
     def device(self) -> torch.device:
@@ -259,6 +263,27 @@ def _retrieval(protocol: str, task: Task, measured: Measured) -> None:
         ]  # fmt: skip
 
 
+def _cross_retrieval(protocol: str, task: Task, measured: Measured) -> None:
+    assert task.pairs is not None
+    test, column = task.features["test"], task.pairs.split.column.name
+    z, z_prime, owner = embed_pairs(task.pairs, test.x, test.rows, task.device)
+    numbers = task.args.numbers("cross_k")
+    found = cross_recall(z, z_prime, owner, numbers)
+    directions = (
+        (f"images to {column}", found.forward, len(z_prime), len(z_prime) / len(z)),
+        (f"{column} to images", found.backward, len(z), 1.0),
+    )
+    for name, recall, candidates, right in directions:
+        for k in numbers:
+            settings = {
+                "similarity": "cosine", "searched": candidates, "k": k,
+                "chance": chance(candidates, right, k),
+            }  # fmt: skip
+            measured.measurements.append(
+                task.measured(protocol, f"{name}, recall at {k}", recall[k], settings)
+            )
+
+
 def _collapse(protocol: str, task: Task, measured: Measured) -> None:
     args, features = task.args, task.features["test"]
     report = collapse_report(features.x, _two_views(task))
@@ -308,5 +333,6 @@ RUNNERS: dict[str, Callable[[str, Task, Measured], None]] = {
     "linear": _linear,
     "svm": _svm,
     "retrieval": _retrieval,
+    "cross-retrieval": _cross_retrieval,
     "collapse": _collapse,
 }

@@ -37,8 +37,8 @@ def replay(args: PretrainingArguments, step: int) -> Path:
     path = run.output_dir / f"replay-step-{step}.json"
     run.wrapped.train()
     with explained(args, run):
-        for x, x_prime in views_from_here(run, until=step):
-            output, norm = take_gradients(run, x, x_prime)
+        for views in views_from_here(run, until=step):
+            output, norm = take_gradients(run, views)
             if run.step + 1 == step:
                 found = describe_step(run, output, norm, run.lr)
                 if run.accelerator.is_main_process:

@@ -68,8 +68,18 @@ class Clock:
         return self.steps * self.views_per_step / (time.perf_counter() - self.started)
 
 
-def summary(encoder: Path, rows: list[dict[str, Any]], monitor: KNNMonitor | None) -> str:
-    """The last lines of a run: where the encoder is, how to load it, how good it is."""
+def summary(
+    encoder: Path,
+    rows: list[dict[str, Any]],
+    monitor: KNNMonitor | None,
+    *,
+    second: Path | None = None,
+) -> str:
+    """The last lines of a run: where the encoder is, how to load it, how good it is.
+
+    Args:
+        second: where the second branch's encoder is, if it has one of its own.
+    """
     lines = [
         "",
         f"The encoder is in {encoder}. To load it, with nothing but transformers and timm:",
@@ -79,6 +89,8 @@ def summary(encoder: Path, rows: list[dict[str, Any]], monitor: KNNMonitor | Non
         f'    processor = AutoImageProcessor.from_pretrained("{encoder}")',
         "",
     ]
+    if second is not None:
+        lines += [f"That of the second branch is in {second}, whose card says how to load it.", ""]
     measured = [row for row in rows if "knn" in row]
     if monitor is None:
         lines.append("No labelled held-out split, so no kNN accuracy was measured.")

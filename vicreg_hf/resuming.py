@@ -33,7 +33,9 @@ FREE_TO_CHANGE = {
 """Settings that say where and how often, not what is computed."""
 MUST_STAY = {
     "architecture", "model_args", "pretrained", "expander_dims", "optimizer", "batch_size", "seed",
-    "dataset_config_name", "train_split", "image_column", "streaming",
+    "dataset_config_name", "train_split", "image_column", "streaming", "weights",
+    "prime_modality", "prime_column", "prime_architecture", "prime_model_args", "prime_pretrained",
+    "prime_tokenizer", "prime_expander_dims", "audio_seconds", "sampling_rate",
 }  # fmt: skip
 """Settings without which it is another run; any other may change, and that is said."""
 

@@ -22,9 +22,10 @@ from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.monitor import KNNMonitor
 from vicreg_hf.online_probe import OnlineProbe
 from vicreg_hf.optim import learning_rate
+from vicreg_hf.pairs import PairedInput
 from vicreg_hf.reporting import MetricsLog
 from vicreg_hf.sampler import GlobalBatches
-from vicreg_hf.views import TwoViews
+from vicreg_hf.views import RandomViews
 
 
 @dataclass
@@ -38,7 +39,9 @@ class Run:
     """The model as accelerate prepared it: under autocast, and in DDP on several processes."""
     optimizer: Optimizer
     inputs: Inputs
-    views: TwoViews
+    views: RandomViews
+    paired: PairedInput | None
+    """What becomes of the other half of the samples, where they are pairs."""
     monitor: KNNMonitor | None
     probe: OnlineProbe | None
     log: MetricsLog

@@ -29,7 +29,8 @@ from vicreg_hf.columns import (
 )
 from vicreg_hf.demo import load_demo
 from vicreg_hf.images import ImageError
-from vicreg_hf.randomness import Stream, words
+from vicreg_hf.modalities.audio import SpectrogramColumn, SpectrogramSettings
+from vicreg_hf.replacement import read_or_replace
 
 DEMO = "demo"
 EVAL_SPLITS = ("test", "validation", "valid", "val")
@@ -37,9 +38,6 @@ BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zi
 """What a single file is opened as; folders are recognised by `datasets`."""
 FINGERPRINTED = 64
 """Images of a split by which it is known again."""
-MAX_REPLACEMENTS = 100
-"""Images tried in the place of one that cannot be used."""
-
 Splits = dict[Any, Any]
 """A DatasetDict, or an IterableDatasetDict."""
 
@@ -49,7 +47,7 @@ class ImageSplit:
     """One split: encoded images, and labels where the data has them."""
 
     table: datasets.Dataset
-    column: ImageColumn
+    column: ImageColumn | SpectrogramColumn
     name: str
     labels: Tensor | None = None
     """(N,) classes from 0."""
@@ -61,11 +59,14 @@ class ImageSplit:
     def fingerprint(self) -> dict[str, Any]:
         """What tells one data set from another: its length, and a digest of images all over it."""
         digest = hashlib.sha256()
-        rows = np.unique(np.linspace(0, len(self) - 1, num=FINGERPRINTED).astype(int))
-        for cell in self._cells(rows.tolist()):
+        for cell in self.cells(self.sampled_rows()):
             with suppress(ImageError):
                 digest.update(self.column.encoded(cell))
         return {"images": len(self), "sha256": digest.hexdigest()}
+
+    def sampled_rows(self) -> list[int]:
+        """Rows all over the split, by which it is known again."""
+        return np.unique(np.linspace(0, len(self) - 1, num=FINGERPRINTED).astype(int)).tolist()
 
     def read(self, rows: Sequence[int]) -> list[Tensor]:
         """Decode some rows.
@@ -77,13 +78,11 @@ class ImageSplit:
             ImageError: names the row.
         """
         images = []
-        for row, cell in zip(rows, self._cells(rows), strict=True):
+        for row, cell in zip(rows, self.cells(rows), strict=True):
             try:
                 images.append(self.column.decode(cell))
             except ImageError as error:
-                raise ImageError(
-                    f"row {row} of {self.name}, column {self.column.name}: {error}"
-                ) from None
+                raise ImageError(f"{self.place(row)}: {error}") from None
         return images
 
     def try_read(self, rows: Sequence[int]) -> list[tuple[Tensor | BadImage, str | None]]:
@@ -93,7 +92,7 @@ class ImageSplit:
             Of each row the (C, H, W) uint8 image, or why there is none; and its path, if known.
         """
         found: list[tuple[Tensor | BadImage, str | None]] = []
-        for row, cell in zip(rows, self._cells(rows), strict=True):
+        for row, cell in zip(rows, self.cells(rows), strict=True):
             path = path_of(cell)
             try:
                 found.append((self.column.decode(cell), path))
@@ -112,31 +111,19 @@ class ImageSplit:
         Raises:
             ImageError: nor could any of `MAX_REPLACEMENTS` others.
         """
-        images, bad = [], []
-        for row, cell in zip(rows, self._cells(rows), strict=True):
-            try:
-                images.append(self.column.decode(cell))
-            except ImageError as error:
-                bad.append(BadImage(int(row), path_of(cell), str(error)))
-                images.append(self._replacement(int(row), bad))
-        return images, bad
+        return read_or_replace(self, rows)
 
-    def _replacement(self, row: int, bad: list[BadImage]) -> Tensor:
-        for attempt in range(MAX_REPLACEMENTS):
-            drawn = words([row], 1, seed=0, epoch=attempt, stream=Stream.REPLACEMENT)
-            other = int(drawn[0, 0]) % len(self)
-            (cell,) = self._cells([other])
-            try:
-                return self.column.decode(cell)
-            except ImageError as error:
-                bad.append(BadImage(other, path_of(cell), str(error)))
-        raise ImageError(
-            f"row {row} of {self.name}, column {self.column.name}: {bad[0].reason} "
-            f"Nor could {MAX_REPLACEMENTS} others be used in its place."
-        )
+    def place(self, row: int) -> str:
+        """A row, as a sentence names it."""
+        return f"row {row} of {self.name}, column {self.column.name}"
 
-    def _cells(self, rows: Sequence[int]) -> list[Any]:
+    def cells(self, rows: Sequence[int]) -> list[Any]:
+        """The encoded images of some rows."""
         return self.table[list(rows)][self.column.name]
+
+    def decode(self, cell: Any) -> Tensor:
+        """The (C, H, W) uint8 image of a cell; an ImageError where it cannot be used."""
+        return self.column.decode(cell)
 
 
 def open_dataset(name: str, config_name: str | None = None, *, streaming: bool = False) -> Splits:
@@ -210,8 +197,12 @@ def image_split(
     image_column: str | None = None,
     label_column: str | None = None,
     channels: int = 3,
+    sound: SpectrogramSettings | None = None,
 ) -> ImageSplit:
     """Pick a split and its columns.
+
+    Args:
+        sound: how a column of sound is seen, where there are no images.
 
     Raises:
         ValueError: no such split, no rows, no such column.
@@ -221,8 +212,7 @@ def image_split(
     table = splits[name]
     if len(table) == 0:
         raise ValueError(f"a split must have rows, got none in split {name!r} of {dataset_name}.")
-    found = find_image_column(table.features, image_column)
-    column = ImageColumn(found, table.features[found], channels)
+    column = open_column(table.features, image_column, channels=channels, sound=sound)
     label = find_label_column(table.features, label_column)
     labels, names = (None, ()) if label is None else _labels(table, label)
     if label_column is not None and labels is None:
@@ -231,6 +221,24 @@ def image_split(
             f"without one in {label_column!r}; choose another or leave it out."
         )
     return ImageSplit(column.prepare(table), column, f"{dataset_name} ({name})", labels, names)
+
+
+def open_column(
+    features: datasets.Features,
+    wanted: str | None,
+    *,
+    channels: int = 3,
+    sound: SpectrogramSettings | None = None,
+) -> ImageColumn | SpectrogramColumn:
+    """The column of images, or of sound, which is seen as spectrograms of one channel.
+
+    Raises:
+        ValueError: as `find_image_column`; or soundfile is not installed.
+    """
+    found = find_image_column(features, wanted)
+    if isinstance(features[found], datasets.Audio):
+        return SpectrogramColumn.find(features, found, sound)
+    return ImageColumn(found, features[found], channels)
 
 
 def _labels(table: datasets.Dataset, column: str) -> tuple[Tensor | None, tuple[str, ...]]:

@@ -11,9 +11,10 @@ from typing import Any
 import datasets
 from datasets.distributed import split_dataset_by_node
 
-from vicreg_hf.columns import ImageColumn, find_image_column
+from vicreg_hf.columns import ImageColumn
 from vicreg_hf.images import ImageError
-from vicreg_hf.sources import Splits
+from vicreg_hf.modalities.audio import SpectrogramColumn, SpectrogramSettings
+from vicreg_hf.sources import Splits, open_column
 
 SHUFFLE_BUFFER = 1000
 """Images of a stream that wait, encoded, to be drawn in random order."""
@@ -24,7 +25,7 @@ class ImageStream:
     """A split that is read as it comes; this process's share of it."""
 
     table: datasets.IterableDataset
-    column: ImageColumn
+    column: ImageColumn | SpectrogramColumn
     name: str
     num_images: int | None
     """Of all processes together, where the data set says."""
@@ -57,6 +58,7 @@ def image_stream(
     dataset_name: str,
     image_column: str | None = None,
     channels: int = 3,
+    sound: SpectrogramSettings | None = None,
 ) -> ImageStream:
     """Pick a split of what was opened with streaming=True, and its column of images.
 
@@ -69,8 +71,7 @@ def image_stream(
     features = table.features or table._resolve_features().features
     if not features:
         raise ValueError(f"a split must have rows, got none in split {name!r} of {dataset_name}.")
-    found = find_image_column(features, image_column)
-    column = ImageColumn(found, features[found], channels)
+    column = open_column(features, image_column, channels=channels, sound=sound)
     known = (table.info.splits or {}).get(name)
     count = known.num_examples if known is not None else None
     table = column.prepare(table)

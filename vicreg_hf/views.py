@@ -77,6 +77,8 @@ class RandomViews(Generic[Views]):
         in_chans: C.
         compile: fuse the operations with torch.compile: the same views, sooner, after half a minute
             at the start. Without a C++ compiler it says so and goes on without.
+        numbers: which of a sample's views these are, counted from 0, where others are made
+            elsewhere; by default the first ones.
 
     Raises:
         ValueError: no recipe, no channels, a side below one pixel, or sides, means or deviations
@@ -99,6 +101,7 @@ class RandomViews(Generic[Views]):
         seed: int = 0,
         in_chans: int = 3,
         compile: bool = False,  # noqa: A002 - torch's word
+        numbers: Sequence[int] | None = None,
     ) -> None:
         if in_chans < 1:
             raise ValueError(f"in_chans must be at least 1, got {in_chans}.")
@@ -110,6 +113,7 @@ class RandomViews(Generic[Views]):
         if min(self.image_sizes) < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
         self.seed, self.in_chans, self.recipes = seed, in_chans, recipes
+        self.numbers = tuple(range(len(recipes)) if numbers is None else numbers)
         self.kernels = Kernels(compiled=compile)
         means, stds = (
             _per_channel(name, default if values is None else values, len(recipes), in_chans)
@@ -128,8 +132,8 @@ class RandomViews(Generic[Views]):
         return tuple(n for n in NEEDS_RGB if any(getattr(recipe, n) for recipe in self.recipes))
 
     def uniforms(self, indices: ArrayLike, epoch: ArrayLike, view: int) -> NDArray[np.float32]:
-        """The (B, K) numbers that decide one view, counted from 0, of every image."""
-        stream = view_stream(view)
+        """The (B, K) numbers that decide one of the views, counted from 0, of every image."""
+        stream = view_stream(self.numbers[view])
         return uniforms(indices, NUM_UNIFORMS, seed=self.seed, epoch=epoch, stream=stream)
 
     def __call__(

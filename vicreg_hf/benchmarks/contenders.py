@@ -59,7 +59,8 @@ def bare(run: Run, precision: str, channels_last: bool) -> Contender:
     device, args = run.accelerator.device, run.args
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = _backbone(run).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-    shape = (args.batch_size, args.in_chans, run.views.image_size, run.views.image_size)
+    side = run.views.image_sizes[0]
+    shape = (args.batch_size, args.in_chans, side, side)
     pair = tuple(torch.randn(shape, device=device).to(memory_format=layout) for _ in range(2))
 
     def step(x: Tensor, x_prime: Tensor) -> None:
@@ -74,8 +75,8 @@ def bare(run: Run, precision: str, channels_last: bool) -> Contender:
 def ours(run: Run, precision: str) -> Contender:
     """What `pretraining.fit` does in every step, without what it does in some."""
 
-    def step(x: Tensor, x_prime: Tensor) -> None:
-        output, norm = take_gradients(run, x, x_prime)
+    def step(*views: Tensor) -> None:
+        output, norm = take_gradients(run, views)
         run.agree(not_finite(run, output, norm), False, False)
         take_step(run)
 
@@ -95,7 +96,7 @@ def authors(run: Run, pictures: Sequence[Image.Image | bytes]) -> Contender:
 
     Source: vicreg@4e12602, main_vicreg.py.
     """
-    make = PILViews(run.views.recipes, run.views.image_size)
+    make = PILViews(run.views.recipes, run.views.image_sizes[0])
     head = projector(run.model.num_features, run.args.expander_widths)
     precision = "fp16" if run.accelerator.device.type == "cuda" else "fp32"
     lr = 0.2 * run.args.batch_size / 256 / 100  # as in their warm-up
@@ -108,7 +109,7 @@ def authors(run: Run, pictures: Sequence[Image.Image | bytes]) -> Contender:
 def lightly(run: Run, pictures: Sequence[Image.Image | bytes], precision: str) -> Contender | None:
     """The example of lightly with this backbone, expander and precision; None if not installed."""
     widths = run.args.expander_widths
-    parts = lightly_parts(run.model.num_features, widths, run.views.image_size)
+    parts = lightly_parts(run.model.num_features, widths, run.views.image_sizes[0])
     if parts is None:
         return None
     head, loss, make = parts

@@ -25,6 +25,7 @@ from vicreg_hf.augmentation import PRESETS, ViewRecipe
 from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
 from vicreg_hf.data import available_cores
 from vicreg_hf.images import decode_image
+from vicreg_hf.pairs import PairedSplit
 from vicreg_hf.preparation import setup
 from vicreg_hf.pretraining import backward
 from vicreg_hf.run import Run
@@ -227,13 +228,15 @@ def _stages(run: Run) -> str:
     images, batches = run.inputs.images, run.batches
     epoch, rows = batches.batch(0)
     times: Runs = {}
+    if isinstance(images, PairedSplit):
+        raise ValueError("the stages of pairs are not measured; leave out --prime_modality.")
     workers = max(1, min(run.args.num_workers or 0, available_cores()))
     if isinstance(images, Tensor):
         chosen = images[torch.from_numpy(rows)]
         on_device = chosen.to(device)
         times["transfer"] = lambda: chosen.to(device, copy=True)
         times["crop and colour on the device"] = lambda: views(on_device, rows, epoch)
-        x, x_prime = views(on_device, rows, epoch)
+        made = views(on_device, rows, epoch)
     else:
         if isinstance(images, ImageSplit):
             decode = lambda: images.read_or_replace(rows.tolist())[0]  # noqa: E731
@@ -242,22 +245,22 @@ def _stages(run: Run) -> str:
         decoded = decode()
         rows = rows[: len(decoded)]
         crops = views.crop(decoded, rows, epoch)
-        moved = (crops[0].to(device), crops[1].to(device))
+        moved = tuple(part.to(device) for part in crops)
         times[f"read and decode, {workers} workers"] = decode
         times[f"crop, {workers} workers"] = lambda: views.crop(decoded, rows, epoch)
         times["transfer"] = lambda: [part.to(device, copy=True) for part in crops]
         times["colour on the device"] = lambda: views.colour(moved, rows, epoch)
-        x, x_prime = views.colour(moved, rows, epoch)
-    x, x_prime = (part.to(memory_format=torch.channels_last) for part in (x, x_prime))
+        made = views.colour(moved, rows, epoch)
+    made = tuple(part.to(memory_format=torch.channels_last) for part in made)
 
     def step() -> None:
-        backward(run, x, x_prime)
+        backward(run, made)
         run.optimizer.step()
         run.optimizer.zero_grad()
 
     times["model"] = step
     rates = {
-        name: 2 * len(rows) / seconds * (workers if "workers" in name else 1)
+        name: len(made) * len(rows) / seconds * (workers if "workers" in name else 1)
         for name, seconds in median_seconds(times, device).items()
     }
     lines = [[name, f"{rate:.0f}"] for name, rate in rates.items()]

@@ -24,7 +24,7 @@ TRAINED: dict[str, tuple[FinetuneSettings, float]] = {
     "finetune": (TEN_PERCENT, 1.0),
 }
 """Protocols that train with the images: how, and on which part of the labels."""
-PROTOCOLS = ("knn", "linear", *TRAINED, "svm", "retrieval", "collapse")
+PROTOCOLS = ("knn", "linear", *TRAINED, "svm", "retrieval", "cross-retrieval", "collapse")
 
 
 def _setting(default: Any, meaning: str) -> Any:
@@ -57,6 +57,13 @@ class EvaluationArguments:
     knn_k: str = _setting("20,200", "Neighbours of knn, joined by commas.")
     temperature: float = _setting(0.07, "Of the votes of knn; smaller trusts the nearest more.")
     retrieval_k: str = _setting("1,5,10,100", "Neighbours of retrieval, joined by commas.")
+    cross_k: str = _setting("1,5,10", "Neighbours of cross-retrieval, joined by commas.")
+    prime_column: str | None = _setting(
+        None, "Column of what the second branch takes; found by its type if only one."
+    )
+    prime_tokenizer: str | None = _setting(
+        None, "Of a second branch that takes text; by default the one published with it."
+    )
     probe_epochs: int = _setting(30, "Passes of linear over the features.")
     epochs: int | None = _setting(None, "Of linear-sgd and finetune; by default the authors'.")
     train_batch_size: int | None = _setting(
@@ -93,7 +100,7 @@ class EvaluationArguments:
                 f"protocols must be of {', '.join(PROTOCOLS)}, joined by commas, got "
                 f"{', '.join(unknown) or 'none'}."
             )
-        for name in ("knn_k", "retrieval_k"):
+        for name in ("knn_k", "retrieval_k", "cross_k"):
             _ = self.numbers(name)
         for name in ("temperature", "batch_size", "probe_epochs", "num_resamples", "epochs",
                      "train_batch_size", "lr_head"):  # fmt: skip

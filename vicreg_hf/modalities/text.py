@@ -17,10 +17,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vicreg_hf.images import ImageError
-from vicreg_hf.modalities.stock import one_line
-from vicreg_hf.modalities.text_encoder import TextEncoder
+from vicreg_hf.modalities.stock import one_line, open_config
+from vicreg_hf.modalities.text_encoder import TEXT_PART, TextEncoder
 from vicreg_hf.randomness import Stream, uniforms
 
+USUAL_LENGTH = 64
+"""Tokens, enough for captions."""
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """What encoders are given, of what a tokenizer makes."""
 
@@ -31,7 +33,7 @@ class TextColumn:
 
     name: str
     tokenizer: PreTrainedTokenizerBase
-    max_length: int = 64
+    max_length: int = USUAL_LENGTH
     """Tokens to which longer texts are cut, special ones included."""
 
     def __post_init__(self) -> None:
@@ -49,15 +51,15 @@ class TextColumn:
         name: str,
         *,
         tokenizer: PreTrainedTokenizerBase,
-        max_length: int = 64,
+        max_length: int = USUAL_LENGTH,
     ) -> TextColumn:
         """The column of this name, which must hold strings or lists of them.
 
         Raises:
             ValueError: it does not.
         """
-        if name not in features or not _is_text(features[name]):
-            found = [other for other, feature in features.items() if _is_text(feature)]
+        if name not in features or not is_text(features[name]):
+            found = [other for other, feature in features.items() if is_text(feature)]
             raise ValueError(
                 f"text_column must name a column of strings or of lists of strings, got {name!r}; "
                 f"columns of text: {', '.join(found) or 'none'}; all: {', '.join(features)}."
@@ -111,10 +113,17 @@ class TextColumn:
         return {name: tokens[name].long() for name in INPUTS if name in tokens}
 
 
-def _is_text(feature: Any) -> bool:
+def is_text(feature: Any) -> bool:
+    """Whether a feature holds strings, or lists of them."""
     if isinstance(feature, (datasets.List, datasets.LargeList)):
         feature = feature.feature
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def default_max_length(architecture: str) -> int:
+    """`USUAL_LENGTH` tokens, or as many as an encoder has positions for, if those are fewer."""
+    config = open_config(architecture, TEXT_PART)
+    return min(USUAL_LENGTH, getattr(config, "max_position_embeddings", None) or USUAL_LENGTH)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -38,8 +38,8 @@ class VectorColumn:
         Raises:
             ValueError: it does not.
         """
-        if name not in features or not _is_vector(features[name]):
-            found = [other for other, feature in features.items() if _is_vector(feature)]
+        if name not in features or not is_vector(features[name]):
+            found = [other for other, feature in features.items() if is_vector(feature)]
             raise ValueError(
                 f"vector_column must name a column of lists of floats, got {name!r}; columns of "
                 f"vectors: {', '.join(found) or 'none'}; all: {', '.join(features)}."
@@ -98,7 +98,8 @@ class VectorColumn:
         return torch.stack(list(items))
 
 
-def _is_vector(feature: Any) -> bool:
+def is_vector(feature: Any) -> bool:
+    """Whether a feature holds lists of floats."""
     if not isinstance(feature, (datasets.List, datasets.LargeList)):
         return False
     inner = feature.feature

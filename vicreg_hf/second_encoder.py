@@ -1,0 +1,144 @@
+"""Publishing the second branch's encoder, in a directory of its own that stock loaders take.
+
+Shapes: F features.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vicreg_hf.branches import is_timm
+from vicreg_hf.cards import CARD_FILE, PICTURES, personalise
+from vicreg_hf.exporting import ExportError, export_encoder, load_model
+from vicreg_hf.hub import push_folder
+from vicreg_hf.layout import TRAINING_ONLY
+from vicreg_hf.modalities.audio import WaveformColumn
+from vicreg_hf.modalities.text import TextColumn, save_text_encoder
+from vicreg_hf.modalities.text_encoder import create_text_encoder
+from vicreg_hf.modalities.waveform_encoder import create_waveform_encoder, save_waveform_encoder
+from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.onnx import ONNX_FILE
+from vicreg_hf.pairs import PairedSplit
+
+REMOVABLE = (*TRAINING_ONLY, ONNX_FILE, *PICTURES)
+"""Files of an earlier revision that go when a push has none of them."""
+DIRECTORY = "encoder_prime"
+"""Of the second encoder, beside `encoder` in a run's output_dir."""
+
+
+def has_second_encoder(model: VICRegModel) -> bool:
+    """Whether there is a second encoder to publish; precomputed embeddings have none."""
+    return model.prime is not None and not isinstance(model.prime.backbone, nn.Identity)
+
+
+def export_second_encoder(model: VICRegModel, directory: str | Path, *, column: Any = None) -> Path:
+    """Write the second branch's encoder as its own library publishes it, and load it again.
+
+    Of timm the layout is that of `export_encoder`; of text and waveforms it is transformers', with
+    the tokenizer or the feature extractor.
+
+    Args:
+        directory: made if absent; files of other names in it are left alone.
+        column: of text or waveforms, what the encoder was trained on.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ExportError: weights differ when loaded again; the directory is as it was.
+    """
+    assert model.prime is not None
+    encoder: Any = model.prime.backbone
+    directory = Path(directory)
+    if is_timm(encoder):
+        return export_encoder(model.second_model(), directory, include_expander=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as aside:
+        if isinstance(column, TextColumn):
+            save_text_encoder(encoder, column.tokenizer, aside)
+            again: nn.Module = create_text_encoder(aside, pretrained=True)
+        else:
+            assert isinstance(column, WaveformColumn)
+            save_waveform_encoder(encoder, column.sampling_rate, aside)
+            again = create_waveform_encoder(aside, pretrained=True)
+        found, expected = again.state_dict(), encoder.state_dict()
+        different = [
+            name for name in found.keys() | expected.keys()
+            if name not in found or name not in expected
+            or not torch.equal(found[name].cpu(), expected[name].cpu())
+        ]  # fmt: skip
+        if different:
+            raise ExportError(
+                f"transformers must load the same weights of the second encoder, and "
+                f"{len(different)} differ: {', '.join(sorted(different)[:5])}."
+            )
+        for file in Path(aside).iterdir():
+            file.replace(directory / file.name)
+    return directory
+
+
+def check_second_exportable(model: VICRegModel, pairs: PairedSplit | None) -> None:
+    """Make sure, before training, that `export_second_encoder` will be able to write.
+
+    Raises:
+        ExportError: it will not.
+    """
+    if not has_second_encoder(model):
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        try:
+            export_second_encoder(model, aside, column=None if pairs is None else pairs.column)
+        except RuntimeError as error:  # of safetensors, or an ExportError
+            raise ExportError(
+                f"the second encoder cannot be published: {' '.join(str(error).split())}"
+            ) from error
+
+
+def push_second_encoder(
+    directory: Path,
+    repo_id: str,
+    *,
+    first_id: str,
+    include_expander: bool = False,
+    license: str | None = None,  # noqa: A002
+    token: str | bool | None = None,
+    revision: str | None = None,
+) -> str:
+    """Push a second encoder to a repository that is there, in one commit.
+
+    Args:
+        directory: what `export_second_encoder` has written, with its card.
+        first_id: the repository of the first encoder, which the card names.
+        include_expander: of timm's, also push the expander.
+
+    Returns:
+        Address of the commit.
+    """
+    with tempfile.TemporaryDirectory() as aside:
+        folder = Path(aside)
+        if is_timm_directory(directory):
+            export_encoder(load_model(directory)[0], folder, include_expander=include_expander)
+        else:
+            for file in directory.iterdir():
+                if file.is_file() and not file.name.startswith("."):
+                    shutil.copyfile(file, folder / file.name)
+        if (directory / CARD_FILE).is_file():
+            text = (directory / CARD_FILE).read_text(encoding="utf-8")
+            (folder / CARD_FILE).write_text(personalise(text, first_id, license), encoding="utf-8")
+        return push_folder(
+            folder, repo_id, commit_message="Upload a VICReg encoder", token=token,
+            revision=revision, removable=lambda name: name in REMOVABLE,
+        )  # fmt: skip
+
+
+def is_timm_directory(directory: Path) -> bool:
+    """Whether a published encoder is one of timm's."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return config.get("model_type") == "timm_wrapper"
