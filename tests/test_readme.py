@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hub import WRITER, running_hub
+from paired import write_captions, write_text_encoder
 from workflow import ROOT, run, write_images
 
 from vicreg_hf import VICRegConfig, VICRegModel
@@ -31,7 +32,7 @@ def trainings() -> list[str]:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     lines += re.findall(r"\| `(accelerate launch [^`]*)`", README)
     commands = [line.split("&& ")[-1] for line in lines if "scripts/pretrain.py" in line]
-    commands = [command for command in commands if "--preview" not in command]
+    commands = [c for c in commands if "--preview" not in c and "--prime" not in c]
     return list(dict.fromkeys(commands))
 
 
@@ -116,7 +117,7 @@ def test_an_encoder_is_measured_as_shown(tmp_path: Path) -> None:
     model = VICRegModel(VICRegConfig(architecture="test_resnet", expander_dims=[8]))
     model.save_pretrained(tmp_path / "encoder")
     (command,) = [line for block in blocks("bash") for line in block.splitlines()
-                  if "evaluate.py" in line]  # fmt: skip
+                  if "evaluate.py" in line and "knn" in line]  # fmt: skip
     for word, path in {"org/name": "encoder", "path/or/hub-id": "images"}.items():
         command = command.replace(f" {word}", f" {tmp_path / path}")
     output = tmp_path / "out"
@@ -147,3 +148,33 @@ def test_python_interface_works_as_shown(tmp_path: Path) -> None:
     result = run([sys.executable, "-c", script])
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "encoder" / "config.json").is_file()
+
+
+def test_pairs_are_trained_and_measured_as_shown(tmp_path: Path) -> None:
+    write_captions(tmp_path / "data", rows=64, test_rows=32)
+    write_text_encoder(tmp_path / "bert")
+    (block,) = [block for block in blocks("bash") if "cross-retrieval" in block]
+    training, measuring = block.replace("\\\n", " ").splitlines()
+    for word, other in {
+        "path/or/hub-id": tmp_path / "data", "distilbert-base-uncased": tmp_path / "bert",
+        "runs/pairs": tmp_path / "pairs", "resnet50": "test_resnet",
+    }.items():  # fmt: skip
+        training, measuring = (line.replace(word, str(other)) for line in (training, measuring))
+    short = ["--expander_dims=16-16", "--batch_size=16", "--max_steps=2"]
+    done = run([*shlex.split(training), *short])
+    assert done.returncode == 0, done.stderr
+    output = ["--prime_column=caption", f"--output_dir={tmp_path}/out", f"--cache_dir={tmp_path}/c"]
+    done = run([*shlex.split(measuring), *output])
+    assert done.returncode == 0, done.stderr
+    for direction in ("images to caption", "caption to images"):
+        for k in (1, 5, 10):
+            assert f"{direction}, recall at {k}: " in done.stdout
+
+
+def test_models_of_two_branches_are_made_as_shown() -> None:
+    (block,) = [block for block in blocks("python") if "different = " in block]
+    check = "assert shared.prime is None\nprint(separate.prime.num_features)\n"
+    check += "print(different.prime.num_features)"
+    done = run([sys.executable, "-c", block + check])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["512", "192"]
