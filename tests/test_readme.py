@@ -8,9 +8,11 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from hub import WRITER, running_hub
 from paired import write_captions, write_text_encoder
 from workflow import ROOT, run, write_images
@@ -76,10 +78,20 @@ def test_preview_is_drawn_as_shown(tmp_path: Path) -> None:
 
 
 def test_recipe_of_views_is_one() -> None:
-    (block,) = blocks("yaml")
+    (block,) = [block for block in blocks("yaml") if "preset" in block]
     x, x_prime, _ = find_recipes(yaml.safe_load(block))
     assert (x.flip, x.scale, x_prime.solarize) == (0, (0.3, 1.0), 0)
     assert x == replace(PRESETS["authors"][0], flip=0, scale=(0.3, 1.0))
+
+
+@pytest.mark.parametrize("machines", [1, 4])
+def test_accelerate_takes_its_configuration(machines: int, tmp_path: Path) -> None:
+    (block,) = [b for b in blocks("yaml") if f"num_machines: {machines}\n" in b]
+    (tmp_path / "config.yaml").write_text(block)
+    config: Any = load_config_from_file(str(tmp_path / "config.yaml"))
+    assert isinstance(config, ClusterConfig)
+    assert (config.num_machines, config.num_processes) == (machines, 8 * machines)
+    assert config.mixed_precision == "bf16"
 
 
 def test_python_loads_what_a_run_has_made(tmp_path: Path) -> None:

@@ -331,6 +331,14 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     )
 
 
+class _ListRecipes(argparse.Action):
+    """Print the recipes and be done, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(recipe_files.describe_recipes("vicreg_hf"))
+        parser.exit()
+
+
 def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
     """Settings from command-line words: a recipe first, flags on top.
 
@@ -361,6 +369,12 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
         help=f"A recipe ({', '.join(recipe_names())}) or a YAML file; flags override it.",
     )
     parser.add_argument(
+        "--list_recipes",
+        action=_ListRecipes,
+        nargs=0,
+        help="Print the recipes: data, hardware, expected accuracy and its source.",
+    )
+    parser.add_argument(
         "--preview",
         metavar="PNG",
         help="Instead of training, draw images beside their two views in this file.",
@@ -373,6 +387,6 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
     )
     words = [*(as_flags(read_recipe(config)) if config else []), *argv]
     namespace = vars(parser.parse_args(words))
-    for name in ("config", "preview", "replay"):
+    for name in ("config", "list_recipes", "preview", "replay"):
         namespace.pop(name)
     return PretrainingArguments(**namespace)

@@ -10,6 +10,11 @@ from typing import Any
 
 import yaml
 
+ABOUT = "about"
+"""What a recipe says of itself, beside its settings."""
+FACTS = ("data", "hardware", "expected", "source")
+"""Which images it is for, what it is meant to run on, which accuracy to expect, who says so."""
+
 
 def recipe_names(package: str) -> list[str]:
     """Names of the recipes in a package's folder `recipes`."""
@@ -27,6 +32,24 @@ def read_recipe(name_or_path: str, package: str, settings_of: type, script: str)
     Raises:
         ValueError: no such recipe or file, not a mapping, or settings that do not exist.
     """
+    settings = _content(name_or_path, package)
+    settings.pop(ABOUT, None)
+    unknown = {str(name) for name in settings} - {f.name for f in fields(settings_of)}
+    if unknown:
+        raise ValueError(
+            f"config must hold settings of {script}, got {', '.join(sorted(unknown))} "
+            f"in {name_or_path}; --help lists them."
+        )
+    return settings
+
+
+def read_about(name: str, package: str) -> dict[str, str]:
+    """What a shipped recipe says of itself, by the names in `FACTS`."""
+    about = _content(name, package).get(ABOUT) or {}
+    return {fact: " ".join(str(about.get(fact, "")).split()) for fact in FACTS}
+
+
+def _content(name_or_path: str, package: str) -> dict[str, Any]:
     names = recipe_names(package)
     if name_or_path in names:
         text = (resources.files(package) / "recipes" / f"{name_or_path}.yaml").read_text()
@@ -42,13 +65,16 @@ def read_recipe(name_or_path: str, package: str, settings_of: type, script: str)
         raise ValueError(f"config must be valid YAML, {name_or_path} is not: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"config must map settings to values, got {settings!r} in {name_or_path}.")
-    unknown = {str(name) for name in settings} - {f.name for f in fields(settings_of)}
-    if unknown:
-        raise ValueError(
-            f"config must hold settings of {script}, got {', '.join(sorted(unknown))} "
-            f"in {name_or_path}; --help lists them."
-        )
     return settings
+
+
+def describe_recipes(package: str) -> str:
+    """Every shipped recipe with what it says of itself, for people to read."""
+    parts = []
+    for name in recipe_names(package):
+        about = read_about(name, package)
+        parts.append("\n".join([name, *(f"    {fact:9} {about[fact]}" for fact in FACTS)]))
+    return "\n\n".join(parts)
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:
