@@ -155,6 +155,9 @@ def test_another_architecture_is_trained_resumed_and_published(
     assert done.returncode == 0, done.stderr
     assert stock(whole / "encoder", whole / "encoder_prime", "image") == 64
     assert "prime.backbone.patch_embed.proj.weight" in weights(whole)
+    last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["embedding_std_prime"] > 0
+    assert 1 <= last["effective_rank_prime"] <= 32
     first = run_pretraining(
         *flags, f"--output_dir={parts}", "--max_steps=6", "--warmup_epochs=0", "--save_steps=3"
     )

@@ -222,7 +222,9 @@ def _accelerator() -> Accelerator:
 
 def _check_micro_batches(model: VICRegModel, batches: GlobalBatches) -> None:
     smallest = batches.batch_size % batches.micro_batch_size or batches.micro_batch_size
-    if smallest == 1 and any(isinstance(m, _BatchNorm) for m in model.backbone.modules()):
+    encoders = [model.backbone] + ([] if model.prime is None else [model.prime.backbone])
+    parts = itertools.chain.from_iterable(encoder.modules() for encoder in encoders)
+    if smallest == 1 and any(isinstance(part, _BatchNorm) for part in parts):
         raise ValueError(
             "micro_batch_size must leave batch normalisation at least 2 images to compare, got "
             f"micro_batch_size={batches.micro_batch_size} and batch_size={batches.batch_size}; "

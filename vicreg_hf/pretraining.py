@@ -264,7 +264,12 @@ def _metrics(run: Run, output: Any, norm: Tensor, lr: float, clock: Clock) -> di
     rate = clock.rate()
     _agree_on_bad_images(run)
     z, z_prime = (gather_rows(branch.detach()) for branch in output.embeddings[:2])
-    probe = {} if run.probe is None else {"probe_loss": run.probe.loss.item()}
+    more = {} if run.probe is None else {"probe_loss": run.probe.loss.item()}
+    if run.model.prime is not None:  # it may collapse by itself
+        more |= {
+            "embedding_std_prime": embedding_std(z_prime).item(),
+            "effective_rank_prime": effective_rank(z_prime).item(),
+        }
     return (
         _place(run)
         | {
@@ -281,7 +286,7 @@ def _metrics(run: Run, output: Any, norm: Tensor, lr: float, clock: Clock) -> di
             "uniformity": uniformity(z).item(),
             "bad_images": len(run.inputs.bad),
         }
-        | probe
+        | more
     )
 
 
