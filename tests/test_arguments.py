@@ -158,7 +158,7 @@ def test_every_preset_of_views_is_an_augmentation(preset: str) -> None:
 
 POSITIVE = [
     "batch_size", "num_train_epochs", "max_steps", "image_size", "logging_steps", "save_steps",
-    "knn_steps",
+    "knn_steps", "lars_eta",
 ]  # fmt: skip
 NOT_NEGATIVE = [
     "base_lr", "weight_decay", "warmup_epochs", "num_workers", "seed", "sim_coeff", "std_coeff",
@@ -181,7 +181,9 @@ def test_settings_that_may_be_zero_are_refused_below(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-@pytest.mark.parametrize("name", ["base_lr", "num_train_epochs", "sim_coeff", "weight_decay"])
+@pytest.mark.parametrize(
+    "name", ["base_lr", "num_train_epochs", "sim_coeff", "weight_decay", "lars_eta"]
+)
 def test_settings_that_are_not_finite_are_refused(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=name):
         parse_arguments([f"--{name}={value}"])
@@ -191,6 +193,7 @@ def test_settings_that_are_not_finite_are_refused(name: str, value: str) -> None
     ("flag", "message"),
     [
         ("--augmentation=strong", "augmentation must be one of authors, .*, got 'strong'"),
+        ("--variance_reduction=max", "variance_reduction must be mean or sum, got 'max'"),
         ("--resume=maybe", "resume must be auto, never or required, got 'maybe'"),
         ("--model_args={img_size: 32}", "model_args must be a JSON object, got '{img_size: 32}'"),
         ("--model_args=[1, 2]", "model_args must be a JSON object"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,13 +148,164 @@ def test_lars_returns_the_loss_of_its_closure() -> None:
 
 def test_lars_defaults_are_the_authors() -> None:
     defaults = LARS([parameter([1.0])], lr=0.1).defaults
-    assert defaults == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-6, "eta": 1e-3}
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-6, "eta": 1e-3}
+    assert defaults == settings | {"clip": False, "foreach": None}
 
 
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "eta"])
 def test_lars_refuses_negative_settings(name: str) -> None:
+    settings: dict[str, Any] = {"lr": 0.1, name: -1.0}
     with pytest.raises(ValueError, match=f"{name} must not be negative, got -1"):
-        LARS([parameter([1.0])], **{"lr": 0.1, name: -1.0})
+        LARS([parameter([1.0])], **settings)
+
+
+# Clipping the trust ratio
+
+
+class SoloLearnsLARS:
+    """solo-learn's solo/utils/lars.py with clip_lr, but for the denominator, which is ours."""
+
+    def __init__(self, lr: float, momentum: float, weight_decay: float, eta: float) -> None:
+        self.lr, self.momentum, self.weight_decay, self.eta = lr, momentum, weight_decay, eta
+        self.buffers: dict[int, Array] = {}
+
+    def step(self, params: list[Array], grads: list[Array]) -> None:
+        for index, (p, grad) in enumerate(zip(params, grads, strict=True)):
+            d_p = grad
+            if p.ndim != 1:
+                d_p = grad + self.weight_decay * p
+                p_norm, norm = np.linalg.norm(p), np.linalg.norm(d_p)
+                if p_norm != 0 and norm != 0:
+                    lars_lr = min(p_norm / norm * self.eta / self.lr, 1)
+                    d_p = d_p * lars_lr
+            self.buffers[index] = self.momentum * self.buffers.get(index, np.zeros_like(p)) + d_p
+            p -= self.lr * self.buffers[index]
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("lr", [1e-3, 0.02, 1.0])  # of three, all, some and none are clipped
+def test_many_steps_of_clipped_lars_match_solo_learn(lr: float, foreach: bool) -> None:
+    random = np.random.default_rng(0)
+    arrays = [scale * random.normal(size=(4, 3)) for scale in (0.2, 1.0, 5.0)]
+    arrays += [random.normal(size=4), np.zeros((3, 2))]
+    params = [nn.Parameter(torch.from_numpy(array.copy())) for array in arrays]
+    ours = LARS(params, lr, weight_decay=1e-4, eta=0.02, clip=True, foreach=foreach)
+    theirs = SoloLearnsLARS(lr, 0.9, 1e-4, 0.02)
+    for _ in range(5):
+        grads = [random.normal(size=array.shape) for array in arrays]
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = torch.from_numpy(grad)
+        ours.step()
+        theirs.step(arrays, grads)
+    for p, array in zip(params, arrays, strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), array, rtol=1e-12, atol=1e-14)
+
+
+def test_a_clipped_rate_is_the_lower_of_adapted_and_plain() -> None:
+    p = parameter([[3.0, 4.0]])  # eta |p| / |grad| = 0.25
+    optimizer = LARS([p], lr=1.0, momentum=0.0, weight_decay=0.0, eta=0.1, clip=True)
+    assert_values(after_step(p, optimizer, [[0.0, 2.0]]), [[3.0, 3.5]])
+    p = parameter([[3.0, 4.0]])
+    optimizer = LARS([p], lr=0.125, momentum=0.0, weight_decay=0.0, eta=0.1, clip=True)
+    assert_values(after_step(p, optimizer, [[0.0, 2.0]]), [[3.0, 3.75]])
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_at_a_rate_of_zero_clipped_lars_gathers_momentum_and_moves_nothing(foreach: bool) -> None:
+    p = parameter([[3.0, 4.0]])
+    optimizer = LARS([p], lr=0.0, weight_decay=0.0, clip=True, foreach=foreach)
+    assert_values(after_step(p, optimizer, [[0.0, 2.0]]), [[3.0, 4.0]])
+    assert_values(optimizer.state[p]["momentum_buffer"], [[0.0, 2.0]])
+
+
+# Many parameters at once
+
+
+def parameters_of_all_kinds() -> list[nn.Parameter]:
+    """Some in two dtypes and three layouts, some zero, one without dimensions and one empty."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for dtype in (torch.float32, torch.float64)
+        for shape in ((4, 3), (4,), (6, 3, 5, 5), (), (2, 0), (7, 2))
+    ]
+    tensors[2] = tensors[2].to(memory_format=torch.channels_last)
+    tensors[5] = tensors[5].T
+    tensors[8] = tensors[8][:, :, ::2]
+    return [nn.Parameter(tensor) for tensor in [*tensors, torch.zeros(3, 2), torch.zeros(5)]]
+
+
+def lars_of(params: list[nn.Parameter], **settings: Any) -> LARS:
+    fast = {"params": params[1::3], "lr": 0.4, "eta": 0.05, "weight_decay": 0.3}
+    rest = [p for index, p in enumerate(params) if index % 3 != 1]
+    return LARS([{"params": rest}, fast], lr=0.7, weight_decay=1e-3, eta=0.02, **settings)
+
+
+def take_steps(params: list[nn.Parameter], optimizer: LARS, steps: range) -> None:
+    """With gradients of which some are missing, some zero, and some in another layout."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for index, p in enumerate(params):
+            grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+            if (index + step) % 5 == 0:
+                grad = torch.zeros_like(p)
+            p.grad = None if (index + step) % 7 == 0 else grad
+        optimizer.step()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_lars_at_once_is_the_plain_one_to_rounding(clip: bool) -> None:
+    plain, together = parameters_of_all_kinds(), parameters_of_all_kinds()
+    take_steps(plain, lars_of(plain, clip=clip, foreach=False), range(6))
+    take_steps(together, lars_of(together, clip=clip, foreach=True), range(6))
+    for actual, expected, before in zip(together, plain, parameters_of_all_kinds(), strict=True):
+        torch.testing.assert_close(actual, expected)
+        assert actual.stride() == before.stride()
+    moved = [not torch.equal(p, q) for p, q in zip(plain, parameters_of_all_kinds(), strict=True)]
+    assert moved == [p.numel() > 0 for p in plain]
+
+
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False), (True, True)])
+def test_either_lars_goes_on_from_the_others_state(before: bool, after: bool) -> None:
+    expected, params = parameters_of_all_kinds(), parameters_of_all_kinds()
+    take_steps(expected, lars_of(expected, foreach=before), range(6))
+    first = lars_of(params, foreach=before)
+    take_steps(params, first, range(3))
+    state = first.state_dict()
+    for group in state["param_groups"]:
+        group["foreach"] = after
+    second = lars_of(params, foreach=after)
+    second.load_state_dict(state)
+    take_steps(params, second, range(3, 6))
+    tolerance: Any = {"rtol": 0, "atol": 0} if before == after else {}
+    for p, value in zip(params, expected, strict=True):
+        torch.testing.assert_close(p, value, **tolerance)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_lars_without_any_gradient_moves_nothing(foreach: bool) -> None:
+    p = parameter([[3.0, 4.0]])
+    LARS([p], lr=0.5, weight_decay=0.1, foreach=foreach).step()
+    assert_values(p.detach(), [[3.0, 4.0]])
+
+
+def test_on_a_cpu_lars_is_the_plain_one_to_the_last_bit() -> None:
+    plain, default = parameters_of_all_kinds(), parameters_of_all_kinds()
+    take_steps(plain, lars_of(plain, foreach=False), range(4))
+    take_steps(default, lars_of(default), range(4))
+    assert all(map(torch.equal, default, plain))
+
+
+def test_a_state_from_before_there_was_clipping_is_taken() -> None:
+    p = parameter([[3.0, 4.0]])
+    old = LARS([p], lr=0.5)
+    after_step(p, old, [[1.0, 2.0]])
+    state = old.state_dict()
+    for name in ("clip", "foreach"):
+        del state["param_groups"][0][name]
+    new = LARS([p], lr=0.5)
+    new.load_state_dict(state)
+    assert new.state_dict()["param_groups"] == old.state_dict()["param_groups"]
 
 
 # Choosing an optimiser
@@ -192,6 +344,35 @@ def test_weight_decay_moves_weights_but_no_bias_and_no_norm(name: str) -> None:
     optimizer.step()
     moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
     assert moved == {"0.weight", "2.weight"}
+
+
+def test_settings_of_lars_are_handed_on() -> None:
+    optimizer = create_optimizer(
+        "lars", network(), lr=0.1, weight_decay=0.5, lars_eta=0.02, lars_clip=True
+    )
+    (group,) = optimizer.param_groups
+    assert (group["weight_decay"], group["eta"], group["clip"]) == (0.5, 0.02, True)
+
+
+def test_a_loaded_state_leaves_settings_as_they_are() -> None:
+    model = network()
+    old = create_optimizer("lars", model, lr=0.1, weight_decay=0.1)
+    model(torch.randn(4, 3)).square().sum().backward()
+    old.step()
+    new = create_optimizer("lars", model, lr=0.1, weight_decay=0.5, lars_eta=0.02, lars_clip=True)
+    new.load_state_dict(old.state_dict())
+    (group,) = new.param_groups
+    assert (group["weight_decay"], group["eta"], group["clip"]) == (0.5, 0.02, True)
+    for p in model.parameters():
+        assert torch.equal(new.state[p]["momentum_buffer"], old.state[p]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+def test_a_state_of_other_groups_is_refused(groups: int) -> None:
+    optimizer = create_optimizer("lars", network(), lr=0.1, weight_decay=0.1)
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(state | {"param_groups": state["param_groups"] * groups})
 
 
 def test_an_unknown_optimiser_is_refused_with_the_names_there_are() -> None:

@@ -101,6 +101,9 @@ class PretrainingArguments:
     sim_coeff: float = _setting(25.0, "Weight of the invariance term.")
     std_coeff: float = _setting(25.0, "Weight of the variance term.")
     cov_coeff: float = _setting(1.0, "Weight of the covariance term.")
+    variance_reduction: str = _setting(
+        "mean", "mean (the authors' code) or sum (the paper) of the branches' variance terms."
+    )
     image_size: int | None = _setting(
         None,
         "Side of a view in pixels; by default 224, or the images' own if "
@@ -131,6 +134,10 @@ class PretrainingArguments:
         None, "Learning rate per 256 images; by default the paper's for the batch size."
     )
     weight_decay: float = _setting(1e-6, "Left out for biases and normalisation.")
+    lars_eta: float = _setting(1e-3, "Trust coefficient of lars.")
+    lars_clip: bool = _setting(
+        False, "Let lars give no parameter a higher learning rate than the run's, as solo-learn."
+    )
     warmup_epochs: float | None = _setting(
         None, "Epochs of linear warm-up; by default 10, but at most a tenth of the run."
     )
@@ -170,10 +177,14 @@ class PretrainingArguments:
         self._settle_second_branch()
         if self.resume not in ("auto", "never", "required"):
             raise ValueError(f"resume must be auto, never or required, got {self.resume!r}.")
+        if self.variance_reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"variance_reduction must be mean or sum, got {self.variance_reduction!r}."
+            )
         for name in ("batch_size", "micro_batch_size", "logging_steps", "save_steps", "image_size",
                      "max_steps", "knn_steps", "num_train_epochs", "prime_max_length",
                      "prime_image_size", "local_image_size", "audio_seconds",
-                     "sampling_rate"):  # fmt: skip
+                     "sampling_rate", "lars_eta"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value}.")

@@ -54,7 +54,7 @@ def build_model(
     config = VICRegConfig(
         architecture=args.architecture, model_args=model_args, pretrained_cfg=cfg,
         expander_dims=args.expander_widths, sim_coeff=args.sim_coeff, std_coeff=args.std_coeff,
-        cov_coeff=args.cov_coeff, prime=prime,
+        cov_coeff=args.cov_coeff, variance_reduction=args.variance_reduction, prime=prime,
         spectrogram=None if sound is None else sound.to_dict(),
     )  # fmt: skip
     model = VICRegModel(config, backbone=backbone, backbone_prime=backbone_prime)

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 BASE_LR_BY_BATCH = {128: 0.8, 256: 0.5, 512: 0.4}
 BASE_LR_LARGE_BATCH = 0.3
 FINAL_LR_FRACTION = 1e-3
+OWN = ("weight_decay", "eta", "clip", "foreach")
+"""Of a parameter group, what the optimiser was made with and no loaded state replaces."""
 
 
 class LARS(Optimizer):
@@ -29,11 +31,17 @@ class LARS(Optimizer):
         momentum: of the scaled updates, without damping.
         weight_decay: added to the gradient as weight_decay * p.
         eta: trust coefficient.
+        clip: let no parameter learn faster than without adaptation: the rate of each is at most lr,
+            min(eta * |p| / |grad + weight_decay * p|, lr). As solo-learn's clip_lr, whose
+            denominator is |grad| + weight_decay * |p| instead.
+        foreach: update many parameters at once, with the same result but for rounding; None does
+            so on CUDA, as torch.optim.
 
     Raises:
         ValueError: a negative setting.
 
-    Source: vicreg@4e12602, main_vicreg.py, LARS; You et al. 2017, arXiv:1708.03888.
+    Source: vicreg@4e12602, main_vicreg.py, LARS; You et al. 2017, arXiv:1708.03888; clip from
+    solo-learn, solo/utils/lars.py.
     """
 
     def __init__(
@@ -43,12 +51,22 @@ class LARS(Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 1e-6,
         eta: float = 1e-3,
+        *,
+        clip: bool = False,
+        foreach: bool | None = None,
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
-        for name, value in defaults.items():
+        numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
+        for name, value in numbers.items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}.")
+        defaults = numbers | {"clip": clip, "foreach": foreach}
         super().__init__(params, defaults)  # pyright: ignore[reportArgumentType]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of a state that was saved before there were these
+            group.setdefault("clip", False)
+            group.setdefault("foreach", None)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore
@@ -57,9 +75,14 @@ class LARS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, group)
+            params = [p for p in group["params"] if p.grad is not None]
+            on_cuda = all(p.is_cuda for p in params)
+            if on_cuda if group["foreach"] is None else group["foreach"]:
+                self._update_together([p for p in params if p.ndim > 1], group, adapt=True)
+                self._update_together([p for p in params if p.ndim <= 1], group, adapt=False)
+                continue
+            for p in params:
+                self._update(p, group)
         return loss
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
@@ -68,33 +91,89 @@ class LARS(Optimizer):
         if p.ndim > 1:
             update = update.add(p, alpha=group["weight_decay"])
             weight_norm, update_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(update)
-            ratio = group["eta"] * weight_norm / update_norm
-            usable = (weight_norm > 0) & (update_norm > 0)
-            update = update * torch.where(usable, ratio, 1.0)
+            update = update * _trust_ratio(weight_norm, update_norm, group)
+        buffer = self._buffer(p).mul_(group["momentum"]).add_(update)
+        p.add_(buffer, alpha=-group["lr"])
+
+    def _update_together(self, params: list[Tensor], group: dict[str, Any], *, adapt: bool) -> None:
+        if not params:
+            return
+        lists: Any = [params, [p.grad for p in params], [self._buffer(p) for p in params]]
+        alike: Any = self._group_tensors_by_device_and_dtype(lists).values()
+        for (some, updates, buffers), _ in alike:
+            torch._foreach_mul_(buffers, group["momentum"])
+            if adapt:
+                updates = torch._foreach_add(updates, some, alpha=group["weight_decay"])
+                weight_norms, update_norms = (
+                    torch.stack(torch._foreach_norm(tensors)) for tensors in (some, updates)
+                )
+                ratios = _trust_ratio(weight_norms, update_norms, group).unbind()
+                torch._foreach_addcmul_(buffers, updates, ratios)
+            else:
+                torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(some, buffers, alpha=-group["lr"])
+
+    def _buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-        p.add_(buffer, alpha=-group["lr"])
+        return state["momentum_buffer"]
 
 
-def create_optimizer(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> Optimizer:
+def _trust_ratio(weight_norm: Tensor, update_norm: Tensor, group: dict[str, Any]) -> Tensor:
+    ratio = group["eta"] * weight_norm / update_norm
+    if group["clip"]:  # in terms of lr, by which the update is multiplied; 1 where that is 0
+        ratio = torch.where(ratio < group["lr"], ratio / group["lr"], 1.0)
+    return torch.where((weight_norm > 0) & (update_norm > 0), ratio, 1.0)
+
+
+def create_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    lars_eta: float = 1e-3,
+    lars_clip: bool = False,
+) -> Optimizer:
     """The authors' LARS by "lars", else any optimiser of timm's by its name.
 
-    Biases and normalisation parameters are left out of weight decay in either.
+    Biases and normalisation parameters are left out of weight decay in either. A state that is
+    loaded brings what the optimiser has gathered, and leaves its settings as they are here.
+
+    Args:
+        lars_eta: trust coefficient of "lars"; likewise lars_clip, as `LARS` has it.
 
     Raises:
         ValueError: a name timm does not have.
     """
     if name == "lars":
         params = [p for p in model.parameters() if p.requires_grad]
-        return LARS(params, lr=lr, weight_decay=weight_decay)
+        optimizer = LARS(params, lr, weight_decay=weight_decay, eta=lars_eta, clip=lars_clip)
+    else:
+        optimizer = _of_timm(name, model, lr=lr, weight_decay=weight_decay)
+    optimizer.register_load_state_dict_pre_hook(_with_own_settings)
+    return optimizer
+
+
+def _of_timm(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> Optimizer:
     known = [str(other) for other in list_optimizers()]
     if name not in known:
         raise ValueError(
             f"optimizer must be lars or one of timm's, got {name!r}; timm has {', '.join(known)}."
         )
     return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay)
+
+
+def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """What is loaded instead of a state that may have been saved under other settings."""
+    saved, own = state["param_groups"], optimizer.param_groups
+    groups = [
+        group | {name: mine[name] for name in OWN if name in mine}
+        for group, mine in zip(saved, own, strict=False)
+    ]
+    # as many as were saved: torch says it where that is another number
+    return state | {"param_groups": groups + saved[len(groups) :]}
 
 
 def default_base_lr(optimizer: str, batch_size: int) -> float:

@@ -84,8 +84,9 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
         (convert_sync_batchnorm if on_cuda else SyncBatchNorm.convert)(model)
     assert args.base_lr is not None
     optimizer = create_optimizer(
-        args.optimizer, model, lr=args.base_lr, weight_decay=args.weight_decay
-    )
+        args.optimizer, model, lr=args.base_lr, weight_decay=args.weight_decay,
+        lars_eta=args.lars_eta, lars_clip=args.lars_clip,
+    )  # fmt: skip
     compiled = accelerator.device.type == "cuda" if args.compile is None else args.compile
     views, paired = run_views(args, model.config, inputs.pairs, compiled=compiled)
     if views.left_out:

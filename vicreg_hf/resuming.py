@@ -36,6 +36,7 @@ MUST_STAY = {
     "dataset_config_name", "train_split", "image_column", "streaming", "weights",
     "prime_modality", "prime_column", "prime_architecture", "prime_model_args", "prime_pretrained",
     "prime_tokenizer", "prime_expander_dims", "audio_seconds", "sampling_rate",
+    "variance_reduction", "lars_clip",
 }  # fmt: skip
 """Settings without which it is another run; any other may change, and that is said."""
 
