@@ -207,7 +207,7 @@ def test_columns_of_audio_are_found_and_others_refused(splits: Any, plain: bool)
         column = pickle.loads(pickle.dumps(column))
         assert column.decode(prepared[0]["sound"]).shape in [(8000,), (1, 64, 64)]
     for kind in (WaveformColumn, SpectrogramColumn):
-        with pytest.raises(ValueError, match=r"^audio_column must name .* all: sound, kind"):
+        with pytest.raises(ValueError, match=r"^prime_column must name .* all: sound, kind"):
             kind.find(table.features, "kind")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -163,6 +164,29 @@ def test_chunks_give_the_gradients_of_one_pass(kind: str, chunk_size: int) -> No
         torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_dropout_in_both_branches_is_drawn_alike_in_both_passes() -> None:
+    def made() -> VICRegModel:
+        torch.manual_seed(0)
+        text = copy.deepcopy(TEXT)
+        text.hidden_dropout_prob = 0.4
+        config = VICRegConfig(
+            architecture="test_vit", model_args={"img_size": 32, "drop_rate": 0.4},
+            expander_dims=[24, 16], prime={"modality": "text", "encoder_config": text.to_dict()},
+        )  # fmt: skip
+        return VICRegModel(config).train()
+
+    whole, model = made(), made()
+    x, other = random(ROWS, 3, 32, 32), taken_by("text")
+    torch.manual_seed(5)
+    expected = whole(x, other)
+    expected.loss.backward()
+    torch.manual_seed(5)
+    output = backward_in_chunks(model, x, other, chunk_size=ROWS)
+    torch.testing.assert_close(output.loss, expected.loss.detach())
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("kind", ["shared", "separate"])
 def test_further_views_go_to_the_first_branch_in_chunks_too(kind: str) -> None:
     def made() -> VICRegModel:
@@ -217,6 +241,26 @@ def test_a_config_survives_json(tmp_path: Path) -> None:
     again = VICRegConfig.from_pretrained(tmp_path)
     assert isinstance(again.prime, Mapping)
     assert (again.weights, again.prime) == ("separate", json.loads(json.dumps(config.prime)))
+
+
+def test_a_second_branch_of_the_same_architecture_takes_over_how_it_sees() -> None:
+    first = VICRegModel(VICRegConfig(architecture="test_resnet.r160_in1k", expander_dims=[8]))
+    cfg = dict(first.config.pretrained_cfg or {}) | {"mean": [0.1] * 3, "input_size": [3, 32, 32]}
+    config = VICRegConfig(
+        architecture="test_resnet.r160_in1k", expander_dims=[8], pretrained_cfg=cfg,
+        model_args={"num_classes": 5}, weights="separate",
+    )  # fmt: skip
+    prime = config.prime
+    assert prime is not None
+    assert (prime["architecture"], prime["model_args"]) == ("test_resnet", None)
+    assert prime["pretrained_cfg"] == cfg
+    assert prime["pretrained_cfg"] is not config.pretrained_cfg
+
+
+def test_what_is_no_vicreg_model_is_not_taken_for_one(tmp_path: Path) -> None:
+    TEXT.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"must be in a training checkpoint, .* got 'bert'"):
+        VICRegModel.from_pretrained(tmp_path)
 
 
 def test_only_encoders_of_timm_become_models_of_their_own() -> None:

@@ -24,7 +24,7 @@ WANTED = {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"), rows=8, size=(70, 66))
+    return write_images(tmp_path_factory.mktemp("images"), rows=40, size=(70, 66))
 
 
 @pytest.mark.parametrize("name", recipe_names())

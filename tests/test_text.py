@@ -357,7 +357,7 @@ def test_a_tokenizer_that_cannot_pad_pads_with_the_end_or_is_refused(
     assert tokens["attention_mask"].tolist() == [[1, 1], [1, 0]]
     (tmp_path / "config.json").write_text((bert / "config.json").read_text())
     for empty in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=r"^tokenizer must (have a vocabulary|be a directory)"):
+        with pytest.raises(ValueError, match=r"^prime_tokenizer must (have a v|be a dir)"):
             load_tokenizer(str(empty))
 
 
@@ -368,7 +368,7 @@ def test_a_tokenizer_must_suit_its_encoder(kind: str) -> None:
     check_tokenizer(encoder, TOKENIZER, longest)
     assert encoder.training
     if kind != "t5":  # which has no positions to run out of
-        with pytest.raises(ValueError, match=r"^max_length must be at most what the encoder takes"):
+        with pytest.raises(ValueError, match=r"^prime_max_length must be at most what"):
             check_tokenizer(encoder, TOKENIZER, longest + 1)
     small = create_text_encoder(kind, MODELS[kind] | {"vocab_size": 20})
     with pytest.raises(ValueError, match=f"got 20 for {len(TOKENIZER)} tokens; set vocab_size"):

@@ -64,6 +64,9 @@ def test_an_undeclared_width_is_that_of_the_first_usable_vector(streaming: bool)
         column.decode(table[4]["v"])
     with pytest.raises(ValueError, match="must hold vectors, got none"):
         VectorColumn("v").measured(table.select(range(3)))
+    mixed = datasets.Dataset.from_dict({"v": [[1.0] * k for k in (1, 2, 3, 4)]}, features=features)
+    with pytest.raises(ValueError, match="of one width, got 1 to 4 numbers"):
+        VectorColumn("v").measured(mixed)
 
 
 @pytest.mark.parametrize(

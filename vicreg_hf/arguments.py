@@ -22,11 +22,15 @@ from vicreg_hf.optim import default_base_lr
 from vicreg_hf.recipe_files import as_flags
 from vicreg_hf.sources import DEMO
 
-SECOND_BRANCH = (
-    "prime_column", "prime_architecture", "prime_model_args", "prime_pretrained",
-    "prime_tokenizer", "prime_expander_dims", "prime_image_size",
-)  # fmt: skip
-"""Settings any of which asks for a second branch of its own."""
+_ENCODER = {"prime_architecture", "prime_model_args", "prime_pretrained", "prime_expander_dims"}
+TAKEN_BY: dict[str | None, set[str]] = {
+    None: set(),
+    "image": _ENCODER | {"prime_column", "prime_image_size"},
+    "text": _ENCODER | {"prime_column", "prime_tokenizer", "prime_max_length"},
+    "audio": _ENCODER | {"prime_column", "prime_image_size"},
+    "embedding": {"prime_column", "prime_expander_dims"},
+}
+"""Settings of the second branch, by what it takes; None is no second branch."""
 
 
 def _setting(default: Any, meaning: str) -> Any:
@@ -65,7 +69,9 @@ class PretrainingArguments:
     pretrained: bool = _setting(False, "Start from timm's pretrained weights.")
     expander_dims: str = _setting("8192-8192-8192", "Widths of the expander's layers.")
     weights: str = _setting(
-        "shared", "shared by both branches, or separate: the second has weights of its own."
+        "shared",
+        "shared by both branches, or separate: the second has weights of its own, as it has where "
+        "its architecture or what it takes is another.",
     )
     prime_modality: str | None = _setting(
         None,
@@ -73,7 +79,9 @@ class PretrainingArguments:
         "views.",
     )
     prime_column: str | None = _setting(
-        None, "Column of what the second branch takes; found by its type if only one."
+        None,
+        "Column of what the second branch takes; found by its type if only one, but for images, "
+        "which are the first branch's unless it is named.",
     )
     prime_architecture: str | None = _setting(
         None,
@@ -121,7 +129,9 @@ class PretrainingArguments:
     local_image_size: int | None = _setting(
         None, "Side of a local view in pixels; by default 96 of 224 as much as image_size."
     )
-    batch_size: int = _setting(256, "Images per step over all processes; each gives two views.")
+    batch_size: int = _setting(
+        256, "Images per step over all processes; each gives two views or more."
+    )
     micro_batch_size: int | None = _setting(
         None,
         "Images of a step, over all processes, of which the backbone holds activations at once; "
@@ -242,25 +252,33 @@ class PretrainingArguments:
                 f"prime_modality must be one of {', '.join(MODALITIES)}, got "
                 f"{self.prime_modality!r}."
             )
-        given = [name for name in SECOND_BRANCH if getattr(self, name) not in (None, False)]
-        if self.prime_modality is None and (given or self.weights == "separate"):
-            if self.prime_column is not None:
-                raise ValueError(
-                    "prime_modality must say what prime_column holds, got none for column "
-                    f"{self.prime_column!r}; use one of {', '.join(MODALITIES)}."
-                )
+        if self.prime_modality is None and self.prime_column is not None:
+            raise ValueError(
+                "prime_modality must say what prime_column holds, got none for column "
+                f"{self.prime_column!r}; use one of {', '.join(MODALITIES)}."
+            )
+        asked = self.weights == "separate" or self.prime_architecture is not None
+        if self.prime_modality is None and asked:
             self.prime_modality = "image"
+        taken = TAKEN_BY[self.prime_modality]
+        ignored = [
+            name for name in set().union(*TAKEN_BY.values()) - taken
+            if getattr(self, name) not in (None, False)
+        ]  # fmt: skip
+        if ignored:
+            branch = "no second branch" if self.prime_modality is None else self.prime_modality
+            raise ValueError(
+                f"{', '.join(sorted(ignored))} must be left out with {branch}; what a second "
+                "branch takes is said by prime_modality, prime_architecture or weights."
+            )
         if self.prime_modality is None:
             return
         self.weights = "separate"
+        if self.pretrained and self.prime_modality == "image" and self.prime_architecture is None:
+            self.prime_pretrained = True  # the same architecture, from the same weights
         if self.prime_modality in ("text", "audio") and self.prime_architecture is None:
             raise ValueError(
                 f"prime_architecture must name the encoder of {self.prime_modality}, got none."
-            )
-        if self.prime_modality == "embedding" and self.prime_architecture is not None:
-            raise ValueError(
-                "prime_architecture must be left out for precomputed embeddings, which have no "
-                f"encoder, got {self.prime_architecture!r}."
             )
         if self.streaming and self.is_paired:
             raise ValueError(

@@ -48,9 +48,10 @@ def build_model(
     assert args.image_size is not None
     backbone, model_args, cfg = timm_branch(
         args.architecture, _dict(args.model_args), image_size=args.image_size,
-        pretrained=args.pretrained,
+        pretrained=args.pretrained, whole=sound is not None,
     )  # fmt: skip
-    prime, backbone_prime = create_prime(args, None if pairs is None else pairs.column)
+    column = None if pairs is None else pairs.column
+    prime, backbone_prime = create_prime(args, column, sound=sound is not None)
     config = VICRegConfig(
         architecture=args.architecture, model_args=model_args, pretrained_cfg=cfg,
         expander_dims=args.expander_widths, sim_coeff=args.sim_coeff, std_coeff=args.std_coeff,
@@ -63,9 +64,13 @@ def build_model(
 
 
 def create_prime(
-    args: PretrainingArguments, column: Column | None
+    args: PretrainingArguments, column: Column | None, *, sound: bool = False
 ) -> tuple[dict[str, Any] | None, nn.Module | None]:
     """The second branch as `VICRegConfig` describes it, and its encoder; None where there is none.
+
+    Args:
+        column: of what it takes; None where that is the first branch's images.
+        sound: whether those images are spectrograms.
 
     Raises:
         ValueError: an architecture or arguments that cannot be.
@@ -92,15 +97,23 @@ def create_prime(
         if isinstance(column, SpectrogramColumn):
             own = (own or {}) | {"in_chans": 1}
             found["preparation"] = column.settings.to_dict()
+        elif column is None:  # the same images
+            own = {"in_chans": args.in_chans} | (own or {}) if args.in_chans != 3 else own
         assert args.prime_image_size is not None
         check_architecture(name, "prime_architecture")
         encoder, own, found["pretrained_cfg"] = timm_branch(
-            name, own, image_size=args.prime_image_size, pretrained=args.prime_pretrained
+            name,
+            own,
+            image_size=args.prime_image_size,
+            pretrained=args.prime_pretrained,
+            whole=isinstance(column, SpectrogramColumn) or (column is None and sound),
         )
         found |= {"architecture": name.partition(".")[0], "model_args": own}
     if isinstance(encoder, (TextEncoder, WaveformEncoder)):
         settings: Any = encoder.model.config
-        found |= {"architecture": settings.model_type, "encoder_config": settings.to_dict()}
+        fields = settings.to_dict()
+        fields.pop("_name_or_path", None)  # of this machine
+        found |= {"architecture": settings.model_type, "encoder_config": fields}
     return found, encoder
 
 
@@ -110,8 +123,12 @@ def timm_branch(
     *,
     image_size: int,
     pretrained: bool = False,
+    whole: bool = False,
 ) -> tuple[nn.Module, dict[str, Any] | None, dict[str, Any]]:
     """A timm backbone that takes views of image_size.
+
+    Args:
+        whole: images are evaluated without cutting their edges off, as small ones always are.
 
     Returns:
         It, the model_args it was built with, and its pretrained_cfg.
@@ -125,7 +142,7 @@ def timm_branch(
         backbone = create_backbone(name, args, pretrained=pretrained)
     cfg = encoder_pretrained_cfg(cfg, args, image_size)
     # Small images are seen whole; larger ones are evaluated on the authors' central crop.
-    crop_pct = 1.0 if image_size <= SMALL_IMAGE else 0.875
+    crop_pct = 1.0 if whole or image_size <= SMALL_IMAGE else 0.875
     return backbone, args or None, cfg | {"crop_pct": crop_pct, "interpolation": "bicubic"}
 
 

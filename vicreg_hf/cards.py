@@ -183,32 +183,47 @@ def model_card(
         kind="timm", pretrained_cfg=config.pretrained_cfg, num_features=num_features,
         num_parameters=num_parameters, model_id=MODEL_ID, origin=origin,
         branches=None if record is None else branches(config, record.args),
-        own_branch="the first", spectrogram=config.spectrogram,
+        own_branch="the first", spectrogram=config.spectrogram, started_from=base,
     )  # fmt: skip
 
 
 def second_card(
-    config: VICRegConfig, *, num_features: int, num_parameters: int, record: TrainingRecord
+    config: VICRegConfig,
+    *,
+    num_features: int,
+    num_parameters: int,
+    record: TrainingRecord,
+    loader: tuple[str, str] = ("", ""),
 ) -> ModelCard:
-    """Render the card of the second branch's encoder; arguments as for `model_card`.
+    """Render the card of the second branch's encoder; other arguments as for `model_card`.
 
     Its repository is `MODEL_ID` followed by `SECOND`.
+
+    Args:
+        loader: of text, the class of transformers that loads it, and what to call on the result.
     """
     prime = config.prime
     assert prime is not None
     kind = "timm" if prime["encoder_config"] is None else prime["modality"]
-    licence = "other" if record.args.prime_pretrained else "mit"
+    start = str(record.args.prime_architecture or record.args.architecture)
+    base = None
+    if record.args.prime_pretrained:
+        cfg = get_pretrained_cfg(start) if kind == "timm" else None
+        base = f"timm/{start}" if cfg is not None else str(impersonal(start))
+    licence = "mit" if base is None else "other"
     pipeline = "image-feature-extraction" if kind == "timm" else "feature-extraction"
     data = ModelCardData(
         library_name="transformers", pipeline_tag=pipeline, license=licence,
         tags=TAGS if kind == "timm" else TAGS[1:],
+        base_model=base if base is not None and not os.path.exists(start) else None,
     )  # fmt: skip
     quiet = replace(record, results=(), pictures=())  # what was measured is of the first
     return _rendered(
         data, prime["architecture"], quiet,
         kind=kind, pretrained_cfg=prime["pretrained_cfg"], num_features=num_features,
         num_parameters=num_parameters, model_id=MODEL_ID + SECOND, origin=None,
-        branches=branches(config, record.args), own_branch="the second",
+        branches=branches(config, record.args), own_branch="the second", started_from=base,
+        loader=loader[0], loaded_part=loader[1], max_length=record.args.prime_max_length,
         spectrogram=prime["preparation"] if prime["modality"] == "audio" else None,
     )  # fmt: skip
 
@@ -233,7 +248,6 @@ def _rendered(
         architecture=architecture,
         parameters=parameters,
         input_size=None if pretrained_cfg is None else pretrained_cfg["input_size"],
-        base_model=data.base_model,
         record=record,
         needs_import=is_ours(architecture),
         licence_text=_licence_text(data.license),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -96,7 +97,11 @@ def complete_prime(given: Mapping[str, Any], config: VICRegConfig) -> dict[str, 
     if modality not in MODALITIES:
         raise ValueError(f"modality must be one of {', '.join(MODALITIES)}, got {modality!r}.")
     if modality == "image" and prime["architecture"] is None:
-        prime |= {"architecture": config.architecture, "model_args": config.model_args}
+        own = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
+        prime |= {
+            "architecture": config.architecture.partition(".")[0], "model_args": own or None,
+            "pretrained_cfg": prime["pretrained_cfg"] or copy.deepcopy(config.pretrained_cfg),
+        }  # fmt: skip
     needed = {"text": "encoder_config", "embedding": "num_features"}.get(modality)
     if modality == "audio" and prime["encoder_config"] is None:
         needed = "architecture"
@@ -169,6 +174,12 @@ class VICRegConfig(PreTrainedConfig):
         if found and found.get("model_type") != cls.model_type:
             shared = ("architecture", "model_args", "pretrained_cfg")
             backbone = {key: found[key] for key in shared if key in found}
+            if "architecture" not in found:
+                raise ValueError(
+                    "a VICRegModel must be in a training checkpoint, a published encoder of timm, "
+                    f"or a timm repository, got {found.get('model_type')!r} in "
+                    f"{str(pretrained_model_name_or_path)!r}; transformers' own classes load it."
+                )
             found = {**backbone, **found.get(NESTED_KEY, {}), "model_type": cls.model_type}
         return found, kwargs
 

@@ -16,6 +16,7 @@ from vicreg_hf.cards import (
 )
 from vicreg_hf.exporting import export_encoder
 from vicreg_hf.hub import HubError
+from vicreg_hf.modalities.text_encoder import TextEncoder
 from vicreg_hf.pictures import draw_pictures
 from vicreg_hf.publishing import push_model, retry_command
 from vicreg_hf.reporting import results, summary
@@ -79,9 +80,11 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
     (directory / CARD_FILE).write_text(str(card), encoding="utf-8")
     if second is not None:
         assert run.model.prime is not None
+        encoder = run.model.prime.backbone
         card = second_card(
             run.model.config, num_features=run.model.prime.num_features, record=record,
-            num_parameters=sum(p.numel() for p in run.model.prime.backbone.parameters()),
+            num_parameters=sum(p.numel() for p in encoder.parameters()),
+            loader=encoder.loader if isinstance(encoder, TextEncoder) else ("", ""),
         )  # fmt: skip
         (second / CARD_FILE).write_text(str(card), encoding="utf-8")
 

@@ -15,7 +15,7 @@ from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.bad_images import BadImages
 from vicreg_hf.data import MEMORY_BUDGET, SMALL_IMAGE, default_num_workers, load_in_memory
 from vicreg_hf.modalities.audio import SpectrogramColumn, SpectrogramSettings
-from vicreg_hf.paired_inputs import run_column, spectrogram_settings
+from vicreg_hf.paired_inputs import run_column, spectrogram_settings, takes_waveforms
 from vicreg_hf.pairs import PairedSplit
 from vicreg_hf.sampler import GlobalBatches
 from vicreg_hf.sources import ImageSplit, held_out_split, image_split, open_dataset
@@ -118,7 +118,8 @@ def open_inputs(
 def _settle_views(args: PretrainingArguments) -> None:
     """The sides of views that are not the first."""
     assert args.image_size is not None
-    if args.prime_modality in ("image", "audio") and args.prime_image_size is None:
+    seen = args.prime_modality in ("image", "audio") and not takes_waveforms(args)
+    if seen and args.prime_image_size is None:
         args.prime_image_size = args.image_size
     if args.num_local_views and args.local_image_size is None:
         args.local_image_size = max(8, round(args.image_size * LOCAL_SHARE / 8) * 8)

@@ -111,6 +111,8 @@ class VICRegModel(PreTrainedModel):
     ) -> VICRegModel:
         """Start from timm's pretrained weights, with a new expander.
 
+        With weights="separate" both branches do; a second branch of another kind has new weights.
+
         Args:
             name: timm model, with or without a pretrained tag ("resnet50.a1_in1k").
             model_args: keyword arguments for `timm.create_model`.
@@ -126,7 +128,10 @@ class VICRegModel(PreTrainedModel):
             pretrained_cfg=pretrained_cfg,
             **config,
         )
-        return cls(settings, backbone=backbone)
+        second = None
+        if settings.prime is not None and not config.get("prime"):  # the same architecture
+            second = create_backbone(name, args, pretrained=True)
+        return cls(settings, backbone=backbone, backbone_prime=second)
 
     @property
     def encoder(self) -> nn.Module:
@@ -315,8 +320,10 @@ class VICRegModel(PreTrainedModel):
             target.reset_parameters()
 
     def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **__: Any) -> None:
-        backbone: Any = self.backbone
-        backbone.set_grad_checkpointing(enable)
+        second = None if self.prime is None else self.prime.backbone
+        for backbone in (self.backbone, second):
+            if backbone is not None and is_timm(backbone):
+                backbone.set_grad_checkpointing(enable)  # pyright: ignore[reportCallIssue]
 
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError("a VICRegModel reads images and has no token embeddings.")

@@ -21,7 +21,7 @@ from vicreg_hf.encoders import timm_encoder
 from vicreg_hf.evaluation.features import normalise_images
 from vicreg_hf.exporting import load_model
 from vicreg_hf.images import ImageError
-from vicreg_hf.modalities.audio import SpectrogramColumn
+from vicreg_hf.modalities.audio import SpectrogramColumn, WaveformColumn
 from vicreg_hf.modalities.text import TextColumn
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.paired_inputs import paired_column
@@ -64,11 +64,23 @@ def open_pairs(
             "protocol cross-retrieval needs both branches and their expanders, and "
             f"{source!r} holds none or one; give the output_dir of a run with a second branch."
         )
-    beside = Path(source) / DIRECTORY
+    if prime["modality"] == "image" and column is None:
+        raise ValueError(
+            "protocol cross-retrieval needs pairs, and the second branch of this model takes views "
+            "of the same images; give --prime_column if there is another column of images."
+        )
+    # source may be the run, its encoder or a checkpoint of it
+    places = [place / DIRECTORY for place in (Path(source), *Path(source).resolve().parents[:2])]
+    beside = next((place for place in places if place.is_dir()), None)
+    if tokenizer is None and prime["modality"] == "text" and beside is None:
+        raise ValueError(
+            "prime_tokenizer must be given where the second encoder is not beside the first, and "
+            f"{source!r} has no {DIRECTORY} beside it."
+        )
     found = paired_column(
         table, prime["modality"], column, prime["preparation"] or {},
         waveforms=prime["encoder_config"] is not None,
-        tokenizer=tokenizer or str(beside if beside.is_dir() else directory),
+        tokenizer=tokenizer or str(beside),
         channels=(prime["pretrained_cfg"] or {"input_size": (3,)})["input_size"][0],
     )  # fmt: skip
     return Pairs(model, PairedSplit(images, found.prepare(table), found))
@@ -77,7 +89,7 @@ def open_pairs(
 @torch.inference_mode()
 def embed_pairs(
     pairs: Pairs, features: Tensor, rows: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, int]:
     """The embeddings of images and of what belongs to them.
 
     Args:
@@ -85,8 +97,8 @@ def embed_pairs(
         rows: (N',) of the split.
 
     Returns:
-        (N, D) of the pairs of which both halves can be used, (M, D) of what belongs to them, and
-        (M,) to which of the N each belongs. Of several captions each counts.
+        (N, D) of the pairs of which both halves can be used, (M, D) of what belongs to them, (M,)
+        to which of the N each belongs, and how many were left out. Of several captions each counts.
     """
     model: Any = pairs.model
     model.to(device)
@@ -111,7 +123,8 @@ def embed_pairs(
                 for start in range(0, len(parts), BATCH)
             ]
         )
-    return z.float(), z_prime.float(), torch.tensor(owner, device=device)
+    left_out = len(rows) - len(kept)
+    return z.float(), z_prime.float(), torch.tensor(owner, device=device), left_out
 
 
 def _usable(pairs: Pairs, rows: Sequence[int]) -> Iterator[tuple[int, list[Any]]]:
@@ -131,6 +144,8 @@ def _usable(pairs: Pairs, rows: Sequence[int]) -> Iterator[tuple[int, list[Any]]
 def _inputs(pairs: Pairs, items: Sequence[Any]) -> Any:
     """What the second encoder takes of some decoded cells, without augmentation."""
     column: Any = pairs.split.column
+    if isinstance(column, WaveformColumn):
+        return column.middle(items)
     if not isinstance(column, (ImageColumn, SpectrogramColumn)):
         return column.batch(items, np.zeros(len(items), np.int64), 0, 0)
     prime, branch = pairs.model.config.prime, pairs.model.prime

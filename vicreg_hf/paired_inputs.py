@@ -20,7 +20,13 @@ from vicreg_hf.columns import ImageColumn, find_image_column
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.modalities import BatchColumn, Column
 from vicreg_hf.modalities.audio import SpectrogramColumn, SpectrogramSettings, WaveformColumn
-from vicreg_hf.modalities.text import TextColumn, default_max_length, is_text, load_tokenizer
+from vicreg_hf.modalities.text import (
+    TextColumn,
+    check_text_column,
+    default_max_length,
+    is_text,
+    load_tokenizer,
+)
 from vicreg_hf.modalities.vectors import VectorColumn, is_vector
 from vicreg_hf.pairs import PairedInput, PairedSplit
 from vicreg_hf.views import RandomViews
@@ -77,6 +83,7 @@ def paired_column(
     features = table.features
     name = name or _only_column(features, modality)
     if modality == "text":
+        check_text_column(features, name)  # before what may ask the Hub
         return TextColumn.find(
             features, name, tokenizer=load_tokenizer(str(tokenizer)), **preparation
         )
@@ -100,6 +107,11 @@ def _only_column(features: datasets.Features, modality: str) -> str:
     """
     holds = {"text": is_text, "embedding": is_vector, "audio": _is_sound}[modality]
     found = [name for name, kind in features.items() if holds(kind)]
+    if not found:
+        raise ValueError(
+            f"a second branch that takes {modality} needs a column of that, got none among "
+            f"{', '.join(features)}."
+        )
     if len(found) != 1:
         raise ValueError(
             f"prime_column must be given unless exactly one column holds what the modality "
@@ -113,12 +125,17 @@ def _is_sound(feature: Any) -> bool:
     return isinstance(feature, datasets.Audio)
 
 
+def takes_waveforms(args: PretrainingArguments) -> bool:
+    """Whether a second branch takes sounds as they are, being of transformers and not of timm."""
+    name = str(args.prime_architecture).partition(".")[0]
+    return args.prime_modality == "audio" and not timm.is_model(name)
+
+
 def run_column(args: PretrainingArguments, table: datasets.Dataset) -> Column:
     """The column that the second branch of a run reads; errors as of `paired_column`."""
     assert args.prime_modality is not None
     preparation: dict[str, Any] = {}
-    name = str(args.prime_architecture)
-    waveforms = args.prime_modality == "audio" and not timm.is_model(name.partition(".")[0])
+    name, waveforms = str(args.prime_architecture), takes_waveforms(args)
     if args.prime_modality == "text":
         args.prime_max_length = args.prime_max_length or default_max_length(name)
         preparation = {"max_length": args.prime_max_length}

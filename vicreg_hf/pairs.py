@@ -20,6 +20,7 @@ from vicreg_hf.columns import BadImage
 from vicreg_hf.images import ImageError
 from vicreg_hf.modalities import Column
 from vicreg_hf.modalities.sound import sound_file
+from vicreg_hf.modalities.text import TextColumn
 from vicreg_hf.replacement import read_or_replace
 from vicreg_hf.sources import ImageSplit
 
@@ -59,8 +60,10 @@ class PairedSplit:
         """That of the images, and a digest of what belongs to the same ones."""
         digest = hashlib.sha256()
         for cell in self.table[self.images.sampled_rows()][self.column.name]:
-            with suppress(ImageError):  # a file that is not there
+            with suppress(ImageError):  # it cannot be used
                 digest.update(_content(cell))
+                if isinstance(self.column, TextColumn):  # and what its words have become
+                    digest.update(repr(self.column.tokens(self.column.decode(cell))).encode())
         return self.images.fingerprint() | {"prime_sha256": digest.hexdigest()}
 
     def place(self, row: int) -> str:

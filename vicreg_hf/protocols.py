@@ -21,7 +21,7 @@ from vicreg_hf.data import SMALL_IMAGE, default_num_workers, load_in_memory, loc
 from vicreg_hf.encoders import Encoder
 from vicreg_hf.evaluation.arguments import TRAINED, EvaluationArguments
 from vicreg_hf.evaluation.collapse import collapse_report
-from vicreg_hf.evaluation.cross_modal import chance, cross_recall
+from vicreg_hf.evaluation.cross_modal import by_owner, chance, cross_recall
 from vicreg_hf.evaluation.finetune import finetune
 from vicreg_hf.evaluation.knn import knn_predict
 from vicreg_hf.evaluation.linear import linear_probe
@@ -34,6 +34,7 @@ from vicreg_hf.evaluation.retrieval import (
 from vicreg_hf.evaluation.subsets import balanced_subset, listed_subset, paths_of_images
 from vicreg_hf.evaluation.svm import COSTS, FOLDS, mean_average_precision, svm_scores
 from vicreg_hf.feature_cache import Features
+from vicreg_hf.images import ImageError
 from vicreg_hf.inputs import common_side
 from vicreg_hf.labelled import LabelledData
 from vicreg_hf.pair_embeddings import Pairs, embed_pairs
@@ -266,18 +267,26 @@ def _retrieval(protocol: str, task: Task, measured: Measured) -> None:
 def _cross_retrieval(protocol: str, task: Task, measured: Measured) -> None:
     assert task.pairs is not None
     test, column = task.features["test"], task.pairs.split.column.name
-    z, z_prime, owner = embed_pairs(task.pairs, test.x, test.rows, task.device)
+    z, z_prime, owner, left_out = embed_pairs(task.pairs, test.x, test.rows, task.device)
+    if left_out > task.args.max_bad_fraction * len(test.rows):
+        raise ImageError(
+            f"at most max_bad_fraction={task.args.max_bad_fraction} of the pairs may be unusable, "
+            f"got {left_out} of {len(test.rows)} of which column {column} cannot be used."
+        )
+    each = torch.bincount(owner)
     numbers = task.args.numbers("cross_k")
     found = cross_recall(z, z_prime, owner, numbers)
+    # captions of one image are no independent samples: each image counts once
+    backward = {k: by_owner(scores, owner, len(z)) for k, scores in found.backward.items()}
     directions = (
-        (f"images to {column}", found.forward, len(z_prime), len(z_prime) / len(z)),
-        (f"{column} to images", found.backward, len(z), 1.0),
+        (f"images to {column}", found.forward, len(z_prime), each),
+        (f"{column} to images", backward, len(z), torch.ones(1, dtype=torch.long)),
     )
     for name, recall, candidates, right in directions:
         for k in numbers:
             settings = {
                 "similarity": "cosine", "searched": candidates, "k": k,
-                "chance": chance(candidates, right, k),
+                "chance": chance(candidates, right, k), "left_out": left_out,
             }  # fmt: skip
             measured.measurements.append(
                 task.measured(protocol, f"{name}, recall at {k}", recall[k], settings)
@@ -313,6 +322,7 @@ def _two_views(task: Task) -> tuple[Tensor, Tensor]:
     encoder, split = task.encoder, task.data.test.split
     rows = task.features["test"].rows[:ALIGNED].numpy()
     preset = "cifar" if encoder.image_size <= SMALL_IMAGE else "authors"
+    preset = preset if encoder.sound is None else "audio"
     make = TwoViews(
         encoder.image_size, preset, mean=encoder.mean, std=encoder.std, seed=task.args.seed,
         in_chans=encoder.in_chans,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -35,7 +36,8 @@ MUST_STAY = {
     "architecture", "model_args", "pretrained", "expander_dims", "optimizer", "batch_size", "seed",
     "dataset_config_name", "train_split", "image_column", "streaming", "weights",
     "prime_modality", "prime_column", "prime_architecture", "prime_model_args", "prime_pretrained",
-    "prime_tokenizer", "prime_expander_dims", "audio_seconds", "sampling_rate",
+    "prime_tokenizer", "prime_max_length", "prime_expander_dims", "audio_seconds",
+    "sampling_rate", "num_global_views", "num_local_views",
     "variance_reduction", "lars_clip",
 }  # fmt: skip
 """Settings without which it is another run; any other may change, and that is said."""
@@ -80,7 +82,7 @@ def resume(
         return 0, 0.0
     manifest = read_manifest(path)
     state = manifest["state"]
-    _check_same_run(args, accelerator, state, fingerprint, path)
+    _check_same_run(args, accelerator, state, fingerprint, path, digest_of(model))
     _check_length(manifest["step"], args, path)
     load_checkpoint(path, model, optimizer)
     if accelerator.scaler is not None and state["scaler"] is not None:
@@ -122,6 +124,14 @@ def _check_length(step: int, args: PretrainingArguments, path: Path) -> None:
         )
 
 
+def digest_of(model: VICRegModel) -> str | None:
+    """Of the second branch's description, its encoder's own configuration included."""
+    if model.config.prime is None:
+        return None
+    text = json.dumps(model.config.prime, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def state_of(run: Run) -> dict[str, Any]:
     """What a checkpoint holds of a run besides weights, optimiser, probe and step."""
     scaler = run.accelerator.scaler
@@ -131,6 +141,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "seconds": run.seconds,
         "scaler": scaler.state_dict() if scaler is not None else None,
         "precision": run.accelerator.mixed_precision,
+        "prime_sha256": digest_of(run.model),
         "labels_sha256": None if run.probe is None else run.probe.labels_sha256,
     }
 
@@ -141,6 +152,7 @@ def _check_same_run(
     state: dict[str, Any],
     fingerprint: dict[str, Any],
     path: Path,
+    prime_sha256: str | None,
 ) -> None:
     saved, now = state["settings"], json.loads(json.dumps(asdict(args)))
     changed = {
@@ -151,6 +163,10 @@ def _check_same_run(
     if state["data"] != fingerprint:
         changed["dataset_name"] = (
             f"the data were {_of(state['data'])}, are {_of(fingerprint)}, in {args.dataset_name}"
+        )
+    if state.get("prime_sha256") not in (None, prime_sha256):
+        changed["prime_architecture"] = changed.get(
+            "prime_architecture", "the second encoder's own configuration is another"
         )
     if not changed:
         return
@@ -165,7 +181,8 @@ def _check_same_run(
 
 
 def _of(fingerprint: dict[str, Any]) -> str:
-    return f"{fingerprint['images']} images of SHA-256 {str(fingerprint.get('sha256'))[:8]}"
+    digests = [str(v)[:8] for k, v in fingerprint.items() if k.endswith("sha256")]
+    return f"{fingerprint['images']} images of SHA-256 {' and '.join(digests)}"
 
 
 def _mention_surroundings(accelerator: Accelerator, manifest: dict[str, Any]) -> None:

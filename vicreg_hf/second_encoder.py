@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from vicreg_hf.branches import is_timm
@@ -21,7 +22,7 @@ from vicreg_hf.hub import push_folder
 from vicreg_hf.layout import TRAINING_ONLY
 from vicreg_hf.modalities.audio import WaveformColumn
 from vicreg_hf.modalities.text import TextColumn, save_text_encoder
-from vicreg_hf.modalities.text_encoder import create_text_encoder
+from vicreg_hf.modalities.text_encoder import TextEncoder, create_text_encoder
 from vicreg_hf.modalities.waveform_encoder import create_waveform_encoder, save_waveform_encoder
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.onnx import ONNX_FILE
@@ -63,6 +64,7 @@ def export_second_encoder(model: VICRegModel, directory: str | Path, *, column: 
     with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as aside:
         if isinstance(column, TextColumn):
             save_text_encoder(encoder, column.tokenizer, aside)
+            _verify_stock_text(encoder, aside)
             again: nn.Module = create_text_encoder(aside, pretrained=True)
         else:
             assert isinstance(column, WaveformColumn)
@@ -82,6 +84,30 @@ def export_second_encoder(model: VICRegModel, directory: str | Path, *, column: 
         for file in Path(aside).iterdir():
             file.replace(directory / file.name)
     return directory
+
+
+@torch.no_grad()
+def _verify_stock_text(encoder: TextEncoder, directory: str) -> None:
+    """Load a text encoder as its card says, and compare its hidden states with the encoder's.
+
+    Raises:
+        ExportError: they differ.
+    """
+    name, part = encoder.loader
+    stock: Any = getattr(transformers, name).from_pretrained(directory, dtype=torch.float32)
+    stock = stock.get_encoder() if part else stock
+    device = next(encoder.parameters()).device
+    tokens = torch.tensor([[0, 1, 1], [1, 0, 1]], device=device)
+    mask = torch.ones_like(tokens)
+    training = encoder.training
+    hidden = stock.to(device).eval()(input_ids=tokens, attention_mask=mask).last_hidden_state
+    expected = encoder.eval()({"input_ids": tokens, "attention_mask": mask})
+    encoder.train(training)
+    if not torch.allclose(hidden.float().mean(1), expected, rtol=1e-4, atol=1e-5):
+        raise ExportError(
+            f"{name}{part} must give the features that the second encoder was trained to give, "
+            "and does not."
+        )
 
 
 def check_second_exportable(model: VICRegModel, pairs: PairedSplit | None) -> None:

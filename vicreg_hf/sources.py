@@ -141,7 +141,9 @@ def open_dataset(name: str, config_name: str | None = None, *, streaming: bool =
             check_archives(Path(name))
         loaded = _load(name, config_name, streaming)
     except Exception as e:  # builders raise whatever their parsing meets
-        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        told = [next(iter(str(x).strip().splitlines()), type(x).__name__)
+                for x in (e, e.__cause__) if x is not None]  # fmt: skip
+        reason = " ".join(told)
         raise ValueError(
             f"dataset_name must be {DEMO}, a data set on the Hub, or a local folder or file that "
             f"datasets.load_dataset takes, got {name!r}: {reason}"

@@ -86,7 +86,7 @@ class EvaluationArguments:
     num_workers: int | None = _setting(None, "Image-decoding workers per process.")
     max_bad_fraction: float = _setting(0.05, "Share of images that may be unusable; left out.")
     num_resamples: int = _setting(
-        1000, "Of the test images, for 95 % intervals; of svm at most 200."
+        1000, "Of the test images, for intervals of 95 percent; of svm at most 200."
     )
     cache_dir: str = _setting(
         str(Path(HF_HOME) / "vicreg_hf" / "features"), "Where features are kept; may be deleted."

@@ -6,6 +6,7 @@ embedding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,10 +55,22 @@ def cross_recall(z: Tensor, z_prime: Tensor, owner: Tensor, ks: Sequence[int]) -
     )
 
 
-def chance(num_candidates: int, num_right: float, k: int) -> float:
-    """Recall at k of a random order.
+def chance(num_candidates: int, num_right: Tensor, k: int) -> float:
+    """Recall at k of a random order: how likely any of what is right is among the first k.
 
     Args:
-        num_right: of the candidates; on average, where queries differ.
+        num_right: (N,) candidates that are right, of each query.
     """
-    return min(1.0, k * num_right / num_candidates)
+    k = min(k, num_candidates)
+    found = [
+        1 - math.comb(num_candidates - right, k) / math.comb(num_candidates, k)
+        for right in num_right.tolist()
+    ]
+    return sum(found) / len(found)
+
+
+def by_owner(scores: Tensor, owner: Tensor, num_owners: int) -> Tensor:
+    """The mean score of what belongs to each sample: (M,) scores to (N,)."""
+    sums = torch.zeros(num_owners, dtype=scores.dtype, device=scores.device)
+    counts = torch.bincount(owner, minlength=num_owners)
+    return sums.index_add_(0, owner, scores) / counts

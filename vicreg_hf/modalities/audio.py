@@ -75,9 +75,10 @@ class WaveformColumn:
     ) -> Tensor:
         """A keyed piece of each clip, of zero mean and unit variance.
 
-        Where the piece starts is drawn evenly; a clip that is too short is put into zeros at a
-        place drawn evenly. The normalisation is Wav2Vec2FeatureExtractor's; it undoes any gain, so
-        none is drawn.
+        A longer clip gives a piece about its middle, which is what spectrograms show: where it
+        starts is drawn evenly within a quarter of the piece's length to either side. A clip that is
+        too short is put into zeros at a place drawn evenly. The normalisation is
+        Wav2Vec2FeatureExtractor's; it undoes any gain, so none is drawn.
 
         Args:
             items: B clips, (L,) each.
@@ -87,10 +88,18 @@ class WaveformColumn:
             (B, num_samples) float32.
         """
         draws = uniforms(rows, 1, seed=seed, epoch=epoch, stream=Stream.VIEW_PRIME)[:, 0]
+        return self._cut(items, draws)
+
+    def middle(self, items: Sequence[NDArray[np.float32]]) -> Tensor:
+        """The middle of each clip, for evaluation; shapes as of `batch`."""
+        return self._cut(items, np.full(len(items), 0.5, np.float32))
+
+    def _cut(self, items: Sequence[NDArray[np.float32]], draws: NDArray[np.float32]) -> Tensor:
         pieces = np.zeros((len(items), self.num_samples), np.float32)
         for piece, clip, u in zip(pieces, items, draws, strict=True):
             spare = len(clip) - self.num_samples
-            start = int(float(u) * (abs(spare) + 1))
+            moved = min(abs(spare), self.num_samples // 2) if spare > 0 else -spare
+            start = (abs(spare) - moved) // 2 + int(float(u) * (moved + 1))
             if spare >= 0:
                 piece[:] = clip[start : start + self.num_samples]
             else:

@@ -60,7 +60,7 @@ def check_audio_column(features: datasets.Features, name: str) -> None:
     if name not in features or not is_audio(features[name]):
         found = [k for k, feature in features.items() if isinstance(feature, datasets.Audio)]
         raise ValueError(
-            f"audio_column must name a column of audio, got {name!r}; columns of audio: "
+            f"prime_column must name a column of audio, got {name!r}; columns of audio: "
             f"{', '.join(found) or 'none'}; all: {', '.join(features)}."
         )
     require_soundfile()

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vicreg_hf.images import ImageError
-from vicreg_hf.modalities.stock import one_line, open_config
+from vicreg_hf.modalities.stock import is_model_type, one_line, open_config
 from vicreg_hf.modalities.text_encoder import TEXT_PART, TextEncoder
 from vicreg_hf.randomness import Stream, uniforms
 
@@ -40,7 +40,7 @@ class TextColumn:
         special = self.tokenizer.num_special_tokens_to_add()
         if self.max_length <= special:
             raise ValueError(
-                f"max_length must leave room beside the {special} special tokens, got "
+                f"prime_max_length must leave room beside the {special} special tokens, got "
                 f"{self.max_length}; take {special + 1} or more."
             )
 
@@ -58,12 +58,7 @@ class TextColumn:
         Raises:
             ValueError: it does not.
         """
-        if name not in features or not is_text(features[name]):
-            found = [other for other, feature in features.items() if is_text(feature)]
-            raise ValueError(
-                f"text_column must name a column of strings or of lists of strings, got {name!r}; "
-                f"columns of text: {', '.join(found) or 'none'}; all: {', '.join(features)}."
-            )
+        check_text_column(features, name)
         return cls(name, tokenizer, max_length)
 
     def prepare(self, table: Any) -> Any:
@@ -88,6 +83,13 @@ class TextColumn:
             raise ImageError("the text is empty.")
         return kept
 
+    def tokens(self, texts: Sequence[str]) -> Any:
+        """What the tokenizer makes of texts, padded to the longest of them."""
+        return self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.max_length,
+            return_attention_mask=True, return_tensors="pt",
+        )  # fmt: skip
+
     def batch(
         self, items: Sequence[Sequence[str]], rows: ArrayLike, epoch: int, seed: int
     ) -> dict[str, Tensor]:
@@ -106,11 +108,22 @@ class TextColumn:
             captions[int(float(u) * len(captions))]
             for captions, u in zip(items, draws, strict=True)
         ]
-        tokens = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_length,
-            return_attention_mask=True, return_tensors="pt",
-        )  # fmt: skip
+        tokens = self.tokens(texts)
         return {name: tokens[name].long() for name in INPUTS if name in tokens}
+
+
+def check_text_column(features: datasets.Features, name: str) -> None:
+    """Make sure that a column holds strings, or lists of them.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if name not in features or not is_text(features[name]):
+        found = [other for other, feature in features.items() if is_text(feature)]
+        raise ValueError(
+            f"prime_column must name a column of strings or of lists of strings, got {name!r}; "
+            f"columns of text: {', '.join(found) or 'none'}; all: {', '.join(features)}."
+        )
 
 
 def is_text(feature: Any) -> bool:
@@ -135,25 +148,30 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none, or it cannot pad.
     """
+    if is_model_type(name):
+        raise ValueError(
+            f"prime_tokenizer must be given where the architecture is a model type, got {name!r} "
+            "and none; a Hub id or a directory that holds one."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=False, padding_side="right"
         )
     except Exception as error:  # loaders raise whatever their files make them
         raise ValueError(
-            f"tokenizer must be a directory or a Hub id that AutoTokenizer loads, got {name!r}: "
-            f"{one_line(error)}"
+            f"prime_tokenizer must be a directory or a Hub id that AutoTokenizer loads, got "
+            f"{name!r}: {one_line(error)}"
         ) from error
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # of a lone config
         raise ValueError(
-            f"tokenizer must have a vocabulary, and {name!r} holds none; save the tokenizer there, "
-            "beside the model."
+            f"prime_tokenizer must have a vocabulary, and {name!r} holds none; save the tokenizer "
+            "there, beside the model."
         )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
-                f"tokenizer must have a token to pad with, and {name!r} has neither pad_token nor "
-                "eos_token; set one and save it again."
+                f"prime_tokenizer must have a token to pad with, and {name!r} has neither "
+                "pad_token nor eos_token; set one and save it again."
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -173,7 +191,8 @@ def check_tokenizer(
     if num_tokens > embeddings.num_embeddings:
         raise ValueError(
             f"the encoder must have an embedding for every token, got {embeddings.num_embeddings} "
-            f"for {num_tokens} tokens; set vocab_size in model_args, or take its own tokenizer."
+            f"for {num_tokens} tokens; set vocab_size in prime_model_args, or take the encoder's "
+            "own tokenizer."
         )
     training = encoder.training
     word = next((i for i in range(num_tokens) if i not in tokenizer.all_special_ids), 0)
@@ -182,7 +201,7 @@ def check_tokenizer(
         encoder.eval()({"input_ids": longest, "attention_mask": torch.ones_like(longest)})
     except (IndexError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"max_length must be at most what the encoder takes, got {max_length}: "
+            f"prime_max_length must be at most what the encoder takes, got {max_length}: "
             f"{one_line(error)}"
         ) from error
     finally:

@@ -93,6 +93,16 @@ class TextEncoder(nn.Module):
             raise ValueError(f"hidden states must be one per token, got {tuple(hidden.shape)}.")
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
+    @property
+    def loader(self) -> tuple[str, str]:
+        """The class of transformers that loads it once saved, and what to call on the result."""
+        kind, both = type(self.model.config), self.model.config.is_encoder_decoder
+        if kind in MODEL_FOR_TEXT_ENCODING_MAPPING:
+            return "AutoModelForTextEncoding", ""
+        if kind in MODEL_MAPPING:
+            return "AutoModel", ".get_encoder()" if both else ""
+        return type(self.model).__name__, ""
+
     def save(self, directory: str | Path) -> None:
         """Write the model as stock transformers does; see `save_text_encoder`."""
         save_model(self.model, directory)

@@ -5,7 +5,9 @@ Shapes: B samples, E numbers each.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from vicreg_hf.images import ImageError
 
 MEASURED = 100
-"""Rows among which one is looked for whose vector tells the width."""
+"""Rows whose vectors tell the width."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +43,34 @@ class VectorColumn:
         if name not in features or not is_vector(features[name]):
             found = [other for other, feature in features.items() if is_vector(feature)]
             raise ValueError(
-                f"vector_column must name a column of lists of floats, got {name!r}; columns of "
+                f"prime_column must name a column of lists of floats, got {name!r}; columns of "
                 f"vectors: {', '.join(found) or 'none'}; all: {', '.join(features)}."
             )
         length = getattr(features[name], "length", -1)
         return cls(name, length if length > 0 else None)
 
     def measured(self, table: Any) -> VectorColumn:
-        """The same with its width known, from the first of a table's vectors that can be used.
+        """The same with its width known, which is the commonest of a table's first vectors.
 
         Raises:
-            ValueError: none of the first `MEASURED` can.
+            ValueError: none of the first `MEASURED` can be used, or most differ in width.
         """
         if self.width is not None:
             return self
+        widths: Counter[int] = Counter()
         for row in table.select_columns([self.name]).take(MEASURED):
-            try:
-                return replace(self, width=len(self.decode(row[self.name])))
-            except ImageError:
-                continue
+            with suppress(ImageError):
+                widths[len(self.decode(row[self.name]))] += 1
+        if widths:
+            ((width, count),) = widths.most_common(1)
+            if 2 * count < widths.total():
+                raise ValueError(
+                    f"prime_column must hold vectors of one width, got {min(widths)} to "
+                    f"{max(widths)} numbers in the first {MEASURED} rows of {self.name!r}."
+                )
+            return replace(self, width=width)
         raise ValueError(
-            f"vector_column must hold vectors, got none in the first {MEASURED} rows of "
+            f"prime_column must hold vectors, got none in the first {MEASURED} rows of "
             f"{self.name!r}; choose another, or filter the rows."
         )
 
