@@ -1,0 +1,336 @@
+"""The prediction of `scale` against training on CPU processes of this machine.
+
+What one process takes alone on one core gives the rates, and two processes that only communicate
+give the network's. Nothing is fitted to what several processes then take. Of repetitions the
+fastest counts, here and there, since other programs can only slow one down.
+
+Shapes: B images, S side in pixels, W processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import resource
+import socket
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from vicreg_hf.arguments import parse_arguments
+from vicreg_hf.benchmarks.contenders import ours
+from vicreg_hf.benchmarks.data import photographs
+from vicreg_hf.benchmarks.loss import embeddings, forward_backward, our_loss
+from vicreg_hf.benchmarks.measuring import MIB, surroundings, table
+from vicreg_hf.benchmarks.scale import BACKWARD, VIEWS, Step, predict
+from vicreg_hf.benchmarks.scale_counts import Work, count_work, our_loss_work
+from vicreg_hf.benchmarks.scale_machine import Machine
+from vicreg_hf.covariance import STRIPE_ROWS
+from vicreg_hf.data import available_cores
+from vicreg_hf.distributed import SyncBatchNorm, gather_rows, sum_over_processes
+from vicreg_hf.faults import gradient_norm
+from vicreg_hf.preparation import setup
+from vicreg_hf.pretraining import take_gradients, take_step
+from vicreg_hf.run import Run
+
+CPU = torch.device("cpu")
+WITHOUT_LIMIT = 1e6
+"""A rate that adds nothing."""
+WARM_UP = 2
+"""Rounds."""
+NORM_MESSAGES = 4
+"""A view: `SyncBatchNorm` of this package sums twice in either direction."""
+HEADER = [
+    "processes", "backbone", "expander", "loss", "optimizer", "communication", "views",
+    "predicted ms", "measured ms", "predicted / measured", "on a core", "cores of other programs",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, from images made of photographs."""
+
+    architecture: str
+    image_size: int
+    batch_size: int
+    expander_dims: Sequence[int]
+    steps: int
+    folder: str
+
+    @property
+    def images(self) -> str:
+        return f"{self.folder}/images"
+
+    def run(self) -> Run:
+        """Set up for training in this process, on one core."""
+        widths = "-".join(map(str, self.expander_dims))
+        words = [
+            f"--architecture={self.architecture}", f"--image_size={self.image_size}",
+            f"--batch_size={self.batch_size}", f"--expander_dims={widths}", "--augmentation=cifar",
+            f"--dataset_name={self.images}", f"--output_dir={self.folder}/run", "--resume=never",
+            "--max_steps=1000000", "--num_workers=0", "--compile=false",
+        ]  # fmt: skip
+        run = setup(parse_arguments(words))
+        torch.set_num_threads(1)  # which setup has chosen by the cores
+        return run
+
+
+class Alone(NamedTuple):
+    """Seconds that one process takes for each part of a step of the whole batch."""
+
+    backbone: float
+    synced_backbone: float
+    """With the package's SyncBatchNorm, as several processes have it."""
+    expander: float
+    synced_expander: float
+    loss: float
+    optimizer: float
+    views: float
+
+
+class Loopback(NamedTuple):
+    """What two processes take."""
+
+    message: float
+    """Seconds of an all-reduce of one number."""
+    rate: float
+    """Bytes/s that each receives in an all-gather."""
+
+
+def check(
+    processes: Sequence[int],
+    architecture: str,
+    *,
+    image_size: int,
+    batch_size: int,
+    expander_dims: Sequence[int],
+    steps: int,
+) -> str:
+    """A table of predicted and measured milliseconds of a step.
+
+    Args:
+        processes: numbers of CPU processes, each on one thread. Beside the time of a step stands
+            what its first process had of a core, on average: the rest was waiting.
+        steps: measured of each; the fastest counts.
+    """
+    cores = available_cores()
+    work = count_work(architecture, image_size, expander_dims)
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(architecture, image_size, batch_size, expander_dims, steps, folder)
+        _write(setting)
+        alone = Alone(*_in_processes(1, _alone, setting))
+        loopback = Loopback(*_in_processes(2, _loopback))
+        lines = []
+        for world in processes:
+            step = expected(work, alone, loopback, world, batch_size, cores)
+            others = _others()
+            measured, on_core = _in_processes(world, _step, setting)
+            lines.append([*_line(world, step, measured), f"{1000 * on_core:.1f}", others()])
+    torch.set_num_threads(cores)
+    head = (
+        f"{architecture}, {batch_size} images of {image_size} pixels, expander "
+        f"{'-'.join(map(str, expander_dims))}; one thread a process, {cores} cores; fastest of "
+        f"{steps} steps; loopback: {1e6 * loopback.message:.0f} microseconds a message, "
+        f"{loopback.rate / 1e9:.2f} GB/s"
+    )
+    return f"{surroundings(CPU)}\n{head}\n\n{table(HEADER, lines)}"
+
+
+def expected(
+    work: Work, alone: Alone, loopback: Loopback, world: int, batch_size: int, cores: int
+) -> Step:
+    """The prediction for W processes on so many cores.
+
+    Beyond as many processes as cores everything, communication too, takes W / cores times as long.
+    """
+    slower, synced = max(1.0, world / cores), world > 1
+    views = (1 + BACKWARD) * VIEWS * batch_size
+    expander_rate = _rate(
+        views * work.expander_flops, alone.synced_expander if synced else alone.expander
+    )
+    loss = our_loss_work(batch_size, work.dim, 1, stripe=STRIPE_ROWS["cpu"])
+    # Its products run as fast as the expander's; the rest of its time is traffic.
+    passing = alone.loss - loss.flops / _rate(views * work.expander_flops, alone.expander)
+    memory = _rate(loss.traffic, max(passing, 0.0))
+    machine = Machine(
+        gpus_per_node=world,
+        bf16_tflops=1 / slower,
+        backbone_share=_rate(
+            views * work.backbone_flops, alone.synced_backbone if synced else alone.backbone
+        ) / 1e12,
+        expander_share=expander_rate / 1e12,
+        loss_tflops=_rate(views * work.expander_flops, alone.expander) / 1e12 / slower,
+        loss_share=1.0,
+        memory_gb_s=memory / 1e9 / slower,
+        memory_share=1.0,
+        launch_us=0.0,
+        nvlink_gb_s=loopback.rate / 1e9 / slower,
+        link_share=1.0,
+        nvlink_us=1e6 * loopback.message / 2 * slower,  # there and back
+        embedding_bytes=4,
+        messages_per_norm=NORM_MESSAGES,
+        overlap=False,  # what sends takes the same cores
+        crop_images_s=batch_size / alone.views / slower,
+        cores_per_node=world,
+        read_mb_s=WITHOUT_LIMIT,
+        checkpoint_mb_s=WITHOUT_LIMIT,
+    )  # fmt: skip
+    step = predict(work, machine, world, batch_size, stripe=STRIPE_ROWS["cpu"])
+    return replace(step, optimizer=alone.optimizer * slower, input_meanwhile=False)
+
+
+def _rate(amount: float, seconds: float) -> float:
+    return amount / seconds if amount and seconds else WITHOUT_LIMIT * 1e12
+
+
+def _line(world: int, step: Step, measured: float) -> list[str]:
+    parts = (
+        step.backbone, step.expander, step.loss, step.optimizer, step.communication, step.input,
+        step.seconds, measured,
+    )  # fmt: skip
+    figures = [f"{1000 * part:.1f}" for part in parts]
+    return [str(world), *figures, f"{step.seconds / measured:.2f}"]
+
+
+def _others() -> Callable[[], str]:
+    """From now on: how many cores programs that are none of ours keep busy, on average."""
+    begun, before = time.perf_counter(), _busy()
+
+    def so_far() -> str:
+        now = _busy()
+        if before is None or now is None:
+            return "?"
+        return f"{max(0.0, now - before) / (time.perf_counter() - begun):.1f}"
+
+    return so_far
+
+
+def _busy() -> float | None:
+    """Seconds of all cores that programs but ours have had; None where the kernel does not say."""
+    with suppress(OSError):
+        user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+        own = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        mine = sum(usage.ru_utime + usage.ru_stime for usage in own)
+        return (user + nice + system) / os.sysconf("SC_CLK_TCK") - mine
+    return None
+
+
+# What processes do
+
+
+def _in_processes(world: int, function: Callable[..., Sequence[float]], *args: Any) -> list[float]:
+    """What a function answers in the first of several processes."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+        free.close()
+        answer = f"{folder}/answer"
+        mp.spawn(_start, (world, port, answer, function, args), nprocs=world)
+        return [float(line) for line in Path(answer).read_text().splitlines()]
+
+
+def _start(
+    rank: int, world: int, port: int, answer: str, function: Callable[..., Any], args: Any
+) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")
+    torch.set_num_threads(1)
+    values = function(*args)
+    if rank == 0:
+        Path(answer).write_text("\n".join(str(value) for value in values))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _alone(setting: Setting) -> Alone:
+    run = setting.run()
+    run.wrapped.train()
+    features = torch.randn(setting.batch_size, run.model.num_features)
+    contender = ours(run, "fp32")
+    with closing(contender.views()) as views:
+        images = next(views)[0].to(memory_format=torch.channels_last)  # as training lays them out
+        take_gradients(run, (images, images))
+        inputs = embeddings(setting.batch_size, setting.expander_dims[-1], CPU, torch.float32)
+        models: dict[str, tuple[nn.Module, Tensor]] = {
+            "backbone": (run.model.backbone, images),
+            "expander": (run.model.expander, features.requires_grad_()),
+        }
+        models |= {
+            f"synced_{name}": (SyncBatchNorm.convert(copy.deepcopy(module)), x)
+            for name, (module, x) in models.items()
+        }
+
+        def update() -> None:
+            gradient_norm(run)
+            gradients = [parameter.grad for parameter in run.model.parameters()]
+            take_step(run)
+            for parameter, gradient in zip(run.model.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+
+        runs: dict[str, Callable[[], object]] = {
+            "optimizer": update,
+            "loss": forward_backward(our_loss, inputs),
+            "views": lambda: next(views),
+        }
+        for name, (module, x) in models.items():
+            runs[name] = lambda module=module, x=x: _pass(module, x)
+        return Alone(**_fastest(runs, setting.steps))
+
+
+def _pass(module: nn.Module, x: Tensor) -> None:
+    """Forward and backward of two views, as a step has them."""
+    total = module(x).sum() + module(x).sum()
+    torch.autograd.grad(total, [p for p in (*module.parameters(), x) if p.requires_grad])
+
+
+def _loopback() -> Loopback:
+    dist.init_process_group("gloo")
+    one, many = torch.zeros(1), torch.zeros(2 * MIB)
+    message = _fastest({"": lambda: sum_over_processes(one)}, 200)[""]
+    gather = _fastest({"": lambda: gather_rows(many)}, 20)[""]
+    return Loopback(message, 4 * len(many) / max(gather - message / 2, 1e-9))
+
+
+def _step(setting: Setting) -> list[float]:
+    """Seconds of a step of training, views included; and of the core that one process had of it."""
+    contender = ours(setting.run(), "fp32")
+    with closing(contender.views()) as views:
+        contender.step(*next(views))
+        before = time.process_time()
+        took = _fastest({"": lambda: contender.step(*next(views))}, setting.steps)[""]
+        return [took, (time.process_time() - before) / (setting.steps + WARM_UP)]
+
+
+def _fastest(alternatives: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of each, which take turns; the first `WARM_UP` rounds are not counted."""
+    times: dict[str, list[float]] = {name: [] for name in alternatives}
+    for _ in range(repeats + WARM_UP):
+        for name, run in alternatives.items():
+            begun = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - begun)
+    return {name: min(all_[WARM_UP:]) for name, all_ in times.items()}
+
+
+def _write(setting: Setting) -> None:
+    datasets.disable_progress_bars()
+    side = setting.image_size
+    pictures = photographs(min(256, setting.batch_size), side, side)
+    cells = [pictures[k % len(pictures)] for k in range(2 * setting.batch_size)]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": cells}, features=features).save_to_disk(setting.images)
