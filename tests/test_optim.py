@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from vicreg_hf.optim import LARS, create_optimizer, default_base_lr, learning_rate
+from vicreg_hf.snapshots import join_tensors, split_tensors
 
 Array = NDArray[np.float64]
 
@@ -365,6 +368,66 @@ def test_a_loaded_state_leaves_settings_as_they_are() -> None:
     assert (group["weight_decay"], group["eta"], group["clip"]) == (0.5, 0.02, True)
     for p in model.parameters():
         assert torch.equal(new.state[p]["momentum_buffer"], old.state[p]["momentum_buffer"])
+
+
+def convolutions() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3))
+    return model.to(memory_format=torch.channels_last)  # pyright: ignore
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x.to(memory_format=torch.channels_last)).square().sum().backward()
+        optimizer.step()
+
+
+FUSED = ["adam", "adamw", "sgd", "momentum"]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_steps_are_the_plain_ones_to_rounding(name: str) -> None:
+    fused, plain = convolutions(), convolutions()
+    optimizer = create_optimizer(name, fused, lr=1e-3, weight_decay=0.1)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    expected = create_optimizer_v2(plain, opt=name, lr=1e-3, weight_decay=0.1, foreach=False)
+    train(fused, optimizer, range(5))
+    train(plain, expected, range(5))
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lars", "radam", "nadam", *FUSED])
+def test_a_state_that_was_in_a_file_goes_on_with_the_same_bits(name: str) -> None:
+    """A file keeps values and no layout; the weights are laid out before the state is loaded."""
+    expected, model = convolutions(), convolutions()
+    train(expected, create_optimizer(name, expected, lr=1e-3, weight_decay=0.1), range(6))
+    first = create_optimizer(name, model, lr=1e-3, weight_decay=0.1)
+    train(model, first, range(3))
+    tensors, rest = split_tensors(first.state_dict())
+    second = create_optimizer(name, model, lr=1e-3, weight_decay=0.1)
+    kept = {key: value.clone(memory_format=torch.contiguous_format)
+            for key, value in tensors.items()}  # fmt: skip
+    second.load_state_dict(join_tensors(kept, json.loads(json.dumps(rest))))
+    train(model, second, range(3, 6))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_state_of_the_plain_optimiser_goes_on_fused(name: str) -> None:
+    """As checkpoints hold it that were written before there was a fused one."""
+    expected, model = convolutions(), convolutions()
+    train(expected, create_optimizer(name, expected, lr=1e-3, weight_decay=0.1), range(6))
+    plain = create_optimizer_v2(model, opt=name, lr=1e-3, weight_decay=0.1, foreach=False)
+    train(model, plain, range(3))
+    fused = create_optimizer(name, model, lr=1e-3, weight_decay=0.1)
+    fused.load_state_dict(plain.state_dict())
+    assert all(group["fused"] for group in fused.param_groups)
+    assert not any(group["foreach"] for group in fused.param_groups)
+    train(model, fused, range(3, 6))
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("groups", [0, 2])

@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 # Paper, appendix C.4: best base learning rate of a 100-epoch run by global batch size.
 BASE_LR_BY_BATCH = {128: 0.8, 256: 0.5, 512: 0.4}
 BASE_LR_LARGE_BATCH = 0.3
 FINAL_LR_FRACTION = 1e-3
-OWN = ("weight_decay", "eta", "clip", "foreach")
+OWN = ("weight_decay", "eta", "clip", "foreach", "fused")
 """Of a parameter group, what the optimiser was made with and no loaded state replaces."""
+FUSED = (Adam, AdamW, SGD)
+"""Optimisers that torch has as one operation for all parameters, on CPU and on CUDA."""
 
 
 class LARS(Optimizer):
@@ -139,7 +141,8 @@ def create_optimizer(
     """The authors' LARS by "lars", else any optimiser of timm's by its name.
 
     Biases and normalisation parameters are left out of weight decay in either. A state that is
-    loaded brings what the optimiser has gathered, and leaves its settings as they are here.
+    loaded brings what the optimiser has gathered, and leaves its settings as they are here. torch's
+    Adam, AdamW and SGD are fused on CPU and CUDA, where the parameters are now.
 
     Args:
         lars_eta: trust coefficient of "lars"; likewise lars_clip, as `LARS` has it.
@@ -153,6 +156,7 @@ def create_optimizer(
     else:
         optimizer = _of_timm(name, model, lr=lr, weight_decay=weight_decay)
     optimizer.register_load_state_dict_pre_hook(_with_own_settings)
+    optimizer.register_load_state_dict_post_hook(_lay_out_as_parameters)
     return optimizer
 
 
@@ -162,7 +166,13 @@ def _of_timm(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> 
         raise ValueError(
             f"optimizer must be lars or one of timm's, got {name!r}; timm has {', '.join(known)}."
         )
-    return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay)
+    devices = {p.device.type for p in model.parameters() if p.requires_grad}
+    can_fuse = get_optimizer_class(name, bind_defaults=False) in FUSED and devices <= {
+        "cpu",
+        "cuda",
+    }
+    more: Any = {"fused": True} if can_fuse else {}
+    return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **more)
 
 
 def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -174,6 +184,18 @@ def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str,
     ]
     # as many as were saved: torch says it where that is another number
     return state | {"param_groups": groups + saved[len(groups) :]}
+
+
+def _lay_out_as_parameters(optimizer: Optimizer) -> None:
+    """Give a loaded state the parameters' memory layout, which files do not keep.
+
+    Fused on a CPU, torch 2.14 goes through memory in order and so takes wrong elements otherwise.
+    """
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        entries = optimizer.state.get(p, {})
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == p.shape:
+                entries[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def default_base_lr(optimizer: str, batch_size: int) -> float:
