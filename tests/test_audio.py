@@ -131,7 +131,7 @@ def _patched(offset: int, value: int, width: int = 4) -> bytes:
         (_patched(24, 1), "2000 to"),
         (encode_sound(np.zeros(601 * 2000, np.int16), 2_000), "longer than the 600 seconds"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "sound",
 )
 def test_what_cannot_be_used_is_refused(data: bytes, sentence: str) -> None:
     with pytest.raises(ImageError, match=sentence):
