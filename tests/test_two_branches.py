@@ -122,13 +122,13 @@ def test_images_find_the_vectors_they_were_aligned_with(tmp_path: Path) -> None:
 
 
 def test_spectrograms_find_their_waveforms(tmp_path: Path) -> None:
-    data = write_clips(tmp_path / "clips", rows=1000, test_rows=192, rate=4000)
+    data = write_clips(tmp_path / "clips", rows=1500, test_rows=256, rate=8000)
     out = tmp_path / "run"
     done = run_pretraining(
         *LEARNING[:4], "--logging_steps=50", "--num_workers=0", "--batch_size=64",
         f"--dataset_name={data}", "--prime_modality=audio", "--prime_architecture=wav2vec2",
-        f"--prime_model_args={WAVE}", "--sampling_rate=4000", "--audio_seconds=1",
-        "--image_size=32", f"--output_dir={out}", "--max_steps=200",
+        f"--prime_model_args={WAVE}", "--sampling_rate=8000", "--audio_seconds=1",
+        "--image_size=48", f"--output_dir={out}", "--max_steps=200",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert_learned(recalls(out, data), "images", "sound")

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
@@ -27,7 +28,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from workflow import ROOT, environment
+from workflow import ROOT, environment, run
+
+SILENCE = 60.0
+"""Seconds without a word after which a fork is taken to hang."""
+TORCHRUN = ["torchrun", "--standalone"]
 
 
 class Script:
@@ -47,6 +52,11 @@ class Script:
     @property
     def returncode(self) -> int | None:
         return self._process.exitcode
+
+    @property
+    def has_printed(self) -> bool:
+        """Whether anything is in its pipes."""
+        return any(path.exists() and path.stat().st_size for path in self._outputs)
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -136,6 +146,13 @@ def run_script(
     alone = processes == 1
     scripts = [Script(words, **variables)] if alone else ranks(words, processes, **variables)
     try:
+        if _silent(scripts, seconds=SILENCE):
+            # now and then a fork takes over a lock that nobody holds: a real start instead
+            for script in scripts:
+                script.kill()
+            starter = [sys.executable] if alone else [*TORCHRUN, f"--nproc_per_node={processes}"]
+            on_cpu = {} if alone else {"ACCELERATE_USE_CPU": "true"}
+            return run([*starter, *words], **on_cpu, **variables)
         printed = [script.communicate(timeout=240) for script in scripts]
     finally:
         for script in scripts:
@@ -143,6 +160,16 @@ def run_script(
     status = next((script.returncode for script in scripts if script.returncode), 0)
     out, err = map("".join, zip(*printed, strict=True))
     return subprocess.CompletedProcess(words, status, out, err)
+
+
+def _silent(scripts: Sequence[Script], *, seconds: float) -> bool:
+    """Whether none has ended or printed anything for so long."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if any(script.poll() is not None or script.has_printed for script in scripts):
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def run_pretraining(
