@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from vicreg_hf.branches import Inputs
-from vicreg_hf.loss import VICRegTerms
 from vicreg_hf.modeling_vicreg import VICRegModel, VICRegOutput
+from vicreg_hf.terms import VICRegTerms
 
 RandomState = tuple[Tensor, Tensor | None]
 """Of torch's generator on CPU and of the accelerator's, if there is one."""

@@ -1,209 +1,19 @@
 """The VICReg loss: global statistics, float32 throughout, its own backward pass.
 
 Shapes: n rows in this process, N = n * world size rows in all, D embedding dimensions.
-
-With X the centred (N, D) embeddings, the sum of squares of X^T X (D, D) equals that of X X^T
-(N, N). So the covariance term has two exact forms, and the cheaper one is taken:
-
-    Gram, when N < D:         each process forms its own rows of X X^T
-    covariance, otherwise:    each process adds its rows' share of X^T X
-
-With that product a process has all that its own gradient needs: backward communicates nothing.
-`vicreg_hf.covariance` holds the two forms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from vicreg_hf import covariance
-from vicreg_hf.covariance import Branch, Gradient
-from vicreg_hf.distributed import (
-    ProcessGroup,
-    check_same_shape,
-    find_group,
-    gather_rows,
-    sum_over_processes,
-    world_size,
-)
+from vicreg_hf.distributed import ProcessGroup
+from vicreg_hf.terms import Settings, VICRegTerms, compute
 
 VarianceReduction = Literal["mean", "sum"]
-
-
-class VICRegTerms(NamedTuple):
-    """The loss and its three unweighted terms; only `loss` carries a gradient."""
-
-    loss: Tensor
-    invariance: Tensor
-    variance: Tensor
-    covariance: Tensor
-
-
-class Settings(NamedTuple):
-    """What `vicreg_loss` takes, as numbers; branch_weight is 1/2 for the mean over branches."""
-
-    sim: float
-    std: float
-    cov: float
-    gamma: float
-    eps: float
-    branch_weight: float
-
-
-def _forward(
-    z: Tensor, z_prime: Tensor, settings: Sequence[float], group_name: str
-) -> list[Tensor]:
-    """The four of `VICRegTerms`, the gathered rows (empty if none are), and two `Branch`es."""
-    by, group = Settings(*settings), find_group(group_name)
-    check_same_shape(z, group)
-    (n, dim), processes = z.shape, world_size(group)
-    total = count_rows(n, group)
-    with torch.autocast(z.device.type, enabled=False):
-        gathered = z.new_empty(0)
-        if processes > 1 and covariance.prefers_gram(total, dim):
-            gathered = gather_rows(torch.stack((z, z_prime), 1), group)
-        first, second = (
-            covariance.analyse(rows, n, total, group) for rows in rows_of((z, z_prime), gathered)
-        )
-        sums = torch.stack([squared_distance(z, z_prime), first[1] + second[1]])
-        distance, squares = sum_over_processes(sums, group)
-        invariance, squares = distance / (total * dim), squares.clone()
-        hinges = [
-            hinge(branch, by)[0].mean() * by.branch_weight for branch in (first[0], second[0])
-        ]
-        variance = hinges[0] + hinges[1]
-        loss = by.sim * invariance + by.std * variance + by.cov * squares
-    return [loss, invariance, variance, squares, gathered, *first[0], *second[0]]
-
-
-def _backward(
-    grad: Tensor,
-    z: Tensor,
-    z_prime: Tensor,
-    saved: list[Tensor],
-    needed: Sequence[bool],
-    settings: Sequence[float],
-    group_name: str,
-) -> list[Tensor]:
-    """Gradients of both branches, from what `_forward` returned; empty where not needed.
-
-    `saved` is emptied, so that a branch's product is gone when its gradient is there.
-    """
-    by, group = Settings(*settings), find_group(group_name)
-    gathered, branches = saved[0], [Branch(*saved[6:]), Branch(*saved[1:6])]
-    saved.clear()
-    (n, dim), processes = z.shape, world_size(group)
-    total = n * processes
-    grads = []
-    with torch.autocast(z.device.type, enabled=False):
-        for index, rows in enumerate(rows_of((z, z_prime), gathered)):
-            branch = branches.pop()
-            if not needed[index]:
-                grads.append(z.new_empty(0))
-                continue
-            own, other = (z, z_prime) if index == 0 else (z_prime, z)
-            # DDP averages over processes; what is global must survive that.
-            weights = weigh(branch, by, total, 2 * by.sim / (total * dim), grad * processes)
-            grads.append(covariance.differentiate(branch, rows, own, other, weights, group))
-    return grads
-
-
-def count_rows(n: int, group: ProcessGroup) -> int:
-    """The rows of all processes; fewer than two are refused."""
-    total = n * world_size(group)
-    if total < 2:
-        raise ValueError(
-            f"variance needs at least 2 rows over all processes, got {total}; use a larger batch."
-        )
-    return total
-
-
-def rows_of(branches: Sequence[Tensor], gathered: Tensor) -> Sequence[Tensor]:
-    """What each branch's product is formed of: all processes' rows if gathered, else the own."""
-    return gathered.unbind(1) if gathered.numel() else branches
-
-
-def squared_distance(z: Tensor, z_prime: Tensor) -> Tensor:
-    """Sum of the squared differences, by blocks."""
-    blocks = zip(covariance.in_blocks(z), covariance.in_blocks(z_prime), strict=True)
-    dtype = covariance.compute_dtype(z)
-    return torch.stack([(a.to(dtype) - b.to(dtype)).square_().sum() for a, b in blocks]).sum()
-
-
-def hinge(branch: Branch, by: Settings) -> tuple[Tensor, Tensor]:
-    """What each dimension's standard deviation lacks, and that deviation."""
-    deviation = (branch.variance + by.eps).sqrt()
-    return (by.gamma - deviation).clamp(min=0), deviation
-
-
-def weigh(
-    branch: Branch, by: Settings, total: int, difference: float, total_grad: Tensor
-) -> Gradient:
-    """The weights of a branch's gradient, where all processes hold `total` rows."""
-    lacking, deviation = hinge(branch, by)
-    pairs = (total - 1) * len(deviation)
-    slope = by.std * by.branch_weight / pairs
-    return Gradient(
-        covariance=4 * by.cov / pairs,
-        columns=(lacking > 0) / deviation * -slope,
-        difference=difference,
-        total=total_grad,
-    )
-
-
-# torch.compile takes each as one node: nothing to trace, and the same arithmetic as without it.
-_forward_op = torch.library.custom_op("vicreg_hf::loss_forward", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("vicreg_hf::loss_backward", _backward, mutates_args=())
-
-
-@_forward_op.register_fake
-def _(z: Tensor, _: Tensor, __: Sequence[float], group_name: str) -> list[Tensor]:
-    (n, dim), processes = z.shape, world_size(find_group(group_name))
-    gram = covariance.prefers_gram(n * processes, dim)
-    gathered = z.new_empty((n * processes, 2, dim) if gram and processes > 1 else 0)
-    x = z.new_empty(0, dtype=covariance.compute_dtype(z))
-    branches = [covariance.allocate(x, n, n * processes, dim) for _ in range(2)]
-    return [*(x.new_empty(()) for _ in range(4)), gathered, *branches[0], *branches[1]]
-
-
-@_backward_op.register_fake
-def _(_: Tensor, z: Tensor, __: Tensor, ___: Any, needed: Sequence[bool], *____: Any) -> Any:
-    return [z.new_empty(z.shape if wanted else 0) for wanted in needed]
-
-
-class _VICReg(torch.autograd.Function):
-    """`_forward` and `_backward` as one differentiable function."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, z_prime: Tensor, settings: Sequence[float], group_name: str
-    ) -> tuple[Tensor, ...]:
-        run = _forward_op if torch.compiler.is_compiling() else _forward
-        loss, invariance, variance, covariance, *saved = run(z, z_prime, settings, group_name)
-        ctx.save_for_backward(z, z_prime, *saved)
-        ctx.settings, ctx.group_name = settings, group_name
-        ctx.mark_non_differentiable(invariance, variance, covariance)
-        return loss, invariance, variance, covariance
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        compiling = torch.compiler.is_compiling()  # which refuses second derivatives itself
-        if torch.is_grad_enabled() and not compiling:
-            raise RuntimeError(
-                "vicreg_loss has no second derivative; call backward without create_graph=True."
-            )
-        run = _backward_op if compiling else _backward
-        z, z_prime, *saved = ctx.saved_tensors
-        if not compiling:
-            ctx.maybe_clear_saved_tensors()  # unless the graph is retained
-        needed = ctx.needs_input_grad[:2]
-        result = run(grads[0], z, z_prime, saved, needed, ctx.settings, ctx.group_name)
-        both = (g if wanted else None for g, wanted in zip(result, needed, strict=True))
-        return (*both, None, None)
 
 
 def vicreg_loss(
@@ -261,10 +71,9 @@ def vicreg_loss(
         )
     check_floating_point(z, z_prime)
     branch_weight = find_branch_weight(variance_reduction)
-    settings = list(Settings(sim_coeff, std_coeff, cov_coeff, gamma, eps, branch_weight))
-    name = "" if group is None else group.group_name
+    settings = Settings(sim_coeff, std_coeff, cov_coeff, gamma, eps, branch_weight)
     dtype = torch.promote_types(z.dtype, z_prime.dtype)
-    return VICRegTerms(*_VICReg.apply(z.to(dtype), z_prime.to(dtype), settings, name))
+    return compute([z.to(dtype), z_prime.to(dtype)], 2, settings, group)
 
 
 def check_floating_point(*branches: Tensor) -> None:
