@@ -62,7 +62,7 @@ def test_config_yaml_repeats_the_run(finished: tuple[Path, str], tmp_path: Path)
     settings = yaml.safe_load(config.read_text())
     assert settings["image_size"] == 32
     assert settings["augmentation"] == "cifar"
-    result = launch("--config", str(config), f"--output_dir={tmp_path}")
+    result = run_pretraining("--config", str(config), f"--output_dir={tmp_path}")
     assert result.returncode == 0, result.stderr
     timeless = [{k: v for k, v in row.items() if k != "views_per_second"} for row in
                 metrics(tmp_path)]  # fmt: skip

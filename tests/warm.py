@@ -20,7 +20,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
@@ -28,11 +27,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from workflow import ROOT, environment, run
-
-SILENCE = 60.0
-"""Seconds without a word after which a fork is taken to hang."""
-TORCHRUN = ["torchrun", "--standalone"]
+from workflow import ROOT, environment
 
 
 class Script:
@@ -52,11 +47,6 @@ class Script:
     @property
     def returncode(self) -> int | None:
         return self._process.exitcode
-
-    @property
-    def has_printed(self) -> bool:
-        """Whether anything is in its pipes."""
-        return any(path.exists() and path.stat().st_size for path in self._outputs)
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -91,7 +81,9 @@ def _server() -> tuple[ForkServerContext, Path]:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(HF_HOME=str(folder), PYTHONPATH=path).items():
+        # OpenMP's threads are not in a fork, which would wait for them for ever: it starts none
+        own = environment(HF_HOME=str(folder), PYTHONPATH=path, OMP_NUM_THREADS="1")
+        for name, value in own.items():
             patch.setenv(name, value)
         multiprocessing.forkserver.ensure_running()
     return context, folder
@@ -146,13 +138,6 @@ def run_script(
     alone = processes == 1
     scripts = [Script(words, **variables)] if alone else ranks(words, processes, **variables)
     try:
-        if _silent(scripts, seconds=SILENCE):
-            # now and then a fork takes over a lock that nobody holds: a real start instead
-            for script in scripts:
-                script.kill()
-            starter = [sys.executable] if alone else [*TORCHRUN, f"--nproc_per_node={processes}"]
-            on_cpu = {} if alone else {"ACCELERATE_USE_CPU": "true"}
-            return run([*starter, *words], **on_cpu, **variables)
         printed = [script.communicate(timeout=240) for script in scripts]
     finally:
         for script in scripts:
@@ -160,16 +145,6 @@ def run_script(
     status = next((script.returncode for script in scripts if script.returncode), 0)
     out, err = map("".join, zip(*printed, strict=True))
     return subprocess.CompletedProcess(words, status, out, err)
-
-
-def _silent(scripts: Sequence[Script], *, seconds: float) -> bool:
-    """Whether none has ended or printed anything for so long."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if any(script.poll() is not None or script.has_printed for script in scripts):
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def run_pretraining(

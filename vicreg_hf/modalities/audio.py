@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -37,9 +37,9 @@ class WaveformColumn:
     """Of a piece."""
 
     def __post_init__(self) -> None:
-        for field in ("sampling_rate", "num_samples"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be positive, got {getattr(self, field)}.")
+        for name in ("sampling_rate", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
 
     @classmethod
     def find(
@@ -128,9 +128,9 @@ class SpectrogramSettings:
     """Decibels between black and white; white is the clip's loudest band and frame."""
 
     def __post_init__(self) -> None:
-        for field in ("sampling_rate", "seconds", "num_mels", "fft_length", "range_db"):
-            if getattr(self, field) <= 0:
-                raise ValueError(f"{field} must be positive, got {getattr(self, field)}.")
+        for name in ("sampling_rate", "seconds", "num_mels", "fft_length", "range_db"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         half = self.sampling_rate / 2
         top = half if self.max_frequency is None else self.max_frequency
         if not 0 <= self.min_frequency < top <= half:
@@ -229,7 +229,7 @@ class SpectrogramColumn:
 
     name: str
     feature: Any
-    settings: SpectrogramSettings = SpectrogramSettings()
+    settings: SpectrogramSettings = field(default_factory=SpectrogramSettings)
     channels: int = 1
 
     def __post_init__(self) -> None:
