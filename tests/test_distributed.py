@@ -203,7 +203,7 @@ def communication(authors: bool, dim: int) -> tuple[list[str], list[int], list[s
     return forward.collectives(), forward.gathered, seen, len(backward.names)
 
 
-SHAPES_GATHERED = 2 * 2  # of two processes
+SHAPES_GATHERED = 2 * 4  # of two processes: global and local views, rows, dimensions
 
 
 def test_the_gram_form_gathers_the_embeddings_once(gloo: GlooPool) -> None:
@@ -353,12 +353,12 @@ def communication_of_many(kind: str, dim: int) -> tuple[list[str], list[int], li
 @pytest.mark.parametrize(
     ("kind", "dim", "gathered"),
     [
-        ("variance", 4, [2 * 2]),  # the shapes
-        ("variance", 24, [2 * 2]),
-        ("covariance", 4, [2 * 2]),
-        ("covariance", 24, [2 * 2, 6 * 24]),
-        ("multi-view", 4, [2 * 4]),
-        ("multi-view", 24, [2 * 4, 4 * 6 * 24]),  # all four views in one
+        ("variance", 4, [SHAPES_GATHERED]),
+        ("variance", 24, [SHAPES_GATHERED]),
+        ("covariance", 4, [SHAPES_GATHERED]),
+        ("covariance", 24, [SHAPES_GATHERED, 6 * 24]),
+        ("multi-view", 4, [SHAPES_GATHERED]),
+        ("multi-view", 24, [SHAPES_GATHERED, 4 * 6 * 24]),  # all four views in one
     ],
 )
 def test_one_and_many_views_are_gathered_once_and_backward_communicates_nothing(
@@ -390,7 +390,9 @@ def refusal_of_many(kind: str, counts: list[tuple[int, int, int]]) -> str:
     [
         ("variance", [(1, 0, 3), (1, 0, 2)], "(3, 4), (2, 4)"),
         ("covariance", [(1, 0, 3), (1, 0, 2)], "(3, 4), (2, 4)"),
-        ("multi-view", [(2, 1, 3), (2, 1, 2)], "(2, 1, 3, 4), (2, 1, 2, 4)"),
+        ("multi-view", [(2, 0, 3), (2, 0, 2)], "got (3, 4), (2, 4)"),
+        ("multi-view", [(2, 1, 3), (2, 1, 2)], "got (3, 4), (2, 4)"),
+        ("multi-view", [(2, 0, 3), (2, 1, 3)], "(2, 0, 3, 4), (2, 1, 3, 4)"),
         ("multi-view", [(2, 1, 3), (3, 0, 3)], "(2, 1, 3, 4), (3, 0, 3, 4)"),
         ("multi-view", [(2, 1, 3), (2, 2, 3)], "(2, 1, 3, 4), (2, 2, 3, 4)"),
     ],

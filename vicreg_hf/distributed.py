@@ -35,17 +35,22 @@ def find_group(name: str) -> ProcessGroup:
     return c10d._resolve_process_group(cast(Any, name)) if name else None
 
 
-def check_same_shape(x: Tensor, group: ProcessGroup = None) -> None:
+def check_same_shape(x: Tensor, group: ProcessGroup = None, *, counts: Sequence[int] = ()) -> None:
     """Fail in every process, rather than hang, where x has not the same shape in all.
 
+    Args:
+        counts: further whole numbers that must be alike, such as how many tensors of that shape.
+
     Raises:
-        ValueError: shapes that differ.
+        ValueError: shapes or counts that differ.
     """
     if world_size(group) == 1:
         return
-    shapes = gather_rows(torch.tensor([x.shape], device=x.device), group).tolist()
-    if any(shape != shapes[0] for shape in shapes):
-        received = ", ".join(str(tuple(shape)) for shape in shapes)
+    own = torch.tensor([[*counts, *x.shape]], device=x.device)
+    found = [tuple(row) for row in gather_rows(own, group).tolist()]
+    if any(row != found[0] for row in found):
+        alike = all(row[: len(counts)] == found[0][: len(counts)] for row in found)
+        received = ", ".join(str(row[len(counts) :] if alike else row) for row in found)
         raise ValueError(
             "every process must hold embeddings of the same shape, got "
             f"{received}; drop or pad the last batch."

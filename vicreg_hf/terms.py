@@ -68,8 +68,7 @@ def _forward(
     by, group = Settings(*settings), find_group(group_name)
     z, num_views = views[0], len(views)
     (n, dim), processes = z.shape, world_size(group)
-    counts = (num_global, num_views - num_global)
-    check_same_shape(z if num_views == 1 else z.expand(*counts, n, dim), group)
+    check_same_shape(z, group, counts=(num_global, num_views - num_global))
     total, pairs = _count_rows(n, group), _pairs(num_views, num_global)
     with torch.autocast(z.device.type, enabled=False):
         gathered = z.new_empty(0)
