@@ -219,6 +219,14 @@ def test_where_nothing_can_be_used_the_first_row_is_named() -> None:
         split.read_or_replace([1])
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError()])
+def test_a_connection_that_breaks_is_a_worker_that_died(error: Exception) -> None:
+    """What torch raises of a worker that is killed while it passes a batch on."""
+    sentence = r"worker died: the connection .*--num_workers 0"
+    with pytest.raises(LoadingError, match=sentence), loading_errors():
+        raise error
+
+
 class DiesAtStep2(TwoViews):
     """In a worker; views elsewhere."""
 

@@ -305,6 +305,9 @@ def loading_errors() -> Iterator[None]:
     except ImageError as error:
         sentence = str(error).strip().splitlines()[-1]
         raise ImageError(sentence.split("ImageError: ", 1)[-1]) from None
+    except (ConnectionError, EOFError) as error:  # killed in the middle of a batch
+        cause = f"the connection to it was lost: {error}"
+        raise LoadingError(_cause_of_death(cause)) from None
     except RuntimeError as error:
         # torch's signal handler knows of what the worker died, and its loader only that it did
         messages = [str(cause) for cause in (error.__cause__, error) if cause is not None]
