@@ -13,6 +13,7 @@ from vicreg_hf.randomness import (
     Stream,
     derive_seed,
     permutation,
+    permuted,
     philox,
     uniforms,
     view_stream,
@@ -143,3 +144,39 @@ def test_derived_seeds_differ_and_fit_a_torch_generator() -> None:
     assert len(seeds) == 400
     assert min(seeds) >= 0
     assert max(seeds) < 2**63
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 17, 64, 65, 1000, 4097])
+def test_a_permutation_by_parts_is_one(size: int) -> None:
+    whole = permuted(np.arange(size), size, seed=5, epoch=3)
+    np.testing.assert_array_equal(np.sort(whole), np.arange(size))
+    few = np.arange(size)[::-3]
+    np.testing.assert_array_equal(permuted(few, size, seed=5, epoch=3), whole[few])
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(1, 0), (0, 1), (2**63 + 1, 0), (0, 2**32 - 1)])
+def test_seed_and_epoch_change_a_permutation_by_parts(seed: int, epoch: int) -> None:
+    first, other = (
+        permuted(np.arange(1000), 1000, seed=s, epoch=e) for s, e in [(0, 0), (seed, epoch)]
+    )
+    assert (first == other).sum() < 10
+
+
+def test_a_permutation_by_parts_is_uniform() -> None:
+    """Every place is as likely for an element, and every pair of elements for two places."""
+    orders = np.array([permuted(np.arange(7), 7, seed=0, epoch=e) for e in range(6000)])
+    for place in range(7):
+        assert stats.chisquare(np.bincount(orders[:, place], minlength=7)).pvalue > 1e-4
+    for other in range(1, 7):
+        pairs = np.bincount(orders[:, 0] * 7 + orders[:, other], minlength=49)
+        assert stats.chisquare(pairs[pairs > 0]).pvalue > 1e-4
+        assert (pairs > 0).sum() == 42
+
+
+def test_neighbours_in_a_large_permutation_are_strangers() -> None:
+    size = 10**9
+    start = 123_456_789
+    rows = permuted(np.arange(start, start + 20_000), size, seed=0, epoch=0)
+    assert len(np.unique(rows)) == len(rows)
+    assert stats.kstest(rows / size, "uniform").pvalue > 1e-4
+    assert stats.kstest((np.diff(rows) % size) / size, "uniform").pvalue > 1e-4

@@ -48,10 +48,10 @@ def test_every_recipe_is_built_and_stepped(name: str, images: Path, tmp_path: Pa
     before = run.model.expander[-1].weight.detach().clone()  # pyright: ignore
     run.wrapped.train()
     for views in views_from_here(run):
-        output, norm = take_gradients(run, views)
-        assert output.loss is not None
-        assert torch.isfinite(output.loss)
-        assert torch.isfinite(norm)
+        step = take_gradients(run, views)
+        assert step.output.loss is not None
+        assert torch.isfinite(step.output.loss)
+        assert torch.isfinite(step.grad_norm)
         take_step(run)
     assert run.step == 2
     assert not torch.equal(before, run.model.expander[-1].weight)  # pyright: ignore

@@ -158,6 +158,12 @@ class PretrainingArguments:
     compile: bool | None = _setting(
         None, "Fuse the making of views with torch.compile; by default on GPUs."
     )
+    compile_model: bool | None = _setting(
+        None,
+        "Fuse backbone and expander with torch.compile, which takes a minute or more at the start; "
+        "by default on GPUs for runs of 2000 steps and more, but for batch normalisation over "
+        "several processes.",
+    )
     output_dir: str | None = _setting(None, "By default runs/ and the data set's name.")
     logging_steps: int = _setting(50, "Steps between lines of metrics.jsonl.")
     save_steps: int = _setting(1000, "Steps between checkpoints; one is also saved at the end.")

@@ -170,6 +170,22 @@ def _loader(source: Dataset[Crops], device: torch.device, num_workers: int) -> D
     )
 
 
+def _batches(loader: DataLoader[Crops]) -> Iterator[Crops]:
+    """What a loader gives; its workers end with it.
+
+    One that waits for a worker that was killed would do so until its grace is over, and the whole
+    run with it.
+    """
+    iterator: Any = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        if workers := getattr(iterator, "_workers", None):
+            iterator._shutdown_workers()
+            for worker in workers:
+                worker.kill()
+
+
 def training_views(
     images: ImageSplit | PairedSplit | ImageStream | Tensor,
     batches: GlobalBatches,
@@ -213,7 +229,7 @@ def training_views(
                 source = _PairedCrops(images, batches, views, paired, steps)
             else:
                 source = _Crops(images, batches, views, steps)
-            loader = _loader(source, device, num_workers)
+            loader = _batches(_loader(source, device, num_workers))
             crops = ((batches.batch(s)[0], c) for s, c in zip(steps, loader, strict=True))
         made = _views_of_crops(crops, views, device, bad, paired)
     with loading_errors():
@@ -270,7 +286,7 @@ def _crops_of_stream(
     while left:
         count = 0
         source = _StreamCrops(stream, views, epoch)
-        for own, rows, replaced, _ in _loader(source, device, num_workers):
+        for own, rows, replaced, _ in _batches(_loader(source, device, num_workers)):
             count += len(rows)
             cut = tuple(torch.cat(pair) for pair in zip(cut, own, strict=True))
             keys, bad = np.concatenate([keys, rows]), bad + replaced

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,19 @@ def find_group(name: str) -> ProcessGroup:
     return c10d._resolve_process_group(cast(Any, name)) if name else None
 
 
+_alike: ContextVar[bool] = ContextVar("alike", default=False)
+
+
+@contextmanager
+def known_to_be_alike() -> Iterator[None]:
+    """Spare `check_same_shape`, which waits for the device, where shapes cannot differ."""
+    token = _alike.set(True)
+    try:
+        yield
+    finally:
+        _alike.reset(token)
+
+
 def check_same_shape(x: Tensor, group: ProcessGroup = None, *, counts: Sequence[int] = ()) -> None:
     """Fail in every process, rather than hang, where x has not the same shape in all.
 
@@ -44,7 +58,7 @@ def check_same_shape(x: Tensor, group: ProcessGroup = None, *, counts: Sequence[
     Raises:
         ValueError: shapes or counts that differ.
     """
-    if world_size(group) == 1:
+    if world_size(group) == 1 or _alike.get():
         return
     own = torch.tensor([[*counts, *x.shape]], device=x.device)
     found = [tuple(row) for row in gather_rows(own, group).tolist()]
@@ -64,12 +78,44 @@ def sum_over_processes(x: Tensor, group: ProcessGroup = None) -> Tensor:
     return x
 
 
+class Vote:
+    """Flags that are being gathered from all processes; `read` waits until they are here.
+
+    A GPU goes on meanwhile: nothing but `read` waits for it. Every process must make one.
+
+    Args:
+        flags: scalars, booleans of this process or tensors on the device.
+    """
+
+    def __init__(
+        self, flags: Sequence[bool | Tensor], device: torch.device, group: ProcessGroup = None
+    ) -> None:
+        votes = [
+            flag.to(torch.float32)
+            if isinstance(flag, Tensor)
+            else torch.full((), float(flag), device=device)
+            for flag in flags
+        ]
+        self._counts = sum_over_processes(torch.stack(votes), group)
+        self._arrived: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            on_host = torch.empty(len(flags), pin_memory=True)
+            self._counts = on_host.copy_(self._counts, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(device))
+
+    def read(self) -> list[bool]:
+        """Each flag: whether it is set in any process."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [count > 0 for count in self._counts.tolist()]
+
+
 def any_process(
     flags: Sequence[bool | Tensor], device: torch.device, group: ProcessGroup = None
 ) -> list[bool]:
     """Each flag: whether it is set in any process. Waits for the device once."""
-    votes = [torch.as_tensor(flag, dtype=torch.float32, device=device) for flag in flags]
-    return [count > 0 for count in sum_over_processes(torch.stack(votes), group).tolist()]
+    return Vote(flags, device, group).read()
 
 
 def gather_rows(x: Tensor, group: ProcessGroup = None) -> Tensor:

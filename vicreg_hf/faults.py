@@ -7,12 +7,12 @@ import math
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.checkpointing import newest_checkpoint
@@ -33,25 +33,42 @@ class ProcessLost(RuntimeError):  # noqa: N818
     """Another process of the run has ended or is silent."""
 
 
-def gradient_norm(run: Run) -> Tensor:
-    """Of all gradients together, scalar; under fp16 without the loss scale."""
+@dataclass
+class Step:
+    """What a step has computed, on the device."""
+
+    number: int
+    """From 1, as in metrics.jsonl."""
+    lr: float
+    output: VICRegOutput
+    grad_norms: Tensor
+    """(P,): of each parameter that has a gradient."""
+    grad_norm: Tensor
+    """Scalar, of all gradients together."""
+
+
+def gradient_norms(run: Run) -> Tensor:
+    """(P,), of each parameter that has a gradient; under fp16 without the loss scale."""
     if run.accelerator.scaler is not None:
         run.accelerator.unscale_gradients(run.optimizer)
-    grads = [p.grad for p in run.model.parameters() if p.grad is not None]
-    return get_total_norm(grads)
+    return torch.stack(torch._foreach_norm([grad for _, grad in _gradients(run)]))
 
 
-def not_finite(run: Run, output: VICRegOutput, norm: Tensor) -> Tensor:
-    """Whether the step about to be taken would spoil the weights: scalar bool, on the device.
+def _gradients(run: Run) -> list[tuple[str, Tensor]]:
+    return [(name, p.grad) for name, p in run.model.named_parameters() if p.grad is not None]
+
+
+def not_finite(run: Run, step: Step) -> Tensor:
+    """Whether a step would spoil the weights: scalar bool, on the device.
 
     Under fp16 gradients overflow now and then; the step is skipped, and the loss scale halved.
     Only where it has become small is that a failure.
     """
-    assert output.loss is not None
-    bad = ~torch.isfinite(output.loss.detach())
+    assert step.output.loss is not None
+    bad = ~torch.isfinite(step.output.loss.detach())
     scaler = run.accelerator.scaler
     if scaler is None or scaler.get_scale() <= LEAST_SCALE:
-        bad = bad | ~torch.isfinite(norm)
+        bad = bad | ~torch.isfinite(step.grad_norm)
     return bad
 
 
@@ -67,29 +84,33 @@ def check_weights(run: Run) -> None:
                       {"step": run.step, "weights": bad})  # fmt: skip
 
 
-def step_failure(run: Run, output: VICRegOutput, norm: Tensor, lr: float) -> FloatingPointError:
-    """The error of a step that was not taken, with its report."""
-    found = describe_step(run, output, norm, lr)
+def step_failure(run: Run, step: Step) -> FloatingPointError:
+    """The error of a step that must not be taken, with its report."""
+    found = describe_step(run, step)
     terms = ", ".join(f"{name} {found[name]}" for name in (*TERMS, "grad_norm"))
-    return failure(run, f"loss and gradients must be finite at step {run.step + 1}, got {terms}",
+    return failure(run, f"loss and gradients must be finite at step {step.number}, got {terms}",
                    found)  # fmt: skip
 
 
-def describe_step(run: Run, output: VICRegOutput, norm: Tensor, lr: float) -> dict[str, Any]:
-    """A step about to be taken: its terms, its gradients, and the images it saw."""
-    epoch, rows = run.batches.whole_batch(run.step)
-    grads = [(n, p.grad) for n, p in run.model.named_parameters() if p.grad is not None]
-    norms = {name: torch.linalg.vector_norm(grad).item() for name, grad in grads}
+def describe_step(run: Run, step: Step) -> dict[str, Any]:
+    """A step's terms, its gradients, and the images it saw.
+
+    Of a step that has been taken the weights before it are not known any more: None.
+    """
+    epoch, rows = run.batches.whole_batch(step.number - 1)
+    names = [name for name, _ in _gradients(run)]
+    norms = dict(zip(names, step.grad_norms.tolist(), strict=True))
     largest = sorted(norms, key=lambda n: norms[n] if math.isfinite(norms[n]) else math.inf)
+    taken = run.step >= step.number
     return {
-        "step": run.step + 1,
+        "step": step.number,
         "epoch": epoch,
-        "lr": lr,
-        **{name: output[name].item() for name in TERMS},
-        "grad_norm": norm.item(),
+        "lr": step.lr,
+        **{name: step.output[name].item() for name in TERMS},
+        "grad_norm": step.grad_norm.item(),
         "largest_gradients": {name: norms[name] for name in largest[: -MOST_NAMES - 1 : -1]},
-        "gradients": _names_not_finite(grads),
-        "weights": _names_not_finite(_everything(run)),
+        "gradients": [name for name, norm in norms.items() if not math.isfinite(norm)][:MOST_NAMES],
+        "weights": None if taken else _names_not_finite(_everything(run)),
         "rows": None if run.args.streaming else rows.tolist(),
     }
 

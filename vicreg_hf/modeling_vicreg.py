@@ -6,7 +6,7 @@ Shapes: B images per process, F representation, D embedding, S side in pixels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from vicreg_hf.branches import (
+    Branch,
     Inputs,
     check_architecture,
     create_backbone,
@@ -25,6 +26,7 @@ from vicreg_hf.branches import (
     pooled,
     width_of,
 )
+from vicreg_hf.compiling import Compiled, plainly
 from vicreg_hf.configuration_vicreg import METHOD_FIELDS, VICRegConfig, encoder_pretrained_cfg
 from vicreg_hf.expander import expander
 from vicreg_hf.layout import write_layout
@@ -90,6 +92,7 @@ class VICRegModel(PreTrainedModel):
         self.num_features = width_of(backbone)
         self.expander = expander(self.num_features, config.expander_dims)
         self.prime = None if config.prime is None else create_branch(config.prime, backbone_prime)
+        self._call: Callable[..., Any] = plainly
         # timm has initialised its own tensors; transformers must not do it again. On the meta
         # device nothing has a value yet, so there `_init_weights` fills what a file does not.
         for tensor in itertools.chain(self.parameters(), self.buffers()):
@@ -138,6 +141,14 @@ class VICRegModel(PreTrainedModel):
         """The bare timm module: what is published."""
         return self.backbone
 
+    def compile_branches(self) -> None:
+        """Have torch.compile fuse backbones and expanders when `forward` first needs each.
+
+        `encoder` itself, weights, their names and copies are as without. Where torch.compile fails,
+        that is said and the model goes on without.
+        """
+        self._call = Compiled()
+
     def second_model(self) -> VICRegModel:
         """The second branch as a model of one branch, with the same tensors.
 
@@ -184,13 +195,13 @@ class VICRegModel(PreTrainedModel):
             if pixel_values_prime is None:
                 raise ValueError("a model needs pixel_values or pixel_values_prime, got neither.")
             return VICRegOutput(pooler_output=self._represent_prime(pixel_values_prime))
-        features, y = pooled(self.backbone, pixel_values)
+        features, y = self._call(pooled, self.backbone, pixel_values)
         if pixel_values_prime is None:
             return VICRegOutput(last_hidden_state=features, pooler_output=y)
         # Each view passes by itself, so that batch statistics are a view's own, as the authors'.
         y_prime = self._represent_prime(pixel_values_prime)
         further, local = (
-            [pooled(self.backbone, view)[1] for view in views]
+            [self._call(pooled, self.backbone, view)[1] for view in views]
             for views in (further_views, local_views)
         )
         compared = self.compare(y, y_prime, further=further, local=local)
@@ -215,8 +226,9 @@ class VICRegModel(PreTrainedModel):
             loss, its terms, embeddings, and y as pooler_output.
         """
         second = self.expander if self.prime is None else self.prime.expander
-        z = [self.expander(y), second(y_prime), *(self.expander(other) for other in further)]
-        z_local = [self.expander(other) for other in local]
+        z = [self._call(_embed, self.expander, y), self._call(_embed, second, y_prime)]
+        z += [self._call(_embed, self.expander, other) for other in further]
+        z_local = [self._call(_embed, self.expander, other) for other in local]
         terms = multi_view_loss(
             z,
             z_local,
@@ -231,8 +243,8 @@ class VICRegModel(PreTrainedModel):
 
     def _represent_prime(self, inputs: Inputs) -> Tensor:
         if self.prime is not None:
-            return self.prime.represent(inputs)
-        return pooled(self.backbone, inputs)[1]
+            return self._call(Branch.represent, self.prime, inputs)
+        return self._call(pooled, self.backbone, inputs)[1]
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -327,6 +339,10 @@ class VICRegModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError("a VICRegModel reads images and has no token embeddings.")
+
+
+def _embed(expander: nn.Module, y: Tensor) -> Tensor:
+    return expander(y)
 
 
 AutoConfig.register("vicreg", VICRegConfig, exist_ok=True)

@@ -77,7 +77,8 @@ class OnlineProbe(nn.Module):
             y: (B, F) representations.
             rows: (B,) of the training split, whose images they are of.
         """
-        y, labels = y.detach().float(), self.labels[torch.from_numpy(rows)].to(y.device)
+        y = y.detach().float()
+        labels = self.labels[torch.from_numpy(rows)].to(y.device, non_blocking=True)
         self._count(y)
         x = self._standardise(y)
         logits = x @ self.weight.T

@@ -48,6 +48,8 @@ except ImportError:  # Windows
 LOCK = ".lock"
 LOCK_PATIENCE = 5.0
 """Seconds to wait for a run that is just ending."""
+WORTH_COMPILING = 2000
+"""Steps from which on a run on a GPU makes up for the time it takes to compile the model."""
 
 
 def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
@@ -99,6 +101,8 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     step, seconds = resume(
         args, accelerator, model, optimizer, fingerprint, probe=probe, before=before
     )
+    if _compiles_model(args, accelerator, model, inputs.total_steps):
+        model.compile_branches()
     wrapped, prepared = accelerator.prepare(model, optimizer)
     return Run(
         args, accelerator, model, wrapped, prepared, inputs, views, paired,
@@ -221,11 +225,29 @@ def _accelerator() -> Accelerator:
     return accelerator
 
 
-def _check_micro_batches(model: VICRegModel, batches: GlobalBatches) -> None:
-    smallest = batches.batch_size % batches.micro_batch_size or batches.micro_batch_size
+def _compiles_model(
+    args: PretrainingArguments, accelerator: Accelerator, model: VICRegModel, total_steps: int
+) -> bool:
+    """Whether backbone and expander are compiled, where the settings do not say.
+
+    torch's synchronised batch normalisation ends a graph, of which a ResNet would then have scores.
+    """
+    if args.compile_model is not None:
+        return args.compile_model
+    in_pieces = accelerator.num_processes > 1 and _normalises_batches(model)
+    return accelerator.device.type == "cuda" and total_steps >= WORTH_COMPILING and not in_pieces
+
+
+def _normalises_batches(model: VICRegModel) -> bool:
+    """Whether an encoder does, whatever the expanders do."""
     encoders = [model.backbone] + ([] if model.prime is None else [model.prime.backbone])
     parts = itertools.chain.from_iterable(encoder.modules() for encoder in encoders)
-    if smallest == 1 and any(isinstance(part, _BatchNorm) for part in parts):
+    return any(isinstance(part, _BatchNorm) for part in parts)
+
+
+def _check_micro_batches(model: VICRegModel, batches: GlobalBatches) -> None:
+    smallest = batches.batch_size % batches.micro_batch_size or batches.micro_batch_size
+    if smallest == 1 and _normalises_batches(model):
         raise ValueError(
             "micro_batch_size must leave batch normalisation at least 2 images to compare, got "
             f"micro_batch_size={batches.micro_batch_size} and batch_size={batches.batch_size}; "

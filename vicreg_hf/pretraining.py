@@ -6,6 +6,9 @@ the step number.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +23,23 @@ from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.checkpointing import CheckpointError
 from vicreg_hf.collapse_watch import CollapseWatch
 from vicreg_hf.data import LoadingError, loading_errors, training_views
-from vicreg_hf.distributed import OtherProcessFailed, failing_together, gather_rows
+from vicreg_hf.distributed import (
+    OtherProcessFailed,
+    Vote,
+    failing_together,
+    gather_rows,
+    known_to_be_alike,
+)
 from vicreg_hf.evaluation import alignment, effective_rank, embedding_std, uniformity
 from vicreg_hf.exporting import ExportError
 from vicreg_hf.faults import (
+    TERMS,
     OutOfMemory,
     ProcessLost,
+    Step,
     check_weights,
     explained,
-    gradient_norm,
+    gradient_norms,
     not_finite,
     step_failure,
 )
@@ -52,6 +63,10 @@ ERRORS = (
 RUN_AHEAD = 10
 """While a checkpoint is written, training goes on for this part of `save_steps`, and then waits:
 a crash costs at most so much more than `save_steps`."""
+UNJUDGED = {"cuda": 1}
+"""Steps that may be taken before it is known whether they are finite, by device; elsewhere none.
+A GPU would otherwise wait for the answer in every step. One that is not finite still ends the run
+before anything of it is logged or saved."""
 
 
 def pretrain(args: PretrainingArguments) -> Path:
@@ -88,32 +103,34 @@ def pretrain(args: PretrainingArguments) -> Path:
 
 def fit(run: Run, signals: Signals) -> None:
     """Train from the run's step to its last."""
+    with closing(views_from_here(run)) as views:
+        _take_steps(run, signals, views)
+    settle(run)
+
+
+def _take_steps(run: Run, signals: Signals, steps: Iterable[tuple[Any, ...]]) -> None:
     args = run.args
     bar = tqdm(
-        views_from_here(run), "pretraining", run.total_steps, initial=run.step, unit="step",
+        steps, "pretraining", run.total_steps, initial=run.step, unit="step",
         disable=not run.accelerator.is_local_main_process,
     )  # fmt: skip
     run.wrapped.train()
     clock = Clock(args.num_views * args.batch_size)
     watch = CollapseWatch(args, run.batches.steps_per_epoch, run.log.rows())
+    unjudged: deque[tuple[Step, Vote]] = deque()
     for views in bar:
-        lr = run.lr
-        output, norm = take_gradients(run, views)
-        bad, stopping, unsaved = run.agree(
-            not_finite(run, output, norm), signals.received is not None, run.writer.failed
-        )
-        if bad:
-            raise step_failure(run, output, norm, lr)
-        if unsaved:
-            settle(run)
+        step = take_gradients(run, views)
+        flags = not_finite(run, step), signals.received is not None, run.writer.failed
+        unjudged.append((step, run.vote(*flags)))
+        stopping = _judge(run, unjudged, everything=_is_kept(run, step.number))
         if run.probe is not None:
-            assert output.pooler_output is not None
-            run.probe.learn(output.pooler_output, run.batches.batch(run.step)[1])
+            assert step.output.pooler_output is not None
+            run.probe.learn(step.output.pooler_output, run.batches.batch(run.step)[1])
         take_step(run)
         clock.tick()
         last = run.step == run.total_steps
         if run.step % args.logging_steps == 0 or last:
-            row = _metrics(run, output, norm, lr, clock)
+            row = _metrics(run, step, clock)
             bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             if last or (args.knn_steps and run.step % args.knn_steps == 0):
                 row |= _accuracies(run)
@@ -130,7 +147,32 @@ def fit(run: Run, signals: Signals) -> None:
             settle(run)
         if stopping and not last:
             stop(run, signals)
-    settle(run)
+
+
+def _is_kept(run: Run, number: int) -> bool:
+    """Whether something of a step will be logged or saved."""
+    args = run.args
+    every = (args.logging_steps, args.save_steps, args.knn_steps)
+    return number == run.total_steps or any(number % steps == 0 for steps in every if steps)
+
+
+def _judge(run: Run, unjudged: deque[tuple[Step, Vote]], *, everything: bool) -> bool:
+    """Read the votes on the oldest steps, or on all; whether the run is asked to stop.
+
+    Raises:
+        FloatingPointError: a step that is not finite.
+        CheckpointError: a checkpoint that could not be written.
+    """
+    stopping, most = False, UNJUDGED.get(run.accelerator.device.type, 0)
+    while unjudged and (everything or stopping or len(unjudged) > most):
+        step, vote = unjudged.popleft()
+        bad, asked, unsaved = vote.read()
+        if bad:
+            raise step_failure(run, step)
+        if unsaved:
+            settle(run)
+        stopping = stopping or asked
+    return stopping
 
 
 def views_from_here(run: Run, until: int | None = None) -> Any:
@@ -143,19 +185,24 @@ def views_from_here(run: Run, until: int | None = None) -> Any:
     )  # fmt: skip
 
 
-def take_gradients(run: Run, views: tuple[Any, ...]) -> tuple[VICRegOutput, Tensor]:
-    """Set the learning rate, and compute loss, gradients and their norm.
+def take_gradients(run: Run, views: tuple[Any, ...]) -> Step:
+    """Set the learning rate, and compute loss, gradients and their norms.
 
     Args:
         views: of a step, as `training_views` gives them.
     """
+    lr = run.lr
     for group in run.optimizer.param_groups:
-        group["lr"] = run.lr
+        group["lr"] = lr
     # Dropout and drop-path draw from torch's generator: keyed too, so that resuming is exact.
-    rank = run.accelerator.process_index
-    torch.manual_seed(derive_seed(run.args.seed, epoch=run.step, index=rank, stream=Stream.DROPOUT))
+    device, rank = run.accelerator.device, run.accelerator.process_index
+    seed = derive_seed(run.args.seed, epoch=run.step, index=rank, stream=Stream.DROPOUT)
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
     output = backward(run, tuple(_laid_out(view) for view in views))
-    return output, gradient_norm(run)
+    norms = gradient_norms(run)
+    return Step(run.step + 1, lr, output, norms, torch.linalg.vector_norm(norms))
 
 
 def _laid_out(view: Any) -> Any:
@@ -172,8 +219,13 @@ def take_step(run: Run) -> None:
     run.step += 1
 
 
+@known_to_be_alike()
 def backward(run: Run, views: tuple[Any, ...]) -> VICRegOutput:
-    """The loss of a step's views, and its gradient in every parameter's `grad`."""
+    """The loss of a step's views, and its gradient in every parameter's `grad`.
+
+    Returns:
+        As the model's, without last_hidden_state.
+    """
     accelerator, batches = run.accelerator, run.batches
     x, x_prime, *others = views
     num_further = run.args.num_global_views - 2
@@ -186,6 +238,7 @@ def backward(run: Run, views: tuple[Any, ...]) -> VICRegOutput:
         )  # fmt: skip
     output = run.wrapped(x, x_prime, **more)
     accelerator.backward(output.loss)
+    output.last_hidden_state = None  # large, and of no use here
     return output
 
 
@@ -260,8 +313,9 @@ def _place(run: Run) -> dict[str, Any]:
     return {"step": run.step, "epoch": run.step / run.batches.steps_per_epoch}
 
 
-def _metrics(run: Run, output: Any, norm: Tensor, lr: float, clock: Clock) -> dict[str, Any]:
-    rate = clock.rate()
+def _metrics(run: Run, step: Step, clock: Clock) -> dict[str, Any]:
+    rate, output = clock.rate(), step.output
+    assert output.embeddings is not None
     _agree_on_bad_images(run)
     z, z_prime = (gather_rows(branch.detach()) for branch in output.embeddings[:2])
     more = {} if run.probe is None else {"probe_loss": run.probe.loss.item()}
@@ -273,12 +327,9 @@ def _metrics(run: Run, output: Any, norm: Tensor, lr: float, clock: Clock) -> di
     return (
         _place(run)
         | {
-            "loss": output.loss.item(),
-            "invariance": output.invariance.item(),
-            "variance": output.variance.item(),
-            "covariance": output.covariance.item(),
-            "grad_norm": norm.item(),
-            "lr": lr,
+            **{name: output[name].item() for name in TERMS},
+            "grad_norm": step.grad_norm.item(),
+            "lr": step.lr,
             "views_per_second": round(rate, 1),
             "embedding_std": embedding_std(z).item(),
             "effective_rank": effective_rank(z).item(),

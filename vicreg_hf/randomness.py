@@ -8,6 +8,7 @@ Shapes: B samples, C columns.
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 
 import numpy as np
@@ -32,6 +33,7 @@ class Stream(IntEnum):
     REPLACEMENT = 7
 
 
+FEISTEL_ROUNDS = 8
 FIRST_FURTHER_VIEW = 2**16
 """Stream of the third view; those below are left to purposes yet to come."""
 
@@ -122,6 +124,37 @@ def permutation(
     """A permutation of range(size), such as the order in which an epoch visits its samples."""
     bits = words(np.arange(size), 2, seed=seed, epoch=epoch, stream=stream)
     return np.argsort((bits[:, 0] << _SHIFT) | bits[:, 1], kind="stable")
+
+
+def permuted(
+    positions: ArrayLike, size: int, *, seed: int, epoch: int, stream: Stream = Stream.ORDER
+) -> NDArray[np.int64]:
+    """What stands at some positions of a permutation of range(size), without forming the rest.
+
+    A Feistel network over a rectangle of at least `size` cells, whose sides are alike; what falls
+    outside of range(size) is sent on until it does not. It is another order than `permutation`'s.
+
+    Args:
+        positions: (B,) below size; size is at most 2**62.
+
+    Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002.
+    """
+    width = math.isqrt(max(size - 1, 0)) + 1
+    height = -(-size // width)
+
+    def word(half: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
+        return words(half, FEISTEL_ROUNDS, seed=seed, epoch=epoch, stream=stream)[:, number]
+
+    values = np.array(positions, dtype=np.uint64).reshape(-1)
+    outside = np.arange(len(values))
+    while len(outside):
+        left, right = np.divmod(values[outside], np.uint64(height))
+        for number in range(0, FEISTEL_ROUNDS, 2):
+            left = (left + word(right, number)) % np.uint64(width)
+            right = (right + word(left, number + 1)) % np.uint64(height)
+        values[outside] = left * np.uint64(height) + right
+        outside = outside[values[outside] >= size]
+    return values.astype(np.int64)
 
 
 def derive_seed(seed: int, *, epoch: int, index: int, stream: Stream) -> int:

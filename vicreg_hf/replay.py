@@ -38,9 +38,9 @@ def replay(args: PretrainingArguments, step: int) -> Path:
     run.wrapped.train()
     with explained(args, run):
         for views in views_from_here(run, until=step):
-            output, norm = take_gradients(run, views)
-            if run.step + 1 == step:
-                found = describe_step(run, output, norm, run.lr)
+            taken = take_gradients(run, views)
+            if taken.number == step:
+                found = describe_step(run, taken)
                 if run.accelerator.is_main_process:
                     write_report(path, found)
                 run.accelerator.wait_for_everyone()

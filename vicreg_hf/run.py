@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.checkpointing import CheckpointWriter
-from vicreg_hf.distributed import any_process
+from vicreg_hf.distributed import Vote
 from vicreg_hf.inputs import Inputs
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.monitor import KNNMonitor
@@ -92,9 +92,13 @@ class Run:
             self.step, peak=peak, warmup_steps=warmup_steps, total_steps=self.total_steps
         )
 
+    def vote(self, *flags: bool | Tensor) -> Vote:
+        """Ask each flag: whether it is set in any process. Every process must ask."""
+        return Vote(flags, self.accelerator.device)
+
     def agree(self, *flags: bool | Tensor) -> list[bool]:
-        """Each flag: whether it is set in any process. Every process must ask."""
-        return any_process(flags, self.accelerator.device)
+        """The same, and wait for the answers."""
+        return self.vote(*flags).read()
 
     def warn(self, sentence: str | None) -> None:
         """Say something once, above the progress bar."""

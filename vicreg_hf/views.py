@@ -207,15 +207,22 @@ class RandomViews(Generic[Views]):
         views = []
         for view, (x, recipe) in enumerate(zip(crops, self.recipes, strict=True)):
             parameters = draw_colour(self.uniforms(indices, epoch, view), recipe)
-            scale, shift = (factor.to(x.device) for factor in self._normalisation[view])
-            out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
             at_once = len(x) if x.is_cuda else max(1, ELEMENTS_AT_ONCE // max(1, x[:1].numel()))
+            if len(x) <= at_once:
+                views.append(self._finish(x, parameters, view))
+                continue
+            out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
             for start in range(0, len(x), at_once):
                 rows = slice(start, start + at_once)
-                levels = self._apply(x[rows].clone(), parameters.rows(rows), recipe)
-                out[rows] = self.kernels(normalise, levels, shared=(scale, shift))
+                out[rows] = self._finish(x[rows], parameters.rows(rows), view)
             views.append(out)
         return cast(Views, tuple(views))
+
+    def _finish(self, x: Tensor, parameters: ColourParameters, view: int) -> Tensor:
+        levels = self._apply(x.clone(), parameters, self.recipes[view])
+        factors = self._normalisation[view]
+        scale, shift = (factor.to(x.device, non_blocking=True) for factor in factors)
+        return self.kernels(normalise, levels, shared=(scale, shift))
 
     def _apply(self, x: Tensor, p: ColourParameters, recipe: ViewRecipe) -> Tensor:
         """Flip, jitter, grayscale, blur and solarise a batch in place, in the authors' order."""

@@ -39,7 +39,7 @@ from vicreg_hf.benchmarks.scale_machine import Machine
 from vicreg_hf.covariance import STRIPE_ROWS
 from vicreg_hf.data import available_cores
 from vicreg_hf.distributed import SyncBatchNorm, gather_rows, sum_over_processes
-from vicreg_hf.faults import gradient_norm
+from vicreg_hf.faults import gradient_norms
 from vicreg_hf.preparation import setup
 from vicreg_hf.pretraining import take_gradients, take_step
 from vicreg_hf.run import Run
@@ -276,7 +276,7 @@ def _alone(setting: Setting) -> Alone:
         }
 
         def update() -> None:
-            gradient_norm(run)
+            gradient_norms(run)
             gradients = [parameter.grad for parameter in run.model.parameters()]
             take_step(run)
             for parameter, gradient in zip(run.model.parameters(), gradients, strict=True):
