@@ -8,7 +8,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from vicreg_hf.sampler import SORTED_BELOW, GlobalBatches
+from vicreg_hf.randomness import SORTED_BELOW
+from vicreg_hf.sampler import GlobalBatches
 
 
 def test_an_epoch_visits_no_sample_twice_and_drops_the_last_part() -> None:

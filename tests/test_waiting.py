@@ -6,6 +6,8 @@ condition, a copy to the host. Copies from the host that wait are caught one by 
 
 from __future__ import annotations
 
+import json
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,21 +16,34 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from warm import ranks, run_script
 from workflow import SMALL, metrics, write_images
 
-from vicreg_hf import TwoViews, pretrain, pretraining
+from vicreg_hf import TwoViews, pretrain, pretraining, verdicts
 from vicreg_hf.arguments import parse_arguments
-from vicreg_hf.checkpointing import newest_checkpoint
 from vicreg_hf.distributed import Vote
-from vicreg_hf.faults import not_finite
 from vicreg_hf.optim import LARS, create_optimizer
 from vicreg_hf.preparation import setup
-from vicreg_hf.pretraining import take_gradients, take_step
+from vicreg_hf.pretraining import take_gradients, take_step, views_from_here
 from vicreg_hf.run import Run
+from vicreg_hf.verdicts import Verdicts, not_finite
 
 pytestmark = pytest.mark.usefixtures("one_core")
 META = torch.device("meta")
+
+
+class NoTensorsOfNumbers(TorchFunctionMode):
+    """Fail where a tensor on the device is made of numbers on the host, which waits."""
+
+    def __torch_function__(
+        self, func: Any, _: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor):
+            assert result.device != META, f"{func.__name__} waits"
+        return result
 
 
 class NoBlockingCopies(TorchDispatchMode):
@@ -81,7 +96,7 @@ def test_a_step_waits_for_nothing(
     run = on_meta(images, tmp_path, *more)
     sides = run.views.image_sizes
     views = tuple(torch.randn(16, 3, side, side, device=META) for side in sides)
-    with NoBlockingCopies():
+    with NoBlockingCopies(), NoTensorsOfNumbers():
         step = take_gradients(run, views)
         assert not_finite(run, step).device == META
         take_step(run)
@@ -92,7 +107,7 @@ def test_a_step_waits_for_nothing(
 
 def test_views_wait_for_nothing() -> None:
     images = torch.zeros(8, 3, 40, 40, dtype=torch.uint8, device=META)
-    with NoBlockingCopies():
+    with NoBlockingCopies(), NoTensorsOfNumbers():
         views = TwoViews(32, "authors")(images, np.arange(8))
     for view in views:
         assert view.device == META
@@ -103,7 +118,7 @@ def test_a_probe_waits_for_nothing(images: Path, tmp_path: Path) -> None:
     run = setup(parse_arguments(flags_of(images, tmp_path, "--max_steps=4", "--online_probe=true")))
     assert run.probe is not None
     run.probe.to(META)
-    with NoBlockingCopies():
+    with NoBlockingCopies(), NoTensorsOfNumbers():
         run.probe.learn(torch.zeros(4, run.model.num_features, device=META), np.arange(4))
 
 
@@ -113,64 +128,133 @@ def test_what_waits_is_caught() -> None:
         x.to(META)
     with NoBlockingCopies(), pytest.raises(AssertionError, match="waits"):
         torch.empty(3, device=META).copy_(x)
+    with NoTensorsOfNumbers(), pytest.raises(AssertionError, match="waits"):
+        torch.tensor([1.0], device=META)
     with pytest.raises(RuntimeError):
         bool(torch.empty((), device=META) > 0)
 
 
 # What is known one step later
 
+LATER = """
+import runpy, sys
+from vicreg_hf import verdicts
+verdicts.UNREAD["cpu"] = 1
+sys.argv[:] = ["scripts/pretrain.py", *sys.argv[1:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""pretrain.py, whose votes are read one step later, as on a GPU."""
+
 
 @pytest.fixture
-def one_step_later(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Votes are read one step later, as on a GPU; says of each whether others followed it."""
-    monkeypatch.setitem(pretraining.UNJUDGED, "cpu", 1)
-    followed: list[bool] = []
-    made: list[Vote] = []
-    begin, read = Vote.__init__, Vote.read
-
-    def noted(self: Vote, *args: Any, **kwargs: Any) -> None:
-        begin(self, *args, **kwargs)
-        made.append(self)
-
-    def read_and_noted(self: Vote) -> list[bool]:
-        followed.append(made[-1] is not self)
-        return read(self)
-
-    monkeypatch.setattr(Vote, "__init__", noted)
-    monkeypatch.setattr(Vote, "read", read_and_noted)
-    return followed
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(verdicts.UNREAD, "cpu", 1)
 
 
+def saved(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "checkpoints").glob("step-*"))
+
+
+def without_rates(directory: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k != "views_per_second"} for r in metrics(directory)]
+
+
+@pytest.mark.usefixtures("later")
+def test_a_vote_is_read_one_step_later_unless_something_is_kept(
+    images: Path, tmp_path: Path
+) -> None:
+    run = setup(parse_arguments(flags_of(images, tmp_path, "--max_steps=4")))
+    run.wrapped.train()
+    asked = Verdicts(run)
+    steps = []
+    for views in views_from_here(run):
+        step = take_gradients(run, views)
+        if step.number == 2:
+            step.output.loss = step.output.loss * torch.nan  # pyright: ignore
+        asked.ask(step, stopping=step.number == 1)
+        steps.append(step)
+        take_step(run)
+        if step.number == 1:
+            assert asked.read(everything=False) == (None, False, False)
+        elif step.number == 2:  # asked to stop, so that it is about to be saved
+            assert asked.read(everything=False) == (step, True, False)
+            break
+    asked = Verdicts(run)
+    asked.ask(steps[1])
+    assert asked.read(everything=False).bad is None
+    assert asked.read(everything=True).bad is steps[1]
+
+
+@pytest.mark.usefixtures("later")
 def test_a_run_is_the_same_where_votes_are_read_later(
-    images: Path, tmp_path: Path, one_step_later: list[bool], monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ["--max_steps=7", "--save_steps=3", "--logging_steps=5"]
     pretrain(parse_arguments(flags_of(images, tmp_path / "later", *more)))
-    assert True in one_step_later
-    monkeypatch.undo()
+    monkeypatch.setitem(verdicts.UNREAD, "cpu", 0)
     pretrain(parse_arguments(flags_of(images, tmp_path / "at once", *more)))
-    later, at_once = (
-        [{k: v for k, v in row.items() if k != "views_per_second"} for row in metrics(tmp_path / n)]
-        for n in ("later", "at once")
-    )
-    assert later == at_once
-    kept = [sorted(p.name for p in (tmp_path / n / "checkpoints").glob("step-*"))
-            for n in ("later", "at once")]  # fmt: skip
-    assert kept[0] == kept[1] == ["step-6", "step-7"]
+    assert without_rates(tmp_path / "later") == without_rates(tmp_path / "at once")
+    assert saved(tmp_path / "later") == saved(tmp_path / "at once") == ["step-6", "step-7"]
 
 
-@pytest.mark.usefixtures("one_step_later")
-def test_a_step_that_is_not_finite_is_never_saved(images: Path, tmp_path: Path) -> None:
-    more = ["--optimizer=sgd", "--base_lr=1e30", "--max_steps=40", "--save_steps=50"]
-    flags = flags_of(images, tmp_path, *more, "--logging_steps=50", "--warmup_epochs=1")
-    with pytest.raises(FloatingPointError, match="loss and gradients must be finite at step"):
-        pretrain(parse_arguments(flags))
-    (report,) = tmp_path.glob("not-finite-step-*.json")
-    assert newest_checkpoint(tmp_path / "checkpoints") == (None, [])
-    assert "loss" not in metrics(tmp_path)[-1]
-    assert '"weights": null' in report.read_text()
+@pytest.mark.usefixtures("later")
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 50])
+def test_a_step_that_is_not_finite_is_neither_logged_nor_saved(
+    every: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, learn = 4, pretraining.take_gradients
+
+    def spoil(run: Run, views: tuple[Any, ...]) -> verdicts.Step:
+        step = learn(run, views)
+        if step.number == bad:
+            for p in run.model.parameters():
+                p.grad = torch.full_like(p, torch.nan)
+            step.grad_norm = torch.tensor(torch.nan)
+        return step
+
+    monkeypatch.setattr(pretraining, "take_gradients", spoil)
+    steps = [f"--save_steps={every}", f"--logging_steps={every}", "--max_steps=9"]
+    with pytest.raises(FloatingPointError, match=f"must be finite at step {bad}, got"):
+        pretrain(parse_arguments(flags_of(images, tmp_path, *steps)))
+    kept = [step for step in range(1, bad) if step % every == 0]
+    assert [row["step"] for row in metrics(tmp_path) if "loss" in row] == kept
+    assert saved(tmp_path) == [f"step-{step}" for step in kept][-2:]
+    found = json.loads((tmp_path / f"not-finite-step-{bad}.json").read_text())
+    assert len(found["rows"]) == 16
+    assert (found["weights"] is None) == (bad % every != 0)  # as it had been taken
+
+
+def test_two_processes_end_together_where_votes_are_read_later(
+    images: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "later.py"
+    script.write_text(LATER)
+    more = ["--optimizer=sgd", "--base_lr=1e30", "--max_steps=40", "--logging_steps=50"]
+    result = run_script(str(script), *flags_of(images, tmp_path / "bad", *more), processes=2)
+    assert result.returncode == 1
+    assert result.stderr.count("loss and gradients must be finite at step") == 2
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = flags_of(images, whole, "--max_steps=60")
+    assert run_script(str(script), *flags, processes=2).returncode == 0
+    flags = flags_of(images, stopped, "--max_steps=60")
+    both = ranks([str(script), *flags], 2)
+    while not (stopped / "metrics.jsonl").is_file() or len(metrics(stopped)) < 4:
+        assert both[0].poll() is None, both[0].communicate()
+        time.sleep(0.01)
+    both[1].terminate()
+    for rank in both:
+        rank.communicate(timeout=120)
+        assert rank.returncode == 75
+    assert run_script(str(script), *flags, processes=2).returncode == 0
+    assert without_rates(stopped) == without_rates(whole)
 
 
 def test_flags_of_tensors_and_of_python_count_alike() -> None:
     flags: list[bool | Tensor] = [True, torch.tensor(True), False, torch.tensor(False)]
     assert Vote(flags, torch.device("cpu")).read() == [True, True, False, False]
+
+
+def test_what_is_of_no_use_in_training_is_not_kept(images: Path, tmp_path: Path) -> None:
+    run = setup(parse_arguments(flags_of(images, tmp_path, "--max_steps=4")))
+    step = take_gradients(run, next(views_from_here(run)))
+    assert "last_hidden_state" not in step.output

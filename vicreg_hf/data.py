@@ -9,9 +9,10 @@ Shapes: B images per process, C channels, H x W source pixels, S side of a view.
 from __future__ import annotations
 
 import os
+import threading
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -39,6 +40,8 @@ SMALL_IMAGE = 64
 """Side in pixels up to which images are taken at their own size, with the `cifar` views."""
 MEMORY_BUDGET = 4 * 2**30
 """Bytes of decoded pixels a process keeps in memory at most."""
+WORKER_PATIENCE = 5.0
+"""Seconds that loading workers have to end by themselves."""
 STREAM_CHUNK = 32
 """Images of a stream that a worker crops together."""
 
@@ -170,20 +173,30 @@ def _loader(source: Dataset[Crops], device: torch.device, num_workers: int) -> D
     )
 
 
-def _batches(loader: DataLoader[Crops]) -> Iterator[Crops]:
-    """What a loader gives; its workers end with it.
+@contextmanager
+def _loading(source: Dataset[Crops], device: torch.device, num_workers: int) -> Iterator[Any]:
+    """What a loader gives, whose workers end with the context, whatever they wait for.
 
-    One that waits for a worker that was killed would do so until its grace is over, and the whole
-    run with it.
+    One that was killed may leave the others a lock that is never released: they would end only when
+    their grace is over, and the whole run with them. To be entered in the main thread, where
+    alone torch hears of what a worker died.
     """
-    iterator: Any = iter(loader)
+    batches: Any = iter(_loader(source, device, num_workers))
     try:
-        yield from iterator
+        yield batches
     finally:
-        if workers := getattr(iterator, "_workers", None):
-            iterator._shutdown_workers()
-            for worker in workers:
-                worker.kill()
+        if workers := getattr(batches, "_workers", None):
+            patience = threading.Timer(WORKER_PATIENCE, _kill, [workers])
+            patience.start()
+            with suppress(RuntimeError):  # torch's, of those that are killed
+                batches._shutdown_workers()
+            patience.cancel()
+            _kill(workers)
+
+
+def _kill(workers: Sequence[Any]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def training_views(
@@ -218,21 +231,22 @@ def training_views(
         ImageError: nothing usable.
         LoadingError: a worker died.
     """
-    if isinstance(images, Tensor):
-        made = _views_of_memory(images, batches, views, steps, device)
-    else:
-        if isinstance(images, ImageStream):
-            crops = _crops_of_stream(images, batches, views, steps, device, num_workers)
+    with loading_errors(), ExitStack() as stack:
+        if isinstance(images, Tensor):
+            made = _views_of_memory(images, batches, views, steps, device)
         else:
-            if isinstance(images, PairedSplit):
-                assert paired is not None
-                source = _PairedCrops(images, batches, views, paired, steps)
+            if isinstance(images, ImageStream):
+                stream = _crops_of_stream(images, batches, views, steps, device, num_workers)
+                crops = stack.enter_context(closing(stream))
             else:
-                source = _Crops(images, batches, views, steps)
-            loader = _batches(_loader(source, device, num_workers))
-            crops = ((batches.batch(s)[0], c) for s, c in zip(steps, loader, strict=True))
-        made = _views_of_crops(crops, views, device, bad, paired)
-    with loading_errors():
+                if isinstance(images, PairedSplit):
+                    assert paired is not None
+                    source = _PairedCrops(images, batches, views, paired, steps)
+                else:
+                    source = _Crops(images, batches, views, steps)
+                loaded = stack.enter_context(_loading(source, device, num_workers))
+                crops = ((batches.batch(s)[0], c) for s, c in zip(steps, loaded, strict=True))
+            made = _views_of_crops(crops, views, device, bad, paired)
         yield from prefetch(made, device)
 
 
@@ -278,24 +292,24 @@ def _crops_of_stream(
     steps: range,
     device: torch.device,
     num_workers: int,
-) -> Iterator[tuple[int, Crops]]:
+) -> Generator[tuple[int, Crops]]:
     """Batches of one size from chunks of any; a pass over the stream follows the other."""
     size = batches.batch_size // batches.world_size
     cut, keys, bad, _ = _nothing(views)
     epoch, left = steps.start, len(steps)  # a resumed run goes on with passes not yet seen
     while left:
         count = 0
-        source = _StreamCrops(stream, views, epoch)
-        for own, rows, replaced, _ in _batches(_loader(source, device, num_workers)):
-            count += len(rows)
-            cut = tuple(torch.cat(pair) for pair in zip(cut, own, strict=True))
-            keys, bad = np.concatenate([keys, rows]), bad + replaced
-            while len(keys) >= size and left:
-                yield epoch, Crops(tuple(x[:size] for x in cut), keys[:size], bad)
-                cut, keys, bad = tuple(x[size:] for x in cut), keys[size:], []
-                left -= 1
-            if not left:
-                return
+        with _loading(_StreamCrops(stream, views, epoch), device, num_workers) as chunks:
+            for own, rows, replaced, _ in chunks:
+                count += len(rows)
+                cut = tuple(torch.cat(pair) for pair in zip(cut, own, strict=True))
+                keys, bad = np.concatenate([keys, rows]), bad + replaced
+                while len(keys) >= size and left:
+                    yield epoch, Crops(tuple(x[:size] for x in cut), keys[:size], bad)
+                    cut, keys, bad = tuple(x[size:] for x in cut), keys[size:], []
+                    left -= 1
+                if not left:
+                    return
         if not count:
             raise ImageError(f"{stream.name} must hold images that can be used, got none.")
         epoch += 1

@@ -36,17 +36,17 @@ def find_group(name: str) -> ProcessGroup:
     return c10d._resolve_process_group(cast(Any, name)) if name else None
 
 
-_alike: ContextVar[bool] = ContextVar("alike", default=False)
+_compared: ContextVar[bool] = ContextVar("compared", default=False)
 
 
 @contextmanager
-def known_to_be_alike() -> Iterator[None]:
-    """Spare `check_same_shape`, which waits for the device, where shapes cannot differ."""
-    token = _alike.set(True)
+def shapes_compared(compared: bool = True) -> Iterator[None]:
+    """Spare `check_same_shape`, which waits for the device, where it would only be repeated."""
+    token = _compared.set(compared)
     try:
         yield
     finally:
-        _alike.reset(token)
+        _compared.reset(token)
 
 
 def check_same_shape(x: Tensor, group: ProcessGroup = None, *, counts: Sequence[int] = ()) -> None:
@@ -58,7 +58,7 @@ def check_same_shape(x: Tensor, group: ProcessGroup = None, *, counts: Sequence[
     Raises:
         ValueError: shapes or counts that differ.
     """
-    if world_size(group) == 1 or _alike.get():
+    if world_size(group) == 1 or _compared.get():
         return
     own = torch.tensor([[*counts, *x.shape]], device=x.device)
     found = [tuple(row) for row in gather_rows(own, group).tolist()]

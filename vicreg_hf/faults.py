@@ -7,7 +7,6 @@ import math
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,10 @@ from torch import Tensor
 
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.checkpointing import newest_checkpoint
-from vicreg_hf.modeling_vicreg import VICRegOutput
 from vicreg_hf.run import Run
+from vicreg_hf.verdicts import Step
 
 TERMS = ("loss", "invariance", "variance", "covariance")
-LEAST_SCALE = 1.0
-"""Loss scale of fp16 at which gradients that are not finite are no accident any more."""
 MOST_NAMES = 10
 
 
@@ -31,45 +28,6 @@ class OutOfMemory(RuntimeError):  # noqa: N818
 
 class ProcessLost(RuntimeError):  # noqa: N818
     """Another process of the run has ended or is silent."""
-
-
-@dataclass
-class Step:
-    """What a step has computed, on the device."""
-
-    number: int
-    """From 1, as in metrics.jsonl."""
-    lr: float
-    output: VICRegOutput
-    grad_norms: Tensor
-    """(P,): of each parameter that has a gradient."""
-    grad_norm: Tensor
-    """Scalar, of all gradients together."""
-
-
-def gradient_norms(run: Run) -> Tensor:
-    """(P,), of each parameter that has a gradient; under fp16 without the loss scale."""
-    if run.accelerator.scaler is not None:
-        run.accelerator.unscale_gradients(run.optimizer)
-    return torch.stack(torch._foreach_norm([grad for _, grad in _gradients(run)]))
-
-
-def _gradients(run: Run) -> list[tuple[str, Tensor]]:
-    return [(name, p.grad) for name, p in run.model.named_parameters() if p.grad is not None]
-
-
-def not_finite(run: Run, step: Step) -> Tensor:
-    """Whether a step would spoil the weights: scalar bool, on the device.
-
-    Under fp16 gradients overflow now and then; the step is skipped, and the loss scale halved.
-    Only where it has become small is that a failure.
-    """
-    assert step.output.loss is not None
-    bad = ~torch.isfinite(step.output.loss.detach())
-    scaler = run.accelerator.scaler
-    if scaler is None or scaler.get_scale() <= LEAST_SCALE:
-        bad = bad | ~torch.isfinite(step.grad_norm)
-    return bad
 
 
 def check_weights(run: Run) -> None:
@@ -93,13 +51,12 @@ def step_failure(run: Run, step: Step) -> FloatingPointError:
 
 
 def describe_step(run: Run, step: Step) -> dict[str, Any]:
-    """A step's terms, its gradients, and the images it saw.
+    """A step's terms, the norms of its gradients, and the images it saw.
 
-    Of a step that has been taken the weights before it are not known any more: None.
+    Of a step that has been taken, as on a GPU, the weights before it are not known any more: None.
     """
     epoch, rows = run.batches.whole_batch(step.number - 1)
-    names = [name for name, _ in _gradients(run)]
-    norms = dict(zip(names, step.grad_norms.tolist(), strict=True))
+    norms = dict(zip(step.names, step.grad_norms.tolist(), strict=True))
     largest = sorted(norms, key=lambda n: norms[n] if math.isfinite(norms[n]) else math.inf)
     taken = run.step >= step.number
     return {

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from vicreg_hf.branches import (
-    Branch,
     Inputs,
     check_architecture,
     create_backbone,
@@ -142,10 +141,9 @@ class VICRegModel(PreTrainedModel):
         return self.backbone
 
     def compile_branches(self) -> None:
-        """Have torch.compile fuse backbones and expanders when `forward` first needs each.
+        """Have torch.compile fuse timm's backbones and the expanders, when each is first needed.
 
-        `encoder` itself, weights, their names and copies are as without. Where torch.compile fails,
-        that is said and the model goes on without.
+        `encoder` itself, weights, their names and copies are as without.
         """
         self._call = Compiled()
 
@@ -242,9 +240,10 @@ class VICRegModel(PreTrainedModel):
         return VICRegOutput(**terms._asdict(), embeddings=(*z, *z_local), pooler_output=y)
 
     def _represent_prime(self, inputs: Inputs) -> Tensor:
-        if self.prime is not None:
-            return self._call(Branch.represent, self.prime, inputs)
-        return self._call(pooled, self.backbone, inputs)[1]
+        if self.prime is not None and not is_timm(self.prime.backbone):
+            return self.prime.represent(inputs)  # texts come in many lengths
+        backbone = self.backbone if self.prime is None else self.prime.backbone
+        return self._call(pooled, backbone, inputs)[1]
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

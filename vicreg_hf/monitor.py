@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vicreg_hf.data import SMALL_IMAGE, evaluation_batches
 from vicreg_hf.evaluation import extract_features, knn_accuracy
-from vicreg_hf.randomness import Stream, permutation
+from vicreg_hf.randomness import Stream, drawn
 from vicreg_hf.sources import ImageSplit
 
 K = 20
@@ -109,7 +109,7 @@ class KNNMonitor:
     def _rows(self, split: ImageSplit, most: int) -> NDArray[np.int64]:
         if len(split) <= most:
             return np.arange(len(split))
-        return np.sort(permutation(len(split), seed=0, epoch=0, stream=Stream.SPLIT)[:most])
+        return np.sort(drawn(most, len(split), seed=0, epoch=0, stream=Stream.SPLIT))
 
     def _features(
         self,

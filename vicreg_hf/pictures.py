@@ -19,7 +19,7 @@ from vicreg_hf.cards import LOSS_PICTURE, RETRIEVAL_PICTURE, SPECTRUM_PICTURE, P
 from vicreg_hf.data import evaluation_batches
 from vicreg_hf.evaluation import extract_features
 from vicreg_hf.modeling_vicreg import VICRegModel
-from vicreg_hf.randomness import Stream, permutation
+from vicreg_hf.randomness import Stream, drawn
 from vicreg_hf.sources import ImageSplit
 
 TERMS = ("loss", "invariance", "variance", "covariance")
@@ -72,13 +72,13 @@ def draw_pictures(
         )  # fmt: skip
         return images, features
 
-    drawn = permutation(len(train), seed=0, epoch=0, stream=Stream.SPLIT)
-    bank, bank_features = seen(train, np.sort(drawn[QUERIES : QUERIES + MAX_BANK]))
+    some = drawn(QUERIES + MAX_BANK, len(train), seed=0, epoch=0, stream=Stream.SPLIT)
+    bank, bank_features = seen(train, np.sort(some[QUERIES:]))
     if held_out is None:
-        queries, query_features = seen(train, drawn[:QUERIES])
+        queries, query_features = seen(train, some[:QUERIES])
         source = "training images left out of the search"
     else:
-        few = permutation(len(held_out), seed=0, epoch=0, stream=Stream.SPLIT)[:QUERIES]
+        few = drawn(QUERIES, len(held_out), seed=0, epoch=0, stream=Stream.SPLIT)
         queries, query_features = seen(held_out, few)
         source = f"images of {held_out.name}"
     if len(bank) < 2 or len(queries) == 0:

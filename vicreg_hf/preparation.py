@@ -6,6 +6,7 @@ import itertools
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,8 +23,9 @@ from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.branches import check_architecture
 from vicreg_hf.building import build_model
 from vicreg_hf.cards import SECOND
+from vicreg_hf.compiling import why_not
 from vicreg_hf.data import available_cores, local_processes
-from vicreg_hf.distributed import SyncBatchNorm
+from vicreg_hf.distributed import SyncBatchNorm, any_process
 from vicreg_hf.exporting import check_exportable
 from vicreg_hf.hub import open_repository
 from vicreg_hf.inputs import Inputs, open_inputs
@@ -49,7 +51,7 @@ LOCK = ".lock"
 LOCK_PATIENCE = 5.0
 """Seconds to wait for a run that is just ending."""
 WORTH_COMPILING = 2000
-"""Steps from which on a run on a GPU makes up for the time it takes to compile the model."""
+"""Steps left from which on a run on a GPU makes up for the time it takes to compile the model."""
 
 
 def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
@@ -101,13 +103,13 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     step, seconds = resume(
         args, accelerator, model, optimizer, fingerprint, probe=probe, before=before
     )
-    if _compiles_model(args, accelerator, model, inputs.total_steps):
+    if _compiles_model(args, accelerator, model, inputs.total_steps - step):
         model.compile_branches()
     wrapped, prepared = accelerator.prepare(model, optimizer)
     return Run(
         args, accelerator, model, wrapped, prepared, inputs, views, paired,
         _create_monitor(args, inputs, model.config.pretrained_cfg or {}), probe, log, fingerprint,
-        step, seconds, started,
+        step, seconds_before=seconds, started=started,
     )  # fmt: skip
 
 
@@ -226,16 +228,28 @@ def _accelerator() -> Accelerator:
 
 
 def _compiles_model(
-    args: PretrainingArguments, accelerator: Accelerator, model: VICRegModel, total_steps: int
+    args: PretrainingArguments, accelerator: Accelerator, model: VICRegModel, steps_left: int
 ) -> bool:
-    """Whether backbone and expander are compiled, where the settings do not say.
+    """Whether backbone and expander are compiled: as the settings say, or where it pays.
 
     torch's synchronised batch normalisation ends a graph, of which a ResNet would then have scores.
+    Either all processes compile or none.
     """
-    if args.compile_model is not None:
-        return args.compile_model
-    in_pieces = accelerator.num_processes > 1 and _normalises_batches(model)
-    return accelerator.device.type == "cuda" and total_steps >= WORTH_COMPILING and not in_pieces
+    if args.compile_model is None:
+        on_gpu = accelerator.device.type == "cuda"
+        in_pieces = accelerator.num_processes > 1 and _normalises_batches(model)
+        if not on_gpu or in_pieces or steps_left < WORTH_COMPILING:
+            return False
+    elif not args.compile_model:
+        return False
+    fault = why_not(accelerator.device)
+    (cannot,) = any_process([fault is not None], accelerator.device)
+    if cannot and accelerator.is_local_main_process:
+        reason = fault or "in another process"
+        warnings.warn(
+            f"the model is trained without torch.compile, which failed: {reason}", stacklevel=2
+        )
+    return not cannot
 
 
 def _normalises_batches(model: VICRegModel) -> bool:

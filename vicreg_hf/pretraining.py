@@ -6,9 +6,8 @@ the step number.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,9 @@ from vicreg_hf.collapse_watch import CollapseWatch
 from vicreg_hf.data import LoadingError, loading_errors, training_views
 from vicreg_hf.distributed import (
     OtherProcessFailed,
-    Vote,
     failing_together,
     gather_rows,
-    known_to_be_alike,
+    shapes_compared,
 )
 from vicreg_hf.evaluation import alignment, effective_rank, embedding_std, uniformity
 from vicreg_hf.exporting import ExportError
@@ -36,11 +34,8 @@ from vicreg_hf.faults import (
     TERMS,
     OutOfMemory,
     ProcessLost,
-    Step,
     check_weights,
     explained,
-    gradient_norms,
-    not_finite,
     step_failure,
 )
 from vicreg_hf.finishing import finish
@@ -54,6 +49,7 @@ from vicreg_hf.reporting import Clock
 from vicreg_hf.resuming import state_of
 from vicreg_hf.run import Run
 from vicreg_hf.signals import Signals, Stopped, name_of
+from vicreg_hf.verdicts import Step, Verdicts
 
 ERRORS = (
     ValueError, OSError, SafetensorError, CheckpointError, FloatingPointError, LoadingError,
@@ -63,10 +59,6 @@ ERRORS = (
 RUN_AHEAD = 10
 """While a checkpoint is written, training goes on for this part of `save_steps`, and then waits:
 a crash costs at most so much more than `save_steps`."""
-UNJUDGED = {"cuda": 1}
-"""Steps that may be taken before it is known whether they are finite, by device; elsewhere none.
-A GPU would otherwise wait for the answer in every step. One that is not finite still ends the run
-before anything of it is logged or saved."""
 
 
 def pretrain(args: PretrainingArguments) -> Path:
@@ -103,9 +95,20 @@ def pretrain(args: PretrainingArguments) -> Path:
 
 def fit(run: Run, signals: Signals) -> None:
     """Train from the run's step to its last."""
-    with closing(views_from_here(run)) as views:
+    with closing(views_from_here(run)) as views, _convolutions_tried_out(run):
         _take_steps(run, signals, views)
     settle(run)
+
+
+@contextmanager
+def _convolutions_tried_out(run: Run) -> Iterator[None]:
+    """On a GPU take the fastest algorithm for each shape, as the authors' code does."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or run.accelerator.device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _take_steps(run: Run, signals: Signals, steps: Iterable[tuple[Any, ...]]) -> None:
@@ -117,12 +120,15 @@ def _take_steps(run: Run, signals: Signals, steps: Iterable[tuple[Any, ...]]) ->
     run.wrapped.train()
     clock = Clock(args.num_views * args.batch_size)
     watch = CollapseWatch(args, run.batches.steps_per_epoch, run.log.rows())
-    unjudged: deque[tuple[Step, Vote]] = deque()
+    verdicts = Verdicts(run)
     for views in bar:
         step = take_gradients(run, views)
-        flags = not_finite(run, step), signals.received is not None, run.writer.failed
-        unjudged.append((step, run.vote(*flags)))
-        stopping = _judge(run, unjudged, everything=_is_kept(run, step.number))
+        verdicts.ask(step, stopping=signals.received is not None)
+        bad, stopping, unsaved = verdicts.read(everything=_is_kept(run, step.number))
+        if bad is not None:
+            raise step_failure(run, bad)
+        if unsaved:
+            settle(run)
         if run.probe is not None:
             assert step.output.pooler_output is not None
             run.probe.learn(step.output.pooler_output, run.batches.batch(run.step)[1])
@@ -156,25 +162,6 @@ def _is_kept(run: Run, number: int) -> bool:
     return number == run.total_steps or any(number % steps == 0 for steps in every if steps)
 
 
-def _judge(run: Run, unjudged: deque[tuple[Step, Vote]], *, everything: bool) -> bool:
-    """Read the votes on the oldest steps, or on all; whether the run is asked to stop.
-
-    Raises:
-        FloatingPointError: a step that is not finite.
-        CheckpointError: a checkpoint that could not be written.
-    """
-    stopping, most = False, UNJUDGED.get(run.accelerator.device.type, 0)
-    while unjudged and (everything or stopping or len(unjudged) > most):
-        step, vote = unjudged.popleft()
-        bad, asked, unsaved = vote.read()
-        if bad:
-            raise step_failure(run, step)
-        if unsaved:
-            settle(run)
-        stopping = stopping or asked
-    return stopping
-
-
 def views_from_here(run: Run, until: int | None = None) -> Any:
     """The views of each step from the run's own on."""
     last = run.total_steps if until is None else until
@@ -201,8 +188,16 @@ def take_gradients(run: Run, views: tuple[Any, ...]) -> Step:
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
     output = backward(run, tuple(_laid_out(view) for view in views))
-    norms = gradient_norms(run)
-    return Step(run.step + 1, lr, output, norms, torch.linalg.vector_norm(norms))
+    names, norms = gradient_norms(run)
+    return Step(run.step + 1, lr, output, names, norms, torch.linalg.vector_norm(norms))
+
+
+def gradient_norms(run: Run) -> tuple[list[str], Tensor]:
+    """The parameters that have a gradient, and its norm (P,); under fp16 without the loss scale."""
+    if run.accelerator.scaler is not None:
+        run.accelerator.unscale_gradients(run.optimizer)
+    grads = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+    return list(grads), torch.stack(torch._foreach_norm(list(grads.values())))
 
 
 def _laid_out(view: Any) -> Any:
@@ -219,13 +214,19 @@ def take_step(run: Run) -> None:
     run.step += 1
 
 
-@known_to_be_alike()
 def backward(run: Run, views: tuple[Any, ...]) -> VICRegOutput:
     """The loss of a step's views, and its gradient in every parameter's `grad`.
 
     Returns:
         As the model's, without last_hidden_state.
     """
+    with shapes_compared(run.shapes_compared):
+        output = _backward(run, views)
+    run.shapes_compared = True
+    return output
+
+
+def _backward(run: Run, views: tuple[Any, ...]) -> VICRegOutput:
     accelerator, batches = run.accelerator, run.batches
     x, x_prime, *others = views
     num_further = run.args.num_global_views - 2
@@ -238,8 +239,8 @@ def backward(run: Run, views: tuple[Any, ...]) -> VICRegOutput:
         )  # fmt: skip
     output = run.wrapped(x, x_prime, **more)
     accelerator.backward(output.loss)
-    output.last_hidden_state = None  # large, and of no use here
-    return output
+    # which is large, and of no use here
+    return VICRegOutput(**{k: v for k, v in output.items() if k != "last_hidden_state"})
 
 
 def _agree_on_bad_images(run: Run) -> None:

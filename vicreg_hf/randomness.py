@@ -34,6 +34,8 @@ class Stream(IntEnum):
 
 
 FEISTEL_ROUNDS = 8
+SORTED_BELOW = 2**20
+"""Elements whose order is formed whole, by sorting, in a fifth of a second and 120 MiB at most."""
 FIRST_FURTHER_VIEW = 2**16
 """Stream of the third view; those below are left to purposes yet to come."""
 
@@ -135,7 +137,7 @@ def permuted(
     outside of range(size) is sent on until it does not. It is another order than `permutation`'s.
 
     Args:
-        positions: (B,) below size; size is at most 2**62.
+        positions: (B,) below size; size is at most 2**61.
 
     Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002.
     """
@@ -143,7 +145,9 @@ def permuted(
     height = -(-size // width)
 
     def word(half: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
-        return words(half, FEISTEL_ROUNDS, seed=seed, epoch=epoch, stream=stream)[:, number]
+        block, column = divmod(number, 4)  # a block of words has four; halves are below 2**31
+        keys = half + np.uint64(block << 31)
+        return words(keys, 4, seed=seed, epoch=epoch, stream=stream)[:, column]
 
     values = np.array(positions, dtype=np.uint64).reshape(-1)
     outside = np.arange(len(values))
@@ -155,6 +159,13 @@ def permuted(
         values[outside] = left * np.uint64(height) + right
         outside = outside[values[outside] >= size]
     return values.astype(np.int64)
+
+
+def drawn(count: int, size: int, *, seed: int, epoch: int, stream: Stream) -> NDArray[np.int64]:
+    """Some of range(size), no two alike: the first `count` of a permutation, or all."""
+    if size < SORTED_BELOW:
+        return permutation(size, seed=seed, epoch=epoch, stream=stream)[:count]
+    return permuted(np.arange(min(count, size)), size, seed=seed, epoch=epoch, stream=stream)
 
 
 def derive_seed(seed: int, *, epoch: int, index: int, stream: Stream) -> int:

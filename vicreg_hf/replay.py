@@ -38,9 +38,9 @@ def replay(args: PretrainingArguments, step: int) -> Path:
     run.wrapped.train()
     with explained(args, run):
         for views in views_from_here(run, until=step):
-            taken = take_gradients(run, views)
-            if taken.number == step:
-                found = describe_step(run, taken)
+            reached = take_gradients(run, views)
+            if reached.number == step:
+                found = describe_step(run, reached)
                 if run.accelerator.is_main_process:
                     write_report(path, found)
                 run.accelerator.wait_for_everyone()

@@ -49,6 +49,8 @@ class Run:
     """Of the training data; a checkpoint remembers it."""
     step: int = 0
     """Optimiser steps taken."""
+    shapes_compared: bool = False
+    """Whether all processes have been seen to hold views of the same shape."""
     seconds_before: float = 0.0
     """That earlier sessions of this run took."""
     started: float = field(default_factory=time.perf_counter)

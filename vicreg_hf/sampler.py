@@ -7,12 +7,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from vicreg_hf.randomness import permutation, permuted
+from vicreg_hf.randomness import SORTED_BELOW, permutation, permuted
 
 Batch = tuple[int, NDArray[np.int64]]
 """The epoch and the sample indices of this process's rows."""
-SORTED_BELOW = 2**24
-"""Samples of which the order of an epoch is formed whole, in up to three seconds and 2 GiB."""
 
 
 class GlobalBatches:

@@ -5,7 +5,6 @@ Shapes: B images, C channels, S side of a view.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,10 +26,9 @@ from vicreg_hf.benchmarks.peers import (
     plain_step,
     projector,
 )
-from vicreg_hf.distributed import Vote
-from vicreg_hf.faults import not_finite
-from vicreg_hf.pretraining import UNJUDGED, take_gradients, take_step, views_from_here
+from vicreg_hf.pretraining import take_gradients, take_step, views_from_here
 from vicreg_hf.run import Run
+from vicreg_hf.verdicts import Verdicts
 
 WITHOUT_END = 10**6
 """Steps of a run that is never finished."""
@@ -76,13 +74,11 @@ def bare(run: Run, precision: str, channels_last: bool) -> Contender:
 
 def ours(run: Run, precision: str) -> Contender:
     """What `pretraining.fit` does in every step, without what it does in some."""
-    unread: deque[Vote] = deque()
+    verdicts = Verdicts(run)
 
     def step(*views: Tensor) -> None:
-        taken = take_gradients(run, views)
-        unread.append(run.vote(not_finite(run, taken), False, False))
-        if len(unread) > UNJUDGED.get(run.accelerator.device.type, 0):
-            unread.popleft().read()
+        verdicts.ask(take_gradients(run, views))
+        verdicts.read(everything=False)
         take_step(run)
 
     run.wrapped.train()
@@ -90,7 +86,7 @@ def ours(run: Run, precision: str) -> Contender:
     return Contender(
         precision, lambda: views_from_here(run, run.step + WITHOUT_END), step, run.model,
         run.inner_optimizer, workers=1 if in_memory else max(1, run.args.num_workers or 0),
-        autotune=torch.backends.cudnn.benchmark,
+        autotune=True,
     )  # fmt: skip
 
 

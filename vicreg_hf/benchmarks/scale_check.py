@@ -39,9 +39,8 @@ from vicreg_hf.benchmarks.scale_machine import Machine
 from vicreg_hf.covariance import STRIPE_ROWS
 from vicreg_hf.data import available_cores
 from vicreg_hf.distributed import SyncBatchNorm, gather_rows, sum_over_processes
-from vicreg_hf.faults import gradient_norms
 from vicreg_hf.preparation import setup
-from vicreg_hf.pretraining import take_gradients, take_step
+from vicreg_hf.pretraining import gradient_norms, take_gradients, take_step
 from vicreg_hf.run import Run
 
 CPU = torch.device("cpu")
