@@ -18,7 +18,8 @@ from vicreg_hf.recipe_files import FACTS, read_about
 
 WANTED = {
     "imagenet-r50-100ep", "imagenet-r50-1000ep", "imagenet-r50x2", "imagenet100-r18",
-    "cifar10-r18", "cifar100-r18", "imagenette-r18", "vit-small-224", "small-data", "demo",
+    "cifar10-r18", "cifar100-r18", "imagenette-r18", "vit-small-224", "small-data", "tiny-cpu",
+    "demo",
 }  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def test_every_recipe_is_built_and_stepped(name: str, images: Path, tmp_path: Pa
         "dataset_name": str(images), "output_dir": str(tmp_path), "batch_size": 4,
         "max_steps": 2, "warmup_epochs": 0, "num_workers": 0,
         # 224 pixels would only take longer; weights cannot be downloaded here
-        "image_size": min(64, given.image_size or 64), "pretrained": False,
+        "image_size": min(64, given.image_size or 64), "pretrained": False, "compile": False,
     }  # fmt: skip
     if given.micro_batch_size is not None:
         overrides["micro_batch_size"] = 2
