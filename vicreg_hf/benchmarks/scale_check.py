@@ -1,8 +1,9 @@
 """The prediction of `scale` against training on CPU processes of this machine.
 
-What one process takes alone on one core gives the rates, and two processes that only communicate
-give the network's. Nothing is fitted to what several processes then take. Of repetitions the
-fastest counts, here and there, since other programs can only slow one down.
+What one process takes alone on one core gives the rates, and as many processes that send trains of
+small messages, with as much arithmetic in between as a layer has, give the network's. Nothing is
+fitted to what several processes then take in training. Of repetitions the fastest counts, here and
+there, since other programs can only slow one down.
 
 Shapes: B images, S side in pixels, W processes.
 """
@@ -10,6 +11,7 @@ Shapes: B images, S side in pixels, W processes.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import resource
 import socket
@@ -48,11 +50,14 @@ WITHOUT_LIMIT = 1e6
 """A rate that adds nothing."""
 WARM_UP = 2
 """Rounds."""
+MESSAGES = 100
+"""That follow each other."""
 NORM_MESSAGES = 4
 """A view: `SyncBatchNorm` of this package sums twice in either direction."""
 HEADER = [
     "processes", "backbone", "expander", "loss", "optimizer", "communication", "views",
-    "predicted ms", "measured ms", "predicted / measured", "on a core", "cores of other programs",
+    "predicted ms", "measured ms", "predicted / measured", "on a core", "us a message", "GB/s",
+    "cores of other programs",
 ]  # fmt: skip
 
 
@@ -99,10 +104,11 @@ class Alone(NamedTuple):
 
 
 class Loopback(NamedTuple):
-    """What two processes take."""
+    """What W processes take on these cores."""
 
     message: float
-    """Seconds of an all-reduce of one number."""
+    """Seconds of an all-reduce of one number, of many that follow each other between arithmetic:
+    a process that computes is late to send, and one that waits is late to wake."""
     rate: float
     """Bytes/s that each receives in an all-gather."""
 
@@ -129,19 +135,24 @@ def check(
         setting = Setting(architecture, image_size, batch_size, expander_dims, steps, folder)
         _write(setting)
         alone = Alone(*_in_processes(1, _alone, setting))
-        loopback = Loopback(*_in_processes(2, _loopback))
         lines = []
         for world in processes:
+            gap = alone.synced_backbone / world / (NORM_MESSAGES * VIEWS * work.norms)
+            loopback = Loopback(*_in_processes(max(2, world), _loopback, gap))
             step = expected(work, alone, loopback, world, batch_size, cores)
             others = _others()
             measured, on_core = _in_processes(world, _step, setting)
-            lines.append([*_line(world, step, measured), f"{1000 * on_core:.1f}", others()])
+            network = ["-", "-"]
+            if world > 1:
+                network = [f"{1e6 * loopback.message:.0f}", f"{loopback.rate / 1e9:.2f}"]
+            lines.append(
+                [*_line(world, step, measured), f"{1000 * on_core:.1f}", *network, others()]
+            )
     torch.set_num_threads(cores)
     head = (
         f"{architecture}, {batch_size} images of {image_size} pixels, expander "
         f"{'-'.join(map(str, expander_dims))}; one thread a process, {cores} cores; fastest of "
-        f"{steps} steps; loopback: {1e6 * loopback.message:.0f} microseconds a message, "
-        f"{loopback.rate / 1e9:.2f} GB/s"
+        f"{steps} steps"
     )
     return f"{surroundings(CPU)}\n{head}\n\n{table(HEADER, lines)}"
 
@@ -151,7 +162,8 @@ def expected(
 ) -> Step:
     """The prediction for W processes on so many cores.
 
-    Beyond as many processes as cores everything, communication too, takes W / cores times as long.
+    Beyond as many processes as cores all arithmetic takes W / cores times as long. Of communication
+    that was measured.
     """
     slower, synced = max(1.0, world / cores), world > 1
     views = (1 + BACKWARD) * VIEWS * batch_size
@@ -174,9 +186,10 @@ def expected(
         memory_gb_s=memory / 1e9 / slower,
         memory_share=1.0,
         launch_us=0.0,
-        nvlink_gb_s=loopback.rate / 1e9 / slower,
+        nvlink_gb_s=loopback.rate / 1e9,
         link_share=1.0,
-        nvlink_us=1e6 * loopback.message / 2 * slower,  # there and back
+        # there and back through a tree
+        nvlink_us=1e6 * loopback.message / 2 / max(1, math.ceil(math.log2(world))),
         embedding_bytes=4,
         messages_per_norm=NORM_MESSAGES,
         overlap=False,  # what sends takes the same cores
@@ -297,12 +310,29 @@ def _pass(module: nn.Module, x: Tensor) -> None:
     torch.autograd.grad(total, [p for p in (*module.parameters(), x) if p.requires_grad])
 
 
-def _loopback() -> Loopback:
+def _loopback(gap: float) -> Loopback:
+    """Measure the network.
+
+    Args:
+        gap: seconds of arithmetic between two messages.
+    """
     dist.init_process_group("gloo")
-    one, many = torch.zeros(1), torch.zeros(2 * MIB)
-    message = _fastest({"": lambda: sum_over_processes(one)}, 200)[""]
-    gather = _fastest({"": lambda: gather_rows(many)}, 20)[""]
-    return Loopback(message, 4 * len(many) / max(gather - message / 2, 1e-9))
+    one, many, square = torch.zeros(1), torch.zeros(2 * MIB), torch.randn(64, 64)
+    product = _fastest({"": lambda: square @ square}, 200)[""]
+    products = round(gap / product)
+
+    def train(send: Callable[[], object]) -> None:
+        for _ in range(MESSAGES):
+            for _ in range(products):
+                square @ square  # pyright: ignore[reportUnusedExpression]
+            send()
+
+    took = _fastest({"sent": lambda: train(lambda: sum_over_processes(one)),
+                     "alone": lambda: train(lambda: None),
+                     "gathered": lambda: gather_rows(many)}, 10)  # fmt: skip
+    message = max((took["sent"] - took["alone"]) / MESSAGES, 1e-9)
+    received = 4 * len(many) * (dist.get_world_size() - 1)
+    return Loopback(message, received / max(took["gathered"] - message / 2, 1e-9))
 
 
 def _step(setting: Setting) -> list[float]:
