@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vicreg_hf import VICRegConfig, VICRegModel
+from vicreg_hf.batch_norm import SyncBatchNorm
 from vicreg_hf.benchmarks.measuring import peak_extra_mib
-from vicreg_hf.distributed import SyncBatchNorm, rank, world_size
+from vicreg_hf.distributed import rank, world_size
 from vicreg_hf.gradcache import backward_in_chunks
 
 ROWS = 12

@@ -210,7 +210,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from vicreg_hf import TwoViews, VICRegConfig, VICRegModel
 from vicreg_hf.data import training_views
-from vicreg_hf.distributed import SyncBatchNorm, rank, world_size
+from vicreg_hf.batch_norm import SyncBatchNorm
+from vicreg_hf.distributed import rank, world_size
 from vicreg_hf.optim import create_optimizer
 from vicreg_hf.sampler import GlobalBatches
 

@@ -1,4 +1,4 @@
-"""What several processes must agree on: sums, gathered rows, and batch statistics with gradients.
+"""What several processes must agree on: sums, gathered rows, flags and failures.
 
 Without an initialised process group everything here is the single-process case.
 """
@@ -13,10 +13,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
-from timm.layers import BatchNormAct2d
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 ProcessGroup = dist.ProcessGroup | None
 
@@ -157,94 +154,3 @@ def failing_together(device: torch.device) -> Iterator[None]:
         fault = error
     if any_process([fault is not None], device)[0]:
         raise fault or OtherProcessFailed("another process has failed; its own message says why.")
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over processes; the gradient of a sum is the sum of the gradients."""
-
-    @staticmethod
-    def forward(_: Any, x: Tensor) -> Tensor:
-        return sum_over_processes(x.clone())
-
-    @staticmethod
-    def backward(_: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return sum_over_processes(grad.clone(memory_format=torch.contiguous_format))
-
-
-def differentiable_sum(x: Tensor) -> Tensor:
-    """Sum x over all processes, with the gradient of every process's result."""
-    return cast(Tensor, _Sum.apply(x))
-
-
-class SyncBatchNorm(_BatchNorm):
-    """Batch normalisation over the rows of all processes, on any device.
-
-    torch's own raises on CPU. Statistics and gradients equal those of one process that holds every
-    row. It also carries the activation and dropout that timm fuses into its BatchNormAct2d.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.drop: nn.Module = nn.Identity()
-        self.act: nn.Module = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training and self.running_mean is not None:
-            normal = F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-        else:
-            normal = self._normalise(x)
-        return self.act(self.drop(normal))
-
-    def _normalise(self, x: Tensor) -> Tensor:
-        shape = (1, -1) + (1,) * (x.ndim - 2)
-        dims = [d for d in range(x.ndim) if d != 1]
-        dtype = x.dtype
-        x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
-        count = x.new_tensor([x.numel() // x.shape[1]])
-        # Two reductions, centred before squaring: sums of squares cancel in float32.
-        total = differentiable_sum(torch.cat([x.sum(dims), count]))
-        rows, mean = total[-1], total[:-1] / total[-1]
-        centred = x - mean.view(shape)
-        variance = differentiable_sum(centred.square().sum(dims)) / rows
-        self._update_running(mean.detach(), variance.detach(), rows.detach())
-        scale = (variance + self.eps).rsqrt()
-        if self.weight is not None:
-            scale = scale * self.weight
-        normal = centred * scale.view(shape)
-        if self.bias is not None:
-            normal = normal + self.bias.view(shape)
-        return normal.to(dtype)
-
-    @torch.no_grad()
-    def _update_running(self, mean: Tensor, variance: Tensor, rows: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None:
-            return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        share = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
-        unbiased = variance * (rows / (rows - 1))
-        self.running_mean += share * (mean - self.running_mean)
-        self.running_var += share * (unbiased - self.running_var)
-
-    @classmethod
-    def convert(cls, module: nn.Module) -> nn.Module:
-        """Replace every batch normalisation inside module; names and state stay the same."""
-        if isinstance(module, _BatchNorm) and not isinstance(module, cls):
-            return cls._from(module)
-        for name, child in module.named_children():
-            converted = cls.convert(child)
-            if converted is not child:
-                module.register_module(name, converted)
-        return module
-
-    @classmethod
-    def _from(cls, norm: _BatchNorm) -> SyncBatchNorm:
-        new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        if isinstance(norm, BatchNormAct2d):
-            new.drop, new.act = norm.drop, norm.act  # pyright: ignore[reportAttributeAccessIssue]
-        new.weight, new.bias = norm.weight, norm.bias
-        new.running_mean, new.running_var = norm.running_mean, norm.running_var
-        new.num_batches_tracked = norm.num_batches_tracked
-        return new.train(norm.training)

@@ -16,16 +16,16 @@ from typing import IO, Any
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from timm.layers import convert_sync_batchnorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vicreg_hf.arguments import PretrainingArguments
+from vicreg_hf.batch_norm import synchronize
 from vicreg_hf.branches import check_architecture
 from vicreg_hf.building import build_model
 from vicreg_hf.cards import SECOND
 from vicreg_hf.compiling import why_not
 from vicreg_hf.data import available_cores, local_processes
-from vicreg_hf.distributed import SyncBatchNorm, any_process
+from vicreg_hf.distributed import any_process
 from vicreg_hf.exporting import check_exportable
 from vicreg_hf.hub import open_repository
 from vicreg_hf.inputs import Inputs, open_inputs
@@ -84,8 +84,7 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
         check_exportable(model)
         check_second_exportable(model, inputs.pairs)
     if accelerator.num_processes > 1:
-        on_cuda = accelerator.device.type == "cuda"  # torch's own is fused, and for CUDA alone
-        (convert_sync_batchnorm if on_cuda else SyncBatchNorm.convert)(model)
+        synchronize(model, accelerator.device)
     assert args.base_lr is not None
     optimizer = create_optimizer(
         args.optimizer, model, lr=args.base_lr, weight_decay=args.weight_decay,

@@ -31,6 +31,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from vicreg_hf.arguments import parse_arguments
+from vicreg_hf.batch_norm import SyncBatchNorm
 from vicreg_hf.benchmarks.contenders import ours
 from vicreg_hf.benchmarks.data import photographs
 from vicreg_hf.benchmarks.loss import embeddings, forward_backward, our_loss
@@ -40,7 +41,7 @@ from vicreg_hf.benchmarks.scale_counts import Work, count_work, our_loss_work
 from vicreg_hf.benchmarks.scale_machine import Machine
 from vicreg_hf.covariance import STRIPE_ROWS
 from vicreg_hf.data import available_cores
-from vicreg_hf.distributed import SyncBatchNorm, gather_rows, sum_over_processes
+from vicreg_hf.distributed import gather_rows, sum_over_processes
 from vicreg_hf.preparation import setup
 from vicreg_hf.pretraining import gradient_norms, take_gradients, take_step
 from vicreg_hf.run import Run
@@ -52,8 +53,8 @@ WARM_UP = 2
 """Rounds."""
 MESSAGES = 100
 """That follow each other."""
-NORM_MESSAGES = 4
-"""A view: `SyncBatchNorm` of this package sums twice in either direction."""
+NORM_MESSAGES = 2
+"""A view: `SyncBatchNorm` of this package sends one in either direction."""
 HEADER = [
     "processes", "backbone", "expander", "loss", "optimizer", "communication", "views",
     "predicted ms", "measured ms", "predicted / measured", "on a core", "us a message", "GB/s",

@@ -24,7 +24,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import ArrayLike, NDArray
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -32,9 +31,10 @@ from tqdm import tqdm
 
 from vicreg_hf.augmentation import ViewRecipe
 from vicreg_hf.bad_images import BadImages
+from vicreg_hf.batch_norm import synchronize
 from vicreg_hf.columns import BadImage
 from vicreg_hf.data import evaluation_batches, training_views
-from vicreg_hf.distributed import SyncBatchNorm, gather_rows, sum_over_processes
+from vicreg_hf.distributed import gather_rows, sum_over_processes
 from vicreg_hf.evaluation.features import normalise_images
 from vicreg_hf.randomness import Stream, derive_seed
 from vicreg_hf.sampler import Batch, GlobalBatches
@@ -215,7 +215,7 @@ def finetune(
     model = Classifier(copy, head, frozen=settings.frozen).to(device)
     _check_features(model, torch.zeros(2, in_chans, image_size, image_size, device=device))
     if world_size > 1 and not settings.frozen:
-        (convert_sync_batchnorm if device.type == "cuda" else SyncBatchNorm.convert)(model)
+        synchronize(model, device)
     views: RandomViews[tuple[Tensor, ...]] = RandomViews(
         image_size, (settings.recipe,), mean=mean, std=std, seed=settings.seed, in_chans=in_chans
     )
