@@ -92,7 +92,7 @@ class SyncBatchNorm(_BatchNorm):
             normal = self._normalize(x)
         return self.act(self.drop(normal))
 
-    @torch.compiler.disable
+    @torch.compiler.disable()  # pyright: ignore[reportCallIssue, reportArgumentType]
     def _normalize(self, x: Tensor) -> Tensor:
         dtype = x.dtype
         x = x.float() if dtype in (torch.float16, torch.bfloat16) else x

@@ -1,9 +1,9 @@
 """The prediction of `scale` against training on CPU processes of this machine.
 
-What one process takes alone on one core gives the rates, and as many processes that send trains of
-small messages, with as much arithmetic in between as a layer has, give the network's. Nothing is
-fitted to what several processes then take in training. Of repetitions the fastest counts, here and
-there, since other programs can only slow one down.
+What a process takes for its own share of the batch gives the rates, while others that have nothing
+to do with it keep the other cores as busy; and as many processes that send trains of small
+messages, with as much arithmetic in between as a layer has, give the network's. Nothing is fitted
+to what several processes then take in training. Of repetitions the median counts, here and there.
 
 Shapes: B images, S side in pixels, W processes.
 """
@@ -21,7 +21,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import datasets
@@ -92,14 +94,13 @@ class Setting:
 
 
 class Alone(NamedTuple):
-    """Seconds that one process takes for each part of a step of the whole batch."""
+    """Seconds that a process takes for each part of a step, of which it sends and receives none."""
 
     backbone: float
-    synced_backbone: float
-    """With the package's SyncBatchNorm, as several processes have it."""
+    """Of its own share of the batch, like expander and views."""
     expander: float
-    synced_expander: float
     loss: float
+    """Of the whole batch."""
     optimizer: float
     views: float
 
@@ -128,17 +129,17 @@ def check(
     Args:
         processes: numbers of CPU processes, each on one thread. Beside the time of a step stands
             what its first process had of a core, on average: the rest was waiting.
-        steps: measured of each; the fastest counts.
+        steps: measured of each; the median counts.
     """
     cores = available_cores()
     work = count_work(architecture, image_size, expander_dims)
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(architecture, image_size, batch_size, expander_dims, steps, folder)
         _write(setting)
-        alone = Alone(*_in_processes(1, _alone, setting))
         lines = []
         for world in processes:
-            gap = alone.synced_backbone / world / (NORM_MESSAGES * VIEWS * work.norms)
+            alone = Alone(*_in_processes(min(world, cores), _alone, setting, world))
+            gap = alone.backbone / (NORM_MESSAGES * VIEWS * work.norms)
             loopback = Loopback(*_in_processes(max(2, world), _loopback, gap))
             step = expected(work, alone, loopback, world, batch_size, cores)
             others = _others()
@@ -152,7 +153,7 @@ def check(
     torch.set_num_threads(cores)
     head = (
         f"{architecture}, {batch_size} images of {image_size} pixels, expander "
-        f"{'-'.join(map(str, expander_dims))}; one thread a process, {cores} cores; fastest of "
+        f"{'-'.join(map(str, expander_dims))}; one thread a process, {cores} cores; median of "
         f"{steps} steps"
     )
     return f"{surroundings(CPU)}\n{head}\n\n{table(HEADER, lines)}"
@@ -166,23 +167,20 @@ def expected(
     Beyond as many processes as cores all arithmetic takes W / cores times as long. Of communication
     that was measured.
     """
-    slower, synced = max(1.0, world / cores), world > 1
-    views = (1 + BACKWARD) * VIEWS * batch_size
-    expander_rate = _rate(
-        views * work.expander_flops, alone.synced_expander if synced else alone.expander
-    )
+    slower = max(1.0, world / cores)
+    share = batch_size / world
+    views = (1 + BACKWARD) * VIEWS * share
+    expander_rate = _rate(views * work.expander_flops, alone.expander)
     loss = our_loss_work(batch_size, work.dim, 1, stripe=STRIPE_ROWS["cpu"])
     # Its products run as fast as the expander's; the rest of its time is traffic.
-    passing = alone.loss - loss.flops / _rate(views * work.expander_flops, alone.expander)
+    passing = alone.loss - loss.flops / expander_rate
     memory = _rate(loss.traffic, max(passing, 0.0))
     machine = Machine(
         gpus_per_node=world,
         bf16_tflops=1 / slower,
-        backbone_share=_rate(
-            views * work.backbone_flops, alone.synced_backbone if synced else alone.backbone
-        ) / 1e12,
+        backbone_share=_rate(views * work.backbone_flops, alone.backbone) / 1e12,
         expander_share=expander_rate / 1e12,
-        loss_tflops=_rate(views * work.expander_flops, alone.expander) / 1e12 / slower,
+        loss_tflops=expander_rate / 1e12 / slower,
         loss_share=1.0,
         memory_gb_s=memory / 1e9 / slower,
         memory_share=1.0,
@@ -194,7 +192,7 @@ def expected(
         embedding_bytes=4,
         messages_per_norm=NORM_MESSAGES,
         overlap=False,  # what sends takes the same cores
-        crop_images_s=batch_size / alone.views / slower,
+        crop_images_s=share / alone.views / slower,
         cores_per_node=world,
         read_mb_s=WITHOUT_LIMIT,
         checkpoint_mb_s=WITHOUT_LIMIT,
@@ -243,18 +241,28 @@ def _busy() -> float | None:
 
 
 def _in_processes(world: int, function: Callable[..., Sequence[float]], *args: Any) -> list[float]:
-    """What a function answers in the first of several processes."""
+    """What a function answers in the first of several processes.
+
+    Args:
+        function: gets `args`, and an event that is set when the first process has its answer.
+    """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
         free.close()
-        answer = f"{folder}/answer"
-        mp.spawn(_start, (world, port, answer, function, args), nprocs=world)
+        answer, done = f"{folder}/answer", mp.get_context("spawn").Event()
+        mp.spawn(_start, (world, port, answer, function, (*args, done), done), nprocs=world)
         return [float(line) for line in Path(answer).read_text().splitlines()]
 
 
 def _start(
-    rank: int, world: int, port: int, answer: str, function: Callable[..., Any], args: Any
+    rank: int,
+    world: int,
+    port: int,
+    answer: str,
+    function: Callable[..., Any],
+    args: Any,
+    done: Event,
 ) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
@@ -266,27 +274,25 @@ def _start(
     values = function(*args)
     if rank == 0:
         Path(answer).write_text("\n".join(str(value) for value in values))
+        done.set()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _alone(setting: Setting) -> Alone:
-    run = setting.run()
+def _alone(setting: Setting, world: int, done: Event) -> Sequence[float]:
+    """Measure an `Alone` of W processes; all but the first go on until that has."""
+    first = os.environ["RANK"] == "0"
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    share = setting.batch_size // world
+    run = replace(setting, batch_size=share).run()
     run.wrapped.train()
-    features = torch.randn(setting.batch_size, run.model.num_features)
+    features = torch.randn(share, run.model.num_features)
     contender = ours(run, "fp32")
     with closing(contender.views()) as views:
         images = next(views)[0].to(memory_format=torch.channels_last)  # as training lays them out
         take_gradients(run, (images, images))
         inputs = embeddings(setting.batch_size, setting.expander_dims[-1], CPU, torch.float32)
-        models: dict[str, tuple[nn.Module, Tensor]] = {
-            "backbone": (run.model.backbone, images),
-            "expander": (run.model.expander, features.requires_grad_()),
-        }
-        models |= {
-            f"synced_{name}": (SyncBatchNorm.convert(copy.deepcopy(module)), x)
-            for name, (module, x) in models.items()
-        }
 
         def update() -> None:
             gradient_norms(run)
@@ -300,9 +306,17 @@ def _alone(setting: Setting) -> Alone:
             "loss": forward_backward(our_loss, inputs),
             "views": lambda: next(views),
         }
-        for name, (module, x) in models.items():
-            runs[name] = lambda module=module, x=x: _pass(module, x)
-        return Alone(**_fastest(runs, setting.steps))
+        for name, module, x in (
+            ("backbone", run.model.backbone, images),
+            ("expander", run.model.expander, features.requires_grad_()),
+        ):
+            own = copy.deepcopy(module)  # of which `update` knows nothing
+            if world > 1:
+                SyncBatchNorm.convert(own)
+            runs[name] = lambda own=own, x=x: _pass(own, x)
+        while not first and not done.is_set():
+            _typical(runs, 1)
+        return Alone(**_typical(runs, setting.steps)) if first else []
 
 
 def _pass(module: nn.Module, x: Tensor) -> None:
@@ -311,7 +325,7 @@ def _pass(module: nn.Module, x: Tensor) -> None:
     torch.autograd.grad(total, [p for p in (*module.parameters(), x) if p.requires_grad])
 
 
-def _loopback(gap: float) -> Loopback:
+def _loopback(gap: float, _: Event) -> Loopback:
     """Measure the network.
 
     Args:
@@ -319,7 +333,7 @@ def _loopback(gap: float) -> Loopback:
     """
     dist.init_process_group("gloo")
     one, many, square = torch.zeros(1), torch.zeros(2 * MIB), torch.randn(64, 64)
-    product = _fastest({"": lambda: square @ square}, 200)[""]
+    product = _typical({"": lambda: square @ square}, 200)[""]
     products = round(gap / product)
 
     def train(send: Callable[[], object]) -> None:
@@ -328,7 +342,7 @@ def _loopback(gap: float) -> Loopback:
                 square @ square  # pyright: ignore[reportUnusedExpression]
             send()
 
-    took = _fastest({"sent": lambda: train(lambda: sum_over_processes(one)),
+    took = _typical({"sent": lambda: train(lambda: sum_over_processes(one)),
                      "alone": lambda: train(lambda: None),
                      "gathered": lambda: gather_rows(many)}, 10)  # fmt: skip
     message = max((took["sent"] - took["alone"]) / MESSAGES, 1e-9)
@@ -336,25 +350,25 @@ def _loopback(gap: float) -> Loopback:
     return Loopback(message, received / max(took["gathered"] - message / 2, 1e-9))
 
 
-def _step(setting: Setting) -> list[float]:
+def _step(setting: Setting, _: Event) -> list[float]:
     """Seconds of a step of training, views included; and of the core that one process had of it."""
     contender = ours(setting.run(), "fp32")
     with closing(contender.views()) as views:
         contender.step(*next(views))
         before = time.process_time()
-        took = _fastest({"": lambda: contender.step(*next(views))}, setting.steps)[""]
+        took = _typical({"": lambda: contender.step(*next(views))}, setting.steps)[""]
         return [took, (time.process_time() - before) / (setting.steps + WARM_UP)]
 
 
-def _fastest(alternatives: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of each, which take turns; the first `WARM_UP` rounds are not counted."""
+def _typical(alternatives: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, which take turns; the first `WARM_UP` rounds are not counted."""
     times: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(repeats + WARM_UP):
         for name, run in alternatives.items():
             begun = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - begun)
-    return {name: min(all_[WARM_UP:]) for name, all_ in times.items()}
+    return {name: median(all_[WARM_UP:]) for name, all_ in times.items()}
 
 
 def _write(setting: Setting) -> None:
