@@ -398,7 +398,7 @@ def test_fused_steps_are_the_plain_ones_to_rounding(name: str) -> None:
     torch.testing.assert_close(fused.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["lars", "radam", "nadam", *FUSED])
+@pytest.mark.parametrize("name", ["lars", "radam", "nadam", "lamb", *FUSED])
 def test_a_state_that_was_in_a_file_goes_on_with_the_same_bits(name: str) -> None:
     """A file keeps values and no layout; the weights are laid out before the state is loaded."""
     expected, model = convolutions(), convolutions()
@@ -413,6 +413,11 @@ def test_a_state_that_was_in_a_file_goes_on_with_the_same_bits(name: str) -> Non
     train(model, second, range(3, 6))
     for key, value in model.state_dict().items():
         assert torch.equal(value, expected.state_dict()[key]), key
+
+
+def test_an_optimiser_whose_settings_no_file_can_hold_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"adafactorbv.*torch\.bfloat16.*choose another"):
+        create_optimizer("adafactorbv", convolutions(), lr=1e-3, weight_decay=0.1)
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from types import NoneType
 from typing import Any
 
 import torch
@@ -148,13 +149,14 @@ def create_optimizer(
         lars_eta: trust coefficient of "lars"; likewise lars_clip, as `LARS` has it.
 
     Raises:
-        ValueError: a name timm does not have.
+        ValueError: a name timm does not have, or settings that no checkpoint can hold.
     """
     if name == "lars":
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = LARS(params, lr, weight_decay=weight_decay, eta=lars_eta, clip=lars_clip)
     else:
         optimizer = _of_timm(name, model, lr=lr, weight_decay=weight_decay)
+    _check_settings(name, optimizer)
     optimizer.register_load_state_dict_pre_hook(_with_own_settings)
     optimizer.register_load_state_dict_post_hook(_lay_out_as_parameters)
     return optimizer
@@ -173,6 +175,16 @@ def _of_timm(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> 
     }
     more: Any = {"fused": True} if can_fuse else {}
     return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **more)
+
+
+def _check_settings(name: str, optimizer: Optimizer) -> None:
+    settings = {k: v for group in optimizer.param_groups for k, v in group.items() if k != "params"}
+    for key, value in settings.items():
+        if not isinstance(value, (bool, int, float, str, list, tuple, Tensor, NoneType)):
+            raise ValueError(
+                "optimizer must have settings that a checkpoint can hold, without pickle, and "
+                f"{name!r} has {key}={value!r}; choose another."
+            )
 
 
 def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:

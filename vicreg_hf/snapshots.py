@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 
+GROUP = "group"
+"""What a parameter group's tensors are named by, with its number; others have a parameter's."""
+
 
 @dataclass
 class Snapshot:
@@ -65,21 +68,27 @@ def _copies(tensors: Mapping[str, Tensor], reuse: Mapping[str, Tensor]) -> dict[
 def split_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimiser's state_dict as a flat dict of tensors and JSON for everything else."""
     tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, entries in state["state"].items():
-        scalars[str(index)] = {}
+    rest: dict[str, dict[str, Any]] = {}
+    groups = {f"{GROUP}{number}": group for number, group in enumerate(state["param_groups"])}
+    for owner, entries in (*state["state"].items(), *groups.items()):
+        rest[str(owner)] = {}
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
+                tensors[f"{owner}.{name}"] = value
             else:
-                scalars[str(index)][name] = value
-    return tensors, {"param_groups": state["param_groups"], "scalars": scalars}
+                rest[str(owner)][name] = value
+    param_groups = [rest.pop(name) for name in groups]
+    return tensors, {"param_groups": param_groups, "scalars": rest}
 
 
 def join_tensors(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
     """What `split_tensors` has taken apart."""
     state = {int(index): dict(entries) for index, entries in rest["scalars"].items()}
+    groups = [dict(group) for group in rest["param_groups"]]
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state[int(index)][name] = value
-    return {"state": state, "param_groups": rest["param_groups"]}
+        owner, name = key.split(".", 1)
+        if owner.startswith(GROUP):
+            groups[int(owner.removeprefix(GROUP))][name] = value
+        else:
+            state[int(owner)][name] = value
+    return {"state": state, "param_groups": groups}
