@@ -13,8 +13,8 @@ from workflow import write_images
 from vicreg_hf import PretrainingArguments
 from vicreg_hf.arguments import parse_arguments, recipe_names
 from vicreg_hf.preparation import setup
-from vicreg_hf.pretraining import take_gradients, take_step, views_from_here
 from vicreg_hf.recipe_files import FACTS, read_about
+from vicreg_hf.stepping import take_gradients, take_step, views_from_here
 
 WANTED = {
     "imagenet-r50-100ep", "imagenet-r50-1000ep", "imagenet-r50x2", "imagenet100-r18",

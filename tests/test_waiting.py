@@ -26,8 +26,8 @@ from vicreg_hf.arguments import parse_arguments
 from vicreg_hf.distributed import Vote
 from vicreg_hf.optim import LARS, create_optimizer
 from vicreg_hf.preparation import setup
-from vicreg_hf.pretraining import take_gradients, take_step, views_from_here
 from vicreg_hf.run import Run
+from vicreg_hf.stepping import take_gradients, take_step, views_from_here
 from vicreg_hf.verdicts import Verdicts, not_finite
 
 pytestmark = pytest.mark.usefixtures("one_core")

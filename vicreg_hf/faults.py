@@ -16,7 +16,7 @@ from torch import Tensor
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.checkpointing import newest_checkpoint
 from vicreg_hf.run import Run
-from vicreg_hf.verdicts import Step
+from vicreg_hf.stepping import Step
 
 TERMS = ("loss", "invariance", "variance", "covariance")
 MOST_NAMES = 10

@@ -21,12 +21,11 @@ from tqdm import tqdm
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.checkpointing import CheckpointError
 from vicreg_hf.collapse_watch import CollapseWatch
-from vicreg_hf.data import LoadingError, loading_errors, training_views
+from vicreg_hf.data import LoadingError, loading_errors
 from vicreg_hf.distributed import (
     OtherProcessFailed,
     failing_together,
     gather_rows,
-    shapes_compared,
 )
 from vicreg_hf.evaluation import alignment, effective_rank, embedding_std, uniformity
 from vicreg_hf.exporting import ExportError
@@ -39,17 +38,15 @@ from vicreg_hf.faults import (
     step_failure,
 )
 from vicreg_hf.finishing import finish
-from vicreg_hf.gradcache import backward_in_chunks
 from vicreg_hf.hub import HubError
 from vicreg_hf.liveness import watched
-from vicreg_hf.modeling_vicreg import VICRegOutput
 from vicreg_hf.preparation import begin, claim, setup
-from vicreg_hf.randomness import Stream, derive_seed
 from vicreg_hf.reporting import Clock
 from vicreg_hf.resuming import state_of
 from vicreg_hf.run import Run
 from vicreg_hf.signals import Signals, Stopped, name_of
-from vicreg_hf.verdicts import Step, Verdicts
+from vicreg_hf.stepping import Step, take_gradients, take_step, views_from_here
+from vicreg_hf.verdicts import Verdicts
 
 ERRORS = (
     ValueError, OSError, SafetensorError, CheckpointError, FloatingPointError, LoadingError,
@@ -160,87 +157,6 @@ def _is_kept(run: Run, number: int) -> bool:
     args = run.args
     every = (args.logging_steps, args.save_steps, args.knn_steps)
     return number == run.total_steps or any(number % steps == 0 for steps in every if steps)
-
-
-def views_from_here(run: Run, until: int | None = None) -> Any:
-    """The views of each step from the run's own on."""
-    last = run.total_steps if until is None else until
-    return training_views(
-        run.inputs.images, run.batches, run.views, steps=range(run.step, last),
-        device=run.accelerator.device, num_workers=run.args.num_workers or 0, bad=run.inputs.bad,
-        paired=run.paired,
-    )  # fmt: skip
-
-
-def take_gradients(run: Run, views: tuple[Any, ...]) -> Step:
-    """Set the learning rate, and compute loss, gradients and their norms.
-
-    Args:
-        views: of a step, as `training_views` gives them.
-    """
-    lr = run.lr
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    # Dropout and drop-path draw from torch's generator: keyed too, so that resuming is exact.
-    device, rank = run.accelerator.device, run.accelerator.process_index
-    seed = derive_seed(run.args.seed, epoch=run.step, index=rank, stream=Stream.DROPOUT)
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
-    output = backward(run, tuple(_laid_out(view) for view in views))
-    names, norms = gradient_norms(run)
-    return Step(run.step + 1, lr, output, names, norms, torch.linalg.vector_norm(norms))
-
-
-def gradient_norms(run: Run) -> tuple[list[str], Tensor]:
-    """The parameters that have a gradient, and its norm (P,); under fp16 without the loss scale."""
-    if run.accelerator.scaler is not None:
-        run.accelerator.unscale_gradients(run.optimizer)
-    grads = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
-    return list(grads), torch.stack(torch._foreach_norm(list(grads.values())))
-
-
-def _laid_out(view: Any) -> Any:
-    """Images in the layout in which convolutions are fast; anything else as it is."""
-    if isinstance(view, Tensor) and view.ndim == 4:
-        return view.to(memory_format=torch.channels_last)
-    return view
-
-
-def take_step(run: Run) -> None:
-    """Apply the gradients."""
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    run.step += 1
-
-
-def backward(run: Run, views: tuple[Any, ...]) -> VICRegOutput:
-    """The loss of a step's views, and its gradient in every parameter's `grad`.
-
-    Returns:
-        As the model's, without last_hidden_state.
-    """
-    with shapes_compared(run.shapes_compared):
-        output = _backward(run, views)
-    run.shapes_compared = True
-    return output
-
-
-def _backward(run: Run, views: tuple[Any, ...]) -> VICRegOutput:
-    accelerator, batches = run.accelerator, run.batches
-    x, x_prime, *others = views
-    num_further = run.args.num_global_views - 2
-    more: Any = {"further_views": others[:num_further], "local_views": others[num_further:]}
-    if batches.micro_batch_size < batches.batch_size:
-        return backward_in_chunks(
-            run.model, x, x_prime, **more,
-            chunk_size=batches.micro_batch_size // accelerator.num_processes,
-            wrapped=run.wrapped, backward=accelerator.backward, autocast=accelerator.autocast,
-        )  # fmt: skip
-    output = run.wrapped(x, x_prime, **more)
-    accelerator.backward(output.loss)
-    # which is large, and of no use here
-    return VICRegOutput(**{k: v for k, v in output.items() if k != "last_hidden_state"})
 
 
 def _agree_on_bad_images(run: Run) -> None:

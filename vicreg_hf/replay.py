@@ -9,7 +9,7 @@ from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.checkpointing import CheckpointError
 from vicreg_hf.faults import describe_step, explained, write_report
 from vicreg_hf.preparation import setup
-from vicreg_hf.pretraining import take_gradients, take_step, views_from_here
+from vicreg_hf.stepping import take_gradients, take_step, views_from_here
 
 
 def replay(args: PretrainingArguments, step: int) -> Path:

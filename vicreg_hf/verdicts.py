@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vicreg_hf.distributed import Vote
-from vicreg_hf.modeling_vicreg import VICRegOutput
 from vicreg_hf.run import Run
+from vicreg_hf.stepping import Step
 
 LEAST_SCALE = 1.0
 """Loss scale of fp16 at which gradients that are not finite are no accident any more."""
@@ -20,22 +19,6 @@ UNREAD = {"cuda": 1}
 
 A GPU would otherwise wait for the answer in every step. It still does in each one where torch's
 synchronised batch normalisation does, and under fp16, whose loss scale is looked at."""
-
-
-@dataclass
-class Step:
-    """What a step has computed, on the device."""
-
-    number: int
-    """From 1, as in metrics.jsonl."""
-    lr: float
-    output: VICRegOutput
-    names: list[str]
-    """P parameters that have a gradient."""
-    grad_norms: Tensor
-    """(P,): of each of their gradients."""
-    grad_norm: Tensor
-    """Scalar, of all gradients together."""
 
 
 class Verdict(NamedTuple):

@@ -26,8 +26,8 @@ from vicreg_hf.benchmarks.peers import (
     plain_step,
     projector,
 )
-from vicreg_hf.pretraining import take_gradients, take_step, views_from_here
 from vicreg_hf.run import Run
+from vicreg_hf.stepping import take_gradients, take_step, views_from_here
 from vicreg_hf.verdicts import Verdicts
 
 WITHOUT_END = 10**6

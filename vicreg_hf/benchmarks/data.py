@@ -27,9 +27,9 @@ from vicreg_hf.data import available_cores
 from vicreg_hf.images import decode_image
 from vicreg_hf.pairs import PairedSplit
 from vicreg_hf.preparation import setup
-from vicreg_hf.pretraining import backward
 from vicreg_hf.run import Run
 from vicreg_hf.sources import ImageSplit
+from vicreg_hf.stepping import backward
 from vicreg_hf.streaming import ImageStream
 from vicreg_hf.views import TwoViews
 

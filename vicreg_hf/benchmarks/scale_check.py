@@ -45,8 +45,8 @@ from vicreg_hf.covariance import STRIPE_ROWS
 from vicreg_hf.data import available_cores
 from vicreg_hf.distributed import gather_rows, sum_over_processes
 from vicreg_hf.preparation import setup
-from vicreg_hf.pretraining import gradient_norms, take_gradients, take_step
 from vicreg_hf.run import Run
+from vicreg_hf.stepping import gradient_norms, take_gradients, take_step
 
 CPU = torch.device("cpu")
 WITHOUT_LIMIT = 1e6
