@@ -161,8 +161,11 @@ def test_an_encoder_without_weights_can_be_classified(accelerator: Accelerator) 
         assert accuracy(trained(accelerator, replace(settings, lr_head=0.01), **given)) > 0.9
 
 
-def test_bfloat16_is_of_the_encoder_and_not_of_the_classifier(accelerator: Accelerator) -> None:
-    exact, coarse = (trained(accelerator, bf16=bf16) for bf16 in (False, True))
+@pytest.mark.parametrize("settings", [QUICK, TUNED], ids=["frozen", "tuned"])
+def test_bfloat16_is_of_the_encoder_and_not_of_the_classifier(
+    accelerator: Accelerator, settings: FinetuneSettings
+) -> None:
+    exact, coarse = (trained(accelerator, settings, bf16=bf16) for bf16 in (False, True))
     assert coarse.losses != exact.losses
     assert coarse.losses == pytest.approx(exact.losses, rel=0.05)
     assert coarse.logits.dtype == torch.float32

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vicreg_hf.devices import on_device
 from vicreg_hf.distributed import sum_over_processes, world_size
 from vicreg_hf.monitor import K
 from vicreg_hf.sources import ImageSplit
@@ -78,7 +79,7 @@ class OnlineProbe(nn.Module):
             rows: (B,) of the training split, whose images they are of.
         """
         y = y.detach().float()
-        labels = self.labels[torch.from_numpy(rows)].to(y.device, non_blocking=True)
+        labels = on_device(self.labels[torch.from_numpy(rows)], y.device)
         self._count(y)
         x = self._standardise(y)
         logits = x @ self.weight.T

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from vicreg_hf.bad_images import BadImages
 from vicreg_hf.batch_norm import synchronize
 from vicreg_hf.columns import BadImage
 from vicreg_hf.data import evaluation_batches, training_views
+from vicreg_hf.devices import on_device
 from vicreg_hf.distributed import gather_rows, sum_over_processes
 from vicreg_hf.evaluation.features import normalise_images
 from vicreg_hf.randomness import Stream, derive_seed
@@ -41,6 +43,8 @@ from vicreg_hf.sampler import Batch, GlobalBatches
 from vicreg_hf.sources import ImageSplit
 from vicreg_hf.views import RandomViews
 
+Autocast = Callable[[], AbstractContextManager[None]]
+"""Of a forward pass."""
 MOMENTUM = 0.9
 HEAD_STD = 0.01
 """Of the classifier's first weights; its first biases are zero."""
@@ -225,10 +229,13 @@ def finetune(
         train, batches, views, steps=steps, device=device, num_workers=num_workers, bad=unusable
     )
     kept = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with kept, _autocast(accelerator, bf16):
-        losses = _fit(model, crops, train_labels, batches, unusable, settings, accelerator)
+    autocast = partial(_autocast, accelerator, bf16)
+    with kept:
+        losses = _fit(
+            model, crops, train_labels, batches, unusable, settings, accelerator, autocast
+        )
         logits = _classify(
-            model, test, num_classes, accelerator, mean=mean, std=std, image_size=image_size,
+            model, test, num_classes, accelerator, autocast, mean=mean, std=std, image_size=image_size,
             crop_pct=crop_pct, num_workers=num_workers,
             batch_size=max(1, settings.batch_size // world_size),
         )  # fmt: skip
@@ -327,6 +334,7 @@ def _check_features(model: Classifier, images: Tensor) -> None:
 
 @contextmanager
 def _autocast(accelerator: Accelerator, bf16: bool) -> Iterator[None]:
+    """For one forward pass: until it is left, weights are those that it has seen first."""
     kind = accelerator.device.type
     with torch.autocast(kind, torch.bfloat16, enabled=bf16), accelerator.autocast():
         yield
@@ -340,6 +348,7 @@ def _fit(
     unusable: _Unusable,
     settings: FinetuneSettings,
     accelerator: Accelerator,
+    autocast: Autocast,
 ) -> list[float]:
     """Train the classifier in place, and return the mean loss of every epoch."""
     device, per_epoch = accelerator.device, batches.steps_per_epoch
@@ -367,9 +376,10 @@ def _fit(
                 )
             )  # fmt: skip
             wanted = unusable.without(labels[torch.from_numpy(rows)], rows)
-            logits = wrapped(x.to(memory_format=torch.channels_last))
+            with autocast():
+                logits = wrapped(x.to(memory_format=torch.channels_last))
             # over all rows, so that those left out weigh the same on any number of processes
-            loss = F.cross_entropy(logits, wanted.to(device), reduction="sum") / len(rows)
+            loss = F.cross_entropy(logits, on_device(wanted, device), reduction="sum") / len(rows)
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
@@ -402,6 +412,7 @@ def _classify(
     test: ImageSplit | Tensor,
     num_classes: int,
     accelerator: Accelerator,
+    autocast: Autocast,
     *,
     mean: Sequence[float],
     std: Sequence[float],
@@ -417,6 +428,7 @@ def _classify(
     done = 0
     for images in evaluation_batches(test, own, **settings) if len(own) else ():
         x = normalise_images(images.to(device), mean, std).to(memory_format=torch.channels_last)
-        logits[done : done + len(x)] = model(x)
+        with autocast():
+            logits[done : done + len(x)] = model(x)
         done += len(x)
     return gather_rows(logits)[: len(test)].cpu()
