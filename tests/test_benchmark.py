@@ -259,6 +259,15 @@ def test_what_is_left_out_has_no_row_and_no_ratio_to_it() -> None:
     assert "channels first" in printed
 
 
+def test_training_by_a_recipe_with_a_probe_is_measured_without_labels() -> None:
+    printed = training(
+        ["--config=cifar10-r18", "--architecture=test_resnet", "--batch_size=4",
+         "--expander_dims=8"],
+        precision="fp32", device="cpu", channels_last=True, steps=1, rounds=1, only=["vicreg_hf"],
+    )  # fmt: skip
+    assert len([line for line in printed.splitlines() if line.startswith("| vicreg_hf")]) == 1
+
+
 def test_training_is_measured_on_images_of_its_own() -> None:
     settings = {"precision": "fp32", "device": "cpu", "channels_last": True}
     with pytest.raises(ValueError, match="makes its own images"):

@@ -25,6 +25,7 @@ from workflow import ROOT, SMALL, descendants, environment, kill_all, metrics, r
 from vicreg_hf import PretrainingArguments, pretrain
 from vicreg_hf.arguments import parse_arguments
 from vicreg_hf.checkpointing import newest_checkpoint
+from vicreg_hf.faults import OutOfMemory, explained
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -436,3 +437,24 @@ def test_batch_seed_and_data_change_when_that_is_said(images: Path, tmp_path: Pa
     changed["dataset_name"] = str(write_images(tmp_path / "other", rows=80))
     pretrain(PretrainingArguments(**changed))  # pyright: ignore
     assert metrics(tmp_path)[-1]["step"] == 3
+
+
+GPU_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+"""As torch 2.11 raises where the GPU's memory, pinned memory or a library's workspace is short."""
+
+
+@pytest.mark.parametrize("error", GPU_MEMORY, ids=lambda error: type(error).__name__)
+def test_want_of_memory_on_a_gpu_is_told_with_what_helps(error: RuntimeError) -> None:
+    args = parse_arguments([])
+    with pytest.raises(OutOfMemory, match="lower --micro_batch_size"), explained(args):
+        raise error
+
+
+def test_another_fault_of_a_gpu_is_not_taken_for_want_of_memory() -> None:
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(torch.AcceleratorError), explained(parse_arguments([])):
+        raise error

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,9 @@ import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 ProcessGroup = dist.ProcessGroup | None
+PATIENCE = timedelta(hours=12)
+"""While the main process prepares data, works on features or pushes, the others wait for it;
+NCCL would end them after ten minutes."""
 
 
 def world_size(group: ProcessGroup = None) -> int:

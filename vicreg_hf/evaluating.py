@@ -9,7 +9,6 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -18,15 +17,14 @@ import datasets
 import timm
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from yaml import YAMLError
 
 import vicreg_hf
 from vicreg_hf.cards import CARD_FILE, add_evaluation, hardware, impersonal
 from vicreg_hf.data import available_cores, local_processes
-from vicreg_hf.distributed import failing_together
+from vicreg_hf.distributed import PATIENCE, failing_together
 from vicreg_hf.encoders import Encoder, open_encoder
 from vicreg_hf.evaluation.arguments import TRAINED, EvaluationArguments
 from vicreg_hf.evaluation.report import Gallery, write_report
@@ -81,9 +79,7 @@ def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print)
         ImageError: too many images cannot be used.
         FloatingPointError: a training diverged.
     """
-    # the others wait while the main process works on features
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))
-    accelerator = Accelerator(kwargs_handlers=[patience])
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     datasets.disable_progress_bars()
     if accelerator.device.type == "cpu":
         torch.set_num_threads(max(1, available_cores() // local_processes(accelerator)))

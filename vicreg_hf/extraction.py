@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
@@ -33,6 +33,7 @@ from tqdm import tqdm
 from vicreg_hf.bad_images import BadImages
 from vicreg_hf.columns import BadImage
 from vicreg_hf.data import available_cores, default_num_workers, loading_errors, local_processes
+from vicreg_hf.distributed import PATIENCE
 from vicreg_hf.encoders import Encoder, open_encoder
 from vicreg_hf.evaluation.features import normalise_images
 from vicreg_hf.hub import HubError, check_repo_id, open_repository, push_folder
@@ -118,7 +119,7 @@ def extract_dataset(args: ExtractionArguments) -> Path:
         ImageError: too many images cannot be used.
         HubError: the Hub refuses, or cannot be reached.
     """
-    accelerator = Accelerator()
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     datasets.disable_progress_bars()  # one is enough
     if accelerator.device.type == "cpu":
         torch.set_num_threads(max(1, available_cores() // local_processes(accelerator)))

@@ -157,10 +157,11 @@ def explained(args: PretrainingArguments, run: Run | None = None) -> Iterator[No
         yield
     except (RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())
-        known = (torch.OutOfMemoryError, MemoryError, torch.distributed.DistError)
+        short = (torch.OutOfMemoryError, MemoryError)
+        known = (*short, torch.AcceleratorError, torch.distributed.DistError)
         if type(error) is not RuntimeError and not isinstance(error, known):
             raise  # it has words of its own
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
+        if isinstance(error, short) or any(words in text.lower() for words in _SHORT):
             raise OutOfMemory(_no_memory(args, run, text)) from None
         if isinstance(error, torch.distributed.DistError) or any(w in text for w in _LOST):
             raise ProcessLost(
@@ -171,6 +172,8 @@ def explained(args: PretrainingArguments, run: Run | None = None) -> Iterator[No
         raise
 
 
+_SHORT = ("allocate memory", "out of memory", "alloc_failed")
+"""In lower case: the CPU's allocator, CUDA beside its allocator, and its libraries."""
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ class VICRegModel(PreTrainedModel):
         self.expander = expander(self.num_features, config.expander_dims)
         self.prime = None if config.prime is None else create_branch(config.prime, backbone_prime)
         self._call: Callable[..., Any] = plainly
+        self._call_expander: Callable[..., Any] = plainly
         # timm has initialised its own tensors; transformers must not do it again. On the meta
         # device nothing has a value yet, so there `_init_weights` fills what a file does not.
         for tensor in itertools.chain(self.parameters(), self.buffers()):
@@ -140,12 +142,17 @@ class VICRegModel(PreTrainedModel):
         """The bare timm module: what is published."""
         return self.backbone
 
-    def compile_branches(self) -> None:
+    def compile_branches(self, *, expanders: bool = True) -> None:
         """Have torch.compile fuse timm's backbones and the expanders, when each is first needed.
 
         `encoder` itself, weights, their names and copies are as without.
+
+        Args:
+            expanders: these too. Their batch normalisation ends a graph in each layer where it
+                waits for other processes.
         """
         self._call = Compiled()
+        self._call_expander = self._call if expanders else plainly
 
     def second_model(self) -> VICRegModel:
         """The second branch as a model of one branch, with the same tensors.
@@ -224,9 +231,10 @@ class VICRegModel(PreTrainedModel):
             loss, its terms, embeddings, and y as pooler_output.
         """
         second = self.expander if self.prime is None else self.prime.expander
-        z = [self._call(_embed, self.expander, y), self._call(_embed, second, y_prime)]
-        z += [self._call(_embed, self.expander, other) for other in further]
-        z_local = [self._call(_embed, self.expander, other) for other in local]
+        embed = partial(self._call_expander, _embed)
+        z = [embed(self.expander, y), embed(second, y_prime)]
+        z += [embed(self.expander, other) for other in further]
+        z_local = [embed(self.expander, other) for other in local]
         terms = multi_view_loss(
             z,
             z_local,

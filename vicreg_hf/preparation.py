@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import torch
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vicreg_hf.arguments import PretrainingArguments
@@ -25,7 +25,7 @@ from vicreg_hf.building import build_model
 from vicreg_hf.cards import SECOND
 from vicreg_hf.compiling import why_not
 from vicreg_hf.data import available_cores, local_processes
-from vicreg_hf.distributed import any_process
+from vicreg_hf.distributed import PATIENCE, any_process
 from vicreg_hf.exporting import check_exportable
 from vicreg_hf.hub import open_repository
 from vicreg_hf.inputs import Inputs, open_inputs
@@ -103,7 +103,7 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
         args, accelerator, model, optimizer, fingerprint, probe=probe, before=before
     )
     if _compiles_model(args, accelerator, model, inputs.total_steps - step):
-        model.compile_branches()
+        model.compile_branches(expanders=accelerator.num_processes == 1)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     return Run(
         args, accelerator, model, wrapped, prepared, inputs, views, paired,
@@ -213,7 +213,8 @@ def _create_monitor(
 def _accelerator() -> Accelerator:
     transformers.utils.logging.disable_progress_bar()
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(kwargs_handlers=[ddp])
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(kwargs_handlers=[ddp, patience])
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ValueError(

@@ -72,7 +72,7 @@ def training(
         only: what is measured, of `NAMES`.
 
     Raises:
-        ValueError: flags that name data: the images are made.
+        ValueError: flags that name data: the images are made, and have no labels to probe.
     """
     if any(word.startswith("--dataset_name") for word in flags):
         raise ValueError("train makes its own images, got --dataset_name; leave it out.")
@@ -85,7 +85,7 @@ def training(
         run = setup(
             replace(
                 args, dataset_name=f"{folder}/images", image_size=side, max_steps=WITHOUT_END,
-                output_dir=f"{folder}/run", resume="never",
+                output_dir=f"{folder}/run", resume="never", online_probe=False,
             )
         )  # fmt: skip
         on = run.accelerator.device

@@ -41,7 +41,11 @@ def _singular_values(z: Tensor) -> Tensor:
     """The least first, by way of the smaller Gram matrix, which squares the condition number."""
     z = (z.cpu() if z.device.type == "mps" else z).double()
     gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
-    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    try:
+        values = torch.linalg.eigvalsh(gram)
+    except torch.linalg.LinAlgError:  # of CUDA's solver, where ranks are low
+        values = torch.linalg.eigvalsh(gram.cpu()).to(gram.device)
+    return values.clamp(min=0).sqrt()
 
 
 def alignment(z: Tensor, z_prime: Tensor) -> Tensor:

@@ -235,8 +235,8 @@ def finetune(
             model, crops, train_labels, batches, unusable, settings, accelerator, autocast
         )
         logits = _classify(
-            model, test, num_classes, accelerator, autocast, mean=mean, std=std, image_size=image_size,
-            crop_pct=crop_pct, num_workers=num_workers,
+            model, test, num_classes, accelerator, autocast, mean=mean, std=std,
+            image_size=image_size, crop_pct=crop_pct, num_workers=num_workers,
             batch_size=max(1, settings.batch_size // world_size),
         )  # fmt: skip
     seconds = time.perf_counter() - started
