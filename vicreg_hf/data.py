@@ -162,26 +162,26 @@ class _StreamCrops(IterableDataset[Crops]):
         return Crops(self.views.crop(images, rows, self.epoch), rows, bad)
 
 
-def _loader(source: Dataset[Crops], device: torch.device, num_workers: int) -> DataLoader[Crops]:
+def _loader(source: Dataset[Crops], num_workers: int, *, pinned: bool) -> DataLoader[Crops]:
     return DataLoader(
         source,
         batch_size=None,
         num_workers=num_workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=pinned,
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=ignore_requests,
     )
 
 
 @contextmanager
-def _loading(source: Dataset[Crops], device: torch.device, num_workers: int) -> Iterator[Any]:
+def _loading(source: Dataset[Crops], num_workers: int, *, pinned: bool) -> Iterator[Any]:
     """What a loader gives, whose workers end with the context, whatever they wait for.
 
     One that was killed may leave the others a lock that is never released: they would end only when
     their grace is over, and the whole run with them. To be entered in the main thread, where
     alone torch hears of what a worker died.
     """
-    batches: Any = iter(_loader(source, device, num_workers))
+    batches: Any = iter(_loader(source, num_workers, pinned=pinned))
     try:
         yield batches
     finally:
@@ -244,7 +244,8 @@ def training_views(
                     source = _PairedCrops(images, batches, views, paired, steps)
                 else:
                     source = _Crops(images, batches, views, steps)
-                loaded = stack.enter_context(_loading(source, device, num_workers))
+                pinned = device.type == "cuda"
+                loaded = stack.enter_context(_loading(source, num_workers, pinned=pinned))
                 crops = ((batches.batch(s)[0], c) for s, c in zip(steps, loaded, strict=True))
             made = _views_of_crops(crops, views, device, bad, paired)
         yield from prefetch(made, device)
@@ -295,31 +296,53 @@ def _crops_of_stream(
 ) -> Generator[tuple[int, Crops]]:
     """Batches of one size from chunks of any; a pass over the stream follows the other."""
     size = batches.batch_size // batches.world_size
-    cut, keys, bad, _ = _nothing(views)
+    batch, filled = _empty_batch(views, size, device), 0
     epoch, left = steps.start, len(steps)  # a resumed run goes on with passes not yet seen
     while left:
         count = 0
-        with _loading(_StreamCrops(stream, views, epoch), device, num_workers) as chunks:
-            for own, rows, replaced, _ in chunks:
-                count += len(rows)
-                cut = tuple(torch.cat(pair) for pair in zip(cut, own, strict=True))
-                keys, bad = np.concatenate([keys, rows]), bad + replaced
-                while len(keys) >= size and left:
-                    yield epoch, Crops(tuple(x[:size] for x in cut), keys[:size], bad)
-                    cut, keys, bad = tuple(x[size:] for x in cut), keys[size:], []
+        source = _StreamCrops(stream, views, epoch)
+        # not the chunks are pinned, but the batches that they are copied to
+        with _loading(source, num_workers, pinned=False) as chunks:
+            for chunk in chunks:
+                count += len(chunk.keys)
+                batch.bad.extend(chunk.bad)
+                taken = 0
+                while taken < len(chunk.keys):
+                    more = _fill(batch, filled, chunk, taken)
+                    taken, filled = taken + more, filled + more
+                    if filled < size:
+                        continue
+                    yield epoch, batch
                     left -= 1
-                if not left:
-                    return
+                    if not left:
+                        return
+                    batch, filled = _empty_batch(views, size, device), 0
         if not count:
             raise ImageError(f"{stream.name} must hold images that can be used, got none.")
         epoch += 1
 
 
-def _nothing(views: RandomViews) -> Crops:
+def _empty_batch(views: RandomViews, size: int, device: torch.device) -> Crops:
+    """Room for some crops, in memory from which they get to the device soonest."""
+    pinned = device.type == "cuda"
     cut = tuple(
-        torch.empty(0, views.in_chans, side, side, dtype=torch.uint8) for side in views.image_sizes
+        torch.empty(size, views.in_chans, side, side, dtype=torch.uint8, pin_memory=pinned)
+        for side in views.image_sizes
     )
-    return Crops(cut, np.empty(0, np.int64), [])
+    return Crops(cut, np.empty(size, np.int64), [])
+
+
+def _fill(batch: Crops, filled: int, chunk: Crops, taken: int) -> int:
+    """Copy as many crops as there is room for, and say how many.
+
+    A chunk that is copied at once leaves shared memory, and its file, which are few, to others.
+    """
+    count = min(len(batch.keys) - filled, len(chunk.keys) - taken)
+    into, rows = slice(filled, filled + count), slice(taken, taken + count)
+    for own, cut in zip(batch.views, chunk.views, strict=True):
+        own[into] = cut[rows]
+    batch.keys[into] = chunk.keys[rows]
+    return count
 
 
 @contextmanager
