@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms.v2 import functional as tv
 
@@ -44,6 +45,12 @@ WORKER_PATIENCE = 5.0
 """Seconds that loading workers have to end by themselves."""
 STREAM_CHUNK = 32
 """Images of a stream that a worker crops together."""
+MOST_AHEAD = 4
+"""Batches, or chunks of a stream, that a loading worker makes ahead at most."""
+BYTES_AHEAD = 2 * 2**30
+"""Bytes of crops that may wait in shared or pinned memory for a process. All of its workers make as
+many batches ahead as stay within it, up to `MOST_AHEAD` each; but one each in any case, even if
+those are more bytes."""
 
 
 class Crops(NamedTuple):
@@ -89,7 +96,20 @@ def load_in_memory(
     return images
 
 
-class _Crops(Dataset[Crops]):
+class _Source(Dataset[Crops]):
+    """What loading workers make crops from."""
+
+    def item_bytes(self) -> int:
+        """Of what a worker hands over at once."""
+        raise NotImplementedError
+
+
+def _crop_bytes(views: RandomViews) -> int:
+    """Of all crops of an image."""
+    return views.in_chans * sum(side**2 for side in views.image_sizes)
+
+
+class _Crops(_Source):
     """The crops of a step's samples, cut where they are decoded."""
 
     def __init__(
@@ -105,8 +125,11 @@ class _Crops(Dataset[Crops]):
         images, bad = self.split.read_or_replace(rows.tolist())
         return Crops(self.views.crop(images, rows, epoch), rows, bad)
 
+    def item_bytes(self) -> int:
+        return self.batches.rows_per_process * _crop_bytes(self.views)
 
-class _PairedCrops(Dataset[Crops]):
+
+class _PairedCrops(_Source):
     """The same, and what belongs to the images in another column."""
 
     def __init__(
@@ -130,8 +153,15 @@ class _PairedCrops(Dataset[Crops]):
         batch = self.paired.batch(items, rows, epoch)
         return Crops(self.views.crop(images, rows, epoch), rows, bad, batch)
 
+    def item_bytes(self) -> int:
+        """As of a batch of what the first row holds, whatever the modality."""
+        ((_, item),), _ = self.split.read_or_replace([0])
+        other = tree_leaves(self.paired.batch([item], np.zeros(1, np.int64), 0))
+        of_pair = _crop_bytes(self.views) + sum(tensor.nbytes for tensor in other)
+        return self.batches.rows_per_process * of_pair
 
-class _StreamCrops(IterableDataset[Crops]):
+
+class _StreamCrops(IterableDataset[Crops], _Source):
     """The crops of what a stream gives, drawn by the images' content."""
 
     def __init__(self, stream: ImageStream, views: RandomViews, epoch: int) -> None:
@@ -157,24 +187,32 @@ class _StreamCrops(IterableDataset[Crops]):
         if images:
             yield self._cut(images, keys, bad)
 
+    def item_bytes(self) -> int:
+        return STREAM_CHUNK * _crop_bytes(self.views)
+
     def _cut(self, images: list[Tensor], keys: list[int], bad: list[BadImage]) -> Crops:
         rows = np.array(keys, dtype=np.int64)
         return Crops(self.views.crop(images, rows, self.epoch), rows, bad)
 
 
-def _loader(source: Dataset[Crops], num_workers: int, *, pinned: bool) -> DataLoader[Crops]:
+def batches_ahead(batch_bytes: int, num_workers: int) -> int:
+    """How many batches each of a process's loading workers makes ahead: see `BYTES_AHEAD`."""
+    return max(1, min(MOST_AHEAD, BYTES_AHEAD // (batch_bytes * num_workers)))
+
+
+def _loader(source: _Source, num_workers: int, *, pinned: bool) -> DataLoader[Crops]:
     return DataLoader(
         source,
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pinned,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=batches_ahead(source.item_bytes(), num_workers) if num_workers else None,
         worker_init_fn=ignore_requests,
     )
 
 
 @contextmanager
-def _loading(source: Dataset[Crops], num_workers: int, *, pinned: bool) -> Iterator[Any]:
+def _loading(source: _Source, num_workers: int, *, pinned: bool) -> Iterator[Any]:
     """What a loader gives, whose workers end with the context, whatever they wait for.
 
     One that was killed may leave the others a lock that is never released: they would end only when
@@ -295,7 +333,7 @@ def _crops_of_stream(
     num_workers: int,
 ) -> Generator[tuple[int, Crops]]:
     """Batches of one size from chunks of any; a pass over the stream follows the other."""
-    size = batches.batch_size // batches.world_size
+    size = batches.rows_per_process
     batch, filled = _empty_batch(views, size, device), 0
     epoch, left = steps.start, len(steps)  # a resumed run goes on with passes not yet seen
     while left:
