@@ -100,11 +100,11 @@ class KNNMonitor:
             return {"knn": knn}
         return {"knn": knn, "probe": (classify(y) == labels).float().mean().item()}
 
-    def pixels(self) -> float | None:
+    def pixels(self, device: torch.device) -> float | None:
         """The same of the images themselves, which an encoder has to beat; None for large ones."""
         if self.image_size > SMALL_IMAGE:
             return None
-        return self.measure(nn.Flatten(), torch.device("cpu"))["knn"]
+        return self.measure(nn.Flatten(), device)["knn"]
 
     def _rows(self, split: ImageSplit, most: int) -> NDArray[np.int64]:
         if len(split) <= most:

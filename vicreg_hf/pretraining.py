@@ -174,7 +174,7 @@ def measure(run: Run) -> None:
     if run.step == 0 and run.monitor is not None:
         row = _place(run) | _accuracies(run)
         if run.accelerator.is_main_process:
-            pixels = run.monitor.pixels()
+            pixels = run.monitor.pixels(run.accelerator.device)
             run.log.add(row if pixels is None else row | {"knn_pixels": pixels})
         run.accelerator.wait_for_everyone()
 
