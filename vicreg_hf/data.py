@@ -71,25 +71,29 @@ class LoadingError(RuntimeError):
 
 
 def load_in_memory(
-    split: ImageSplit, budget: int = MEMORY_BUDGET, bad: BadImages | None = None
+    split: ImageSplit,
+    budget: int = MEMORY_BUDGET,
+    bad: BadImages | None = None,
+    *,
+    rows: NDArray[np.int64] | None = None,
 ) -> Tensor | None:
-    """Decode a whole split; what cannot be used is replaced and added to `bad`.
+    """Decode a whole split, or some rows; what cannot be used is replaced and added to `bad`.
 
     Returns:
         (N, C, H, W) uint8, or None where sizes differ or the pixels exceed the budget in bytes.
     """
-    (first,), _ = split.read_or_replace([0])
-    if first.numel() * len(split) > budget:
+    chosen = range(len(split)) if rows is None else rows.tolist()
+    (first,), _ = split.read_or_replace(chosen[:1])
+    if first.numel() * len(chosen) > budget:
         return None
-    images = torch.empty((len(split), *first.shape), dtype=torch.uint8)
+    images = torch.empty((len(chosen), *first.shape), dtype=torch.uint8)
     unusable: list[BadImage] = []
     step = 256
-    for start in range(0, len(split), step):
-        rows = range(start, min(start + step, len(split)))
-        decoded, replaced = split.read_or_replace(rows)
+    for start in range(0, len(chosen), step):
+        decoded, replaced = split.read_or_replace(chosen[start : start + step])
         if any(image.shape != first.shape for image in decoded):
             return None
-        torch.stack(decoded, out=images[start : rows.stop])
+        torch.stack(decoded, out=images[start : start + step])
         unusable += replaced
     if bad is not None:
         bad.add(unusable)
