@@ -14,6 +14,7 @@ from datasets import DatasetDict
 from pictures import photographs, png, split_of, table_of
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
@@ -21,6 +22,7 @@ from vicreg_hf.augmentation import ViewRecipe
 from vicreg_hf.bad_images import BadImages
 from vicreg_hf.data import (
     LoadingError,
+    batches_ahead,
     centre_crop,
     default_num_workers,
     evaluation_batches,
@@ -167,6 +169,41 @@ def test_one_view_is_made_in_memory_by_workers_and_processes_alike(
         for step, expected in enumerate(whole):
             apart = (torch.cat([part[step] for part in parts]) - expected).abs()
             assert apart.max() < 2.01 / (255 * 0.224)  # two grey levels
+
+
+@pytest.mark.parametrize(
+    ("num_images", "image_sizes", "num_workers", "expected"),
+    [
+        (512, [224, 224], 15, 1),  # imagenet-r50-100ep on one GPU: 154 MB * 15 > 2 GiB
+        (512, [224, 224], 4, 3),  # 154 MB * 4 * 3 < 2 GiB
+        (64, [224, 224], 15, 4),  # its share of eight
+        (512, [224, 224] + [96] * 6, 8, 1),  # 239 MB * 8 * 2 > 2 GiB
+        (512, [224, 224] + [96] * 6, 4, 2),
+        (10**6, [224], 1, 1),
+    ],
+)
+def test_large_batches_are_made_fewer_ahead(
+    num_images: int, image_sizes: list[int], num_workers: int, expected: int
+) -> None:
+    batch_bytes = num_images * 3 * sum(side**2 for side in image_sizes)
+    assert batches_ahead(batch_bytes, num_workers) == expected
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_workers_make_as_many_batches_ahead_as_there_is_room_for(
+    split: ImageSplit, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaders: list[Any] = []
+
+    def spied(*args: Any, **settings: Any) -> Any:
+        loaders.append(DataLoader(*args, **settings))
+        return loaders[-1]
+
+    views_of_a_step = sum(crops.nbytes for crops in VIEWS.crop(split.read(range(8)), range(8)))
+    monkeypatch.setattr("vicreg_hf.data.BYTES_AHEAD", room * 2 * views_of_a_step)
+    monkeypatch.setattr("vicreg_hf.data.DataLoader", spied)
+    views_of(split, range(5), num_workers=2)
+    assert [loader.prefetch_factor for loader in loaders] == [room]
 
 
 BAD = (3, 13, 14)

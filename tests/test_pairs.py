@@ -11,6 +11,7 @@ import pytest
 import torch
 from paired import write_captions, write_clips, write_text_encoder, write_vectors
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from vicreg_hf import PretrainingArguments
 from vicreg_hf.building import build_model
@@ -157,6 +158,28 @@ def test_vectors_come_as_they_are(tmp_path: Path) -> None:
     rows = inputs.batches.batch(0)[1]
     torch.testing.assert_close(vectors, table[rows.tolist()]["vector"].float())
     assert prime_of(args, inputs)["num_features"] == vectors.shape[1]
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_what_belongs_to_images_needs_room_too(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    def spied(*args: Any, **settings: Any) -> Any:
+        made.append(DataLoader(*args, **settings))
+        return made[-1]
+
+    args, inputs = settled(
+        write_vectors(tmp_path, rows=16, test_rows=8), prime_modality="embedding"
+    )
+    monkeypatch.setattr("vicreg_hf.data.DataLoader", spied)
+    (x, vectors), *_ = steps(args, inputs, range(1))
+    handed_over = x.numel() + vectors.nbytes  # crops are uint8 until they are coloured
+    for spare, ahead in ((0, room), (-1, max(1, room - 1))):
+        monkeypatch.setattr("vicreg_hf.data.BYTES_AHEAD", room * 2 * handed_over + spare)
+        steps(args, inputs, range(1), num_workers=2)
+        assert made[-1].prefetch_factor == ahead
 
 
 def test_sound_alone_is_seen_and_heard(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from pictures import photographs, png, table_of
+from torch.utils._python_dispatch import TorchDispatchMode
 from warm import run_pretraining
 from workflow import SMALL, metrics
 
@@ -119,6 +120,50 @@ def test_views_of_a_stream_may_have_sides_of_their_own(tars: Path) -> None:
     for batch, pair in zip(many, two, strict=True):
         assert [view.shape for view in batch] == [(8, 3, 24, 24)] * 2 + [(8, 3, 12, 12)]
         assert all(torch.equal(*both) for both in zip(batch[:2], pair, strict=True))
+
+
+def seen_of(tars: Path, batch_size: int, num_steps: int) -> list[torch.Tensor]:
+    batches = GlobalBatches(COUNT, batch_size, seed=0)
+    views = training_views(
+        stream_of(tars).share(0, 1, seed=0), batches, Seen(image_size=24), steps=range(num_steps),
+        device=CPU,
+    )  # fmt: skip
+    return [x for x, _ in views]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 7, 100])
+def test_a_batch_is_the_next_images_whatever_the_chunks_they_came_in(
+    tars: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vicreg_hf.data.STREAM_CHUNK", chunk)
+    given = seen_of(tars, 7, 9)  # 63 images: nearly three passes
+    assert [len(batch) for batch in given] == [7] * 9
+    one_by_one = seen_of(tars, 2, 32)
+    assert torch.equal(torch.cat(given), torch.cat(one_by_one)[:63])
+
+
+class Copied(TorchDispatchMode):
+    """Counts the elements that are copied from tensor to tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.cat.default, torch.ops.aten.copy_.default):
+            self.count += made.numel()
+        return made
+
+
+def test_the_work_of_a_batch_does_not_grow_with_its_number_of_chunks(
+    tars: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = []
+    for chunk in (1, 22):
+        monkeypatch.setattr("vicreg_hf.data.STREAM_CHUNK", chunk)
+        with Copied() as counter:
+            seen_of(tars, 22, 1)
+        copied.append(counter.count)
+    assert copied[0] == copied[1]
 
 
 def test_every_pass_has_an_order_of_its_own(tars: Path) -> None:

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms.v2 import functional as tv
 
@@ -44,6 +45,12 @@ WORKER_PATIENCE = 5.0
 """Seconds that loading workers have to end by themselves."""
 STREAM_CHUNK = 32
 """Images of a stream that a worker crops together."""
+MOST_AHEAD = 4
+"""Batches, or chunks of a stream, that a loading worker makes ahead at most."""
+BYTES_AHEAD = 2 * 2**30
+"""Bytes of crops that may wait in shared or pinned memory for a process. All of its workers make as
+many batches ahead as stay within it, up to `MOST_AHEAD` each; but one each in any case, even if
+those are more bytes."""
 
 
 class Crops(NamedTuple):
@@ -64,32 +71,49 @@ class LoadingError(RuntimeError):
 
 
 def load_in_memory(
-    split: ImageSplit, budget: int = MEMORY_BUDGET, bad: BadImages | None = None
+    split: ImageSplit,
+    budget: int = MEMORY_BUDGET,
+    bad: BadImages | None = None,
+    *,
+    rows: NDArray[np.int64] | None = None,
 ) -> Tensor | None:
-    """Decode a whole split; what cannot be used is replaced and added to `bad`.
+    """Decode a whole split, or some rows; what cannot be used is replaced and added to `bad`.
 
     Returns:
         (N, C, H, W) uint8, or None where sizes differ or the pixels exceed the budget in bytes.
     """
-    (first,), _ = split.read_or_replace([0])
-    if first.numel() * len(split) > budget:
+    chosen = range(len(split)) if rows is None else rows.tolist()
+    (first,), _ = split.read_or_replace(chosen[:1])
+    if first.numel() * len(chosen) > budget:
         return None
-    images = torch.empty((len(split), *first.shape), dtype=torch.uint8)
+    images = torch.empty((len(chosen), *first.shape), dtype=torch.uint8)
     unusable: list[BadImage] = []
     step = 256
-    for start in range(0, len(split), step):
-        rows = range(start, min(start + step, len(split)))
-        decoded, replaced = split.read_or_replace(rows)
+    for start in range(0, len(chosen), step):
+        decoded, replaced = split.read_or_replace(chosen[start : start + step])
         if any(image.shape != first.shape for image in decoded):
             return None
-        torch.stack(decoded, out=images[start : rows.stop])
+        torch.stack(decoded, out=images[start : start + step])
         unusable += replaced
     if bad is not None:
         bad.add(unusable)
     return images
 
 
-class _Crops(Dataset[Crops]):
+class _Source(Dataset[Crops]):
+    """What loading workers make crops from."""
+
+    def item_bytes(self) -> int:
+        """Of what a worker hands over at once."""
+        raise NotImplementedError
+
+
+def _crop_bytes(views: RandomViews) -> int:
+    """Of all crops of an image."""
+    return views.in_chans * sum(side**2 for side in views.image_sizes)
+
+
+class _Crops(_Source):
     """The crops of a step's samples, cut where they are decoded."""
 
     def __init__(
@@ -105,8 +129,11 @@ class _Crops(Dataset[Crops]):
         images, bad = self.split.read_or_replace(rows.tolist())
         return Crops(self.views.crop(images, rows, epoch), rows, bad)
 
+    def item_bytes(self) -> int:
+        return self.batches.rows_per_process * _crop_bytes(self.views)
 
-class _PairedCrops(Dataset[Crops]):
+
+class _PairedCrops(_Source):
     """The same, and what belongs to the images in another column."""
 
     def __init__(
@@ -130,8 +157,15 @@ class _PairedCrops(Dataset[Crops]):
         batch = self.paired.batch(items, rows, epoch)
         return Crops(self.views.crop(images, rows, epoch), rows, bad, batch)
 
+    def item_bytes(self) -> int:
+        """As of a batch of what the first row holds, whatever the modality."""
+        ((_, item),), _ = self.split.read_or_replace([0])
+        other = tree_leaves(self.paired.batch([item], np.zeros(1, np.int64), 0))
+        of_pair = _crop_bytes(self.views) + sum(tensor.nbytes for tensor in other)
+        return self.batches.rows_per_process * of_pair
 
-class _StreamCrops(IterableDataset[Crops]):
+
+class _StreamCrops(IterableDataset[Crops], _Source):
     """The crops of what a stream gives, drawn by the images' content."""
 
     def __init__(self, stream: ImageStream, views: RandomViews, epoch: int) -> None:
@@ -157,31 +191,39 @@ class _StreamCrops(IterableDataset[Crops]):
         if images:
             yield self._cut(images, keys, bad)
 
+    def item_bytes(self) -> int:
+        return STREAM_CHUNK * _crop_bytes(self.views)
+
     def _cut(self, images: list[Tensor], keys: list[int], bad: list[BadImage]) -> Crops:
         rows = np.array(keys, dtype=np.int64)
         return Crops(self.views.crop(images, rows, self.epoch), rows, bad)
 
 
-def _loader(source: Dataset[Crops], device: torch.device, num_workers: int) -> DataLoader[Crops]:
+def batches_ahead(batch_bytes: int, num_workers: int) -> int:
+    """How many batches each of a process's loading workers makes ahead: see `BYTES_AHEAD`."""
+    return max(1, min(MOST_AHEAD, BYTES_AHEAD // (batch_bytes * num_workers)))
+
+
+def _loader(source: _Source, num_workers: int, *, pinned: bool) -> DataLoader[Crops]:
     return DataLoader(
         source,
         batch_size=None,
         num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if num_workers else None,
+        pin_memory=pinned,
+        prefetch_factor=batches_ahead(source.item_bytes(), num_workers) if num_workers else None,
         worker_init_fn=ignore_requests,
     )
 
 
 @contextmanager
-def _loading(source: Dataset[Crops], device: torch.device, num_workers: int) -> Iterator[Any]:
+def _loading(source: _Source, num_workers: int, *, pinned: bool) -> Iterator[Any]:
     """What a loader gives, whose workers end with the context, whatever they wait for.
 
     One that was killed may leave the others a lock that is never released: they would end only when
     their grace is over, and the whole run with them. To be entered in the main thread, where
     alone torch hears of what a worker died.
     """
-    batches: Any = iter(_loader(source, device, num_workers))
+    batches: Any = iter(_loader(source, num_workers, pinned=pinned))
     try:
         yield batches
     finally:
@@ -244,7 +286,8 @@ def training_views(
                     source = _PairedCrops(images, batches, views, paired, steps)
                 else:
                     source = _Crops(images, batches, views, steps)
-                loaded = stack.enter_context(_loading(source, device, num_workers))
+                pinned = device.type == "cuda"
+                loaded = stack.enter_context(_loading(source, num_workers, pinned=pinned))
                 crops = ((batches.batch(s)[0], c) for s, c in zip(steps, loaded, strict=True))
             made = _views_of_crops(crops, views, device, bad, paired)
         yield from prefetch(made, device)
@@ -294,32 +337,54 @@ def _crops_of_stream(
     num_workers: int,
 ) -> Generator[tuple[int, Crops]]:
     """Batches of one size from chunks of any; a pass over the stream follows the other."""
-    size = batches.batch_size // batches.world_size
-    cut, keys, bad, _ = _nothing(views)
+    size = batches.rows_per_process
+    batch, filled = _empty_batch(views, size, device), 0
     epoch, left = steps.start, len(steps)  # a resumed run goes on with passes not yet seen
     while left:
         count = 0
-        with _loading(_StreamCrops(stream, views, epoch), device, num_workers) as chunks:
-            for own, rows, replaced, _ in chunks:
-                count += len(rows)
-                cut = tuple(torch.cat(pair) for pair in zip(cut, own, strict=True))
-                keys, bad = np.concatenate([keys, rows]), bad + replaced
-                while len(keys) >= size and left:
-                    yield epoch, Crops(tuple(x[:size] for x in cut), keys[:size], bad)
-                    cut, keys, bad = tuple(x[size:] for x in cut), keys[size:], []
+        source = _StreamCrops(stream, views, epoch)
+        # not the chunks are pinned, but the batches that they are copied to
+        with _loading(source, num_workers, pinned=False) as chunks:
+            for chunk in chunks:
+                count += len(chunk.keys)
+                batch.bad.extend(chunk.bad)
+                taken = 0
+                while taken < len(chunk.keys):
+                    more = _fill(batch, filled, chunk, taken)
+                    taken, filled = taken + more, filled + more
+                    if filled < size:
+                        continue
+                    yield epoch, batch
                     left -= 1
-                if not left:
-                    return
+                    if not left:
+                        return
+                    batch, filled = _empty_batch(views, size, device), 0
         if not count:
             raise ImageError(f"{stream.name} must hold images that can be used, got none.")
         epoch += 1
 
 
-def _nothing(views: RandomViews) -> Crops:
+def _empty_batch(views: RandomViews, size: int, device: torch.device) -> Crops:
+    """Room for some crops, in memory from which they get to the device soonest."""
+    pinned = device.type == "cuda"
     cut = tuple(
-        torch.empty(0, views.in_chans, side, side, dtype=torch.uint8) for side in views.image_sizes
+        torch.empty(size, views.in_chans, side, side, dtype=torch.uint8, pin_memory=pinned)
+        for side in views.image_sizes
     )
-    return Crops(cut, np.empty(0, np.int64), [])
+    return Crops(cut, np.empty(size, np.int64), [])
+
+
+def _fill(batch: Crops, filled: int, chunk: Crops, taken: int) -> int:
+    """Copy as many crops as there is room for, and say how many.
+
+    A chunk that is copied at once leaves shared memory, and its file, which are few, to others.
+    """
+    count = min(len(batch.keys) - filled, len(chunk.keys) - taken)
+    into, rows = slice(filled, filled + count), slice(taken, taken + count)
+    for own, cut in zip(batch.views, chunk.views, strict=True):
+        own[into] = cut[rows]
+    batch.keys[into] = chunk.keys[rows]
+    return count
 
 
 @contextmanager

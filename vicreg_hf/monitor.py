@@ -6,7 +6,9 @@ Shapes: N rows, F features, S side in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vicreg_hf.data import SMALL_IMAGE, evaluation_batches
+from vicreg_hf.data import MEMORY_BUDGET, SMALL_IMAGE, evaluation_batches, load_in_memory
 from vicreg_hf.evaluation import extract_features, knn_accuracy
+from vicreg_hf.inputs import common_side
 from vicreg_hf.randomness import Stream, drawn
 from vicreg_hf.sources import ImageSplit
 
@@ -33,7 +36,7 @@ class KNNMonitor:
     held_out: ImageSplit
     image_size: int
     settings: dict[str, Any] = field(repr=False)
-    """Arguments of `extract_features` and of `evaluation_batches`."""
+    """Arguments of `evaluation_batches`."""
     mean: Sequence[float]
     std: Sequence[float]
 
@@ -74,11 +77,15 @@ class KNNMonitor:
         encoder: nn.Module,
         device: torch.device,
         classify: Callable[[Tensor], Tensor] | None = None,
+        *,
+        autocast: Callable[..., AbstractContextManager[object]] = nullcontext,
     ) -> dict[str, float]:
         """Share of held-out images, 0 to 1, that are classified rightly.
 
         Args:
             classify: gives classes (N,) for representations (N, F), as the online probe does.
+            autocast: the context that encoders compute in, to measure in the precision of the run;
+                neighbours and classes are found in single precision.
 
         Returns:
             `knn`, by their neighbours, and `probe`, by `classify` if it is given.
@@ -87,10 +94,15 @@ class KNNMonitor:
         test_rows = self._rows(self.held_out, MAX_TEST)
         assert self.train.labels is not None
         assert self.held_out.labels is not None
-        y = self._features(encoder, self.held_out, test_rows, device)
+        settings = {"device": device, "autocast": autocast}
+        kept = self._kept
+        if kept is None:
+            y = self._features(encoder, self.held_out, test_rows, **settings)
+        else:
+            y = self._features(encoder, kept, np.arange(len(kept)), **settings)
         labels = self.held_out.labels[torch.from_numpy(test_rows)].to(device)
         knn = knn_accuracy(
-            self._features(encoder, self.train_images, train_rows, device),
+            self._features(encoder, self.train_images, train_rows, **settings),
             self.train.labels[torch.from_numpy(train_rows)].to(device),
             y,
             labels,
@@ -100,11 +112,20 @@ class KNNMonitor:
             return {"knn": knn}
         return {"knn": knn, "probe": (classify(y) == labels).float().mean().item()}
 
-    def pixels(self) -> float | None:
+    def pixels(self, device: torch.device) -> float | None:
         """The same of the images themselves, which an encoder has to beat; None for large ones."""
         if self.image_size > SMALL_IMAGE:
             return None
-        return self.measure(nn.Flatten(), torch.device("cpu"))["knn"]
+        return self.measure(nn.Flatten(), device)["knn"]
+
+    @cached_property
+    def _kept(self) -> Tensor | None:
+        """Held-out images that are measured on, decoded once, if small enough to stay in memory."""
+        if common_side(self.held_out) is None:
+            return None
+        taken = self.train_images.nbytes if isinstance(self.train_images, Tensor) else 0
+        rows = self._rows(self.held_out, MAX_TEST)
+        return load_in_memory(self.held_out, MEMORY_BUDGET - taken, rows=rows)
 
     def _rows(self, split: ImageSplit, most: int) -> NDArray[np.int64]:
         if len(split) <= most:
@@ -116,7 +137,7 @@ class KNNMonitor:
         encoder: nn.Module,
         images: ImageSplit | Tensor,
         rows: NDArray[np.int64],
-        device: torch.device,
+        **settings: Any,
     ) -> Tensor:
         batches = evaluation_batches(images, rows, self.image_size, **self.settings)
-        return extract_features(encoder, batches, mean=self.mean, std=self.std, device=device)
+        return extract_features(encoder, batches, mean=self.mean, std=self.std, **settings)

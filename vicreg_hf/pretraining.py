@@ -174,7 +174,7 @@ def measure(run: Run) -> None:
     if run.step == 0 and run.monitor is not None:
         row = _place(run) | _accuracies(run)
         if run.accelerator.is_main_process:
-            pixels = run.monitor.pixels()
+            pixels = run.monitor.pixels(run.accelerator.device)
             run.log.add(row if pixels is None else row | {"knn_pixels": pixels})
         run.accelerator.wait_for_everyone()
 
@@ -263,6 +263,8 @@ def _accuracies(run: Run) -> dict[str, float]:
     row = {}
     if run.monitor is not None and run.accelerator.is_main_process:
         classify = run.probe.predict if run.probe is not None and run.probe.has_learned else None
-        row = run.monitor.measure(run.model.encoder, run.accelerator.device, classify)
+        row = run.monitor.measure(
+            run.model.encoder, run.accelerator.device, classify, autocast=run.accelerator.autocast
+        )
     run.accelerator.wait_for_everyone()
     return row

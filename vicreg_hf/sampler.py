@@ -76,6 +76,11 @@ class GlobalBatches:
         self.rank, self.world_size = rank, world_size
         self._order = lru_cache(maxsize=2)(self._permutation)
 
+    @property
+    def rows_per_process(self) -> int:
+        """How many of a batch's are this process's."""
+        return self.batch_size // self.world_size
+
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         return permutation(self.num_samples, seed=self.seed, epoch=epoch)
 
