@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vicreg_hf.devices import on_device
 from vicreg_hf.distributed import sum_over_processes, world_size
 from vicreg_hf.monitor import K
 from vicreg_hf.sources import ImageSplit
 from vicreg_hf.streaming import ImageStream
+from vicreg_hf.transfer import on_device
 
 LEARNING_RATE, MOMENTUM = 5.0, 0.9
 """Of stochastic gradient descent, the first over F. The mean square norm of standardised

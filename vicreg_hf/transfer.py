@@ -1,4 +1,4 @@
-"""Small arrays from the host to a device, many in one copy."""
+"""From the host to a device, which is not waited for."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from torch import Tensor
 
 ALIGNMENT = 16
 """Bytes at a multiple of which compiled kernels want a tensor to start; others they copy first."""
+
+
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device.
+
+    A copy from memory that is not pinned may wait for all that a GPU has still to do.
+    """
+    pinned = device.type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
 
 
 def send_together(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:

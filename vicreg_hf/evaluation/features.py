@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from vicreg_hf.transfer import on_device
+
 Encoder = Callable[[Tensor], Tensor]
 
 
@@ -57,19 +59,12 @@ def extract_features(
     features = []
     try:
         for images in batches:
-            x = normalise_images(_sent(images, torch.device(device)), centre, width)
+            x = normalise_images(on_device(images, torch.device(device)), centre, width)
             with autocast():
                 features.append(encoder(x).float())
     finally:
         encoder.train(training)
     return torch.cat(features)
-
-
-def _sent(images: Tensor, device: torch.device) -> Tensor:
-    """Images on a device; a GPU copies them while the next ones are made."""
-    if device.type != "cuda" or images.is_cuda:
-        return images.to(device)
-    return images.pin_memory().to(device, non_blocking=True)
 
 
 def pixel_features(batches: Iterable[Tensor], *, device: torch.device | str = "cpu") -> Tensor:

@@ -35,12 +35,12 @@ from vicreg_hf.bad_images import BadImages
 from vicreg_hf.batch_norm import synchronize
 from vicreg_hf.columns import BadImage
 from vicreg_hf.data import evaluation_batches, training_views
-from vicreg_hf.devices import on_device
 from vicreg_hf.distributed import gather_rows, sum_over_processes
 from vicreg_hf.evaluation.features import normalise_images
 from vicreg_hf.randomness import Stream, derive_seed
 from vicreg_hf.sampler import Batch, GlobalBatches
 from vicreg_hf.sources import ImageSplit
+from vicreg_hf.transfer import on_device
 from vicreg_hf.views import RandomViews
 
 Autocast = Callable[[], AbstractContextManager[None]]
