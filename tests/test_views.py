@@ -26,6 +26,7 @@ from vicreg_hf.augmentation import (
     draw_crops,
     multi_crop_recipes,
 )
+from vicreg_hf.kernels import Kernels
 from vicreg_hf.randomness import Stream, uniforms
 from vicreg_hf.views import RandomViews, TwoViews
 
@@ -340,6 +341,81 @@ def test_a_view_is_the_same_whatever_other_views_there_are(photographs: Tensor) 
         last = RandomViews([9] * view + [sides[view]], (*others, recipes[view]), seed=2)
         assert_equal_views(whole_and_in_halves(last, photographs)[view], many[view])
         assert many[view][0].shape == many[view][1].shape == (16, 3, sides[view], sides[view])
+
+
+UNLIKE = (
+    ViewRecipe(blur=0.5, blur_sigma=(0.1, 1.0), solarize=0.3),
+    NOTHING,
+    ViewRecipe(flip=0.9, blur=0.5, blur_sigma=(2.0, 4.0)),
+    ViewRecipe(jitter=1.0, grayscale=0.5),
+)
+"""Recipes of views that are made together if they are of one side."""
+
+
+@pytest.mark.parametrize("at_once", [5, 16, 47, 48, 2**20])  # parts of a view, one, two, three, all
+def test_views_made_together_are_those_made_alone(
+    at_once: int, photographs: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crops, indices = photographs[:, :, :24, :24], np.arange(30, 46)
+    together: RandomViews[tuple[Tensor, ...]] = RandomViews(24, UNLIKE)
+    monkeypatch.setattr("vicreg_hf.views.ELEMENTS_AT_ONCE", at_once * 3 * 24 * 24)
+    made = together.colour((crops,) * 4, indices, 2)
+    monkeypatch.undo()
+    for view, recipe in enumerate(UNLIKE):
+        alone = RandomViews[tuple[Tensor]](24, (recipe,), numbers=[view])
+        assert torch.equal(made[view], alone.colour((crops,), indices, 2)[0])
+        for rows in ([3], [9, 3, 12], list(range(16))[::-1]):
+            few = alone.colour((crops[rows],), indices[rows], 2)[0]
+            assert torch.equal(made[view][rows], few)
+
+
+def test_views_of_one_side_with_normalisations_of_their_own(photographs: Tensor) -> None:
+    means = [(0.5,), (0.1, 0.2, 0.3), (0.5,)]
+    crops, indices = photographs[:, :, :24, :24], np.arange(16)
+    three = RandomViews[tuple[Tensor, ...]](24, UNLIKE[:3], mean=means)
+    for view, made in enumerate(three.colour((crops,) * 3, indices)):
+        alone = RandomViews[tuple[Tensor]](24, (UNLIKE[view],), mean=means[view], numbers=[view])
+        assert torch.equal(made, alone.colour((crops,), indices)[0])
+
+
+def test_crops_in_another_memory_format_give_the_same_views(photographs: Tensor) -> None:
+    crops, views = photographs[:, :, :24, :24], TwoViews(24, "paper")
+    last = crops.contiguous(memory_format=torch.channels_last)
+    assert_equal_views(
+        views.colour((last, last), np.arange(16)), views.colour((crops, crops), np.arange(16))
+    )
+
+
+@pytest.mark.parametrize("num_crops", [1, 3])
+def test_there_is_a_crop_for_each_view(num_crops: int) -> None:
+    crops: Any = (torch.zeros(2, 3, 8, 8, dtype=torch.uint8),) * num_crops
+    with pytest.raises(ValueError, match=r"zip\(\)"):
+        TwoViews(8).colour(crops, [0, 1])
+
+
+class Counted(Kernels):
+    """Remember what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __call__(self, function: Any, *batch: Tensor, shared: tuple[Any, ...] = ()) -> Tensor:
+        self.called.append(function.__name__)
+        return super().__call__(function, *batch, shared=shared)
+
+
+@pytest.mark.parametrize(
+    ("sides", "operations"),
+    [([8], 20), ([8] * 2, 20), ([8] * 2 + [4] * 3, 40)],  # for each side, 4 * 4 of them jitter
+)
+def test_further_views_of_a_side_take_no_further_operations(
+    sides: list[int], operations: int
+) -> None:
+    views = RandomViews[tuple[Tensor, ...]](sides, (PRESETS["cifar"].x,) * len(sides))
+    views.kernels = Counted()
+    views(torch.zeros(512, 3, 8, 8, dtype=torch.uint8), np.arange(512))
+    assert len(views.kernels.called) == len(sides) + operations  # each crop is one
 
 
 def test_views_of_one_recipe_differ_from_one_another(photographs: Tensor) -> None:

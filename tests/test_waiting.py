@@ -23,12 +23,14 @@ from workflow import SMALL, metrics, write_images
 
 from vicreg_hf import TwoViews, pretrain, pretraining, verdicts
 from vicreg_hf.arguments import parse_arguments
+from vicreg_hf.augmentation import PRESETS
 from vicreg_hf.distributed import Vote
 from vicreg_hf.optim import LARS, create_optimizer
 from vicreg_hf.preparation import setup
 from vicreg_hf.run import Run
 from vicreg_hf.stepping import take_gradients, take_step, views_from_here
 from vicreg_hf.verdicts import Verdicts, not_finite
+from vicreg_hf.views import RandomViews
 
 pytestmark = pytest.mark.usefixtures("one_core")
 META = torch.device("meta")
@@ -47,7 +49,9 @@ class NoTensorsOfNumbers(TorchFunctionMode):
 
 
 class NoBlockingCopies(TorchDispatchMode):
-    """Fail where a copy to the device is not asked to go on by itself."""
+    """Fail where a copy to the device is not asked to go on by itself, and count those that are."""
+
+    count = 0
 
     def __torch_dispatch__(
         self, func: Any, _: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -59,6 +63,7 @@ class NoBlockingCopies(TorchDispatchMode):
             goes_on = kwargs.get("non_blocking", False) or True in args[2:]
             if source.device.type == "cpu" and result.device == META and source.numel() > 0:
                 assert goes_on, f"{func.name()} of {tuple(source.shape)} waits"
+                self.count += 1
         return result
 
 
@@ -112,6 +117,17 @@ def test_views_wait_for_nothing() -> None:
     for view in views:
         assert view.device == META
         assert view.shape == (8, 3, 32, 32)
+
+
+@pytest.mark.parametrize(("sides", "copies"), [([8] * 2, 3), ([8] * 2 + [4] * 3, 5)])
+def test_what_decides_views_goes_to_the_device_in_few_copies(sides: list[int], copies: int) -> None:
+    images = torch.zeros(64, 3, 8, 8, dtype=torch.uint8, device=META)
+    recipes = (PRESETS["paper"].x,) * len(sides)
+    views: RandomViews[tuple[Tensor, ...]] = RandomViews(sides, recipes)
+    for epoch in range(2):
+        with NoBlockingCopies() as counted, NoTensorsOfNumbers():
+            views(images, np.arange(64), epoch)
+        assert counted.count == copies  # boxes; then for each side, rows and factors
 
 
 def test_a_probe_waits_for_nothing(images: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Shapes: B images, K uniforms per view.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import permutations
 from pathlib import Path
@@ -251,6 +251,14 @@ class ColourParameters:
     def rows(self, part: slice) -> ColourParameters:
         """Of some of the views."""
         return ColourParameters(**{f.name: getattr(self, f.name)[part] for f in fields(self)})
+
+
+def joined(parts: Sequence[ColourParameters]) -> ColourParameters:
+    """Of some views and then of others."""
+    names = [f.name for f in fields(ColourParameters)]
+    return ColourParameters(
+        **{name: np.concatenate([getattr(p, name) for p in parts]) for name in names}
+    )
 
 
 # Columns of a view's row of uniforms. They are fixed, so that a recipe can change one probability

@@ -11,7 +11,7 @@ uniforms per view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
@@ -29,35 +29,27 @@ from vicreg_hf.augmentation import (
     draw_colour,
     draw_crops,
     find_recipes,
+    joined,
 )
+from vicreg_hf.colouring import finish, plan
 from vicreg_hf.kernels import Kernels
-from vicreg_hf.pixels import (
-    adjust_brightness,
-    adjust_contrast,
-    adjust_hue,
-    adjust_saturation,
-    box_weights,
-    gaussian_blur,
-    grayscale,
-    mirror,
-    normalise,
-    resized_crop,
-    solarize,
-)
+from vicreg_hf.pixels import resized_crop
 from vicreg_hf.randomness import uniforms, view_stream
+from vicreg_hf.transfer import send_together
 
-JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 NEEDS_RGB = ("saturation", "hue", "grayscale")
 """What a recipe asks of colours, and is left out for images of another number of channels."""
 ELEMENTS_AT_ONCE = 2**23
 """Levels of which a CPU makes views at once: larger batches leave its cache."""
+TOGETHER_ON_GPU = 2**26
+"""Levels up to which a GPU makes views of one side together. Fewer take longer to ask for than to
+compute; more would only take memory."""
 
 PerChannel = Sequence[float] | Sequence[Sequence[float]]
 """A number for each channel, or such numbers for each view."""
 
 Views = TypeVar("Views", bound=tuple[Tensor, ...])
 """A tensor for each view."""
-Operation = Callable[..., Tensor]
 
 
 class RandomViews(Generic[Views]):
@@ -161,12 +153,16 @@ class RandomViews(Generic[Views]):
         if indices is None:
             indices = torch.randint(2**31, (len(images),)).numpy()
         height, width = images.shape[-2:]
-        crops = []
-        for view, (recipe, side) in enumerate(zip(self.recipes, self.image_sizes, strict=True)):
-            boxes = draw_crops(self.uniforms(indices, epoch, view), height, width, recipe)
-            on_device = torch.from_numpy(boxes).to(images.device, non_blocking=True)
-            crops.append(self.kernels(resized_crop, images, on_device, shared=(side,)))
-        return self.colour(cast(Views, tuple(crops)), indices, epoch)
+        drawn = self._drawn(indices, epoch)
+        boxes = [
+            draw_crops(u, height, width, recipe)
+            for u, recipe in zip(drawn, self.recipes, strict=True)
+        ]
+        crops = [
+            self.kernels(resized_crop, images, own, shared=(side,))
+            for own, side in zip(send_together(boxes, images.device), self.image_sizes, strict=True)
+        ]
+        return self._colour(cast(Views, tuple(crops)), drawn)
 
     def crop(self, images: Sequence[Tensor], indices: ArrayLike, epoch: ArrayLike = 0) -> Views:
         """The crops of images of any sizes; what a loading worker does.
@@ -193,7 +189,6 @@ class RandomViews(Generic[Views]):
             views.append(out)
         return cast(Views, tuple(views))
 
-    @torch.no_grad()
     def colour(self, crops: Views, indices: ArrayLike, epoch: ArrayLike = 0) -> Views:
         """Finish a batch of crops, on their own device.
 
@@ -204,54 +199,48 @@ class RandomViews(Generic[Views]):
         Returns:
             A (B, C, S, S) float32 tensor for each view, normalised.
         """
-        views = []
-        for view, (x, recipe) in enumerate(zip(crops, self.recipes, strict=True)):
-            parameters = draw_colour(self.uniforms(indices, epoch, view), recipe)
-            at_once = len(x) if x.is_cuda else max(1, ELEMENTS_AT_ONCE // max(1, x[:1].numel()))
-            if len(x) <= at_once:
-                views.append(self._finish(x, parameters, view))
-                continue
-            out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-            for start in range(0, len(x), at_once):
-                rows = slice(start, start + at_once)
-                out[rows] = self._finish(x[rows], parameters.rows(rows), view)
-            views.append(out)
-        return cast(Views, tuple(views))
+        return self._colour(crops, self._drawn(indices, epoch))
 
-    def _finish(self, x: Tensor, parameters: ColourParameters, view: int) -> Tensor:
-        levels = self._apply(x.clone(), parameters, self.recipes[view])
-        factors = self._normalisation[view]
-        scale, shift = (factor.to(x.device, non_blocking=True) for factor in factors)
-        return self.kernels(normalise, levels, shared=(scale, shift))
+    def _drawn(self, indices: ArrayLike, epoch: ArrayLike) -> list[NDArray[np.float32]]:
+        return [self.uniforms(indices, epoch, view) for view in range(len(self.recipes))]
 
-    def _apply(self, x: Tensor, p: ColourParameters, recipe: ViewRecipe) -> Tensor:
-        """Flip, jitter, grayscale, blur and solarise a batch in place, in the authors' order."""
+    @torch.no_grad()
+    def _colour(self, crops: Views, drawn: list[NDArray[np.float32]]) -> Views:
+        parameters = [draw_colour(u, r) for u, r in zip(drawn, self.recipes, strict=True)]
+        made: dict[int, Tensor] = {}
+        for views in self._together(crops):
+            own = [crops[view] for view in views]
+            finished = self._finish(own, joined([parameters[view] for view in views]), views)
+            made.update(zip(views, finished.split([len(x) for x in own]), strict=True))
+        return cast(Views, tuple(made[view] for view in range(len(crops))))
 
-        def change(
-            operation: Operation, mask: NDArray[np.bool_], *values: NDArray[np.float32]
-        ) -> None:
-            chosen = np.flatnonzero(mask)
-            if len(chosen):
-                rows = torch.from_numpy(chosen).to(x.device, non_blocking=True)
-                own = (torch.from_numpy(v[chosen]).to(x.device, non_blocking=True) for v in values)
-                _write_rows(x, rows, self.kernels(operation, x.index_select(0, rows), *own))
+    def _together(self, crops: Views) -> list[list[int]]:
+        """Views of one side and normalisation, as many of them as may be finished at once."""
+        groups: dict[Any, list[list[int]]] = {}
+        for view, (x, factors) in enumerate(zip(crops, self._normalisation, strict=True)):
+            alike = groups.setdefault((x.shape, factors), [[]])
+            if alike[-1] and len(x) * (len(alike[-1]) + 1) > _rows_at_once(x):
+                alike.append([])
+            alike[-1].append(view)
+        return [views for alike in groups.values() for views in alike]
 
-        in_colour = self.in_chans == 3
-        change(mirror, p.flip)
-        for slot in range(4):
-            for number, operation in enumerate(JITTER):
-                if in_colour or operation in JITTER[:2]:
-                    factor = np.ascontiguousarray(p.factors[:, number])
-                    # like torchvision's, a jitter without hue leaves the colours as they are
-                    wanted = factor != (0 if operation is adjust_hue else 1)
-                    change(operation, p.jitter & (p.order[:, slot] == number) & wanted, factor)
-        if in_colour:
-            change(grayscale, p.grayscale)
-        if p.blur.any():
-            weights = box_weights(torch.from_numpy(p.sigma), recipe.blur_sigma[1]).numpy()
-            change(gaussian_blur, p.blur, weights)
-        change(solarize, p.solarize)
-        return x
+    def _finish(self, crops: list[Tensor], p: ColourParameters, views: list[int]) -> Tensor:
+        """The views (n B, C, S, S) of n crops; those of a large batch part by part."""
+        factors = np.array(self._normalisation[views[0]], np.float32)[..., None, None]
+        largest_sigma = max(self.recipes[view].blur_sigma[1] for view in views)
+
+        def made(parts: list[Tensor], own: ColourParameters) -> Tensor:
+            changes = plan(own, largest_sigma=largest_sigma, in_colour=self.in_chans == 3)
+            return finish(torch.cat(parts).contiguous(), changes, factors, self.kernels)
+
+        x, at_once = crops[0], _rows_at_once(crops[0])
+        if len(x) <= at_once:
+            return made(crops, p)
+        out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        for start in range(0, len(x), at_once):
+            rows = slice(start, start + at_once)
+            out[rows] = made([x[rows]], p.rows(rows))
+        return out
 
 
 class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
@@ -318,16 +307,15 @@ def _per_channel(
     return views
 
 
-def _factors(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _factors(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], ...]:
     """What makes of x / 255, minus mean, over std one multiplication and one addition."""
-    scale = torch.tensor([1 / (255 * s) for s in std])
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
-    return scale.view(-1, 1, 1), shift.view(-1, 1, 1)
+    scale = tuple(1 / (255 * s) for s in std)
+    return scale, tuple(-m / s for m, s in zip(mean, std, strict=True))
 
 
-def _write_rows(x: Tensor, rows: Tensor, values: Tensor) -> None:
-    """x[rows] = values, of contiguous uint8; eight at a time where that is possible."""
-    x, values = x.flatten(1), values.reshape(len(rows), -1)
-    if x.shape[1] % 8 == 0:
-        x, values = x.view(torch.int64), values.view(torch.int64)
-    x.index_copy_(0, rows, values)
+def _rows_at_once(x: Tensor) -> int:
+    """Of crops (B, C, S, S) like these, to be finished in one go."""
+    elements = max(1, x[:1].numel())
+    if x.is_cuda:
+        return max(len(x), TOGETHER_ON_GPU // elements)
+    return max(1, ELEMENTS_AT_ONCE // elements)
