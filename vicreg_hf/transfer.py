@@ -20,7 +20,7 @@ def on_device(x: Tensor, device: torch.device) -> Tensor:
     A copy from memory that is not pinned may wait for all that a GPU has still to do.
     """
     pinned = device.type == "cuda" and x.device.type == "cpu"
-    return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
+    return (x.pin_memory() if pinned else x).to(device, non_blocking=True)
 
 
 def send_together(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
