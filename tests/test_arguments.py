@@ -12,6 +12,7 @@ from vicreg_hf.arguments import parse_arguments, read_recipe, recipe_names
 from vicreg_hf.augmentation import PRESETS
 from vicreg_hf.branches import check_architecture
 from vicreg_hf.optim import default_base_lr
+from vicreg_hf.sources import open_dataset
 
 
 def yaml_file(folder: Path, text: str) -> str:
@@ -46,8 +47,15 @@ def test_the_demo_recipe_comes_by_name_and_without_any_flag(flags: list[str]) ->
     assert parse_arguments(flags) == PretrainingArguments.from_recipe("demo")
 
 
-def test_other_data_come_without_the_demo_recipe() -> None:
-    args = parse_arguments(["--dataset_name", "org/images"])
+@pytest.mark.parametrize("name", ["imagenet100-r18", "imagenette-r18", "small-data"])
+def test_a_recipe_for_data_of_ones_own_does_not_take_the_demo(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^dataset_name must be given"):
+        open_dataset(parse_arguments(["--config", name]).dataset_name)
+
+
+@pytest.mark.parametrize("flag", ["--dataset_name", "--dataset-name"])
+def test_other_data_come_without_the_demo_recipe(flag: str) -> None:
+    args = parse_arguments([flag, "org/images"])
     assert args == PretrainingArguments(dataset_name="org/images")
 
 

@@ -121,6 +121,20 @@ def test_a_run_asked_to_stop_saves_and_goes_on_to_the_same_end(
     assert_same_end(tmp_path, whole)
 
 
+def test_a_run_asked_to_stop_while_it_measures_does_not_wait_for_that(tmp_path: Path) -> None:
+    """24,000 images of 128 pixels take minutes."""
+    process = start("--dataset_name=demo", "--architecture=test_vit3", "--batch_size=4",
+                    "--image_size=128", f"--output_dir={tmp_path}", "--expander_dims=32-32",
+                    "--max_steps=3", "--num_workers=1")  # fmt: skip
+    wait_for(process, lambda: (tmp_path / "config.yaml").is_file())
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 75, printed
+    assert "after step 1 of 3" in printed
+    assert all("knn" not in row for row in metrics(tmp_path))
+
+
 def test_a_run_asked_to_stop_before_it_begins_says_so(flags: list[str], tmp_path: Path) -> None:
     process = start_cold(*flags, f"--output_dir={tmp_path}")
     handled = Path(f"/proc/{process.pid}/status")

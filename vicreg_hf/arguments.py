@@ -385,9 +385,9 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    first.add_argument("--dataset_name", default=DEMO)
+    first.add_argument("--dataset_name", "--dataset-name", default=DEMO)
     first.add_argument("--replay")
-    first.add_argument("--output_dir")
+    first.add_argument("--output_dir", "--output-dir")
     known, _ = first.parse_known_args(list(argv))
     config = known.config or (DEMO if known.dataset_name == DEMO else None)
     if known.replay is not None and known.config is None:

@@ -216,14 +216,13 @@ def _loader(source: _Source, num_workers: int, *, pinned: bool) -> DataLoader[Cr
 
 
 @contextmanager
-def _loading(source: _Source, num_workers: int, *, pinned: bool) -> Iterator[Any]:
+def _loading(loader: DataLoader[Any]) -> Iterator[Any]:
     """What a loader gives, whose workers end with the context, whatever they wait for.
 
-    One that was killed may leave the others a lock that is never released: they would end only when
-    their grace is over, and the whole run with them. To be entered in the main thread, where
-    alone torch hears of what a worker died.
+    They hear no request to end, and one that was killed may leave the others a lock that is never
+    released. To be entered in the main thread, where alone torch hears of what a worker died.
     """
-    batches: Any = iter(_loader(source, num_workers, pinned=pinned))
+    batches: Any = iter(loader)
     try:
         yield batches
     finally:
@@ -287,7 +286,7 @@ def training_views(
                 else:
                     source = _Crops(images, batches, views, steps)
                 pinned = device.type == "cuda"
-                loaded = stack.enter_context(_loading(source, num_workers, pinned=pinned))
+                loaded = stack.enter_context(_loading(_loader(source, num_workers, pinned=pinned)))
                 crops = ((batches.batch(s)[0], c) for s, c in zip(steps, loaded, strict=True))
             made = _views_of_crops(crops, views, device, bad, paired)
         yield from prefetch(made, device)
@@ -344,7 +343,7 @@ def _crops_of_stream(
         count = 0
         source = _StreamCrops(stream, views, epoch)
         # not the chunks are pinned, but the batches that they are copied to
-        with _loading(source, num_workers, pinned=False) as chunks:
+        with _loading(_loader(source, num_workers, pinned=False)) as chunks:
             for chunk in chunks:
                 count += len(chunk.keys)
                 batch.bad.extend(chunk.bad)
@@ -477,8 +476,8 @@ def evaluation_batches(
         collate_fn=torch.stack,
         worker_init_fn=ignore_requests,
     )
-    with loading_errors():
-        yield from loader
+    with loading_errors(), _loading(loader) as batches:
+        yield from batches
 
 
 def available_cores() -> int:

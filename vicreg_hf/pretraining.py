@@ -7,8 +7,9 @@ the step number.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def pretrain(args: PretrainingArguments) -> Path:
         # torch may say anywhere that a worker has died
         with explained(args, run), watched(run), loading_errors():
             _agree_on_bad_images(run)
-            measure(run)
+            measure(run, signals)
             fit(run, signals)
             return finish(run)
 
@@ -136,12 +137,12 @@ def _take_steps(run: Run, signals: Signals, steps: Iterable[tuple[Any, ...]]) ->
             row = _metrics(run, step, clock)
             bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             if last or (args.knn_steps and run.step % args.knn_steps == 0):
-                row |= _accuracies(run)
+                row |= _accuracies(run, None if last else signals)
             run.log.add(row)
             run.warn(watch.look(row))
             clock.restart()
         elif args.knn_steps and run.step % args.knn_steps == 0:
-            run.log.add(_place(run) | _accuracies(run))
+            run.log.add(_place(run) | _accuracies(run, signals))
             clock.restart()
         if run.step % args.save_steps == 0 or last or stopping:
             save(run)
@@ -169,11 +170,11 @@ def _agree_on_bad_images(run: Run) -> None:
     )  # fmt: skip
 
 
-def measure(run: Run) -> None:
+def measure(run: Run, signals: Signals) -> None:
     """Before the first step: kNN accuracy of the pixels and of the untrained encoder."""
     if run.step == 0 and run.monitor is not None:
-        row = _place(run) | _accuracies(run)
-        if run.accelerator.is_main_process:
+        row = _place(run) | _accuracies(run, signals)
+        if run.accelerator.is_main_process and "knn" in row:
             pixels = run.monitor.pixels(run.accelerator.device)
             run.log.add(row if pixels is None else row | {"knn_pixels": pixels})
         run.accelerator.wait_for_everyone()
@@ -258,13 +259,32 @@ def _metrics(run: Run, step: Step, clock: Clock) -> dict[str, Any]:
     )
 
 
-def _accuracies(run: Run) -> dict[str, float]:
-    """Of kNN and probe, measured by the main process while the others wait."""
+def _accuracies(run: Run, signals: Signals | None) -> dict[str, float]:
+    """Of kNN and probe, measured by the main process while the others wait.
+
+    Args:
+        signals: one of which ends it without a result, as it may take minutes.
+    """
     row = {}
     if run.monitor is not None and run.accelerator.is_main_process:
         classify = run.probe.predict if run.probe is not None and run.probe.has_learned else None
-        row = run.monitor.measure(
-            run.model.encoder, run.accelerator.device, classify, autocast=run.accelerator.autocast
-        )
+        with suppress(_Abandoned):
+            row = run.monitor.measure(
+                run.model.encoder, run.accelerator.device, classify,
+                autocast=partial(_encoding, run, signals),
+            )  # fmt: skip
     run.accelerator.wait_for_everyone()
     return row
+
+
+class _Abandoned(Exception):  # noqa: N818
+    """The run was asked to stop while it measured."""
+
+
+@contextmanager
+def _encoding(run: Run, signals: Signals | None) -> Iterator[None]:
+    """For one batch that is measured."""
+    if signals is not None and signals.received is not None:
+        raise _Abandoned
+    with run.accelerator.autocast():
+        yield

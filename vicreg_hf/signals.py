@@ -24,8 +24,6 @@ LAUNCHER_ENDED = getattr(signal, "SIGUSR2", None)
 SAME_REQUEST = 0.5
 """Seconds within which signals are one request: Ctrl-C reaches a process and its launcher,
 which passes it on."""
-WORKER_GRACE = 30
-"""Seconds after which a loading worker that was told to end does."""
 
 
 class Stopped(Exception):  # noqa: N818
@@ -102,14 +100,12 @@ def name_of(number: signal.Signals) -> str:
 def ignore_requests(_worker: int) -> None:
     """In a loading worker: go on loading, since the step in progress needs it.
 
-    Ctrl-C and some schedulers signal workers too. Told to end, one does after a while, so that its
-    parent never waits for it in vain.
+    Ctrl-C, `timeout` and schedulers signal workers too, and a step may take minutes. A worker ends
+    with its parent, which must kill it in the end: what asks it to is not heard.
     """
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, *REQUESTS):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
 
 
 def _nothing(_number: int, _frame: FrameType | None) -> None:

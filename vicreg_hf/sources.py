@@ -33,6 +33,8 @@ from vicreg_hf.modalities.audio import SpectrogramColumn, SpectrogramSettings
 from vicreg_hf.replacement import read_or_replace
 
 DEMO = "demo"
+UNNAMED = "unnamed"
+"""What recipes for data of one's own have in place of a name."""
 EVAL_SPLITS = ("test", "validation", "valid", "val")
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
 """What a single file is opened as; folders are recognised by `datasets`."""
@@ -136,6 +138,11 @@ def open_dataset(name: str, config_name: str | None = None, *, streaming: bool =
     Raises:
         ValueError: nothing there that `datasets` can load.
     """
+    if name == UNNAMED:
+        raise ValueError(
+            "dataset_name must be given, since this recipe is for data of your own: a data set on "
+            "the Hub, or a local folder or file."
+        )
     try:
         if os.environ.get("RANK", "0") == "0":
             check_archives(Path(name))
