@@ -102,6 +102,17 @@ def test_features_are_those_of_stock_transformers_image_by_image(
         torch.testing.assert_close(embedding, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_features_of_one_name_are_not_taken_for_each_other(extracted: Path, tmp_path: Path) -> None:
+    """`datasets` has cached those of the first directory when it is asked for the second's."""
+    for number in range(2):
+        directory = tmp_path / str(number) / "features"
+        shutil.copytree(extracted, directory)
+        (path,) = (directory / "data").glob("test-*.parquet")
+        table = datasets.Dataset.from_parquet(str(path)).map(lambda _, n=number: {"row": n})
+        table.to_parquet(path)
+        assert set(load(directory, tmp_path)["test"]["row"]) == {number}
+
+
 def test_an_image_that_cannot_be_used_is_left_out_and_listed(
     extracted: Path, tmp_path: Path
 ) -> None:

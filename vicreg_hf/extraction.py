@@ -377,9 +377,9 @@ def _card(args: ExtractionArguments, splits: dict[str, ImageSplit]) -> str:
     def name(given: str) -> str:
         return Path(given).resolve().name if Path(given).exists() else given
 
-    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
-    configs = [{"config_name": "default", "data_files": files}]
-    metadata = yaml.safe_dump({"configs": configs, "tags": ["embeddings"]}, sort_keys=False)
+    # No `configs`: `datasets` finds splits by the names of files, and where a card lists these it
+    # takes what it has cached of any folder of that name, whatever the files hold by now.
+    metadata = yaml.safe_dump({"tags": ["embeddings"]})
     counts = ", ".join(f"{len(split):,} of {name}" for name, split in splits.items())
     return (
         f"---\n{metadata}---\n\n# Features of `{name(args.dataset_name)}` by "
