@@ -288,16 +288,17 @@ def test_a_worker_that_is_killed_is_said_to_have_died(split: ImageSplit) -> None
 
 def test_a_worker_goes_on_when_its_process_group_is_told_to_end(split: ImageSplit) -> None:
     """As by `timeout`, and by schedulers; it ends with what needs it, and at once."""
+    others = set(multiprocessing.active_children())  # of earlier tests
     batches = evaluation_batches(split, np.arange(20), 24, batch_size=2, num_workers=1)
     made = [next(batches)]
-    (worker,) = multiprocessing.active_children()
+    (worker,) = set(multiprocessing.active_children()) - others
     status = Path(f"/proc/{worker.pid}/status").read_text()
     ignored = int(status.split("SigIgn:")[1].split()[0], 16)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         assert ignored >> (number - 1) & 1
         os.kill(worker.pid or 0, number)
     assert len([*made, *batches]) == 10
-    assert not multiprocessing.active_children()
+    assert not worker.is_alive()
 
 
 # --- evaluation
