@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from pictures import photographs, png, table_of
@@ -367,3 +368,15 @@ def test_an_array_of_other_channels_is_a_bad_image() -> None:
     )
     with pytest.raises(ImageError, match=r"shape \(4, H, W\) or \(H, W, 4\), got \(5, 8, 9\)"):
         split.read([0])
+
+
+def test_a_folder_whose_card_lists_files_is_read_as_it_is(tmp_path: Path) -> None:
+    """`datasets` alone gives the first of these three again."""
+    train = {"split": "train", "path": "*.parquet"}
+    card = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": [train]}]})
+    for place, number in (("one", 1), ("other", 2), ("other", 3)):
+        folder = tmp_path / place / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(f"---\n{card}---\n")
+        Dataset.from_dict({"number": [number] * number}).to_parquet(folder / "train.parquet")
+        assert open_dataset(str(folder))["train"]["number"][:] == [number] * number

@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from datasets.config import HF_DATASETS_CACHE
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from torch import Tensor
 
@@ -173,7 +174,8 @@ def _load(name: str, config_name: str | None, streaming: bool) -> Any:
     else:
         if path.is_dir() and _is_image_folder(path):
             return datasets.load_dataset("imagefolder", data_dir=name, streaming=streaming)
-        return datasets.load_dataset(name, config_name, streaming=streaming)
+        own = _own_cache(path) if path.is_dir() and _lists_files(path) else None
+        return datasets.load_dataset(name, config_name, streaming=streaming, cache_dir=own)
     if not streaming:
         return loaded
     if isinstance(loaded, datasets.Dataset):
@@ -181,13 +183,32 @@ def _load(name: str, config_name: str | None, streaming: bool) -> Any:
     return {k: table.to_iterable_dataset(num_shards=_shards(table)) for k, table in loaded.items()}
 
 
+def _lists_files(folder: Path) -> bool:
+    """Whether its card does."""
+    card = folder / "README.md"
+    return card.is_file() and "configs:" in card.read_text(errors="replace")
+
+
+def _own_cache(folder: Path) -> str:
+    """A cache for a folder whose card lists its files, as they are now.
+
+    `datasets` would take what it has cached of any folder of that name with such a card.
+    """
+    files = sorted(
+        (str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in folder.rglob("*")
+        if file.is_file()
+    )
+    digest = hashlib.sha256(repr((folder.resolve(), files)).encode()).hexdigest()
+    return str(Path(HF_DATASETS_CACHE) / f"folder-{digest[:16]}")
+
+
 def _is_image_folder(folder: Path) -> bool:
     """Image files, with or without captions or annotations beside them.
 
     `datasets` would take a folder for what most of its files are.
     """
-    card = folder / "README.md"
-    if card.is_file() and "configs:" in card.read_text(errors="replace"):
+    if _lists_files(folder):
         return False
     found = {Path(file).suffix.lower() for _, _, files in os.walk(folder) for file in files}
     return not found & BUILDERS.keys() and bool(found & set(ImageFolder.EXTENSIONS))
