@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
 
 from vicreg_hf import recipe_files
 from vicreg_hf.augmentation import PRESETS, describe, find_recipes
 from vicreg_hf.configuration_vicreg import MODALITIES
 from vicreg_hf.data import SMALL_IMAGE
+from vicreg_hf.flags import SettingsParser
 from vicreg_hf.hub import check_repo_id
 from vicreg_hf.optim import default_base_lr
 from vicreg_hf.recipe_files import as_flags
@@ -31,6 +31,14 @@ TAKEN_BY: dict[str | None, set[str]] = {
     "embedding": {"prime_column", "prime_expander_dims"},
 }
 """Settings of the second branch, by what it takes; None is no second branch."""
+
+HEADINGS = {
+    "dataset_name": "data", "architecture": "backbone and expander", "weights": "second branch",
+    "sim_coeff": "loss", "image_size": "views", "batch_size": "optimisation",
+    "num_workers": "speed", "output_dir": "output and resuming", "knn_steps": "monitoring",
+    "push_to_hub": "Hub",
+}  # fmt: skip
+"""Over the settings in --help, each by the first that it stands above."""
 
 
 def _setting(default: Any, meaning: str) -> Any:
@@ -394,9 +402,9 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
         config = str(Path(known.output_dir or "") / "config.yaml")
         if not Path(config).is_file():
             raise ValueError(f"replay needs the output_dir of a run, and there is no {config}.")
-    parser = HfArgumentParser(
-        PretrainingArguments,  # pyright: ignore[reportArgumentType]
-        allow_abbrev=False,
+    parser = SettingsParser(
+        PretrainingArguments,
+        headings=HEADINGS,
         description="Pretrain a timm backbone with VICReg on images without labels.",
     )
     parser.add_argument(

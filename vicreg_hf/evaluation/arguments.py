@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import HF_HOME
-from transformers import HfArgumentParser
 
 from vicreg_hf.evaluation.finetune import LINEAR, ONE_PERCENT, TEN_PERCENT, FinetuneSettings
+from vicreg_hf.flags import SettingsParser
 from vicreg_hf.recipe_files import as_flags, read_recipe, recipe_names
 
 PACKAGE = "vicreg_hf.evaluation"
@@ -184,10 +184,8 @@ def parse_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     known, _ = first.parse_known_args(list(argv))
-    parser = HfArgumentParser(
-        EvaluationArguments,  # pyright: ignore[reportArgumentType]
-        allow_abbrev=False,
-        description="Measure an encoder on a labelled data set.",
+    parser = SettingsParser(
+        EvaluationArguments, description="Measure an encoder on a labelled data set."
     )
     parser.add_argument(
         "--config",

@@ -1,0 +1,105 @@
+"""Settings as flags: what --help shows, and what is said of words that are none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from vicreg_hf.arguments import parse_arguments
+from vicreg_hf.evaluation.arguments import parse_evaluation_arguments
+from vicreg_hf.flags import SettingsParser
+
+
+@dataclass
+class Settings:
+    """With one that must be given."""
+
+    place: str = field(metadata={"help": "Where."})
+    size: int = field(default=1, metadata={"help": "How large."})
+    grow: bool = field(default=False, metadata={"help": "Or not."})
+
+
+def parser(**headings: str) -> SettingsParser:
+    made = SettingsParser(Settings, description="A script.", headings=headings)
+    made.add_argument("--list", action="store_true", help="Its own.")
+    return made
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit, match="2"):
+        parser().parse_args(words)
+    return capsys.readouterr().err
+
+
+def test_flags_are_read() -> None:
+    found = parser().parse_args(["--place", "here", "--grow", "--list"])
+    assert vars(found) == {"place": "here", "size": 1, "grow": True, "list": True}
+
+
+def test_help_has_the_settings_in_their_order_under_headings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parser(place="location", size="growth").parse_args(["--help"])
+    text = capsys.readouterr().out
+    order = ["A script.", "--list", "\nlocation:\n", "--place PLACE", "\ngrowth:\n", "--size SIZE",
+             "--grow"]  # fmt: skip
+    places = [text.index(words) for words in order]
+    assert places == sorted(places)
+
+
+def test_a_heading_of_no_setting_is_a_mistake() -> None:
+    with pytest.raises(AssertionError, match="above a setting"):
+        parser(places="location")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--place=a", "--sizes", "3"], "--sizes is no setting, --size is one"),
+        (["--plaec", "a"], "--plaec is no setting, --place is one"),
+        (["--place", "a", "b"], "b is no setting"),
+        (["--place", "a", "-x"], "-x is no setting"),
+        (["--place", "a", "--"], "-- is no setting"),
+        (["--size", "3"], "the following arguments are required: --place"),
+        (["--place", "a", "--size", "many"], "argument --size: invalid int value: 'many'"),
+    ],
+)
+def test_what_cannot_be_read_is_named_in_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(words, capsys) == f"error: {message}; --help lists the settings.\n"
+
+
+def test_one_full_stop_is_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(["--place", "a", "--grow", "maybe"], capsys)
+    assert "maybe" in said
+    assert "." not in said[:-2]
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--batchsize", "batch_size"), ("--batch-sise=8", "batch_size"),
+        ("--epochs=3", "num_train_epochs"), ("--lr", "base_lr"), ("--out-dir", "output_dir"),
+        ("--compile_modle", "compile_model"), ("--weights_decay", "weight_decay"),
+        ("--resume_change", "resume_changed"), ("--xyz", None),
+    ],
+)  # fmt: skip
+def test_the_setting_that_was_meant_is_offered(
+    word: str, meant: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(["--seed=1", word, "5"])
+    hint = "" if meant is None else f", --{meant} is one"
+    said = f"error: {word.split('=')[0]} is no setting{hint}; --help lists the settings.\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_mistyped_setting_is_named_and_not_called_missing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_evaluation_arguments(["--model", "m", "--datasetname", "d"])
+    assert "--datasetname is no setting, --dataset_name is one" in capsys.readouterr().err
