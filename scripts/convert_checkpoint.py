@@ -1,7 +1,11 @@
 """Write a published encoder from a checkpoint of the authors, lightly or solo-learn."""
 
 import argparse
+import gc
 import sys
+
+if __name__ == "__main__":
+    gc.disable()  # a third of the time of the imports below
 
 from vicreg_hf.conversion import convert_checkpoint
 
@@ -23,4 +27,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported stays
+    gc.enable()
     main()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Tests compare bits and two processes with one, as a CPU gives them: also where there is a GPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Threads that wait do not keep a core, which another test can use.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+# Nothing that is imported is garbage.
+gc.disable()
 
 from collections.abc import Iterator
 
@@ -20,6 +26,15 @@ hypothesis.settings.load_profile("vicreg")
 
 # Models here are tiny: threads would spend their time waiting for each other on a busy machine.
 torch.set_num_threads(1)
+
+
+def pytest_sessionstart() -> None:
+    gc.enable()  # also in the process that only hands tests out
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what is imported stays, and would be looked through again and again
 
 
 @pytest.fixture(scope="session")
