@@ -38,7 +38,7 @@ def test_weight_decay_and_eta_may_change_in_a_run_and_that_is_said(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretrain(args_of(images, tmp_path))
-    run = setup(args_of(images, tmp_path, "--weight_decay=0.5", "--lars_eta=0.02"))
+    run = setup(args_of(images, tmp_path, "--max_steps=3", "--weight_decay=0.5", "--lars_eta=0.02"))
     assert run.step == 2
     (group,) = run.inner_optimizer.param_groups
     assert (group["weight_decay"], group["eta"]) == (0.5, 0.02)
@@ -50,3 +50,13 @@ def test_a_run_does_not_go_on_with_another_method(flag: str, images: Path, tmp_p
     pretrain(args_of(images, tmp_path))
     with pytest.raises(CheckpointError, match=f"{flag.partition('=')[0][2:]} was .* is "):
         setup(args_of(images, tmp_path, flag))
+
+
+def test_pretrained_weights_out_of_reach_are_named(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    weights = r"^pretrained weights of test_resnet must be on the Hub, .* start from random ones; "
+    with pytest.raises(ValueError, match=weights):
+        setup(args_of(images, tmp_path / "run", "--pretrained"))

@@ -50,6 +50,10 @@ def test_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> None
     total = 25 * last["invariance"] + 25 * last["variance"] + last["covariance"]
     assert last["loss"] == pytest.approx(total, rel=1e-5)
     assert (directory / "checkpoints" / "step-8").is_dir()
+    assert printed.startswith(
+        "Pretraining test_resnet (0.373 million parameters, expander 32-32) on 64 images of "
+        "images, 32 pixels: 8 steps, 16 images each, on "
+    )
     assert f'AutoModel.from_pretrained("{directory / "encoder"}")' in printed
     assert "raw pixels" in printed
     assert "encoder at step 0" in printed

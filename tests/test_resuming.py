@@ -197,9 +197,62 @@ def test_what_an_earlier_run_saved_is_set_aside_before_another_begins(
 
 def test_fewer_steps_than_were_taken_are_refused(images: Path, tmp_path: Path) -> None:
     pretrain(small(images, tmp_path, "--max_steps=3"))
-    with pytest.raises(CheckpointError, match=r"max_steps must be .* got 2 and .*step-3"):
+    fewer = r"must be at least what was taken, got 2 steps and .*step-3"
+    with pytest.raises(CheckpointError, match=f"^max_steps {fewer}"):
         pretrain(small(images, tmp_path, "--max_steps=2"))
+    with pytest.raises(CheckpointError, match=f"^num_train_epochs {fewer}"):
+        pretrain(small(images, tmp_path, "--num_train_epochs=0.4"))
     pretrain(small(images, tmp_path, "--max_steps=3"))  # nothing is left to do
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            "--sim_coeff=24",
+            r"taken all its steps must .* sim_coeff was 25.0, is 24.0\. .*max_steps",
+        ),
+        ("--warmup_epochs=1", r"taken all its steps must .* warmup_epochs was 0.2, is 1.0\."),
+        ("--online_probe", r"taken all its steps must .* online_probe was False, is True\."),
+        ("--seed=1", r"must keep its model.* seed was 0, is 1\. .* to start over\.$"),
+    ],
+)
+def test_a_run_that_has_ended_is_not_described_with_settings_it_never_had(
+    changed: str, message: str, images: Path, ended: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(ended, tmp_path / "run")
+    described = [run / "encoder" / "README.md", run / "config.yaml"]
+    before = [file.read_text() for file in described]
+    for more in ([], ["--resume_changed=true"]):
+        with pytest.raises(CheckpointError, match=message):
+            pretrain(small(images, run, "--max_steps=10", changed, *more))
+    assert [file.read_text() for file in described] == before
+
+
+@pytest.fixture(scope="module")
+def ended(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs, with one step of warm-up."""
+    directory = tmp_path_factory.mktemp("runs") / "ended"
+    pretrain(small(images, directory, "--max_steps=10", "--save_steps=5"))
+    return directory
+
+
+def test_a_run_that_has_ended_may_be_given_as_long_in_other_words_or_longer(
+    images: Path, ended: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(ended, tmp_path / "run")
+    pretrain(small(images, run, "--num_train_epochs=2", "--save_steps=7", "--num_workers=1"))
+    pretrain(small(images, run, "--max_steps=11", "--sim_coeff=24"))
+    assert "sim_coeff: 24.0" in (run / "encoder" / "README.md").read_text()
+
+
+def test_a_run_that_was_stopped_may_end_where_it_is(
+    images: Path, ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(ended, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step-10")
+    pretrain(small(images, run, "--max_steps=5"))
+    assert "settings have changed since" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\n", b'{"note": 1}\n[]\n7\n{"step": '])

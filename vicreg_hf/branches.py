@@ -137,6 +137,11 @@ def create_backbone(
             f"model_args must be arguments of timm's {name}, got {dict(model_args)}: {error}."
         ) from error
     except (RuntimeError, AssertionError, OSError) as error:
+        if pretrained and isinstance(error, OSError):
+            raise ValueError(
+                f"pretrained weights of {name} must be on the Hub, and that in reach, or in its "
+                f"cache, or start from random ones; {' '.join(str(error).split())}"
+            ) from error
         weights = "with pretrained weights " if pretrained else ""
         raise ValueError(
             f"timm must be able to build {name} {weights}from model_args, got {dict(model_args)}: "

@@ -69,7 +69,7 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
     )  # fmt: skip
     record = TrainingRecord(
         args=args, steps=run.step, seconds=run.seconds,
-        images=len(train) if isinstance(train, ImageSplit) else train.num_images,
+        images=train.num_images,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
         results=results(rows, run.monitor), pictures=pictures,
     )  # fmt: skip

@@ -86,9 +86,8 @@ def open_inputs(
         )
     if args.warmup_epochs is None:
         args.warmup_epochs = min(10.0, total_steps // 10 / batches.steps_per_epoch)
-    num_images = len(train) if isinstance(train, ImageSplit) else train.num_images
     log = Path(str(args.output_dir)) / "bad_images.jsonl"
-    bad = BadImages(num_images, args.max_bad_fraction, log)
+    bad = BadImages(train.num_images, args.max_bad_fraction, log)
     images: ImageSplit | PairedSplit | ImageStream | Tensor = pairs or train
     side = None
     if isinstance(train, ImageSplit):
@@ -166,8 +165,6 @@ def holds_sound(features: Mapping[str, Any], column: str | None) -> bool:
 
 
 def _num_images(train: ImageSplit | ImageStream, args: PretrainingArguments) -> int:
-    if isinstance(train, ImageSplit):
-        return len(train)
     if train.num_images is not None:
         return train.num_images
     if args.max_steps is None:

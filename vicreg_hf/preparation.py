@@ -22,7 +22,7 @@ from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.batch_norm import synchronize
 from vicreg_hf.branches import check_architecture
 from vicreg_hf.building import build_model
-from vicreg_hf.cards import SECOND
+from vicreg_hf.cards import SECOND, hardware
 from vicreg_hf.compiling import why_not
 from vicreg_hf.data import available_cores, local_processes
 from vicreg_hf.distributed import PATIENCE, any_process
@@ -35,7 +35,7 @@ from vicreg_hf.online_probe import create_probe
 from vicreg_hf.optim import create_optimizer
 from vicreg_hf.paired_inputs import run_views
 from vicreg_hf.pairs import PairedSplit
-from vicreg_hf.reporting import MetricsLog
+from vicreg_hf.reporting import MetricsLog, introduction
 from vicreg_hf.resuming import resume
 from vicreg_hf.run import Run
 from vicreg_hf.sampler import GlobalBatches
@@ -100,7 +100,14 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process)
     fingerprint = inputs.fingerprint()
     step, seconds = resume(
-        args, accelerator, model, optimizer, fingerprint, probe=probe, before=before
+        args,
+        accelerator,
+        model,
+        optimizer,
+        fingerprint,
+        total_steps=inputs.total_steps,
+        probe=probe,
+        before=before,
     )
     if _compiles_model(args, accelerator, model, inputs.total_steps - step):
         model.compile_branches(expanders=accelerator.num_processes == 1)
@@ -113,7 +120,7 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
 
 
 def begin(run: Run) -> None:
-    """Make output_dir as the checkpoint left it."""
+    """Make output_dir as the checkpoint left it, and say what begins."""
     main, bad, directory = run.accelerator.is_main_process, run.inputs.bad, run.output_dir
     try:
         if main and run.args.resume == "never":
@@ -136,6 +143,16 @@ def begin(run: Run) -> None:
             f"output_dir must be a directory that can be written, got {directory}: {error}. "
             "Nothing in it is lost; free some space or choose another."
         ) from error
+    _introduce(run)
+
+
+def _introduce(run: Run) -> None:
+    sentence = introduction(
+        run.args, parameters=sum(p.numel() for p in run.model.encoder.parameters()),
+        images=run.inputs.train.num_images, step=run.step, total_steps=run.total_steps,
+        hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
+    )  # fmt: skip
+    run.accelerator.print(sentence, flush=True)
 
 
 def _set_aside(directory: Path) -> None:

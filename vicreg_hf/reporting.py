@@ -8,7 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vicreg_hf.cards import Result
+from vicreg_hf.arguments import PretrainingArguments
+from vicreg_hf.cards import Result, impersonal
 from vicreg_hf.monitor import KNNMonitor
 
 
@@ -66,6 +67,34 @@ class Clock:
 
     def rate(self) -> float:
         return self.steps * self.views_per_step / (time.perf_counter() - self.started)
+
+
+def introduction(
+    args: PretrainingArguments,
+    *,
+    parameters: int,
+    images: int | None,
+    step: int,
+    total_steps: int,
+    hardware: str,
+) -> str:
+    """What a run says when it begins: what is trained, on what, for how long, where it goes.
+
+    Args:
+        parameters: of the backbone.
+        images: in the training split, or None where a stream does not say.
+        step: from which it goes on.
+    """
+    data = impersonal(args.dataset_name)
+    of = f"the stream {data}" if images is None else f"{images:,} images of {data}"
+    steps = f"{total_steps:,} steps" if step == 0 else f"steps {step + 1:,} to {total_steps:,}"
+    if step == total_steps:
+        steps = f"none of {total_steps:,} steps left"
+    return (
+        f"Pretraining {args.architecture} ({parameters / 1e6:.3g} million parameters, expander "
+        f"{args.expander_dims}) on {of}, {args.image_size} pixels: {steps}, {args.batch_size:,} "
+        f"images each, on {hardware}, into {args.output_dir}."
+    )
 
 
 def summary(

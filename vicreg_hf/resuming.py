@@ -41,6 +41,8 @@ MUST_STAY = {
     "variance_reduction", "lars_clip",
 }  # fmt: skip
 """Settings without which it is another run; any other may change, and that is said."""
+LENGTH = {"num_train_epochs", "max_steps"}
+"""Settings that say how long a run is, each in its own way."""
 
 
 def resume(
@@ -50,6 +52,7 @@ def resume(
     optimizer: Optimizer,
     fingerprint: dict[str, Any],
     *,
+    total_steps: int,
     probe: OnlineProbe | None = None,
     before: int | None = None,
 ) -> tuple[int, float]:
@@ -57,6 +60,7 @@ def resume(
 
     Args:
         fingerprint: of the data.
+        total_steps: of the whole run, as the settings say.
         probe: of this session; it starts anew where the checkpoint has none of these labels.
         before: a step; only checkpoints of earlier ones count.
 
@@ -82,8 +86,14 @@ def resume(
         return 0, 0.0
     manifest = read_manifest(path)
     state = manifest["state"]
-    _check_same_run(args, accelerator, state, fingerprint, path, digest_of(model))
-    _check_length(manifest["step"], args, path)
+    ended = manifest["step"] == total_steps
+    changed = _changes(args, state, fingerprint, digest_of(model), ended=ended)
+    _check_same_run(changed, args, path, ended=ended)
+    _check_length(args, manifest["step"], total_steps, path)
+    if ended:
+        _check_ended(changed, args, path, shortened=state.get("total_steps", 0) > total_steps)
+    if changed:
+        accelerator.print(f"warning: settings have changed since {path}: {_listed(changed)}.")
     load_checkpoint(path, model, optimizer)
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -116,14 +126,6 @@ def _check_all_see(path: Path | None, folder: Path) -> None:
         )
 
 
-def _check_length(step: int, args: PretrainingArguments, path: Path) -> None:
-    if args.max_steps is not None and args.max_steps < step:
-        raise CheckpointError(
-            f"max_steps must be at least the steps that were taken, got {args.max_steps} and "
-            f"{path}; choose more, another output_dir, or --resume never to start over."
-        )
-
-
 def digest_of(model: VICRegModel) -> str | None:
     """Of the second branch's description, its encoder's own configuration included."""
     if model.config.prime is None:
@@ -137,6 +139,7 @@ def state_of(run: Run) -> dict[str, Any]:
     scaler = run.accelerator.scaler
     return {
         "settings": asdict(run.args),
+        "total_steps": run.total_steps,
         "data": run.fingerprint,
         "seconds": run.seconds,
         "scaler": scaler.state_dict() if scaler is not None else None,
@@ -146,19 +149,21 @@ def state_of(run: Run) -> dict[str, Any]:
     }
 
 
-def _check_same_run(
+def _changes(
     args: PretrainingArguments,
-    accelerator: Accelerator,
     state: dict[str, Any],
     fingerprint: dict[str, Any],
-    path: Path,
     prime_sha256: str | None,
-) -> None:
+    *,
+    ended: bool,
+) -> dict[str, str]:
+    """What is computed otherwise than before, by the name of the setting."""
+    free = FREE_TO_CHANGE - {"online_probe"} if ended else FREE_TO_CHANGE  # it would learn nothing
     saved, now = state["settings"], json.loads(json.dumps(asdict(args)))
     changed = {
         f.name: f"{f.name} was {saved[f.name]}, is {now[f.name]}"
         for f in fields(args)
-        if f.name not in FREE_TO_CHANGE and f.name in saved and saved[f.name] != now[f.name]
+        if f.name not in free and f.name in saved and saved[f.name] != now[f.name]
     }
     if state["data"] != fingerprint:
         changed["dataset_name"] = (
@@ -168,16 +173,53 @@ def _check_same_run(
         changed["prime_architecture"] = changed.get(
             "prime_architecture", "the second encoder's own configuration is another"
         )
-    if not changed:
-        return
-    differences = "; ".join(changed.values())
-    if not args.resume_changed and changed.keys() & {*MUST_STAY, "dataset_name"}:
+    return changed
+
+
+def _check_same_run(
+    changed: dict[str, str], args: PretrainingArguments, path: Path, *, ended: bool
+) -> None:
+    another = changed.keys() & {*MUST_STAY, "dataset_name"}
+    if another and (ended or not args.resume_changed):
+        nevertheless = "" if ended else ", or --resume_changed true to go on nevertheless"
         raise CheckpointError(
             f"a resumed run must keep its model, batch, seed and data, but against {path}: "
-            f"{differences}. Choose another output_dir, --resume never to start over, or "
-            "--resume_changed true to go on nevertheless."
+            f"{_listed(changed)}. Choose another output_dir, or --resume never to start "
+            f"over{nevertheless}."
         )
-    accelerator.print(f"warning: settings have changed since {path}: {differences}.")
+
+
+def _check_length(args: PretrainingArguments, step: int, total_steps: int, path: Path) -> None:
+    if total_steps < step:
+        raise CheckpointError(
+            f"{_length(args)} must be at least what was taken, got {total_steps} steps and {path}; "
+            "choose more, another output_dir, or --resume never to start over."
+        )
+
+
+def _check_ended(
+    changed: dict[str, str], args: PretrainingArguments, path: Path, *, shortened: bool
+) -> None:
+    """Refuse settings that no step was taken with, and that would only be written down.
+
+    Args:
+        shortened: more steps were meant to be taken; the warm-up may depend on their number.
+    """
+    if changed.keys() - LENGTH - ({"warmup_epochs"} if shortened else set()):
+        raise CheckpointError(
+            f"a run that has taken all its steps must keep its settings, but against {path}: "
+            f"{_listed(changed)}. Choose another output_dir, --resume never to start over, or more "
+            f"--{_length(args)} to go on with them."
+        )
+
+
+def _length(args: PretrainingArguments) -> str:
+    """The setting that says how long the run is."""
+    return "num_train_epochs" if args.max_steps is None else "max_steps"
+
+
+def _listed(changed: dict[str, str]) -> str:
+    return "; ".join(changed.values())
 
 
 def _of(fingerprint: dict[str, Any]) -> str:

@@ -59,6 +59,11 @@ class ImageSplit:
     def __len__(self) -> int:
         return len(self.table)
 
+    @property
+    def num_images(self) -> int:
+        """Its length; that of a stream may be unknown."""
+        return len(self)
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells one data set from another: its length, and a digest of images all over it."""
         digest = hashlib.sha256()
