@@ -99,11 +99,21 @@ def test_encoders_are_found_in_runs_checkpoints_and_on_the_hub(tmp_path: Path) -
             torch.testing.assert_close(encoder.module(x), model.encoder(x))
         assert not encoder.module.training
         assert encoder.num_features == model.num_features
-    with pytest.raises(ValueError, match="model must be org/name"):
-        open_encoder("a/b/c")
-    for name in ("org/there-is-none", str(tmp_path)):
-        with pytest.raises(ValueError, match="model must be an encoder of images that timm or"):
+
+
+def test_what_is_no_encoder_is_refused_with_the_place_that_was_looked_in(tmp_path: Path) -> None:
+    for name in ("a/b/c", "./run", str(tmp_path / "run")):
+        with pytest.raises(
+            ValueError, match="model must be a directory that is there, or org/name"
+        ):
             open_encoder(name)
+    with pytest.raises(ValueError, match="model must be org/name"):
+        open_encoder("of two words")
+    kind = "model must be an encoder of images that timm or AutoModel loads"
+    with pytest.raises(ValueError, match=f"{kind}.*'org/run', which is no directory here: "):
+        open_encoder("org/run")
+    with pytest.raises(ValueError, match=f"{kind}.*{tmp_path.name}': "):
+        open_encoder(str(tmp_path))
 
 
 def test_a_directory_of_timm_is_opened_without_its_classifier(tmp_path: Path) -> None:

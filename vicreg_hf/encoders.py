@@ -86,6 +86,10 @@ def open_encoder(name: str, revision: str | None = None) -> Encoder:
     """
     local = Path(name).exists()
     if not local:
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ValueError(
+                f"model must be a directory that is there, or org/name on the Hub, got {name!r}."
+            )
         check_repo_id(name, "model")
         if revision is not None:
             check_revision(revision)
@@ -109,7 +113,8 @@ def open_encoder(name: str, revision: str | None = None) -> Encoder:
     except Exception as error:  # loaders raise whatever their files make them
         raise ValueError(
             "model must be an encoder of images that timm or AutoModel loads, on the Hub or in a "
-            f"directory, got {name!r}: {' '.join(str(error).split())[:300]}"
+            f"directory, got {name!r}{'' if local else ', which is no directory here'}: "
+            f"{' '.join(str(error).split())[:300]}"
         ) from error
 
 

@@ -304,4 +304,6 @@ def _update_card(found: Evaluation, say: Callable[[str], object]) -> None:
                 )  # fmt: skip
             except (OSError, ValueError, YAMLError) as error:  # one that people have written
                 say(f"warning: {card} was left as it was: {' '.join(str(error).split())}")
+            else:
+                say(f"The results stand in {card} too, but for --no_update_card.")
             return
