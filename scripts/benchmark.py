@@ -13,6 +13,7 @@ import torch
 
 from vicreg_hf.benchmarks.commands import COMMANDS
 from vicreg_hf.data import available_cores
+from vicreg_hf.pretraining import ERRORS
 
 
 def main(argv: list[str]) -> None:
@@ -25,7 +26,10 @@ def main(argv: list[str]) -> None:
     if others and not command.takes_more:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     torch.set_num_threads(available_cores())
-    print(command.measure(args, others))
+    try:
+        print(command.measure(args, others))
+    except ERRORS as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
