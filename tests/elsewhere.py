@@ -28,7 +28,7 @@ PACKAGE = "vicreg_hf"
 aten = torch.ops.aten
 ASKS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select}
 """Operations whose answer, or its size, the host must know."""
-CROSSES = {aten.copy_, aten._to_copy, aten.set_}
+CROSSES = {aten.copy_, aten._to_copy, aten.set_, aten._has_compatible_shallow_copy_type}
 """Operations that may have tensors of both devices."""
 waits: collections.Counter[str] = collections.Counter()
 
