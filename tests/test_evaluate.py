@@ -654,7 +654,7 @@ def test_a_card_with_metadata_that_cannot_be_read_is_left_as_it_is(
     (model / "README.md").write_text("# mine\n\nNo metadata.\n")
     said = []
     evaluate(arguments(model, few, tmp_path, knn_k="5"), say=said.append)
-    assert said[-1].startswith(f"The results stand in {model / 'README.md'} too, but for --no")
+    assert said[-1].startswith(f"The results were added to {model / 'README.md'}; --no_update_card")
     card: Any = ModelCard.load(model / "README.md")
     assert card.text.strip().startswith("# mine\n\nNo metadata.\n")
     assert [name for name, _ in own_results(card, "few")] == ["5-NN top-1 accuracy"]

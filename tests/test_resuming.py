@@ -19,6 +19,7 @@ from vicreg_hf.arguments import parse_arguments
 from vicreg_hf.checkpointing import CheckpointError, newest_checkpoint
 from vicreg_hf.faults import OutOfMemory
 from vicreg_hf.preparation import begin, setup
+from vicreg_hf.publishing import find_encoder
 
 pytestmark = [
     pytest.mark.usefixtures("one_core"),
@@ -187,6 +188,7 @@ def test_what_an_earlier_run_saved_is_set_aside_before_another_begins(
     begin(setup(args))  # and is killed before it saves
     assert f"is now in {tmp_path / 'earlier-1'}" in capsys.readouterr().out
     assert metrics(tmp_path / "earlier-1") == earlier
+    assert (tmp_path / "earlier-1" / "encoder" / "README.md").is_file()
     assert newest_checkpoint(tmp_path / "earlier-1" / "checkpoints")[0] is not None
     assert newest_checkpoint(tmp_path / "checkpoints") == (None, [])
     # the same settings again, as config.yaml repeats them, go on and do not start over
@@ -197,7 +199,7 @@ def test_what_an_earlier_run_saved_is_set_aside_before_another_begins(
 
 def test_fewer_steps_than_were_taken_are_refused(images: Path, tmp_path: Path) -> None:
     pretrain(small(images, tmp_path, "--max_steps=3"))
-    fewer = r"must be at least what was taken, got 2 steps and .*step-3"
+    fewer = r"must be at least the 3 steps that were taken, got 2 and .*step-3"
     with pytest.raises(CheckpointError, match=f"^max_steps {fewer}"):
         pretrain(small(images, tmp_path, "--max_steps=2"))
     with pytest.raises(CheckpointError, match=f"^num_train_epochs {fewer}"):
@@ -214,7 +216,7 @@ def test_fewer_steps_than_were_taken_are_refused(images: Path, tmp_path: Path) -
         ),
         ("--warmup_epochs=1", r"taken all its steps must .* warmup_epochs was 0.2, is 1.0\."),
         ("--online_probe", r"taken all its steps must .* online_probe was False, is True\."),
-        ("--seed=1", r"must keep its model.* seed was 0, is 1\. .* to start over\.$"),
+        ("--seed=1", r"seed was 0, is 1\. .* more --max_steps, and --resume_changed true, to go"),
     ],
 )
 def test_a_run_that_has_ended_is_not_described_with_settings_it_never_had(
@@ -246,6 +248,34 @@ def test_a_run_that_has_ended_may_be_given_as_long_in_other_words_or_longer(
     assert "sim_coeff: 24.0" in (run / "encoder" / "README.md").read_text()
 
 
+def test_an_encoder_that_is_written_is_left_alone(
+    images: Path, ended: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(ended, tmp_path / "run")
+    card = run / "encoder" / "README.md"
+    card.write_text(card.read_text() + "\nby hand\n")
+    (run / "encoder" / "pictures" / "retrievals.png").unlink()
+    pretrain(small(images, run, "--max_steps=10"))
+    assert card.read_text().endswith("\nby hand\n")
+    assert not (run / "encoder" / "pictures" / "retrievals.png").exists()
+    card.unlink()  # as where it was not written to the end
+    pretrain(small(images, run, "--max_steps=10"))
+    assert card.is_file()
+
+
+def test_an_encoder_of_fewer_steps_is_not_taken_for_the_run_that_goes_on(
+    images: Path, ended: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(ended, tmp_path / "run")
+    begin(setup(small(images, run, "--max_steps=20")))  # and is killed before it saves
+    assert find_encoder(run) == run / "checkpoints" / "step-10"
+    assert (run / "earlier-1" / "encoder" / "README.md").is_file()
+    assert not (run / "earlier-1" / "metrics.jsonl").exists()
+    pretrain(small(images, run, "--max_steps=20"))
+    assert find_encoder(run) == run / "encoder"
+    assert not (run / "earlier-2").exists()
+
+
 def test_a_run_that_was_stopped_may_end_where_it_is(
     images: Path, ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +283,9 @@ def test_a_run_that_was_stopped_may_end_where_it_is(
     shutil.rmtree(run / "checkpoints" / "step-10")
     pretrain(small(images, run, "--max_steps=5"))
     assert "settings have changed since" in capsys.readouterr().out
+    name = "layer1.0.conv1.weight"
+    found, of_ten = (load_file(r / "encoder" / "model.safetensors") for r in (run, ended))
+    assert not torch.equal(found[name], of_ten[name])
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\n", b'{"note": 1}\n[]\n7\n{"step": '])

@@ -305,5 +305,5 @@ def _update_card(found: Evaluation, say: Callable[[str], object]) -> None:
             except (OSError, ValueError, YAMLError) as error:  # one that people have written
                 say(f"warning: {card} was left as it was: {' '.join(str(error).split())}")
             else:
-                say(f"The results stand in {card} too, but for --no_update_card.")
+                say(f"The results were added to {card}; --no_update_card leaves it alone.")
             return

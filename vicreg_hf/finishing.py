@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from vicreg_hf.cards import (
     CARD_FILE,
@@ -16,6 +18,7 @@ from vicreg_hf.cards import (
 )
 from vicreg_hf.exporting import export_encoder
 from vicreg_hf.hub import HubError
+from vicreg_hf.layout import ENCODER_FILE
 from vicreg_hf.modalities.text_encoder import TextEncoder
 from vicreg_hf.pictures import draw_pictures
 from vicreg_hf.publishing import push_model, retry_command
@@ -37,11 +40,12 @@ def finish(run: Run) -> Path:
     fault: Exception | None = None
     if run.accelerator.is_main_process:
         try:
-            export_encoder(run.model, directory, include_expander=True)
-            if second is not None:
-                column = run.inputs.pairs.column if run.inputs.pairs else None
-                export_second_encoder(run.model, second, column=column)
-            _write_cards(run, directory, second)
+            if not _is_written(run, directory, second):
+                export_encoder(run.model, directory, include_expander=True)
+                if second is not None:
+                    column = run.inputs.pairs.column if run.inputs.pairs else None
+                    export_second_encoder(run.model, second, column=column)
+                _write_cards(run, directory, second)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"the encoder could not be written to {directory}: {error}. The last checkpoint "
@@ -57,6 +61,19 @@ def finish(run: Run) -> Path:
     if fault is not None:
         raise fault
     return directory
+
+
+def _is_written(run: Run, directory: Path, second: Path | None) -> bool:
+    """Whether an earlier session has, so that what was changed in a card since is kept."""
+    places = [directory] if second is None else [directory, second]
+    if run.first_step < run.total_steps or not all((p / CARD_FILE).is_file() for p in places):
+        return False
+    try:
+        saved = load_file(directory / ENCODER_FILE)
+    except (OSError, SafetensorError):
+        return False
+    own = run.model.encoder.state_dict()
+    return saved.keys() == own.keys() and all(torch.equal(saved[k], own[k].cpu()) for k in own)
 
 
 def _write_cards(run: Run, directory: Path, second: Path | None) -> None:

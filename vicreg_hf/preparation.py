@@ -39,7 +39,7 @@ from vicreg_hf.reporting import MetricsLog, introduction
 from vicreg_hf.resuming import resume
 from vicreg_hf.run import Run
 from vicreg_hf.sampler import GlobalBatches
-from vicreg_hf.second_encoder import check_second_exportable
+from vicreg_hf.second_encoder import DIRECTORY, check_second_exportable
 from vicreg_hf.streaming import ImageStream
 
 try:
@@ -48,6 +48,10 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
+ENCODERS = ("encoder", DIRECTORY)
+STEPS = "checkpoints/step-*"
+BESIDE = ("checkpoints", "metrics.jsonl", "config.yaml", "bad_images.jsonl")
+"""What a run writes besides its encoders."""
 LOCK_PATIENCE = 5.0
 """Seconds to wait for a run that is just ending."""
 WORTH_COMPILING = 2000
@@ -124,7 +128,9 @@ def begin(run: Run) -> None:
     main, bad, directory = run.accelerator.is_main_process, run.inputs.bad, run.output_dir
     try:
         if main and run.args.resume == "never":
-            _set_aside(directory)
+            _set_aside(directory, STEPS, *ENCODERS)
+        elif main and run.step < run.total_steps:
+            _set_aside(directory, *ENCODERS)  # of fewer steps
         if run.step:
             bad.recall()
         elif main:
@@ -155,17 +161,19 @@ def _introduce(run: Run) -> None:
     run.accelerator.print(sentence, flush=True)
 
 
-def _set_aside(directory: Path) -> None:
-    """Keep what an earlier run has saved from being taken for this one's."""
-    if not any((directory / "checkpoints").glob("step-*")):
+def _set_aside(directory: Path, *patterns: str) -> None:
+    """Keep what an earlier run has made from being lost, or taken for this one's."""
+    found = [path for pattern in patterns for path in directory.glob(pattern)]
+    if not found:
         return
     number = next(n for n in itertools.count(1) if not (directory / f"earlier-{n}").exists())
     place = directory / f"earlier-{number}"
     place.mkdir()
-    for name in ("checkpoints", "metrics.jsonl", "config.yaml", "bad_images.jsonl"):
+    for name in (*ENCODERS, *(BESIDE if STEPS in patterns else ())):
         if (directory / name).exists():
             (directory / name).rename(place / name)
-    print(f"What an earlier run saved in {directory} is now in {place}.")
+    moved = ", ".join(sorted(path.name for path in place.iterdir()))
+    print(f"What an earlier run has made in {directory} is now in {place}: {moved}.")
 
 
 @contextmanager

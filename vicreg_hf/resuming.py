@@ -88,10 +88,17 @@ def resume(
     state = manifest["state"]
     ended = manifest["step"] == total_steps
     changed = _changes(args, state, fingerprint, digest_of(model), ended=ended)
-    _check_same_run(changed, args, path, ended=ended)
-    _check_length(args, manifest["step"], total_steps, path)
+    another = bool(changed.keys() & {*MUST_STAY, "dataset_name"})
     if ended:
-        _check_ended(changed, args, path, shortened=state.get("total_steps", 0) > total_steps)
+        shortened = state.get("total_steps", 0) > total_steps
+        _check_ended(changed, args, path, another=another, shortened=shortened)
+    elif another and not args.resume_changed:
+        raise CheckpointError(
+            f"a resumed run must keep its model, batch, seed and data, but against {path}: "
+            f"{_listed(changed)}. Choose another output_dir, --resume never to start over, or "
+            "--resume_changed true to go on nevertheless."
+        )
+    _check_length(args, manifest["step"], total_steps, path)
     if changed:
         accelerator.print(f"warning: settings have changed since {path}: {_listed(changed)}.")
     load_checkpoint(path, model, optimizer)
@@ -176,40 +183,35 @@ def _changes(
     return changed
 
 
-def _check_same_run(
-    changed: dict[str, str], args: PretrainingArguments, path: Path, *, ended: bool
-) -> None:
-    another = changed.keys() & {*MUST_STAY, "dataset_name"}
-    if another and (ended or not args.resume_changed):
-        nevertheless = "" if ended else ", or --resume_changed true to go on nevertheless"
-        raise CheckpointError(
-            f"a resumed run must keep its model, batch, seed and data, but against {path}: "
-            f"{_listed(changed)}. Choose another output_dir, or --resume never to start "
-            f"over{nevertheless}."
-        )
-
-
 def _check_length(args: PretrainingArguments, step: int, total_steps: int, path: Path) -> None:
     if total_steps < step:
         raise CheckpointError(
-            f"{_length(args)} must be at least what was taken, got {total_steps} steps and {path}; "
-            "choose more, another output_dir, or --resume never to start over."
+            f"{_length(args)} must be at least the {step} steps that were taken, got "
+            f"{total_steps} and {path}; choose more, another output_dir, or --resume never to "
+            "start over."
         )
 
 
 def _check_ended(
-    changed: dict[str, str], args: PretrainingArguments, path: Path, *, shortened: bool
+    changed: dict[str, str],
+    args: PretrainingArguments,
+    path: Path,
+    *,
+    another: bool,
+    shortened: bool,
 ) -> None:
     """Refuse settings that no step was taken with, and that would only be written down.
 
     Args:
+        another: it would be another run.
         shortened: more steps were meant to be taken; the warm-up may depend on their number.
     """
     if changed.keys() - LENGTH - ({"warmup_epochs"} if shortened else set()):
         raise CheckpointError(
             f"a run that has taken all its steps must keep its settings, but against {path}: "
             f"{_listed(changed)}. Choose another output_dir, --resume never to start over, or more "
-            f"--{_length(args)} to go on with them."
+            f"--{_length(args)}{', and --resume_changed true,' if another else ''} to go on with "
+            "them."
         )
 
 

@@ -56,6 +56,7 @@ class Run:
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
+        self.first_step = self.step
         self.writer = CheckpointWriter(
             self.output_dir / "checkpoints", world_size=self.accelerator.num_processes
         )
