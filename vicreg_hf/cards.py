@@ -338,6 +338,11 @@ def add_evaluation(
         types = {_metric_type(m.name) for m in shares} | set(card.data.metrics or [])
         card.data.metrics = sorted(types)
     card.text = _with_section(card.text, dataset, split, measurements)
+    write_card(path, card)
+
+
+def write_card(path: Path, card: ModelCard) -> None:
+    """Write a card that is there whole or, after a crash, not at all."""
     aside = path.with_suffix(".partial")
     aside.write_text(str(card), encoding="utf-8")
     aside.replace(path)

@@ -15,6 +15,7 @@ from vicreg_hf.cards import (
     hardware,
     model_card,
     second_card,
+    write_card,
 )
 from vicreg_hf.exporting import export_encoder
 from vicreg_hf.hub import HubError
@@ -94,7 +95,7 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
         run.model.config, num_features=run.model.num_features, record=record,
         num_parameters=sum(p.numel() for p in run.model.encoder.parameters()),
     )  # fmt: skip
-    (directory / CARD_FILE).write_text(str(card), encoding="utf-8")
+    write_card(directory / CARD_FILE, card)
     if second is not None:
         assert run.model.prime is not None
         encoder = run.model.prime.backbone
@@ -103,7 +104,7 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
             num_parameters=sum(p.numel() for p in encoder.parameters()),
             loader=encoder.loader if isinstance(encoder, TextEncoder) else ("", ""),
         )  # fmt: skip
-        (second / CARD_FILE).write_text(str(card), encoding="utf-8")
+        write_card(second / CARD_FILE, card)
 
 
 def _push(run: Run, directory: Path, second: Path | None) -> None:

@@ -48,12 +48,11 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
-ENCODERS = ("encoder", DIRECTORY)
-STEPS = "checkpoints/step-*"
-BESIDE = ("checkpoints", "metrics.jsonl", "config.yaml", "bad_images.jsonl")
-"""What a run writes besides its encoders."""
 LOCK_PATIENCE = 5.0
 """Seconds to wait for a run that is just ending."""
+ENCODERS = ("encoder", DIRECTORY)
+BESIDE = ("checkpoints", "metrics.jsonl", "config.yaml", "bad_images.jsonl")
+"""What a run writes besides its encoders."""
 WORTH_COMPILING = 2000
 """Steps left from which on a run on a GPU makes up for the time it takes to compile the model."""
 
@@ -104,15 +103,9 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process)
     fingerprint = inputs.fingerprint()
     step, seconds = resume(
-        args,
-        accelerator,
-        model,
-        optimizer,
-        fingerprint,
-        total_steps=inputs.total_steps,
-        probe=probe,
-        before=before,
-    )
+        args, accelerator, model, optimizer, fingerprint, total_steps=inputs.total_steps,
+        probe=probe, before=before,
+    )  # fmt: skip
     if _compiles_model(args, accelerator, model, inputs.total_steps - step):
         model.compile_branches(expanders=accelerator.num_processes == 1)
     wrapped, prepared = accelerator.prepare(model, optimizer)
@@ -127,10 +120,8 @@ def begin(run: Run) -> None:
     """Make output_dir as the checkpoint left it, and say what begins."""
     main, bad, directory = run.accelerator.is_main_process, run.inputs.bad, run.output_dir
     try:
-        if main and run.args.resume == "never":
-            _set_aside(directory, STEPS, *ENCODERS)
-        elif main and run.step < run.total_steps:
-            _set_aside(directory, *ENCODERS)  # of fewer steps
+        if main:
+            _set_aside(run)
         if run.step:
             bad.recall()
         elif main:
@@ -161,19 +152,22 @@ def _introduce(run: Run) -> None:
     run.accelerator.print(sentence, flush=True)
 
 
-def _set_aside(directory: Path, *patterns: str) -> None:
+def _set_aside(run: Run) -> None:
     """Keep what an earlier run has made from being lost, or taken for this one's."""
-    found = [path for pattern in patterns for path in directory.glob(pattern)]
+    directory, names = run.output_dir, []
+    if run.step < run.total_steps:
+        names += ENCODERS  # of fewer steps, or of another run
+    if run.args.resume == "never" and any((directory / "checkpoints").glob("step-*")):
+        names += BESIDE
+    found = [name for name in names if (directory / name).exists()]
     if not found:
         return
     number = next(n for n in itertools.count(1) if not (directory / f"earlier-{n}").exists())
     place = directory / f"earlier-{number}"
     place.mkdir()
-    for name in (*ENCODERS, *(BESIDE if STEPS in patterns else ())):
-        if (directory / name).exists():
-            (directory / name).rename(place / name)
-    moved = ", ".join(sorted(path.name for path in place.iterdir()))
-    print(f"What an earlier run has made in {directory} is now in {place}: {moved}.")
+    for name in found:
+        (directory / name).rename(place / name)
+    print(f"What an earlier run has made in {directory} is now in {place}: {', '.join(found)}.")
 
 
 @contextmanager
