@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 
@@ -13,18 +12,20 @@ import torch
 
 from vicreg_hf.benchmarks.commands import COMMANDS
 from vicreg_hf.data import available_cores
+from vicreg_hf.flags import FlagsParser
 from vicreg_hf.pretraining import ERRORS
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = FlagsParser(description=__doc__)
     parsers = parser.add_subparsers(dest="command", required=True)
+    parser_of = {c.name: parsers.add_parser(c.name, help=c.help) for c in COMMANDS.values()}
     for command in COMMANDS.values():
-        command.add_flags(parsers.add_parser(command.name, help=command.help, allow_abbrev=False))
+        command.add_flags(parser_of[command.name])
     args, others = parser.parse_known_args(argv)
     command = COMMANDS[args.command]
     if others and not command.takes_more:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+        parser_of[command.name].refuse(others)
     torch.set_num_threads(available_cores())
     try:
         print(command.measure(args, others))

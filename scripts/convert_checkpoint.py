@@ -1,6 +1,5 @@
 """Write a published encoder from a checkpoint of the authors, lightly or solo-learn."""
 
-import argparse
 import gc
 import sys
 
@@ -8,10 +7,11 @@ if __name__ == "__main__":
     gc.disable()  # a third of the time of the imports below
 
 from vicreg_hf.conversion import convert_checkpoint
+from vicreg_hf.flags import FlagsParser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = FlagsParser(description=__doc__)
     parser.add_argument("checkpoint", help=".pth, .pt, .ckpt or .safetensors, of a ResNet.")
     parser.add_argument("directory", help="Where the encoder goes.")
     parser.add_argument("--architecture", help="timm name; found by the weights' shapes without.")

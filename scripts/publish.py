@@ -1,18 +1,18 @@
 """Publish the encoder of a run on the Hub: `python scripts/publish.py --help`."""
 
-import argparse
 import gc
 import sys
 
 if __name__ == "__main__":
     gc.disable()  # a third of the time of the imports below
 
+from vicreg_hf.flags import FlagsParser
 from vicreg_hf.hub import without_tokens
 from vicreg_hf.publishing import publish
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = FlagsParser(description=__doc__)
     parser.add_argument("source", metavar="RUN_OR_DIR", help="output_dir of a run, or an encoder.")
     parser.add_argument("--repo_id", required=True, help="org/name; made if absent.")
     parser.add_argument("--private", action="store_true", help="If the repository is made.")

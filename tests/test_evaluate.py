@@ -600,6 +600,32 @@ def own_results(card: Any, dataset: str) -> list[tuple[str, float]]:
             if each.dataset_name == dataset and "accuracy" in each.metric_name]  # fmt: skip
 
 
+def test_results_that_are_not_measured_anew_are_kept(few: Path, tmp_path: Path) -> None:
+    out, said = tmp_path / "out", list[str]()
+
+    def again(model: Path, protocols: str, **given: Any) -> dict[str, Any]:
+        return evaluate(arguments(model, few, tmp_path, protocols, **given), say=said.append)
+
+    model = write_encoder(tmp_path / "model")
+    first = again(model, "collapse,retrieval")
+    again(model, "retrieval,collapse")  # the same, so that one is enough
+    again(model, "collapse,knn,retrieval", knn_k="5")
+    assert [path.name for path in out.iterdir() if path.is_dir()] == []
+    wide = strict(out / "results.json")
+    assert {m["name"] for m in first["results"]} < {m["name"] for m in wide["results"]}
+    report = (out / "report.html").read_bytes()
+    again(model, "collapse")
+    assert f"What was in {out} before is now in {out / 'earlier-1'}: " in "".join(said)
+    assert strict(out / "earlier-1" / "results.json") == wide
+    assert (out / "earlier-1" / "report.html").read_bytes() == report
+    another = write_encoder(tmp_path / "another", seed=1)
+    again(another, "collapse")
+    assert strict(out / "earlier-2" / "results.json")["model"] == "model"
+    (out / "results.json").write_text('["mine"]')
+    again(another, "collapse")
+    assert strict(out / "earlier-3" / "results.json") == ["mine"]
+
+
 def test_the_card_of_a_run_gets_each_result_once(
     trained: Path, few: Path, encoder: Path, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from vicreg_hf.arguments import parse_arguments
 from vicreg_hf.evaluation.arguments import parse_evaluation_arguments
-from vicreg_hf.flags import SettingsParser
+from vicreg_hf.flags import FlagsParser, SettingsParser
 
 
 @dataclass
@@ -103,3 +103,33 @@ def test_a_mistyped_setting_is_named_and_not_called_missing(
     with pytest.raises(SystemExit, match="2"):
         parse_evaluation_arguments(["--model", "m", "--datasetname", "d"])
     assert "--datasetname is no setting, --dataset_name is one" in capsys.readouterr().err
+
+
+def own_flags() -> FlagsParser:
+    made = FlagsParser(description="A script.")
+    made.add_argument("source", metavar="RUN_OR_DIR")
+    made.add_argument("--repo_id", required=True)
+    made.add_argument("--private", action="store_true")
+    return made
+
+
+@pytest.mark.parametrize("flag", ["--repo_id", "--repo-id"])
+def test_a_scripts_own_flags_take_hyphens_too(flag: str) -> None:
+    found = own_flags().parse_args(["here", flag, "org/name", "--private"])
+    assert vars(found) == {"source": "here", "repo_id": "org/name", "private": True}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--repoid", "org/name"], "--repoid is no setting, --repo_id is one"),
+        (["here", "--repo_id=org/name", "--priv"], "--priv is no setting, --private is one"),
+        ([], "the following arguments are required: RUN_OR_DIR, --repo_id"),
+    ],
+)
+def test_a_scripts_own_flags_are_refused_in_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        own_flags().parse_args(words)
+    assert capsys.readouterr().err == f"error: {message}; --help lists the settings.\n"

@@ -307,7 +307,7 @@ def test_the_card_says_what_the_run_was_and_nothing_of_the_machine(
     assert card.data.pipeline_tag == "image-feature-extraction"
     assert card.data.license == "mit"
     (result,) = card.data.eval_results
-    assert result.metric_name == "20-NN accuracy"
+    assert result.metric_name == "20-NN top-1 accuracy"
     last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
     assert result.metric_value == pytest.approx(100 * last["knn"], abs=0.01)
     assert f"{100 * last['knn']:.1f} %" in text

@@ -25,6 +25,7 @@ import vicreg_hf
 from vicreg_hf.cards import CARD_FILE, add_evaluation, hardware, impersonal
 from vicreg_hf.data import available_cores, local_processes
 from vicreg_hf.distributed import PATIENCE, failing_together
+from vicreg_hf.earlier import set_aside
 from vicreg_hf.encoders import Encoder, open_encoder
 from vicreg_hf.evaluation.arguments import TRAINED, EvaluationArguments
 from vicreg_hf.evaluation.report import Gallery, write_report
@@ -45,6 +46,8 @@ from vicreg_hf.sampler import GlobalBatches
 from vicreg_hf.sources import open_dataset
 
 RESULTS, REPORT = "results.json", "report.html"
+SUBJECT = ("encoder_sha256", "dataset", "train_split", "eval_split", "preprocessing", "bf16")
+"""What results of an encoder must share to take one another's place."""
 
 
 @dataclass
@@ -140,11 +143,27 @@ def _pairs(args: EvaluationArguments, data: LabelledData) -> Pairs:
 def _write(
     found: Evaluation, results: dict[str, Any], output_dir: Path, say: Callable[[str], object]
 ) -> None:
+    if not _measured_anew(output_dir / RESULTS, results):
+        set_aside(output_dir, (RESULTS, REPORT), say)
     (output_dir / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
     _write_report(found, results, output_dir / REPORT)
     say(f"In {output_dir}: {RESULTS}, and {REPORT} to open in a browser.")
     if found.args.update_card:
         _update_card(found, say)
+
+
+def _measured_anew(path: Path, results: dict[str, Any]) -> bool:
+    """Whether all that an earlier results.json holds is among new results, or there is none."""
+    if not path.exists():
+        return True
+    try:
+        before = json.loads(path.read_text())
+        same = all(before[fact] == results[fact] for fact in SUBJECT)
+        return same and {m["name"] for m in before["results"]} <= {
+            m["name"] for m in results["results"]
+        }
+    except (ValueError, KeyError, TypeError):  # written by something else
+        return False
 
 
 def check_labels(args: EvaluationArguments, data: LabelledData, *, num_processes: int = 1) -> None:

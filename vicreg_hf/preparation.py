@@ -26,6 +26,7 @@ from vicreg_hf.cards import SECOND, hardware
 from vicreg_hf.compiling import why_not
 from vicreg_hf.data import available_cores, local_processes
 from vicreg_hf.distributed import PATIENCE, any_process
+from vicreg_hf.earlier import set_aside
 from vicreg_hf.exporting import check_exportable
 from vicreg_hf.hub import open_repository
 from vicreg_hf.inputs import Inputs, open_inputs
@@ -159,15 +160,7 @@ def _set_aside(run: Run) -> None:
         names += ENCODERS  # of fewer steps, or of another run
     if run.args.resume == "never" and any((directory / "checkpoints").glob("step-*")):
         names += BESIDE
-    found = [name for name in names if (directory / name).exists()]
-    if not found:
-        return
-    number = next(n for n in itertools.count(1) if not (directory / f"earlier-{n}").exists())
-    place = directory / f"earlier-{number}"
-    place.mkdir()
-    for name in found:
-        (directory / name).rename(place / name)
-    print(f"What an earlier run has made in {directory} is now in {place}: {', '.join(found)}.")
+    set_aside(directory, names, print)
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def results(rows: list[dict[str, Any]], monitor: KNNMonitor | None) -> list[Resu
     measured = [row for row in rows if "knn" in row]
     if monitor is not None and measured:
         last, how = measured[-1], monitor.description
-        found.append(Result("20-NN accuracy", last["knn"], f"{how}, at the last step", True))
+        found.append(Result("20-NN top-1 accuracy", last["knn"], f"{how}, at the last step", True))
         if "probe" in last:
             how = (
                 "the same images, by a linear classifier that learned from the views beside the "
@@ -160,11 +160,15 @@ def results(rows: list[dict[str, Any]], monitor: KNNMonitor | None) -> list[Resu
         if measured[0]["step"] == 0:
             how = "the same, of the encoder before training"
             value = measured[0]["knn"]
-            found.append(Result("20-NN accuracy, untrained", value, how, True, of_model=False))
+            found.append(
+                Result("20-NN top-1 accuracy, untrained", value, how, True, of_model=False)
+            )
         if "knn_pixels" in measured[0]:
             how = "the same, of the pixels themselves"
             value = measured[0]["knn_pixels"]
-            found.append(Result("20-NN accuracy, raw pixels", value, how, True, of_model=False))
+            found.append(
+                Result("20-NN top-1 accuracy, raw pixels", value, how, True, of_model=False)
+            )
     last = next((row for row in reversed(rows) if "embedding_std" in row), None)
     if last is not None:
         batch = "embeddings of the last batch of views"
