@@ -1,19 +1,12 @@
-"""The report: numbers against others' arithmetic, and the page in a real browser."""
+"""The report: numbers against others' arithmetic, and what its page holds."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -23,119 +16,24 @@ import torch
 from numpy.typing import NDArray
 from pictures import photographs
 from PIL import Image
+from reports import (
+    HOSTILE,
+    MEASUREMENTS,
+    NAMES,
+    ONLY_CLASSES,
+    Page,
+    example,
+    gallery,
+    random,
+    written,
+)
 from scipy.stats import binomtest
 from sklearn.decomposition import PCA
 from torch import Tensor
 
 from vicreg_hf.evaluation.charts import COLOURS
 from vicreg_hf.evaluation.neighbours import CASES, NEIGHBOURS
-from vicreg_hf.evaluation.report import Gallery, write_report
-from vicreg_hf.evaluation.results import Measurement
-
-NAMES = ("cat", "dog", "ship", "truck")
-HOSTILE = (
-    "<script>window.pwned = 1</script>", '"><img src=x onerror="window.pwned = 1">',
-    "$\\frac{a$ & {{ 7 * 6 }}", "x" * 200,
-)  # fmt: skip
-FACTS = {"model": "runs/<i>a</i>", "command": "evaluate.py --model " + "y" * 150}
-MEASUREMENTS = (
-    Measurement(
-        "knn", "20-NN top-1 accuracy", 0.8125, 1234, 3, {"k": 20, "temperature": 0.07}, 0.79, 0.83
-    ),
-    Measurement("collapse", "effective rank", 37.2231, 60, 0, percent=False),
-)
-
-
-class Page(HTMLParser):
-    """What stands in a page: tables by id, text, and every element's attributes."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.html = path.read_text(encoding="utf-8")
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.tables: dict[str, list[list[str]]] = {}
-        self.lines: list[str] = []
-        self._cells: list[list[str]] | None = None
-        self._hidden = False
-        self.feed(self.html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        self.elements.append((tag, given))
-        self._hidden = tag in ("style", "script")
-        if tag == "table":
-            self._cells = self.tables.setdefault(given.get("id") or given["class"] or "", [])
-        elif tag == "tr" and self._cells is not None:
-            self._cells.append([])
-        elif tag in ("td", "th") and self._cells:
-            self._cells[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._hidden = False
-        if tag == "table" and self._cells is not None:
-            self._cells[:] = [[cell.strip() for cell in row] for row in self._cells]
-            self._cells = None
-
-    def handle_data(self, data: str) -> None:
-        if self._hidden:
-            return
-        if data.strip():
-            self.lines.append(" ".join(data.split()))
-        if self._cells and self._cells[-1]:
-            self._cells[-1][-1] += data
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.lines)
-
-    def values(self, tag: str, attribute: str) -> list[str]:
-        return [given[attribute] or "" for name, given in self.elements
-                if name == tag and attribute in given]  # fmt: skip
-
-    def figure(self, name: str) -> str:
-        """An inline figure by the name before its ids."""
-        found = [svg for svg in re.findall(r"<svg role.*?</svg>", self.html, re.DOTALL)
-                 if f'id="{name}-' in svg]  # fmt: skip
-        assert len(found) == 1
-        return found[0]
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def gallery(features: Tensor, labels: Tensor | None, images: Sequence[Tensor]) -> Gallery:
-    return Gallery(features, labels, lambda rows: [images[row % len(images)] for row in rows])
-
-
-def example(num_classes: int = 4, *, test_images: int = 60) -> Any:
-    """Features that lie about their class's centre, and two classifiers of different accuracy."""
-    images = list(photographs(24))
-    centres = 1.2 * random(num_classes, 12, seed=1)
-    train_labels = torch.arange(120) % num_classes
-    labels = torch.arange(test_images) % num_classes
-    noise = torch.rand(2, test_images, generator=torch.Generator().manual_seed(2))
-    wrong = (labels + 1 + (noise[1] * 3).long() // 2) % num_classes
-    return {
-        "title": "vicreg-r18 on pictures", "facts": FACTS, "measurements": MEASUREMENTS,
-        "predictions": {
-            "20-NN": torch.where(noise[0] < 0.75, labels, wrong),
-            "linear": torch.where(noise[1] < 0.9, labels, wrong),
-        },
-        "labels": labels,
-        "class_names": NAMES,
-        "train": gallery(centres[train_labels] + random(120, 12), train_labels, images),
-        "test": gallery(centres[labels] + random(test_images, 12, seed=3), labels, images),
-    }  # fmt: skip
-
-
-ONLY_CLASSES: dict[str, Any] = {"train": None, "test": None}
-"""Leaves out of an example what takes time to draw."""
-
-
-def written(directory: Path, **given: Any) -> Page:
-    return Page(write_report(directory / "report.html", **given))
-
+from vicreg_hf.evaluation.report import write_report
 
 # --- results
 
@@ -649,185 +547,3 @@ def test_input_that_does_not_fit_is_refused(
     with pytest.raises(ValueError, match=message):
         write_report(tmp_path / "report.html", **example() | changes)
     assert not (tmp_path / "report.html").exists()
-
-
-# --- in a browser
-
-
-START = """
-import fcntl, os, sys
-pipes = [fcntl.fcntl(int(pipe), fcntl.F_DUPFD, 10) for pipe in sys.argv[1:3]]
-os.dup2(pipes[0], 3)
-os.dup2(pipes[1], 4)
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-"""Starts a browser with pipes where it looks for them."""
-
-
-class Browser:
-    """Chromium, spoken to in its DevTools protocol over two pipes."""
-
-    def __init__(self, binary: str, profile: Path) -> None:
-        commands, self._commands = os.pipe()
-        self._answers, answers = os.pipe()
-        self._process = subprocess.Popen(
-            [
-                sys.executable, "-c", START, str(commands), str(answers), binary,
-                "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank",
-            ],
-            pass_fds=(commands, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        os.close(commands)
-        os.close(answers)
-        self._buffer, self._number, self._session = b"", 0, {}
-        self.events: list[dict[str, Any]] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = {"sessionId": attached["sessionId"]}
-        for domain in ("Page", "Network", "Log"):
-            self.call(f"{domain}.enable")
-
-    def _message(self) -> dict[str, Any]:
-        while b"\0" not in self._buffer:
-            piece = os.read(self._answers, 65536)
-            if not piece:
-                raise EOFError("the browser ended.")
-            self._buffer += piece
-        message, _, self._buffer = self._buffer.partition(b"\0")
-        return json.loads(message)
-
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        self._number += 1
-        command = {"id": self._number, "method": method, "params": params, **self._session}
-        os.write(self._commands, json.dumps(command).encode() + b"\0")
-        while (answer := self._message()).get("id") != self._number:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def open(self, path: Path, *, width: int, dark: bool = False) -> None:
-        self.events.clear()
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1,
-            mobile=width < 500,
-        )  # fmt: skip
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=path.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self._message())
-
-    def evaluate(self, expression: str) -> Any:
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(timeout=30)
-        os.close(self._commands)
-        os.close(self._answers)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    binary = next(filter(None, map(shutil.which, names)), None)
-    if binary is None:
-        pytest.skip(f"no browser to open the report in: none of {', '.join(names)} is installed")
-    browser = Browser(binary, tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
-
-@pytest.fixture(scope="module", params=["few classes", "many classes"])
-def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    given = example(12 if request.param == "few classes" else 60)
-    given["class_names"] = (*HOSTILE, *(f"class with a name {k}" for k in range(60)))
-    given["title"] = "z" * 150
-    given["facts"] = FACTS | {"a" * 80: "b" * 80}
-    given["measurements"] = [replace(MEASUREMENTS[0], name="c" * 90, settings={"d": "e" * 200})]
-    return write_report(tmp_path_factory.mktemp("report") / "report.html", **given)
-
-
-@pytest.mark.parametrize("width", [1280, 360])
-def test_the_page_fits_its_window(browser: Browser, report: Path, width: int) -> None:
-    browser.open(report, width=width)
-    assert browser.evaluate("innerWidth") == width
-    assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    # nothing is cut off either: what is wider than the page lies in a box that scrolls
-    beyond = """[...document.querySelectorAll('main *')].filter(
-        e => !e.closest('.box, svg') && e.getBoundingClientRect().right > innerWidth + 1
-    ).map(e => e.outerHTML.slice(0, 80))"""
-    assert browser.evaluate(beyond) == []
-    assert browser.evaluate("getComputedStyle(document.querySelector('.box')).overflowX") == "auto"
-
-
-def test_pictures_load_and_nothing_else_is_asked_for(browser: Browser, report: Path) -> None:
-    browser.open(report, width=1280)
-    assert browser.evaluate("document.images.length") > 60
-    broken = "[...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).length"
-    assert browser.evaluate(broken) == 0
-    assert browser.evaluate("[...document.querySelectorAll('figure > svg')].length") == 4
-    flat = """[...document.querySelectorAll('figure > svg')].filter(
-        s => s.getBoundingClientRect().height < 100 || s.getBBox().width < 100).length"""
-    assert browser.evaluate(flat) == 0
-    requests = [
-        event["params"]["request"]["url"]
-        for event in browser.events
-        if event.get("method") == "Network.requestWillBeSent"
-    ]
-    assert requests[0] == report.as_uri()
-    assert [url for url in requests[1:] if not url.startswith("data:")] == []
-    assert [event for event in browser.events if event.get("method") == "Log.entryAdded"] == []
-    assert browser.evaluate("typeof window.pwned") == "undefined"
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of "rgb(r, g, b)", as WCAG 2.2 defines it."""
-    channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
-
-
-@pytest.mark.parametrize("dark", [False, True])
-def test_text_is_readable_on_light_and_dark(browser: Browser, report: Path, dark: bool) -> None:
-    browser.open(report, width=1280, dark=dark)
-    page = luminance(browser.evaluate("getComputedStyle(document.body).backgroundColor"))
-    assert (page < 0.05) is dark
-    colours = """[...new Set([...document.querySelectorAll('main *')].filter(
-        e => !e.closest('.matrix td') && e.textContent.trim()
-            && (!e.closest('svg') || e.matches('text'))
-    ).map(e => getComputedStyle(e)[e.closest('svg') ? 'fill' : 'color']))]"""
-    found = [colour for colour in browser.evaluate(colours) if colour != "none"]
-    assert len(found) >= 3
-    for colour in found:
-        light, low = sorted((luminance(colour), page), reverse=True)
-        assert (light + 0.05) / (low + 0.05) >= 4.5, colour
-    filled = "getComputedStyle(document.querySelector('figure > svg text')).fill"
-    assert browser.evaluate(filled) == browser.evaluate("getComputedStyle(document.body).color")
-
-
-@pytest.mark.parametrize("dark", [False, True])
-def test_numbers_of_the_matrix_are_readable(browser: Browser, tmp_path: Path, dark: bool) -> None:
-    """On cells of every shade, which lie over the page's colour."""
-    labels = torch.arange(11).repeat_interleave(10)
-    predicted = torch.where(torch.arange(10).repeat(11) < labels, labels, (labels + 1) % 11)
-    path = write_report(
-        tmp_path / "report.html", title="t", facts={}, measurements=[],
-        predictions={"a": predicted}, labels=labels,
-    )  # fmt: skip
-    browser.open(path, width=1280, dark=dark)
-    cells = browser.evaluate("""[...document.querySelectorAll('.matrix tbody td')].filter(
-        e => e.textContent).map(e => [getComputedStyle(e).color,
-            getComputedStyle(e).backgroundColor, e.textContent])""")
-    page = browser.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert len({share for *_, share in cells}) == 10
-    for text, over, _ in cells:
-        shade, under = (np.array(re.findall(r"[\d.]+", c), dtype=float) for c in (over, page))
-        alpha = shade[3] if len(shade) == 4 else 1.0
-        mixed = (alpha * shade[:3] + (1 - alpha) * under[:3]).round().astype(int)
-        light, low = sorted((luminance(text), luminance(f"{tuple(mixed.tolist())}")), reverse=True)
-        assert (light + 0.05) / (low + 0.05) >= 4.5, (text, over)
