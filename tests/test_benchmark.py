@@ -235,6 +235,7 @@ def test_training_is_measured_against_the_bare_backbone_the_authors_and_lightly(
     above, settings, header, _, *lines = result.stdout.splitlines()
     assert f"torch {torch.__version__}" in above
     assert "test_resnet, 8 images of 32 pixels in memory" in settings
+    assert "bare backbone: channels last; both not compiled" in settings
     assert header.count("|") == 7  # no memory on CPU
     rows = {name: figures for name, *figures in (line[2:-2].split(" | ") for line in lines)}
     assert list(rows) == ["bare backbone", "vicreg_hf", "authors", "lightly"]

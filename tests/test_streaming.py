@@ -244,6 +244,20 @@ def test_the_share_is_of_the_images_seen(
         images.agree(seen=seen, say=lambda _: None)
 
 
+def test_what_is_found_while_processes_agree_is_told_the_next_time() -> None:
+    bad = BadImages(100, 0.5, None)
+    bad.add([BadImage(3, None, "empty.")])
+
+    def gather(own: list[BadImage]) -> list[BadImage]:
+        bad.add([BadImage(4, None, "cut.")])  # by the thread that makes the next batches
+        return list(own)
+
+    bad.agree(gather, say=lambda _: None)
+    assert len(bad) == 1
+    bad.agree(say=lambda _: None)
+    assert len(bad) == 2
+
+
 def test_a_resumed_run_knows_the_bad_images_of_before(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     first = BadImages(100, 0.5, path)

@@ -69,8 +69,8 @@ class BadImages:
         Raises:
             ImageError: more than `max_fraction` of those seen are bad.
         """
-        found = {image[:2]: BadImage(*image) for image in gather(self._new)}
-        self._new = []
+        own, self._new = self._new, []  # to which another thread may add meanwhile
+        found = {image[:2]: BadImage(*image) for image in gather(own)}
         fresh = {key: image for key, image in found.items() if key not in self._known}
         if not fresh:
             return

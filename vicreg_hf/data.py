@@ -265,8 +265,8 @@ def training_views(
         paired: what becomes of the other half of a `PairedSplit`.
 
     Yields:
-        A (B, C, S, S) float32 tensor for each view; in pairs, what the second branch takes comes
-        second.
+        A (B, C, S, S) float32 tensor for each view, channels last; in pairs, what the second branch
+        takes comes second.
 
     Raises:
         ImageError: nothing usable.
@@ -289,7 +289,14 @@ def training_views(
                 loaded = stack.enter_context(_loading(_loader(source, num_workers, pinned=pinned)))
                 crops = ((batches.batch(s)[0], c) for s, c in zip(steps, loaded, strict=True))
             made = _views_of_crops(crops, views, device, bad, paired)
-        yield from prefetch(made, device)
+        yield from prefetch((tuple(map(laid_out, each)) for each in made), device)
+
+
+def laid_out(view: Any) -> Any:
+    """Images in the layout in which convolutions are fast; anything else as it is."""
+    if isinstance(view, Tensor) and view.ndim == 4:
+        return view.to(memory_format=torch.channels_last)
+    return view
 
 
 def _views_of_memory(

@@ -73,7 +73,7 @@ def describe_step(run: Run, step: Step) -> dict[str, Any]:
 
 
 def failure(run: Run, sentence: str, found: dict[str, Any]) -> FloatingPointError:
-    """Write what was found; the error that says where."""
+    """Write what was found; the error that says where. Every process must call this."""
     with suppress(Exception):  # a save that failed must not hide what is not finite
         run.writer.wait()
     newest, _ = newest_checkpoint(run.output_dir / "checkpoints")
@@ -89,6 +89,7 @@ def failure(run: Run, sentence: str, found: dict[str, Any]) -> FloatingPointErro
         }
         with suppress(OSError):  # a full disk must not hide what is not finite
             write_report(path, report)
+    run.accelerator.wait_for_everyone()  # which may end the main process when they have ended
     kept = f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
     return FloatingPointError(
         f"{sentence}. {kept} Remedies: {'; '.join(remedies)}. The report is {path}; the step is "

@@ -17,6 +17,7 @@ from vicreg_hf.cards import (
     second_card,
     write_card,
 )
+from vicreg_hf.distributed import failing_together
 from vicreg_hf.exporting import export_encoder
 from vicreg_hf.hub import HubError
 from vicreg_hf.layout import ENCODER_FILE
@@ -34,34 +35,39 @@ from vicreg_hf.second_encoder import (
 from vicreg_hf.sources import ImageSplit
 
 
-def finish(run: Run) -> Path:
-    """Write the encoder and its card, say what was reached, and publish."""
+def finish(run: Run) -> tuple[Path, HubError | None]:
+    """Write the encoder and its card, say what was reached, and publish.
+
+    Returns:
+        The directory of the encoder, and what kept it from the Hub.
+    """
     directory = run.output_dir / "encoder"
     second = run.output_dir / DIRECTORY if has_second_encoder(run.model) else None
-    fault: Exception | None = None
-    if run.accelerator.is_main_process:
-        try:
-            if not _is_written(run, directory, second):
-                export_encoder(run.model, directory, include_expander=True)
-                if second is not None:
-                    column = run.inputs.pairs.column if run.inputs.pairs else None
-                    export_second_encoder(run.model, second, column=column)
-                _write_cards(run, directory, second)
-        except (OSError, SafetensorError) as error:
-            raise OSError(
-                f"the encoder could not be written to {directory}: {error}. The last checkpoint "
-                "is whole; free some space and start again to finish."
-            ) from error
-        print(summary(directory, run.log.rows(), run.monitor, second=second))
-        try:
-            _push(run, directory, second)
-        except HubError as error:
-            fault = error
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
-    if fault is not None:
-        raise fault
-    return directory
+    fault: HubError | None = None
+    with failing_together(run.accelerator.device):
+        if run.accelerator.is_main_process:
+            _write(run, directory, second)
+            try:
+                _push(run, directory, second)
+            except HubError as error:
+                fault = error
+    return directory, fault
+
+
+def _write(run: Run, directory: Path, second: Path | None) -> None:
+    try:
+        if not _is_written(run, directory, second):
+            export_encoder(run.model, directory, include_expander=True)
+            if second is not None:
+                column = run.inputs.pairs.column if run.inputs.pairs else None
+                export_second_encoder(run.model, second, column=column)
+            _write_cards(run, directory, second)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"the encoder could not be written to {directory}: {error}. The last checkpoint "
+            "is whole; free some space and start again to finish."
+        ) from error
+    print(summary(directory, run.log.rows(), run.monitor, second=second))
 
 
 def _is_written(run: Run, directory: Path, second: Path | None) -> bool:

@@ -40,6 +40,8 @@ class Kernels:
         if self.compiled:
             try:
                 return self._call_compiled(function, batch, shared)
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise  # plainly it takes more memory
             except Exception as error:  # any of a compiler's; plainly the same must work
                 self.compiled = False
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -16,18 +16,25 @@ from datetime import timedelta
 from torch.distributed import TCPStore
 
 from vicreg_hf.run import Run
+from vicreg_hf.signals import Stopped
 
 BEAT = 2.0
 """Seconds between two signs of life."""
 SILENCE = 20.0
 """Seconds without one after which a process counts as lost."""
+LEFT, FAILED = b"left", b"failed"
+"""What a process tells last."""
 LOST = 1
 """Exit status where a process of the run is lost."""
 
 
 @contextmanager
 def watched(run: Run) -> Iterator[None]:
-    """End this process, with a message, when another one of the run is lost meanwhile."""
+    """End this process, with a message, when another one of the run is lost meanwhile.
+
+    For one that fails the others wait no longer than for one that is silent. Where all end well, or
+    were asked to stop, they leave together, and the process group is closed.
+    """
     watch = None
     if run.accelerator.num_processes > 1 and "MASTER_ADDR" in os.environ:
         watch = _Watch(run.accelerator.process_index, run.accelerator.num_processes)
@@ -35,9 +42,24 @@ def watched(run: Run) -> Iterator[None]:
         run.accelerator.wait_for_everyone()
     try:
         yield
-    finally:
+    except Stopped:
+        _leave_together(run, watch)
+        raise
+    except BaseException:
         if watch is not None:
-            watch.leave()
+            watch.leave(FAILED)
+        raise
+    _leave_together(run, watch)
+
+
+def _leave_together(run: Run, watch: _Watch | None) -> None:
+    """None may go before all are through: the store may be the main process's, and end with it."""
+    if watch is not None:
+        if not run.accelerator.is_main_process:
+            watch.leave(LEFT)
+        run.accelerator.wait_for_everyone()
+        watch.end()
+    run.accelerator.end_training()
 
 
 class _Watch(threading.Thread):
@@ -70,14 +92,19 @@ class _Watch(threading.Thread):
                     self._end(f"the main process cannot be reached ({str(error)[:100]})")
                 return
             if silent:
-                self._end(f"process {silent[0]} of {self.world_size} gave no sign of life for "
-                          f"{SILENCE:g} seconds")  # fmt: skip
+                failed = self.seen[silent[0]][0] == FAILED
+                how = (
+                    "has failed, as its own message says"
+                    if failed
+                    else (f"gave no sign of life for {SILENCE:g} seconds")
+                )
+                self._end(f"process {silent[0]} of {self.world_size} {how}")
 
     def _silent(self, ranks: range) -> list[int]:
         now = time.monotonic()
         keys = [self._key(rank) for rank in ranks]
         for rank, beat in zip(ranks, self.store.multi_get(keys), strict=True):
-            if beat != b"left" and self.seen.get(rank, (b"", 0))[0] == beat:
+            if beat != LEFT and self.seen.get(rank, (b"", 0))[0] == beat:
                 continue
             self.seen[rank] = (beat, now)
         return [rank for rank in ranks if now - self.seen[rank][1] > SILENCE]
@@ -89,11 +116,14 @@ class _Watch(threading.Thread):
         os.write(2, message.encode())
         os._exit(LOST)
 
-    def leave(self) -> None:
-        """Leave the run in good order; the others do not wait for this process any more."""
+    def leave(self, how: bytes) -> None:
+        """Tell the others, which do not wait for this process any more, and look after no one."""
+        self.end()
+        try:
+            self.store.set(self._key(self.rank), how.decode())
+        except RuntimeError:  # the main process has ended, which the others will notice
+            return
+
+    def end(self) -> None:
         self.left.set()
         self.join()
-        try:
-            self.store.set(self._key(self.rank), "left")
-        except RuntimeError:  # the main process has left before
-            return

@@ -142,6 +142,11 @@ class VICRegModel(PreTrainedModel):
         """The bare timm module: what is published."""
         return self.backbone
 
+    @property
+    def branches_compiled(self) -> bool:
+        """Whether `compile_branches` was called."""
+        return self._call is not plainly
+
     def compile_branches(self, *, expanders: bool = True) -> None:
         """Have torch.compile fuse timm's backbones and the expanders, when each is first needed.
 

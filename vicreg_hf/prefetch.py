@@ -5,15 +5,15 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T", bound=tuple[Any, ...])
-AHEAD = 2
-"""Batches that wait to be used."""
+AHEAD = 1
+"""Batches that wait to be used, beside the one in use and the one that is being made."""
 
 
 def prefetch(batches: Iterator[T], device: torch.device) -> Iterator[T]:
@@ -25,7 +25,7 @@ def prefetch(batches: Iterator[T], device: torch.device) -> Iterator[T]:
         yield from batches
         return
     stream = torch.cuda.Stream(device)
-    thread = Ahead(batches, lambda: torch.cuda.stream(stream), stream.record_event)
+    thread = Ahead(batches, lambda: _on(stream), stream.record_event)
     try:
         for batch, made in thread:
             current = torch.cuda.current_stream(device)
@@ -35,6 +35,14 @@ def prefetch(batches: Iterator[T], device: torch.device) -> Iterator[T]:
             yield batch
     finally:
         thread.stop()
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream) -> Iterator[None]:
+    # a new thread's device is the first, on which going back to it would begin to use memory
+    torch.cuda.set_device(stream.device)
+    with torch.cuda.stream(stream):
+        yield
 
 
 class Ahead(Generic[T]):

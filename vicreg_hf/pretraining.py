@@ -88,7 +88,10 @@ def pretrain(args: PretrainingArguments) -> Path:
             _agree_on_bad_images(run)
             measure(run, signals)
             fit(run, signals)
-            return finish(run)
+            directory, fault = finish(run)
+        if fault is not None:
+            raise fault
+        return directory
 
 
 def fit(run: Run, signals: Signals) -> None:

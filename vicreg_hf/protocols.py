@@ -85,7 +85,7 @@ class Task:
         details: Mapping[str, Any] | None = None,
     ) -> Measurement:
         """The mean of a score for each test image, with its interval."""
-        values = scores.double().cpu().numpy()
+        values = scores.cpu().double().numpy()
         args = self.args
         low, high = bootstrap_interval(values, seed=args.seed, resamples=args.num_resamples)
         return Measurement(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from vicreg_hf.monitor import KNNMonitor
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, written by the main process."""
+    """metrics.jsonl: one JSON object a line, written by the main process; null is not finite."""
 
     def __init__(self, path: Path, enabled: bool) -> None:
         self.path, self.enabled = path, enabled
@@ -27,7 +28,7 @@ class MetricsLog:
             with suppress(json.JSONDecodeError):  # torn by a kill; it is written again
                 row = json.loads(line)
                 if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    rows.append(row)
+                    rows.append({k: math.nan if v is None else v for k, v in row.items()})
         return rows
 
     def add(self, row: dict[str, Any]) -> None:
@@ -39,7 +40,7 @@ class MetricsLog:
         if self.enabled:
             try:
                 with self.path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(_line(row))
             except OSError as error:  # of a write, which does not know where it goes
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
 
@@ -48,8 +49,14 @@ class MetricsLog:
         if self.enabled:
             kept = [row for row in self.rows() if row["step"] <= step]
             aside = self.path.with_suffix(".partial")
-            aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            aside.write_text("".join(map(_line, kept)))
             aside.replace(self.path)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """As JSON, which has no word for what is not finite, such as a norm that fp16 did not hold."""
+    numbers = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
+    return json.dumps(dict.fromkeys(row) | numbers) + "\n"
 
 
 class Clock:

@@ -57,7 +57,7 @@ def take_gradients(run: Run, views: tuple[Any, ...]) -> Step:
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
-    output = backward(run, tuple(_laid_out(view) for view in views))
+    output = backward(run, views)
     names, norms = gradient_norms(run)
     return Step(run.step + 1, lr, output, names, norms, torch.linalg.vector_norm(norms))
 
@@ -68,13 +68,6 @@ def gradient_norms(run: Run) -> tuple[list[str], Tensor]:
         run.accelerator.unscale_gradients(run.optimizer)
     grads = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
     return list(grads), torch.stack(torch._foreach_norm(list(grads.values())))
-
-
-def _laid_out(view: Any) -> Any:
-    """Images in the layout in which convolutions are fast; anything else as it is."""
-    if isinstance(view, Tensor) and view.ndim == 4:
-        return view.to(memory_format=torch.channels_last)
-    return view
 
 
 def take_step(run: Run) -> None:

@@ -26,6 +26,7 @@ from vicreg_hf.benchmarks.peers import (
     plain_step,
     projector,
 )
+from vicreg_hf.compiling import Compiled, plainly
 from vicreg_hf.run import Run
 from vicreg_hf.stepping import take_gradients, take_step, views_from_here
 from vicreg_hf.verdicts import Verdicts
@@ -55,17 +56,21 @@ class Contender:
 
 
 def bare(run: Run, precision: str, channels_last: bool) -> Contender:
-    """Forward and backward of the backbone alone, on random views that lie ready."""
+    """Forward and backward of the backbone alone, on random views that lie ready.
+
+    It is compiled if the run's is.
+    """
     device, args = run.accelerator.device, run.args
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = _backbone(run).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     side = run.views.image_sizes[0]
     shape = (args.batch_size, args.in_chans, side, side)
+    call = Compiled() if run.model.branches_compiled else plainly
     pair = tuple(torch.randn(shape, device=device).to(memory_format=layout) for _ in range(2))
 
     def step(x: Tensor, x_prime: Tensor) -> None:
         with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-            total = model(x).sum() + model(x_prime).sum()
+            total = call(_sum, model, x) + call(_sum, model, x_prime)
         total.backward()
         model.zero_grad()
 
@@ -149,6 +154,10 @@ def _backbone(run: Run) -> nn.Module:
     config = run.model.config
     model = timm.create_model(config.architecture, num_classes=0, **(config.model_args or {}))
     return model.to(run.accelerator.device).train()
+
+
+def _sum(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).sum()
 
 
 def _again(pair: Pair) -> Generator[Pair]:

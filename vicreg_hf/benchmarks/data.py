@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.augmentation import PRESETS, ViewRecipe
 from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
-from vicreg_hf.data import available_cores
+from vicreg_hf.data import available_cores, laid_out
 from vicreg_hf.images import decode_image
 from vicreg_hf.pairs import PairedSplit
 from vicreg_hf.preparation import setup
@@ -223,6 +223,11 @@ def bottleneck(args: PretrainingArguments) -> str:
         return f"{surroundings(run.accelerator.device)}\n\n{_stages(run)}"
 
 
+def _pinned(part: Tensor, device: torch.device) -> Tensor:
+    """As the run sends it."""
+    return part.pin_memory() if device.type == "cuda" else part
+
+
 def _stages(run: Run) -> str:
     views, device = run.views, run.accelerator.device
     images, batches = run.inputs.images, run.batches
@@ -232,7 +237,7 @@ def _stages(run: Run) -> str:
         raise ValueError("the stages of pairs are not measured; leave out --prime_modality.")
     workers = max(1, min(run.args.num_workers or 0, available_cores()))
     if isinstance(images, Tensor):
-        chosen = images[torch.from_numpy(rows)]
+        chosen = _pinned(images[torch.from_numpy(rows)], device)
         on_device = chosen.to(device)
         times["transfer"] = lambda: chosen.to(device, copy=True)
         times["crop and colour on the device"] = lambda: views(on_device, rows, epoch)
@@ -244,14 +249,14 @@ def _stages(run: Run) -> str:
             decode = lambda: _some(images, len(rows))  # noqa: E731
         decoded = decode()
         rows = rows[: len(decoded)]
-        crops = views.crop(decoded, rows, epoch)
+        crops = [_pinned(part, device) for part in views.crop(decoded, rows, epoch)]
         moved = tuple(part.to(device) for part in crops)
         times[f"read and decode, {workers} workers"] = decode
         times[f"crop, {workers} workers"] = lambda: views.crop(decoded, rows, epoch)
         times["transfer"] = lambda: [part.to(device, copy=True) for part in crops]
         times["colour on the device"] = lambda: views.colour(moved, rows, epoch)
         made = views.colour(moved, rows, epoch)
-    made = tuple(part.to(memory_format=torch.channels_last) for part in made)
+    made = tuple(map(laid_out, made))
 
     def step() -> None:
         backward(run, made)

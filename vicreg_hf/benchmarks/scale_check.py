@@ -290,7 +290,7 @@ def _alone(setting: Setting, world: int, done: Event) -> Sequence[float]:
     features = torch.randn(share, run.model.num_features)
     contender = ours(run, "fp32")
     with closing(contender.views()) as views:
-        images = next(views)[0].to(memory_format=torch.channels_last)  # as training lays them out
+        images = next(views)[0]
         take_gradients(run, (images, images))
         inputs = embeddings(setting.batch_size, setting.expander_dims[-1], CPU, torch.float32)
 

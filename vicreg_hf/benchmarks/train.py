@@ -99,10 +99,12 @@ def training(
         _take_turns([c for c in contenders.values() if c is not None], steps, rounds, on)
     shape = f"{args.architecture}, {args.batch_size} images of {side} pixels"
     origin = "in memory" if isinstance(run.inputs.images, Tensor) else "from JPEGs of 500 x 375"
+    compiled = "compiled" if run.model.branches_compiled else "not compiled"
     layout = "channels last" if channels_last else "channels first"
     settings = (
         f"{shape} {origin}, views {run.args.augmentation}, expander {args.expander_dims}; "
-        f"vicreg_hf: {args.optimizer}; bare backbone: {layout}; {run.args.num_workers} loading "
+        f"vicreg_hf: {args.optimizer}; bare backbone: {layout}; both {compiled}; "
+        f"{run.args.num_workers} loading "
         f"workers; medians of {rounds} rounds of {steps} steps"
     )
     rows = _rows(contenders, 2 * args.batch_size, on)

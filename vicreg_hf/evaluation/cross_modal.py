@@ -50,8 +50,8 @@ def cross_recall(z: Tensor, z_prime: Tensor, owner: Tensor, ks: Sequence[int]) -
     own = torch.arange(len(z), device=z.device)
     back = nearest_neighbours(z, z_prime, min(most, len(z)))
     return CrossRecall(
-        {k: (found[:, :k] == own[:, None]).any(1).double() for k in ks},
-        {k: (back[:, :k] == owner[:, None]).any(1).double() for k in ks},
+        {k: (found[:, :k] == own[:, None]).any(1).cpu().double() for k in ks},
+        {k: (back[:, :k] == owner[:, None]).any(1).cpu().double() for k in ks},
     )
 
 

@@ -60,15 +60,15 @@ def average_precision_at_k(relevant: Tensor, num_relevant: Tensor) -> Tensor:
         num_relevant: (M,) relevant rows in all; queries of none give 0.
 
     Returns:
-        (M,) between 0 and 1; their mean is the mean average precision at k.
+        (M,) between 0 and 1, on CPU; their mean is the mean average precision at k.
     """
     k = relevant.shape[1]
-    hits = relevant.double()
-    precision = hits.cumsum(1) / torch.arange(1, k + 1, device=relevant.device)
-    possible = num_relevant.clamp(min=1, max=k)
+    hits = relevant.cpu().double()  # some GPUs have no float64
+    precision = hits.cumsum(1) / torch.arange(1, k + 1)
+    possible = num_relevant.cpu().clamp(min=1, max=k)
     return (precision * hits).sum(1) / possible
 
 
 def recall_at_k(relevant: Tensor, k: int) -> Tensor:
-    """Whether anything relevant is among the first k neighbours, (M,) 0 or 1."""
-    return relevant[:, :k].any(1).double()
+    """Whether anything relevant is among the first k neighbours, (M,) 0 or 1, on CPU."""
+    return relevant[:, :k].any(1).cpu().double()
