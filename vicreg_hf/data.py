@@ -9,7 +9,9 @@ Shapes: B images per process, C channels, H x W source pixels, S side of a view.
 from __future__ import annotations
 
 import os
+import signal
 import threading
+import time
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -223,16 +225,33 @@ def _loading(loader: DataLoader[Any]) -> Iterator[Any]:
     released. To be entered in the main thread, where alone torch hears of what a worker died.
     """
     batches: Any = iter(loader)
+    workers: list[Any] = getattr(batches, "_workers", [])
     try:
         yield batches
+    except (ConnectionError, EOFError) as error:  # torch has not heard of it yet
+        if (end := _end_of_any(workers)) is None:
+            raise
+        raise LoadingError(_cause_of_death(end)) from error
     finally:
-        if workers := getattr(batches, "_workers", None):
+        if workers:
             patience = threading.Timer(WORKER_PATIENCE, _kill, [workers])
             patience.start()
             with suppress(RuntimeError):  # torch's, of those that are killed
                 batches._shutdown_workers()
             patience.cancel()
             _kill(workers)
+
+
+def _end_of_any(workers: Sequence[Any]) -> str | None:
+    """How one of them ended, if one has by now or does within a second."""
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        for status in (worker.exitcode for worker in workers):
+            if status is not None:
+                by = signal.strsignal(-status) if status < 0 else f"exit status {status}"
+                return f"it was ended by {by}"
+        time.sleep(0.01)
+    return None
 
 
 def _kill(workers: Sequence[Any]) -> None:
