@@ -253,3 +253,18 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         parse_arguments(["--help"])
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in ("config", *PretrainingArguments.__annotations__))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"batchsize": 8}, r"^--batchsize is no setting, --batch_size is one"),
+        ({"batch_size": "x"}, r"invalid int value: 'x'"),
+    ],
+)
+def test_in_python_what_cannot_be_is_an_error_and_ends_nothing(
+    overrides: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        PretrainingArguments.from_recipe("demo", **overrides)
+    assert capsys.readouterr() == ("", "")

@@ -441,3 +441,66 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         model(pixels("test_vit"), pixels("test_vit", seed=1)).loss.backward()
     for p, q in zip(plain.parameters(), saving.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_with_gradient_checkpointing_statistics_count_each_batch_once() -> None:
+    plain = trained().train()
+    saving = copy.deepcopy(plain)
+    saving.activation_checkpointing_enable()
+    for model in (plain, saving, saving):
+        model(pixels(batch=4), pixels(batch=4, seed=1)).loss.backward()
+        if model is plain:
+            continue
+        assert same_state(saving, plain)
+        saving.activation_checkpointing_disable()
+        plain(pixels(batch=4), pixels(batch=4, seed=1))
+    assert not saving.encoder.bn1._forward_hooks  # pyright: ignore
+
+
+def test_a_second_branch_saves_memory_too() -> None:
+    model = VICRegModel(config(weights="separate"))
+    model.activation_checkpointing_enable()
+    assert model.prime is not None
+    for encoder in (model.encoder, model.prime.backbone):
+        assert encoder.grad_checkpointing is True  # pyright: ignore
+
+
+def test_what_accelerate_and_trainer_save_with_changes_nothing(tmp_path: Path) -> None:
+    model = trained()
+    for name, more in {
+        "plain": {},
+        "accelerate": {"save_function": torch.save, "state_dict": model.state_dict()},
+        "trainer": {"safe_serialization": True, "max_shard_size": "5GB", "push_to_hub": False},
+    }.items():
+        given: Any = more
+        model.save_pretrained(tmp_path / name, is_main_process=True, **given)
+        for file in ("model.safetensors", "expander.safetensors", "config.json"):
+            expected = (tmp_path / "plain" / file).read_bytes()
+            assert (tmp_path / name / file).read_bytes() == expected
+    with pytest.raises(ValueError, match=r"takes?, got variant; leave it out"):
+        model.save_pretrained(tmp_path / "other", variant="fp16")
+    assert not (tmp_path / "other").exists()
+
+
+def test_weights_of_an_encoder_alone_are_refused_by_the_whole_model(tmp_path: Path) -> None:
+    model = trained()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for strict in (True, False):
+        with pytest.raises(ValueError, match="backbone and expander, got the weights of a publish"):
+            VICRegModel(config()).load_state_dict(weights, strict=strict)
+    other = VICRegModel(config())
+    other.load_state_dict(model.state_dict())
+    assert same_state(other, model)
+    other.encoder.load_state_dict(weights)
+
+
+def test_local_views_need_two_others() -> None:
+    with pytest.raises(ValueError, match="compared with two views, got no pixel_values_prime"):
+        trained()(pixels(), local_views=[pixels()])
+
+
+def test_without_a_loss_two_views_are_those_of_an_encoder() -> None:
+    model = trained()
+    output = model(pixels(), pixels(seed=1), return_loss=False)
+    assert output.keys() == model(pixels()).keys()

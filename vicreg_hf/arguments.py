@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -334,8 +336,16 @@ class PretrainingArguments:
 
     @classmethod
     def from_recipe(cls, name_or_path: str, **overrides: Any) -> PretrainingArguments:
-        """A shipped recipe or YAML file, with some settings replaced."""
-        return parse_arguments(["--config", name_or_path, *as_flags(overrides)])
+        """A shipped recipe or YAML file, with some settings replaced.
+
+        Raises:
+            ValueError: no such recipe, file or setting, or one that cannot be.
+        """
+        with redirect_stderr(io.StringIO()) as said:
+            try:
+                return parse_arguments(["--config", name_or_path, *as_flags(overrides)])
+            except SystemExit:  # which is for scripts
+                raise ValueError(said.getvalue().removeprefix("error: ").strip()) from None
 
 
 def _json_object(name: str, given: Any) -> dict[str, Any] | None:

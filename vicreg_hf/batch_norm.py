@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from vicreg_hf.distributed import gather_rows, sum_over_processes
 
@@ -20,6 +21,29 @@ def synchronize(module: nn.Module, device: torch.device) -> nn.Module:
     Names and state stay the same. On CUDA it is torch's own, which is fused and for CUDA alone.
     """
     return (convert_sync_batchnorm if device.type == "cuda" else SyncBatchNorm.convert)(module)
+
+
+def count_once(module: nn.Module) -> list[RemovableHandle]:
+    """Have running statistics count no batch again whose forward pass a backward pass repeats."""
+    handles = []
+    for part in module.modules():
+        if isinstance(part, _BatchNorm) and part.track_running_stats:
+            handles.append(part.register_forward_pre_hook(_pause))
+            # also where the repeated pass is broken off, as nothing more is needed of it
+            handles.append(part.register_forward_hook(_go_on, always_call=True))
+    return handles
+
+
+def _pause(part: Any, _: Any) -> None:
+    if torch._C._current_graph_task_id() >= 0:  # in a backward pass
+        part._paused, part.momentum = [part.momentum], 0.0  # no other tensors than before
+
+
+def _go_on(part: Any, *_: Any) -> None:
+    if paused := part.__dict__.pop("_paused", None):
+        (part.momentum,) = paused
+        with torch.no_grad():
+            part.num_batches_tracked.sub_(1)
 
 
 class _Normalize(torch.autograd.Function):

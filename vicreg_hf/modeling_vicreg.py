@@ -6,7 +6,7 @@ Shapes: B images per process, F representation, D embedding, S side in pixels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from vicreg_hf.batch_norm import count_once
 from vicreg_hf.branches import (
     Inputs,
     check_architecture,
@@ -31,6 +33,9 @@ from vicreg_hf.configuration_vicreg import METHOD_FIELDS, VICRegConfig, encoder_
 from vicreg_hf.expander import expander
 from vicreg_hf.layout import write_layout
 from vicreg_hf.multi_view import multi_view_loss
+
+_ALIKE = ("max_shard_size", "save_function", "safe_serialization")
+"""Arguments of transformers' save_pretrained that change nothing where there is one file."""
 
 
 @dataclass
@@ -92,6 +97,8 @@ class VICRegModel(PreTrainedModel):
         self.num_features = width_of(backbone)
         self.expander = expander(self.num_features, config.expander_dims)
         self.prime = None if config.prime is None else create_branch(config.prime, backbone_prime)
+        self.gradient_checkpointing = False
+        self._hooks: list[RemovableHandle] = []
         self._call: Callable[..., Any] = plainly
         self._call_expander: Callable[..., Any] = plainly
         # timm has initialised its own tensors; transformers must not do it again. On the meta
@@ -183,6 +190,7 @@ class VICRegModel(PreTrainedModel):
         *,
         further_views: Sequence[Tensor] = (),
         local_views: Sequence[Tensor] = (),
+        return_loss: bool = True,
     ) -> VICRegOutput:
         """Encode one batch of views, or two and more and compute the loss.
 
@@ -193,20 +201,27 @@ class VICRegModel(PreTrainedModel):
                 the second branch.
             further_views: global ones beyond these two, each (B, C, S, S).
             local_views: small crops, each (B, C, S', S').
+            return_loss: False leaves out the loss of two views, and their embeddings. `Trainer`
+                evaluates the loss of models that have this parameter.
 
         Returns:
             last_hidden_state and pooler_output of the first views; with second views also loss,
             invariance, variance, covariance and embeddings. Of second views alone pooler_output.
 
         Raises:
-            ValueError: no views.
+            ValueError: no views, or further and local ones without the second.
         """
+        if pixel_values_prime is None and (len(further_views) or len(local_views)):
+            raise ValueError(
+                "further_views and local_views are compared with two views, got no "
+                "pixel_values_prime."
+            )
         if pixel_values is None:
             if pixel_values_prime is None:
                 raise ValueError("a model needs pixel_values or pixel_values_prime, got neither.")
             return VICRegOutput(pooler_output=self._represent_prime(pixel_values_prime))
         features, y = self._call(pooled, self.backbone, pixel_values)
-        if pixel_values_prime is None:
+        if pixel_values_prime is None or not return_loss:
             return VICRegOutput(last_hidden_state=features, pooler_output=y)
         # Each view passes by itself, so that batch statistics are a view's own, as the authors'.
         y_prime = self._represent_prime(pixel_values_prime)
@@ -258,6 +273,23 @@ class VICRegModel(PreTrainedModel):
         backbone = self.backbone if self.prime is None else self.prime.backbone
         return self._call(pooled, backbone, inputs)[1]
 
+    def load_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As of any module, of a dictionary with its keys.
+
+        Raises:
+            ValueError: weights of a published encoder, of which none bears a key of this model, so
+                that `strict=False`, as of `Trainer`, would pass over them all.
+        """
+        if state_dict and state_dict.keys() == self.backbone.state_dict().keys():
+            raise ValueError(
+                "load_state_dict needs backbone and expander, got the weights of a published "
+                "encoder alone, as model.safetensors holds them; VICRegModel.from_pretrained reads "
+                "both from its directory, and pretrain() resumes a run, which Trainer cannot."
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         save_directory: str | Path,
@@ -265,7 +297,7 @@ class VICRegModel(PreTrainedModel):
         state_dict: dict[str, Tensor] | None = None,
         *,
         include_expander: bool = True,
-        max_shard_size: int | str | None = None,  # noqa: ARG002
+        **unused: Any,
     ) -> None:
         """Write the layout that stock AutoModel and timm load; see README, "The encoder".
 
@@ -275,8 +307,18 @@ class VICRegModel(PreTrainedModel):
             state_dict: weights to write instead of the model's own.
             include_expander: also write the expander, and a second branch if there is one, in
                 files that only `VICRegModel.from_pretrained` reads.
-            max_shard_size: taken for transformers' sake; there is always one file.
+            **unused: what else transformers takes and changes nothing here: max_shard_size,
+                save_function and safe_serialization, as there is always one file of safetensors.
+
+        Raises:
+            ValueError: anything that would be another layout or place.
         """
+        others = {name: value for name, value in unused.items() if value and name not in _ALIKE}
+        if others:
+            raise ValueError(
+                "save_pretrained writes the one layout that stock loaders take, got "
+                f"{', '.join(others)}; leave it out, and publish with push_to_hub."
+            )
         if not is_main_process:
             return
         write_layout(
@@ -343,11 +385,18 @@ class VICRegModel(PreTrainedModel):
         elif hasattr(module, "reset_parameters"):
             target.reset_parameters()
 
-    def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **__: Any) -> None:
-        second = None if self.prime is None else self.prime.backbone
-        for backbone in (self.backbone, second):
-            if backbone is not None and is_timm(backbone):
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        self.gradient_checkpointing = enable
+        for backbone in [self.backbone] + ([] if self.prime is None else [self.prime.backbone]):
+            if is_timm(backbone):
                 backbone.set_grad_checkpointing(enable)  # pyright: ignore[reportCallIssue]
+            for part in backbone.modules():  # of a second branch, such as one of texts
+                if isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing:
+                    part._set_gradient_checkpointing(enable, *args, **kwargs)
+        while self._hooks:
+            self._hooks.pop().remove()
+        if enable:
+            self._hooks += count_once(self)
 
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError("a VICRegModel reads images and has no token embeddings.")

@@ -12,7 +12,7 @@ uniforms per view.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -32,10 +32,14 @@ from vicreg_hf.augmentation import (
     joined,
 )
 from vicreg_hf.colouring import finish, plan
+from vicreg_hf.configuration_vicreg import encoder_pretrained_cfg
 from vicreg_hf.kernels import Kernels
 from vicreg_hf.pixels import resized_crop
 from vicreg_hf.randomness import uniforms, view_stream
 from vicreg_hf.transfer import send_together
+
+if TYPE_CHECKING:
+    from vicreg_hf.modeling_vicreg import VICRegModel
 
 NEEDS_RGB = ("saturation", "hue", "grayscale")
 """What a recipe asks of colours, and is left out for images of another number of channels."""
@@ -278,6 +282,38 @@ class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
         super().__init__(
             image_size, recipes, mean=mean, std=std, seed=seed, in_chans=in_chans, compile=compile
         )
+
+    @classmethod
+    def for_model(
+        cls, model: VICRegModel, preset: Any = "authors", *, image_size: int | None = None,
+        seed: int = 0, compile: bool = False,  # noqa: A002 - torch's word
+    ) -> TwoViews:  # fmt: skip
+        """Views normalised as the published encoder asks of its images.
+
+        Args:
+            model: whose `config.pretrained_cfg` says how, and is published with it.
+            preset: as for `TwoViews`; likewise seed and compile.
+            image_size: S, which the published encoder asks for then; None takes the model's own.
+
+        Raises:
+            ValueError: a size that the backbone was not built for, or as for `TwoViews`.
+        """
+        config = model.config
+        built = config.model_args or {}
+        assert config.pretrained_cfg is not None
+        cfg = encoder_pretrained_cfg(config.pretrained_cfg, built, image_size)
+        channels, size, _ = cfg["input_size"]
+        if image_size not in (None, size):
+            raise ValueError(
+                f"image_size must be the backbone's img_size, {size}, got {image_size}; build the "
+                "model with model_args={'img_size': " + f"{image_size}" + "}."
+            )
+        views = cls(
+            size, preset, mean=cfg["mean"], std=cfg["std"], seed=seed, in_chans=channels,
+            compile=compile,
+        )  # fmt: skip
+        config.pretrained_cfg = cfg
+        return views
 
 
 def _per_view(name: str, values: Any, num_views: int) -> tuple[Any, ...]:
