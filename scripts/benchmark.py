@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import torch
 
 from vicreg_hf.benchmarks.commands import COMMANDS
+from vicreg_hf.console import begin
 from vicreg_hf.data import available_cores
 from vicreg_hf.flags import FlagsParser
 from vicreg_hf.pretraining import ERRORS
@@ -34,6 +35,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what is imported stays
-    gc.enable()
+    begin()
     main(sys.argv[1:])

@@ -6,6 +6,7 @@ import sys
 if __name__ == "__main__":
     gc.disable()  # a third of the time of the imports below
 
+from vicreg_hf.console import begin
 from vicreg_hf.conversion import convert_checkpoint
 from vicreg_hf.flags import FlagsParser
 
@@ -27,6 +28,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what is imported stays
-    gc.enable()
+    begin()
     main()

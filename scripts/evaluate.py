@@ -6,6 +6,7 @@ import sys
 if __name__ == "__main__":
     gc.disable()  # a third of the time of the imports below
 
+from vicreg_hf.console import begin
 from vicreg_hf.evaluating import evaluate
 from vicreg_hf.evaluation.arguments import parse_evaluation_arguments
 from vicreg_hf.hub import without_tokens
@@ -20,6 +21,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what is imported stays
-    gc.enable()
+    begin()
     main()

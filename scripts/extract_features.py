@@ -6,6 +6,7 @@ import sys
 if __name__ == "__main__":
     gc.disable()  # a third of the time of the imports below
 
+from vicreg_hf.console import begin
 from vicreg_hf.data import LoadingError
 from vicreg_hf.extraction import ExtractionArguments, extract_dataset
 from vicreg_hf.flags import SettingsParser
@@ -25,6 +26,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what is imported stays
-    gc.enable()
+    begin()
     main()

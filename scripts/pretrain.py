@@ -23,6 +23,7 @@ if __name__ == "__main__":  # what is imported below takes seconds
     gc.disable()  # a third of that time
 
 from vicreg_hf.arguments import parse_arguments
+from vicreg_hf.console import begin
 from vicreg_hf.hub import without_tokens
 from vicreg_hf.pretraining import ERRORS, pretrain
 from vicreg_hf.preview import draw_preview
@@ -55,6 +56,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what is imported stays
-    gc.enable()
+    begin()
     main()

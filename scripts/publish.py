@@ -6,6 +6,7 @@ import sys
 if __name__ == "__main__":
     gc.disable()  # a third of the time of the imports below
 
+from vicreg_hf.console import begin
 from vicreg_hf.flags import FlagsParser
 from vicreg_hf.hub import without_tokens
 from vicreg_hf.publishing import publish
@@ -32,6 +33,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what is imported stays
-    gc.enable()
+    begin()
     main()

@@ -117,6 +117,67 @@ def test_an_encoder_that_is_written_is_left_alone(
     assert card.is_file()
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "expander.safetensors"])
+def test_an_encoder_that_is_not_whole_is_written_again_under_its_card(
+    name: str, images: Path, ended: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(ended, tmp_path / "run")
+    card = run / "encoder" / "README.md"
+    card.write_text(card.read_text() + "\nby hand\n")
+    (run / "encoder" / name).write_bytes(b"")
+    pretrain(small(images, run, "--max_steps=10"))
+    assert (run / "encoder" / name).read_bytes() == (ended / "encoder" / name).read_bytes()
+    assert card.read_text().endswith("\nby hand\n")
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(
+    images: Path, ended: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(ended, tmp_path / "run")
+    for path in (run / "checkpoints").glob("step-*/model.safetensors"):
+        path.write_bytes(b"damaged")
+    before = contents(run)
+    with pytest.raises(
+        CheckpointError, match=r"every one there is damaged.*--resume never to star"
+    ):
+        pretrain(small(images, run, "--max_steps=20"))
+    assert contents(run) == before
+    pretrain(small(images, run, "--max_steps=2", "--resume=never"))
+    assert contents(run / "earlier-1") == before
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_passed_over(
+    images: Path, ended: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(ended, tmp_path / "run")
+    weights = run / "checkpoints" / "step-10" / "model.safetensors"
+    aside = weights.rename(tmp_path / "aside")
+    weights.symlink_to(weights)  # opened, it is no missing file but an error of the system
+    with pytest.raises(
+        CheckpointError, match=r"step-10 cannot be read .*; start again when it can"
+    ):
+        pretrain(small(images, run, "--max_steps=20"))
+    weights.unlink()
+    aside.rename(weights)
+    assert newest_checkpoint(run / "checkpoints")[0] == weights.parent
+    assert contents(run) == contents(ended)
+
+
+def test_what_belongs_to_an_encoder_goes_aside_with_it(
+    images: Path, ended: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(ended, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")  # for the room they took
+    before = contents(run)
+    pretrain(small(images, run, "--max_steps=2"))
+    assert contents(run / "earlier-1") == before
+
+
 def test_an_encoder_of_fewer_steps_is_not_taken_for_the_run_that_goes_on(
     images: Path, ended: Path, tmp_path: Path
 ) -> None:

@@ -225,12 +225,21 @@ def newest_checkpoint(folder: Path, *, before: int | None = None) -> tuple[Path 
 
     Returns:
         Its path or None, and one sentence for every newer one that is damaged.
+
+    Raises:
+        CheckpointError: a newer one cannot be read, which says nothing about what it holds.
     """
     damaged = []
     for path in _by_step(folder):
         if before is not None and _step(path) >= before:
             continue
-        fault = _fault(path)
+        try:
+            fault = _fault(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint {path} cannot be read ({error}); start again when it can, or move it "
+                "away to go on from the one before."
+            ) from error
         if fault is None:
             return path, damaged
         damaged.append(f"checkpoint {path} is damaged ({fault}) and is passed over.")
@@ -289,7 +298,11 @@ def _step(path: Path) -> int:
     return int(path.name[len(PREFIX) :])
 
 
+_NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
 def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint; an OSError where that cannot be known."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest.pop("sha256") != _digest(manifest):
@@ -303,7 +316,9 @@ def _fault(path: Path) -> str | None:
                 return f"{name} has another size"
             if _sha256(path / name) != expected["sha256"]:
                 return f"{name} has another checksum"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except _NOT_THERE as error:
+        return f"{type(error).__name__}: {error}"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

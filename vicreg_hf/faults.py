@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vicreg_hf.arguments import PretrainingArguments
-from vicreg_hf.checkpointing import newest_checkpoint
+from vicreg_hf.checkpointing import CheckpointError, newest_checkpoint
 from vicreg_hf.run import Run
 from vicreg_hf.stepping import Step
 
@@ -76,7 +76,9 @@ def failure(run: Run, sentence: str, found: dict[str, Any]) -> FloatingPointErro
     """Write what was found; the error that says where. Every process must call this."""
     with suppress(Exception):  # a save that failed must not hide what is not finite
         run.writer.wait()
-    newest, _ = newest_checkpoint(run.output_dir / "checkpoints")
+    newest = None
+    with suppress(CheckpointError):  # nor must one that cannot be read just now
+        newest, _ = newest_checkpoint(run.output_dir / "checkpoints")
     remedies = _remedies(run)
     path = run.output_dir / f"not-finite-step-{found['step']}.json"
     replay = shlex.join(["python", "scripts/pretrain.py", "--output_dir", str(run.output_dir),

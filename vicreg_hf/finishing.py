@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from vicreg_hf.cards import (
     CARD_FILE,
@@ -18,9 +17,8 @@ from vicreg_hf.cards import (
     write_card,
 )
 from vicreg_hf.distributed import failing_together
-from vicreg_hf.exporting import export_encoder
+from vicreg_hf.exporting import export_encoder, load_model
 from vicreg_hf.hub import HubError
-from vicreg_hf.layout import ENCODER_FILE
 from vicreg_hf.modalities.text_encoder import TextEncoder
 from vicreg_hf.pictures import draw_pictures
 from vicreg_hf.publishing import push_model, retry_command
@@ -56,11 +54,16 @@ def finish(run: Run) -> tuple[Path, HubError | None]:
 
 def _write(run: Run, directory: Path, second: Path | None) -> None:
     try:
-        if not _is_written(run, directory, second):
+        places = [directory] if second is None else [directory, second]
+        before = run.first_step == run.total_steps and all(
+            (p / CARD_FILE).is_file() for p in places
+        )
+        if not (before and _holds(run, directory)):
             export_encoder(run.model, directory, include_expander=True)
             if second is not None:
                 column = run.inputs.pairs.column if run.inputs.pairs else None
                 export_second_encoder(run.model, second, column=column)
+        if not before:  # an earlier session has, and what was changed in it since is kept
             _write_cards(run, directory, second)
     except (OSError, SafetensorError) as error:
         raise OSError(
@@ -70,16 +73,13 @@ def _write(run: Run, directory: Path, second: Path | None) -> None:
     print(summary(directory, run.log.rows(), run.monitor, second=second))
 
 
-def _is_written(run: Run, directory: Path, second: Path | None) -> bool:
-    """Whether an earlier session has, so that what was changed in a card since is kept."""
-    places = [directory] if second is None else [directory, second]
-    if run.first_step < run.total_steps or not all((p / CARD_FILE).is_file() for p in places):
-        return False
+def _holds(run: Run, directory: Path) -> bool:
+    """Whether a directory has this encoder and its expander, whole."""
     try:
-        saved = load_file(directory / ENCODER_FILE)
-    except (OSError, SafetensorError):
+        written, _ = load_model(directory)
+    except ValueError:
         return False
-    own = run.model.encoder.state_dict()
+    saved, own = written.state_dict(), run.model.state_dict()
     return saved.keys() == own.keys() and all(torch.equal(saved[k], own[k].cpu()) for k in own)
 
 

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from torch.distributed import TCPStore
@@ -113,7 +113,8 @@ class _Watch(threading.Thread):
         message = (
             f"\nerror: {reason}; the run ends. Start it again to go on from its last checkpoint.\n"
         )
-        os.write(2, message.encode())
+        with suppress(OSError):
+            os.write(2, message.encode())
         os._exit(LOST)
 
     def leave(self, how: bytes) -> None:

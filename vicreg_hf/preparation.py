@@ -52,8 +52,9 @@ LOCK = ".lock"
 LOCK_PATIENCE = 5.0
 """Seconds to wait for a run that is just ending."""
 ENCODERS = ("encoder", DIRECTORY)
-BESIDE = ("checkpoints", "metrics.jsonl", "config.yaml", "bad_images.jsonl")
-"""What a run writes besides its encoders."""
+BESIDE = ("metrics.jsonl", "config.yaml", "bad_images.jsonl")
+"""What a run writes besides its encoders and checkpoints."""
+CHECKPOINTS = "checkpoints"
 WORTH_COMPILING = 2000
 """Steps left from which on a run on a GPU makes up for the time it takes to compile the model."""
 
@@ -156,10 +157,13 @@ def _introduce(run: Run) -> None:
 def _set_aside(run: Run) -> None:
     """Keep what an earlier run has made from being lost, or taken for this one's."""
     directory, names = run.output_dir, []
+    over = any((directory / CHECKPOINTS).glob("step-*"))
+    if run.step == 0 and (over or any((directory / name).exists() for name in ENCODERS)):
+        names += BESIDE
     if run.step < run.total_steps:
         names += ENCODERS  # of fewer steps, or of another run
-    if run.args.resume == "never" and any((directory / "checkpoints").glob("step-*")):
-        names += BESIDE
+    if run.step == 0 and over:
+        names.append(CHECKPOINTS)  # last: where this is broken off, what is left is still known
     set_aside(directory, names, print)
 
 

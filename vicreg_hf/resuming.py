@@ -83,6 +83,12 @@ def resume(
                 f"resume=required, but {folder} holds no valid checkpoint. Choose the output_dir "
                 "of the run to go on with, or --resume auto to begin where there is none."
             )
+        if damaged:
+            raise CheckpointError(
+                f"{folder} must hold a checkpoint that is whole, and every one there is damaged. "
+                "Mend one, choose another output_dir, or --resume never to start over, which moves "
+                "them aside."
+            )
         return 0, 0.0
     manifest = read_manifest(path)
     state = manifest["state"]

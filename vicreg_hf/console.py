@@ -1,0 +1,52 @@
+"""What every script needs before it works."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from contextlib import suppress
+from typing import Any, TextIO
+
+
+def begin() -> None:
+    """Collect garbage from here on, and let output that nobody takes any more end nothing.
+
+    To be called when all is imported, which lasts longer where garbage is looked for among it.
+    """
+    gc.freeze()
+    gc.enable()
+    outlive_readers()
+
+
+def outlive_readers() -> None:
+    """Drop what stdout and stderr do not take, such as for `| head` or on a full disk."""
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is not None:
+            setattr(sys, name, _Patient(stream))
+
+
+class _Patient:
+    """A stream as it is, but that writing to it never fails."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def _try(self, method: str, *words: str) -> None:
+        try:
+            getattr(self._stream, method)(*words)
+        except (OSError, ValueError):  # no reader, no room, or closed
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())  # what is buffered goes there, too
+                os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
