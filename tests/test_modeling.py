@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -16,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
@@ -39,6 +41,10 @@ FAMILIES: dict[str, dict[str, Any] | None] = {
     "test_byobnet": None,
     "test_nfnet": None,
 }  # fmt: skip
+WIDTHS = (
+    "expander_dims must be positive widths, as [8192, 8192, 8192], or these joined by '-', as "
+    "8192-8192-8192,"
+)
 FIXED_SIZES = {"test_vit": 32, "swin_tiny_patch4_window7_224": 32, "eva02_tiny_patch14_224": 28}
 
 
@@ -253,6 +259,80 @@ def test_config_drops_where_the_registrys_weights_came_from(tmp_path: Path) -> N
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["model_type"] == "timm_wrapper"
     assert not {"tag", "hf_hub_id", "url", "license"} & written["pretrained_cfg"].keys()
+
+
+# Fields of the configuration
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sim_coeff": float("nan")}, "sim_coeff must be a finite number of at least 0, got nan."),
+        ({"std_coeff": -1}, "std_coeff must be a finite number of at least 0, got -1."),
+        ({"cov_coeff": "1"}, "cov_coeff must be a finite number of at least 0, got '1'."),
+        ({"gamma": None}, "gamma must be a finite number of at least 0, got None."),
+        ({"gamma": True}, "gamma must be a finite number of at least 0, got True."),
+        ({"eps": float("inf")}, "eps must be a finite number above 0, got inf."),
+        ({"eps": 0.0}, "eps must be a finite number above 0, got 0.0."),
+        ({"variance_reduction": "max"}, "variance_reduction must be mean or sum, got 'max'."),
+        ({"variance_reduction": ["sum"]}, "variance_reduction must be mean or sum, got ['sum']."),
+        ({"expander_dims": [8, 0]}, f"{WIDTHS} got [8, 0]."),
+        ({"expander_dims": (-8,)}, f"{WIDTHS} got (-8,)."),
+        ({"expander_dims": [8.5]}, f"{WIDTHS} got [8.5]."),
+        ({"expander_dims": [True]}, f"{WIDTHS} got [True]."),
+        ({"expander_dims": ["8"]}, f"{WIDTHS} got ['8']."),
+        ({"expander_dims": 8}, f"{WIDTHS} got 8."),
+        ({"expander_dims": None}, f"{WIDTHS} got None."),
+        ({"expander_dims": "8,8"}, f"{WIDTHS} got '8,8'."),
+        ({"expander_dims": ""}, f"{WIDTHS} got ''."),
+        ({"architecture": None}, "architecture must be the name of a timm model, got None."),
+        ({"model_args": "{}"}, "model_args must map names to values, as a dict, or be None,"),
+        ({"pretrained_cfg": 3}, "pretrained_cfg must map names to values, as a dict, or be None,"),
+        ({"spectrogram": 3}, "spectrogram must map names to values, as a dict, or be None, got 3."),
+        ({"prime": "resnet18"}, "prime must map names to values, as a dict, or be None, got 'res"),
+        ({"prime": {"model_args": 3}}, "prime's model_args must map names to values, as a dict,"),
+        ({"prime": {"architecture": 3}}, "prime's architecture must be the name of a model, got 3"),
+        ({"prime": {"expander_dims": 6}}, f"prime's {WIDTHS} got 6."),
+    ],
+)  # fmt: skip
+def test_a_field_that_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("8-6", [8, 6]), ("8", [8]), (np.array([8, 6]), [8, 6]), ([8, 6], [8, 6]), ((8, 6), (8, 6)),
+     ([], [])],
+)  # fmt: skip
+def test_widths_of_the_expander_are_read(given: Any, expected: Any) -> None:
+    assert config(expander_dims=given).expander_dims == expected
+    prime = config(prime={}, expander_dims=given).prime
+    assert prime is not None
+    assert prime["expander_dims"] == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("expander_dim", "expander_dims"), ("sim_coef", "sim_coeff"), ("model_arg", "model_args"),
+     ("variance_reductions", "variance_reduction")],
+)  # fmt: skip
+def test_a_name_that_is_nearly_a_fields_is_refused(name: str, field: str) -> None:
+    message = f"^{name} is no field of VICRegConfig; did you mean {field}\\?$"
+    with pytest.raises(ValueError, match=message):
+        VICRegConfig(**{name: [8, 8]})  # pyright: ignore[reportArgumentType]
+
+
+def test_what_transformers_keeps_in_a_configuration_is_kept() -> None:
+    given: dict[str, Any] = {
+        "architectures": ["VICRegModel"], "dtype": "float32", "id2label": {0: "a", 1: "b"},
+        "transformers_weights": "x.json", "num_features": 512, "use_cache": False,
+    }  # fmt: skip
+    found = AutoConfig.for_model("vicreg", **given)
+    assert found.architectures == ["VICRegModel"]
+    assert found.id2label == {0: "a", 1: "b"}
+    assert (found.transformers_weights, found.num_features) == ("x.json", 512)
+    assert VICRegConfig.from_dict(found.to_dict()).to_dict() == found.to_dict()
 
 
 # Loading as VICRegModel

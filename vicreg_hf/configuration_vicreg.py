@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from timm.models import filter_pretrained_cfg
 from transformers import PreTrainedConfig
 
 from vicreg_hf.backbones import published_name
+from vicreg_hf.checks import check_number, read_widths
 
 INDEX_FILE = "vicreg.safetensors.index.json"
 NESTED_KEY = "vicreg"
@@ -23,6 +25,10 @@ PRIME_FIELDS = ("weights", "prime")
 """Said of a published model only where the weights of its second branch are published too."""
 MODALITIES = ("image", "text", "audio", "embedding")
 """What a branch may take: pixels or spectrograms, token ids, waveforms, precomputed vectors."""
+OWN_FIELDS = (
+    "architecture", "model_args", "pretrained_cfg", *METHOD_FIELDS, "weights", "prime",
+)  # fmt: skip
+"""Beside these a config holds whatever transformers keeps in one."""
 
 # Facts about the weights a timm registry entry was made for; those published here are others.
 _PROVENANCE = (
@@ -79,9 +85,10 @@ def complete_prime(given: Mapping[str, Any], config: VICRegConfig) -> dict[str, 
         config: of the first branch.
 
     Raises:
-        ValueError: an unknown field or modality, expanders that end in different widths, or a field
-            that the modality needs and lacks.
+        ValueError: an unknown field or modality, expanders that end in different widths, a field
+            that the modality needs and lacks, or one that is not what it must be.
     """
+    _check_mapping("prime", given)
     prime: dict[str, Any] = {
         "modality": "image", "architecture": None, "model_args": None, "pretrained_cfg": None,
         "encoder_config": None, "preparation": None, "num_features": None,
@@ -93,6 +100,12 @@ def complete_prime(given: Mapping[str, Any], config: VICRegConfig) -> dict[str, 
             f"prime must hold some of {', '.join(prime)}, got {', '.join(map(str, unknown))}."
         )
     prime |= {key: value for key, value in given.items() if value is not None}
+    for key in ("model_args", "pretrained_cfg", "encoder_config", "preparation"):
+        _check_mapping(f"prime's {key}", prime[key])
+    if not isinstance(prime["architecture"], str | None):
+        raise ValueError(
+            f"prime's architecture must be the name of a model, got {prime['architecture']!r}."
+        )
     modality = prime["modality"]
     if modality not in MODALITIES:
         raise ValueError(f"modality must be one of {', '.join(MODALITIES)}, got {modality!r}.")
@@ -107,7 +120,7 @@ def complete_prime(given: Mapping[str, Any], config: VICRegConfig) -> dict[str, 
         needed = "architecture"
     if needed is not None and not prime[needed]:
         raise ValueError(f"prime must hold {needed} for the modality {modality}, got none.")
-    widths = list(prime["expander_dims"])
+    widths = read_widths("prime's expander_dims", prime["expander_dims"])
     last, own = (list(dims)[-1:] for dims in (config.expander_dims, widths))
     if last != own:
         raise ValueError(
@@ -115,6 +128,11 @@ def complete_prime(given: Mapping[str, Any], config: VICRegConfig) -> dict[str, 
             f"{list(config.expander_dims)} and, of the second branch, {widths}."
         )
     return prime | {"expander_dims": widths}
+
+
+def _check_mapping(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{name} must map names to values, as a dict, or be None, got {value!r}.")
 
 
 @strict
@@ -125,7 +143,8 @@ class VICRegConfig(PreTrainedConfig):
         architecture: timm model name, without a pretrained tag.
         model_args: keyword arguments for `timm.create_model`.
         pretrained_cfg: timm's record of input size, mean and std; None takes the registry's.
-        expander_dims: widths of the expander's layers, the last being the embedding's.
+        expander_dims: widths of the expander's layers, the last being the embedding's; also joined
+            by '-', as "8192-8192-8192".
         sim_coeff: weight of the invariance term.
         std_coeff: weight of the variance term.
         cov_coeff: weight of the covariance term.
@@ -138,7 +157,8 @@ class VICRegConfig(PreTrainedConfig):
         prime: the second branch where it is another one, as `complete_prime` takes it.
 
     Raises:
-        ValueError: a second branch that cannot be.
+        ValueError: a field that cannot be what it is, a name that is nearly a field's, or a second
+            branch that cannot be.
     """
 
     model_type = "vicreg"
@@ -158,12 +178,34 @@ class VICRegConfig(PreTrainedConfig):
     prime: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in kwargs:  # transformers passes on others of its own
+            if near := difflib.get_close_matches(name, OWN_FIELDS, n=1, cutoff=0.85):
+                raise ValueError(f"{name} is no field of VICRegConfig; did you mean {near[0]}?")
         super().__post_init__(**kwargs)
+        self._check_fields()
         if self.weights not in ("shared", "separate"):
             raise ValueError(f"weights must be shared or separate, got {self.weights!r}.")
         if self.prime is not None or self.weights == "separate":
             self.weights = "separate"
             self.prime = complete_prime(self.prime or {}, self)
+
+    def _check_fields(self) -> None:
+        if not isinstance(self.architecture, str):
+            raise ValueError(
+                f"architecture must be the name of a timm model, got {self.architecture!r}."
+            )
+        for name in ("model_args", "pretrained_cfg", "spectrogram", "prime"):
+            _check_mapping(name, getattr(self, name))
+        for name in ("sim_coeff", "std_coeff", "cov_coeff", "gamma"):
+            check_number(name, getattr(self, name))
+        check_number("eps", self.eps, positive=True)
+        if self.variance_reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"variance_reduction must be mean or sum, got {self.variance_reduction!r}."
+            )
+        widths = read_widths("expander_dims", self.expander_dims)
+        if not isinstance(self.expander_dims, (list, tuple)):
+            self.expander_dims = widths
 
     @classmethod
     def get_config_dict(
