@@ -156,6 +156,21 @@ def test_expander_widths_are_read(dims: str, expected: list[int]) -> None:
     assert PretrainingArguments(expander_dims=dims).expander_widths == expected
 
 
+@pytest.mark.parametrize("given", [[16, 8], (16, 8), "16-8"])
+def test_widths_may_be_a_list(given: Any, tmp_path: Path) -> None:
+    args = PretrainingArguments(expander_dims=given, weights="separate", prime_expander_dims=given)
+    assert (args.expander_dims, args.prime_expander_dims) == ("16-8", "16-8")
+    assert PretrainingArguments.from_recipe("demo", expander_dims=given).expander_dims == "16-8"
+    path = yaml_file(tmp_path, f"expander_dims: {given if isinstance(given, str) else [16, 8]}")
+    assert parse_arguments(["--config", path]).expander_dims == "16-8"
+
+
+@pytest.mark.parametrize("given", [[], [16, 0], [16, 8.0], ["a"], None])
+def test_widths_that_cannot_be_are_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"^expander_dims must be positive widths, .*, got "):
+        PretrainingArguments(expander_dims=given)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_of_views_is_an_augmentation(preset: str) -> None:
     assert parse_arguments(["--augmentation", preset]).augmentation == preset

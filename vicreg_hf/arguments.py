@@ -16,6 +16,7 @@ import yaml
 
 from vicreg_hf import recipe_files
 from vicreg_hf.augmentation import PRESETS, describe, find_recipes
+from vicreg_hf.checks import is_whole, read_widths
 from vicreg_hf.configuration_vicreg import MODALITIES
 from vicreg_hf.data import SMALL_IMAGE
 from vicreg_hf.flags import SettingsParser
@@ -77,7 +78,9 @@ class PretrainingArguments:
         None, "JSON of keyword arguments for timm.create_model."
     )
     pretrained: bool = _setting(False, "Start from timm's pretrained weights.")
-    expander_dims: str = _setting("8192-8192-8192", "Widths of the expander's layers.")
+    expander_dims: str = _setting(
+        "8192-8192-8192", "Widths of the expander's layers; in Python also a list of them."
+    )
     weights: str = _setting(
         "shared",
         "shared by both branches, or separate: the second has weights of its own, as it has where "
@@ -199,6 +202,7 @@ class PretrainingArguments:
     def __post_init__(self) -> None:
         self.model_args = _json_object("model_args", self.model_args)
         self.prime_model_args = _json_object("prime_model_args", self.prime_model_args)
+        self._join_widths()
         self._settle_augmentation()
         self._settle_second_branch()
         if self.resume not in ("auto", "never", "required"):
@@ -245,6 +249,15 @@ class PretrainingArguments:
         if self.output_dir is None:
             # resolved, so that . and .. have names
             self.output_dir = f"runs/{Path(self.dataset_name).resolve().name}"
+
+    def _join_widths(self) -> None:
+        """Leave the widths of expanders as flags have them, also where integers are given."""
+        for name in ("expander_dims", "prime_expander_dims"):
+            given: Any = getattr(self, name)
+            if isinstance(given, (list, tuple)):
+                setattr(self, name, "-".join(map(str, read_widths(name, given))))
+            elif is_whole(given):
+                setattr(self, name, str(given))
 
     def _settle_augmentation(self) -> None:
         """Leave the name of a preset; of anything else what it says, so that a run repeats it."""
@@ -321,14 +334,14 @@ class PretrainingArguments:
     @property
     def expander_widths(self) -> list[int]:
         """`expander_dims` as integers."""
-        return _widths("expander_dims", self.expander_dims)
+        return read_widths("expander_dims", self.expander_dims)
 
     @property
     def prime_expander_widths(self) -> list[int]:
         """Of the second branch, if there is one; else the first's."""
         if self.prime_expander_dims is None:
             return self.expander_widths
-        return _widths("prime_expander_dims", self.prime_expander_dims)
+        return read_widths("prime_expander_dims", self.prime_expander_dims)
 
     def to_yaml(self) -> str:
         """All settings, as --config takes them."""
@@ -358,18 +371,6 @@ def _json_object(name: str, given: Any) -> dict[str, Any] | None:
     if read is not None and not isinstance(read, dict):
         raise ValueError(f"{name} must be a JSON object, got {given!r}.")
     return read
-
-
-def _widths(name: str, given: str) -> list[int]:
-    try:
-        widths = [int(width) for width in str(given).split("-")]
-    except ValueError:
-        widths = []
-    if not widths or min(widths) < 1:
-        raise ValueError(
-            f"{name} must be positive widths joined by '-', as 8192-8192-8192, got {given!r}."
-        )
-    return widths
 
 
 def recipe_names() -> list[str]:

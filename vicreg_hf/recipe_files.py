@@ -83,5 +83,7 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     for name, value in settings.items():
         if value is not None:
             text = json.dumps(value) if isinstance(value, dict) else str(value)
+            if isinstance(value, (list, tuple)):  # widths of an expander
+                text = "-".join(map(str, value))
             words.append(f"--{name}={text}")
     return words
