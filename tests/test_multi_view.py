@@ -231,10 +231,17 @@ Z = torch.zeros(4, 3)
         ([Z[0], Z[0], Z[0]], [], r"same shape \(rows, dimensions\), got \(3,\), \(3,\), \(3,\)"),
         ([Z, Z, Z.long()], [], "floating point, got torch.float32 and torch.float32 and torch.int"),
         ([Z[:1]] * 3, [], "at least 2 rows over all processes, got 1"),
+        (Z, Z, r"^global_views must be a list of tensors .*, got Tensor of shape \(4, 3\)\.$"),
+        ((z for z in [Z, Z]), [], "^global_views must be a list of tensors .*, got generator"),
+        (None, [], "^global_views must be a list of tensors .*, got NoneType"),
+        ([Z, Z], Z, r"^local_views must be a list of tensors .*, got Tensor of shape \(4, 3\)"),
+        ([Z, Z.numpy()], [], "must be tensors, got Tensor and ndarray"),
+        ([Z[:, :0], Z[:, :0]], [], r"at least 1 dimension, got shape \(4, 0\)"),
+        ([Z, Z], [Z.to("meta")], "on the same device, got cpu and cpu and meta"),
     ],
 )
 def test_views_that_cannot_be_are_refused(
-    global_views: list[Tensor], local_views: list[Tensor], message: str
+    global_views: Any, local_views: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         multi_view_loss(global_views, local_views)
@@ -244,3 +251,8 @@ def test_an_unknown_variance_reduction_is_refused() -> None:
     reduction: Any = "median"
     with pytest.raises(ValueError, match="mean or sum, got 'median'"):
         multi_view_loss([Z, Z, Z], variance_reduction=reduction)
+
+
+def test_weights_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="cov_coeff must be a finite number of at least 0, got na"):
+        multi_view_loss([Z, Z], cov_coeff=float("nan"))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.linalg import hadamard
 from torch import Tensor
 from torch.nn import functional as F
 from workflow import ROOT
@@ -184,11 +186,50 @@ def test_without_gradients_the_term_is_the_same(term: Any, _: Any) -> None:
         (torch.zeros(4, 3).long(), "must be floating point, got torch.int64; convert"),
         (torch.zeros(1, 3), "at least 2 rows over all processes, got 1"),
         (torch.zeros(0, 3), "at least 2 rows over all processes, got 0"),
+        (torch.zeros(4, 0), r"at least 1 dimension, got shape \(4, 0\)"),
+        (np.zeros((4, 3)), r"must be tensors, got ndarray; convert arrays with torch\.as_tensor"),
+        (None, "must be tensors, got NoneType"),
     ],
 )
-def test_embeddings_that_cannot_be_are_refused(term: Any, _: Any, z: Tensor, message: str) -> None:
+def test_embeddings_that_cannot_be_are_refused(term: Any, _: Any, z: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         term(z)
+
+
+@pytest.mark.parametrize("name", ["gamma", "eps"])
+def test_constants_that_cannot_be_are_refused(name: str) -> None:
+    settings: dict[str, Any] = {name: "1"}
+    with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 0, got '1'"):
+        variance_term(embeddings(4, 3), **settings)
+
+
+def uncorrelated() -> Tensor:
+    """Rows of which the Gram form takes off all that there is."""
+    x = torch.zeros(128, 200)
+    x[:, :127] = torch.from_numpy(hadamard(128)[:, 1:].copy()).float()
+    return x
+
+
+def test_rounding_leaves_the_covariance_term_at_zero_or_above() -> None:
+    x = uncorrelated()
+    shares = covariance.analyse(x, len(x), len(x), None)[1]
+    assert -1e-3 < shares.item() < 0
+    assert covariance_term(x).item() == 0
+    terms = vicreg_loss(x, x, sim_coeff=0.0, std_coeff=0.0)
+    assert (terms.covariance.item(), terms.loss.item()) == (0, 0)
+
+
+def test_what_is_cut_off_at_zero_has_its_gradient() -> None:
+    """That of the form without the cut: of uncorrelated dimensions zero, here but for rounding."""
+    x = uncorrelated().requires_grad_()
+    found = torch.autograd.grad(covariance_term(x), x)[0]
+    exact = x.detach().double().requires_grad_()
+    product = (exact - exact.mean(0)).T @ (exact - exact.mean(0)) / 127
+    expected = (product.square().sum() - product.diagonal().square().sum()) / 200
+    torch.testing.assert_close(
+        found, torch.autograd.grad(expected, exact)[0].float(), rtol=0, atol=1e-6
+    )
+    assert found.count_nonzero() > 0
 
 
 # The README's example

@@ -5,11 +5,12 @@ Shapes: n rows in this process, N = n * world size rows in all, D embedding dime
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from vicreg_hf.checks import check_number
 from vicreg_hf.distributed import ProcessGroup
 from vicreg_hf.terms import Settings, VICRegTerms, compute
 
@@ -59,30 +60,60 @@ def vicreg_loss(
         detached and not weighted.
 
     Raises:
-        ValueError: shapes that differ, also between processes, or are not (n, D), integer
-            embeddings, fewer than two rows in all, an unknown variance_reduction.
+        ValueError: shapes that differ, also between processes, or are not (n, D), no dimensions,
+            embeddings that are no tensors, integers or on several devices, fewer than two rows in
+            all, an unknown variance_reduction, or a weight or constant that is not a finite number
+            of at least 0.
 
     Source: Bardes et al. 2022, arXiv:2105.04906, eq. 1-6; scaling as vicreg@4e12602.
     """
+    check_tensors(z, z_prime)
     if z.shape != z_prime.shape or z.ndim != 2:
         raise ValueError(
             "z and z_prime must both have shape (rows, dimensions), got "
             f"{tuple(z.shape)} and {tuple(z_prime.shape)}."
         )
-    check_floating_point(z, z_prime)
+    check_embeddings(z, z_prime)
+    check_weights(
+        sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff, gamma=gamma, eps=eps
+    )
     branch_weight = find_branch_weight(variance_reduction)
     settings = Settings(sim_coeff, std_coeff, cov_coeff, gamma, eps, branch_weight)
     dtype = torch.promote_types(z.dtype, z_prime.dtype)
     return compute([z.to(dtype), z_prime.to(dtype)], 2, settings, group)
 
 
-def check_floating_point(*branches: Tensor) -> None:
-    """Refuse integer embeddings."""
+def check_tensors(*branches: Any) -> None:
+    """Refuse what is no tensor."""
+    if not all(isinstance(z, Tensor) for z in branches):
+        received = " and ".join(type(z).__name__ for z in branches)
+        raise ValueError(
+            f"embeddings must be tensors, got {received}; convert arrays with torch.as_tensor."
+        )
+
+
+def check_embeddings(*branches: Tensor) -> None:
+    """Refuse integer embeddings, those of no dimensions, and branches on several devices."""
     if not all(z.is_floating_point() for z in branches):
         received = " and ".join(str(z.dtype) for z in branches)
         raise ValueError(
             f"embeddings must be floating point, got {received}; convert them with .float()."
         )
+    if branches[0].shape[1] == 0:
+        raise ValueError(
+            f"embeddings must have at least 1 dimension, got shape {tuple(branches[0].shape)}."
+        )
+    if any(z.device != branches[0].device for z in branches):
+        received = " and ".join(str(z.device) for z in branches)
+        raise ValueError(
+            f"embeddings must be on the same device, got {received}; move them with .to(device)."
+        )
+
+
+def check_weights(**given: float) -> None:
+    """Refuse weights and constants of the loss that are not finite numbers of at least 0."""
+    for name, value in given.items():
+        check_number(name, value)
 
 
 def find_branch_weight(variance_reduction: VarianceReduction) -> float:
@@ -93,7 +124,12 @@ def find_branch_weight(variance_reduction: VarianceReduction) -> float:
 
 
 class VICRegLoss(nn.Module):
-    """`vicreg_loss` as a module; see there for the arguments."""
+    """`vicreg_loss` as a module; see there for the arguments.
+
+    Raises:
+        ValueError: an unknown variance_reduction, or a weight or constant that is not a finite
+            number of at least 0.
+    """
 
     def __init__(
         self,
@@ -107,6 +143,10 @@ class VICRegLoss(nn.Module):
         group: ProcessGroup = None,
     ) -> None:
         super().__init__()
+        check_weights(
+            sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff, gamma=gamma, eps=eps
+        )
+        find_branch_weight(variance_reduction)
         self.sim_coeff, self.std_coeff, self.cov_coeff = sim_coeff, std_coeff, cov_coeff
         self.gamma, self.eps = gamma, eps
         self.variance_reduction: VarianceReduction = variance_reduction
@@ -124,3 +164,7 @@ class VICRegLoss(nn.Module):
             variance_reduction=self.variance_reduction,
             group=self.group,
         )
+
+    def extra_repr(self) -> str:
+        names = ("sim_coeff", "std_coeff", "cov_coeff", "gamma", "eps", "variance_reduction")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)

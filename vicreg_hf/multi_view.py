@@ -6,12 +6,19 @@ Shapes: n rows in this process, N = n * world size rows in all, D embedding dime
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vicreg_hf.distributed import ProcessGroup
-from vicreg_hf.loss import VarianceReduction, check_floating_point, find_branch_weight
+from vicreg_hf.loss import (
+    VarianceReduction,
+    check_embeddings,
+    check_tensors,
+    check_weights,
+    find_branch_weight,
+)
 from vicreg_hf.terms import Settings, VICRegTerms, compute
 
 
@@ -39,13 +46,15 @@ def variance_term(
         Scalar, >= 0, the same in every process, with a gradient.
 
     Raises:
-        ValueError: a shape that is not (n, D) or differs between processes, integer embeddings,
-            fewer than two rows in all.
+        ValueError: a shape that is not (n, D) or differs between processes, no dimensions,
+            embeddings that are no tensor or integers, fewer than two rows in all, or a constant
+            that is not a finite number of at least 0.
 
     Source: Bardes et al. 2022, arXiv:2105.04906, eq. 1-2. As a regulariser of supervised training:
     Zhu et al. 2023, arXiv:2306.13292.
     """
     _check_one(z)
+    check_weights(gamma=gamma, eps=eps)
     settings = Settings(0.0, 1.0, 0.0, gamma, eps, branch_weight=1.0)
     return compute([z], 1, settings, group, product=False).loss
 
@@ -76,9 +85,19 @@ def covariance_term(z: Tensor, *, group: ProcessGroup = None) -> Tensor:
 
 
 def _check_one(z: Tensor) -> None:
+    check_tensors(z)
     if z.ndim != 2:
         raise ValueError(f"z must have shape (rows, dimensions), got {tuple(z.shape)}.")
-    check_floating_point(z)
+    check_embeddings(z)
+
+
+def _check_views(name: str, views: Any) -> None:
+    if not isinstance(views, Sequence):
+        shape = f" of shape {tuple(views.shape)}" if isinstance(views, Tensor) else ""
+        raise ValueError(
+            f"{name} must be a list of tensors (rows, dimensions), one for each view, got "
+            f"{type(views).__name__}{shape}."
+        )
 
 
 def multi_view_loss(
@@ -125,22 +144,29 @@ def multi_view_loss(
 
     Raises:
         ValueError: fewer than two global views, shapes that differ, also between processes, or are
-            not (n, D), integer embeddings, fewer than two rows in all, an unknown
-            variance_reduction.
+            not (n, D), no dimensions, views that are no list or no tensors, integers or on several
+            devices, fewer than two rows in all, an unknown variance_reduction, or a weight or
+            constant that is not a finite number of at least 0.
 
     Source: the terms of Bardes et al. 2022, arXiv:2105.04906; local views as in Caron et al. 2020,
     arXiv:2006.09882.
     """
+    _check_views("global_views", global_views)
+    _check_views("local_views", local_views)
     views = [*global_views, *local_views]
     if len(global_views) < 2:
         raise ValueError(
             f"global_views must hold at least 2 views, got {len(global_views)}; "
             "give them as a sequence of (rows, dimensions)."
         )
+    check_tensors(*views)
     if views[0].ndim != 2 or any(z.shape != views[0].shape for z in views):
         received = ", ".join(str(tuple(z.shape)) for z in views)
         raise ValueError(f"views must all have the same shape (rows, dimensions), got {received}.")
-    check_floating_point(*views)
+    check_embeddings(*views)
+    check_weights(
+        sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff, gamma=gamma, eps=eps
+    )
     dtype = views[0].dtype
     for z in views[1:]:
         dtype = torch.promote_types(dtype, z.dtype)

@@ -87,6 +87,9 @@ def _forward(
         distance, squares = sum_over_processes(sums, group)
         invariance = distance / (total * dim * max(1, len(pairs)))
         squares = squares * (2 / num_views)
+        if product and covariance.prefers_gram(total, dim):
+            # of what the Gram form takes off, rounding may leave less than nothing
+            squares = squares.clamp_(min=0)
         hinges = [_hinge(branch, by)[0].mean() for branch, _ in analysed]
         variance = torch.stack(hinges).sum() * by.branch_weight
         loss = by.sim * invariance + by.std * variance + by.cov * squares
