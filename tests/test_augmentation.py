@@ -98,6 +98,22 @@ def test_views_of_impossible_number_are_refused(counts: dict[str, int], message:
         multi_crop_recipes("authors", **counts)
 
 
+def test_a_preset_that_is_not_there_is_called_as_the_caller_calls_it() -> None:
+    with pytest.raises(ValueError, match=r"^preset must be one of authors, .* got 'strong'"):
+        multi_crop_recipes("strong")
+    with pytest.raises(ValueError, match=r"^augmentation must be one of authors, .* got 'strong'"):
+        find_recipes("strong")
+
+
+@pytest.mark.parametrize(
+    ("given", "received"),
+    [(ViewRecipe(), "a single ViewRecipe; give a recipe"), (3, "3"), ([], r"\[")],
+)
+def test_recipes_are_found_by_a_name_or_in_a_mapping(given: Any, received: str) -> None:
+    with pytest.raises(ValueError, match=f"a YAML file or its content, got {received}"):
+        find_recipes(given)
+
+
 @pytest.mark.parametrize(
     ("height", "width"),
     [(128, 128), (64, 96), (128, 431), (128, 1000)],  # square; one, five and ten seconds

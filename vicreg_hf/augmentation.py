@@ -140,12 +140,15 @@ PRESETS: Mapping[str, Recipes] = {
 }
 
 
-def find_recipes(preset: str | Mapping[str, Any]) -> Recipes:
+def find_recipes(preset: str | Mapping[str, Any], *, name: str = "augmentation") -> Recipes:
     """The recipes of a preset, a YAML file, or what such a file holds.
 
     The file names a preset to start from (`preset`, by default authors) and what differs from it:
     fields of `ViewRecipe` for all views, and under `x`, `x_prime` and `local` for one kind. Local
     views start from what x has become, with the scale of `local_recipe`.
+
+    Args:
+        name: what the caller calls `preset`, for errors.
 
     Raises:
         ValueError: no such preset or file, a field that does not exist, a value that cannot be.
@@ -155,26 +158,31 @@ def find_recipes(preset: str | Mapping[str, Any]) -> Recipes:
             return PRESETS[preset]
         if not Path(preset).is_file():
             raise ValueError(
-                f"augmentation must be one of {', '.join(PRESETS)}, or a YAML file, got {preset!r}."
+                f"{name} must be one of {', '.join(PRESETS)}, or a YAML file, got {preset!r}."
             )
         try:
             content = yaml.safe_load(Path(preset).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"augmentation must be valid YAML, {preset} is not: {error}"
-            ) from error
-    else:
+            raise ValueError(f"{name} must be valid YAML, {preset} is not: {error}") from error
+    elif isinstance(preset, Mapping):
         content = dict(preset)
+    else:
+        alone = isinstance(preset, ViewRecipe)
+        remedy = "; give a recipe for each view, as (recipe, recipe)" if alone else ""
+        raise ValueError(
+            f"{name} must be one of {', '.join(PRESETS)}, a YAML file or its content, got "
+            f"{'a single ViewRecipe' if alone else repr(preset)}{remedy}."
+        )
     if not isinstance(content, dict):
-        raise ValueError(f"augmentation must map fields to values, got {content!r}.")
+        raise ValueError(f"{name} must map fields to values, got {content!r}.")
     common = dict(content)
     base = common.pop("preset", "authors")
     own = {view: common.pop(view, None) or {} for view in Recipes._fields}
-    if base not in PRESETS:
+    if not isinstance(base, str) or base not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {base!r}.")
-    x = _changed(PRESETS[base].x, common, own["x"])
-    x_prime = _changed(PRESETS[base].x_prime, common, own["x_prime"])
-    return Recipes(x, x_prime, _changed(local_recipe(x), own["local"]))
+    x = _changed(name, PRESETS[base].x, common, own["x"])
+    x_prime = _changed(name, PRESETS[base].x_prime, common, own["x_prime"])
+    return Recipes(x, x_prime, _changed(name, local_recipe(x), own["local"]))
 
 
 def multi_crop_recipes(
@@ -199,20 +207,20 @@ def multi_crop_recipes(
         raise ValueError(f"num_global_views must be at least 1, got {num_global_views}.")
     if num_local_views < 0:
         raise ValueError(f"num_local_views must be at least 0, got {num_local_views}.")
-    recipes = preset if isinstance(preset, Recipes) else find_recipes(preset)
+    recipes = preset if isinstance(preset, Recipes) else find_recipes(preset, name="preset")
     by_turns = (recipes[view % 2] for view in range(num_global_views))
     return (*by_turns, *[recipes.local] * num_local_views)
 
 
-def _changed(recipe: ViewRecipe, *changes: Any) -> ViewRecipe:
+def _changed(name: str, recipe: ViewRecipe, *changes: Any) -> ViewRecipe:
     known = {f.name for f in fields(ViewRecipe)}
     for change in changes:
         if not isinstance(change, dict):
             raise ValueError(f"x, x_prime and local must map fields to values, got {change!r}.")
-        unknown = {str(name) for name in change} - known
+        unknown = {str(key) for key in change} - known
         if unknown:
             raise ValueError(
-                "augmentation must hold preset, x, x_prime, local and fields of a view "
+                f"{name} must hold preset, x, x_prime, local and fields of a view "
                 f"({', '.join(sorted(known))}), got {', '.join(sorted(unknown))}."
             )
         recipe = replace(recipe, **change)

@@ -11,6 +11,7 @@ uniforms per view.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -31,6 +32,7 @@ from vicreg_hf.augmentation import (
     find_recipes,
     joined,
 )
+from vicreg_hf.checks import is_number, is_whole
 from vicreg_hf.colouring import finish, plan
 from vicreg_hf.configuration_vicreg import encoder_pretrained_cfg
 from vicreg_hf.kernels import Kernels
@@ -77,8 +79,9 @@ class RandomViews(Generic[Views]):
             elsewhere; by default the first ones.
 
     Raises:
-        ValueError: no recipe, no channels, a side below one pixel, or sides, means or deviations
-            of another number of views.
+        ValueError: no recipe or something else, no channels, a side that is no whole number or
+            below one pixel, a mean that is not finite, a deviation that is not above 0, or sides,
+            means or deviations of another number of views.
 
     Example:
         >>> (x,) = RandomViews(32, (ViewRecipe(jitter=0, grayscale=0),))(images, indices)
@@ -101,13 +104,17 @@ class RandomViews(Generic[Views]):
     ) -> None:
         if in_chans < 1:
             raise ValueError(f"in_chans must be at least 1, got {in_chans}.")
+        if not _are_recipes(recipes):
+            raise ValueError(f"recipes must be a ViewRecipe for each view, got {recipes!r}.")
         if not recipes:
             raise ValueError("recipes must be of at least 1 view, got none.")
         self.image_size = tuple(image_size) if isinstance(image_size, Sequence) else image_size
         self.image_sizes: tuple[int, ...] = _per_view("image_size", image_size, len(recipes))
         """The side of each view."""
-        if min(self.image_sizes) < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
+        if not all(is_whole(side) and side > 0 for side in self.image_sizes):
+            raise ValueError(
+                f"image_size must be a whole number of at least 1 pixel, got {image_size!r}."
+            )
         self.seed, self.in_chans, self.recipes = seed, in_chans, recipes
         self.numbers = tuple(range(len(recipes)) if numbers is None else numbers)
         self.kernels = Kernels(compiled=compile)
@@ -118,6 +125,8 @@ class RandomViews(Generic[Views]):
                 ("std", std, _imagenet(IMAGENET_DEFAULT_STD, in_chans)),
             )
         )
+        if not all(s > 0 for own in stds for s in own):
+            raise ValueError(f"std must be above 0 for every channel, got {std}.")
         self._normalisation = [_factors(*own) for own in zip(means, stds, strict=True)]
 
     @property
@@ -147,17 +156,25 @@ class RandomViews(Generic[Views]):
             A (B, C, S, S) float32 tensor for each view, normalised.
 
         Raises:
-            ValueError: images of another dtype or shape.
+            ValueError: images of another dtype or shape, or none; indices that are not one for each
+                image, from 0.
         """
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                f"images must be a uint8 tensor of shape (B, {self.in_chans}, H, W), got "
+                f"{type(images).__name__}; stack those of one size, or `crop` them first."
+            )
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != self.in_chans:
             raise ValueError(
                 f"images must be a uint8 tensor of shape (B, {self.in_chans}, H, W), got "
                 f"{images.dtype} of shape {tuple(images.shape)}."
             )
+        if not len(images):
+            raise ValueError(f"images must be at least 1, got none of shape {tuple(images.shape)}.")
         if indices is None:
             indices = torch.randint(2**31, (len(images),)).numpy()
         height, width = images.shape[-2:]
-        drawn = self._drawn(indices, epoch)
+        drawn = self._drawn(_one_each(indices, len(images)), epoch)
         boxes = [
             draw_crops(u, height, width, recipe)
             for u, recipe in zip(drawn, self.recipes, strict=True)
@@ -178,7 +195,13 @@ class RandomViews(Generic[Views]):
 
         Returns:
             A (B, C, S, S) uint8 tensor for each view.
+
+        Raises:
+            ValueError: no images, or indices that are not one for each, from 0.
         """
+        if not len(images):
+            raise ValueError("images must be at least 1, got none.")
+        indices = _one_each(indices, len(images))
         heights, widths = np.array([image.shape[-2:] for image in images]).T
         views = []
         for view, (recipe, side) in enumerate(zip(self.recipes, self.image_sizes, strict=True)):
@@ -202,8 +225,11 @@ class RandomViews(Generic[Views]):
 
         Returns:
             A (B, C, S, S) float32 tensor for each view, normalised.
+
+        Raises:
+            ValueError: indices that are not one for each crop, from 0.
         """
-        return self._colour(crops, self._drawn(indices, epoch))
+        return self._colour(crops, self._drawn(_one_each(indices, len(crops[0])), epoch))
 
     def _drawn(self, indices: ArrayLike, epoch: ArrayLike) -> list[NDArray[np.float32]]:
         return [self.uniforms(indices, epoch, view) for view in range(len(self.recipes))]
@@ -260,7 +286,8 @@ class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
         ValueError: unknown preset, or as for `RandomViews`.
 
     Example:
-        >>> x, x_prime = TwoViews(image_size=32, preset="cifar")(images, indices)
+        >>> make = TwoViews(image_size=32, preset="cifar")
+        >>> x, x_prime = make(images, indices, epoch)  # other views in every epoch
     """
 
     def __init__(
@@ -274,11 +301,13 @@ class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
         in_chans: int = 3,
         compile: bool = False,  # noqa: A002 - torch's word
     ) -> None:
-        recipes = preset if isinstance(preset, tuple) else find_recipes(preset)
+        recipes = preset if isinstance(preset, tuple) else find_recipes(preset, name="preset")
         if isinstance(recipes, Recipes):
             recipes = recipes.x, recipes.x_prime
         if len(recipes) != 2:
             raise ValueError(f"preset must have the recipes of 2 views, got {len(recipes)}.")
+        if not _are_recipes(recipes):
+            raise ValueError(f"preset must be a name or a ViewRecipe for each view, got {preset}.")
         super().__init__(
             image_size, recipes, mean=mean, std=std, seed=seed, in_chans=in_chans, compile=compile
         )
@@ -326,19 +355,47 @@ def _per_view(name: str, values: Any, num_views: int) -> tuple[Any, ...]:
     return own
 
 
+def _one_each(indices: ArrayLike, count: int) -> NDArray[np.integer[Any]]:
+    """Sample indices as an array, if they are one for each of so many images."""
+    found = np.asarray(indices)
+    if found.size != count:
+        raise ValueError(f"indices must be one for each of {count} images, got {found.size}.")
+    if found.dtype.kind not in "iu":
+        raise ValueError(f"indices must be whole numbers, got {found.dtype}.")
+    if found.min() < 0:
+        raise ValueError(f"indices must be at least 0, got {found.min()}.")
+    return found
+
+
 def _imagenet(default: Sequence[float], channels: int) -> Sequence[float]:
     return default if channels == 3 else [sum(default) / len(default)]
+
+
+def _are_recipes(recipes: Any) -> bool:
+    return isinstance(recipes, Sequence) and all(isinstance(r, ViewRecipe) for r in recipes)
+
+
+def _listed(name: str, values: Any) -> Any:
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)):
+        raise ValueError(f"{name} must be a list with a number per channel, got {values!r}.")
+    return values
 
 
 def _per_channel(
     name: str, values: PerChannel, num_views: int, channels: int
 ) -> list[tuple[float, ...]]:
     """The numbers of each view, one for each channel."""
+    values = _listed(name, values)
     for_each = len(values) > 0 and isinstance(values[0], Sequence)
     views: list[tuple[float, ...]] = []
-    for own in _per_view(name, values if for_each else [values] * num_views, num_views):
+    for given in _per_view(name, values if for_each else [values] * num_views, num_views):
+        own = _listed(name, given)
         if len(own) not in (1, channels):
             raise ValueError(f"{name} must have a number per channel, {channels}, got {list(own)}.")
+        if not all(is_number(value) and math.isfinite(value) for value in own):
+            raise ValueError(f"{name} must be finite numbers, one per channel, got {list(own)}.")
         views.append(tuple(own) if len(own) == channels else (own[0],) * channels)
     return views
 
