@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,6 +108,14 @@ def test_uniformity_of_points_worked_by_hand() -> None:
     square = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
     expected = math.log((4 * math.exp(-4) + 2 * math.exp(-8)) / 6)
     assert uniformity(square).item() == pytest.approx(expected)
+
+
+def test_rows_of_zeros_are_no_distance_apart() -> None:
+    assert uniformity(torch.zeros(5, 3)).item() == pytest.approx(0.0, abs=1e-6)
+    assert collapse_report(torch.zeros(5, 3)).uniformity == pytest.approx(0.0, abs=1e-6)
+    mixed = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 2.0]])
+    expected = math.log((1 + 2 * math.exp(-2)) / 3)  # one pair 0 apart, two pairs 1
+    assert uniformity(mixed).item() == pytest.approx(expected)
 
 
 def test_uniformity_is_that_of_the_pairs_distances() -> None:
@@ -225,7 +234,21 @@ def test_half_precision_is_reported_as_in_more() -> None:
     assert torch.equal(report.singular_values, expected.singular_values)
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (0, 5), (5,), (2, 3, 4)])
+def test_an_array_is_reported_as_its_tensor() -> None:
+    x = random(20, 4)
+    report, expected = collapse_report(x.numpy(), (x.numpy(), -x.numpy())), collapse_report(x)
+    assert report.effective_rank == expected.effective_rank
+    assert torch.equal(report.singular_values, expected.singular_values)
+    assert report.alignment == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("views", [[torch.ones(3, 4)], [torch.ones(3, 4), torch.ones(2, 4)]])
+def test_views_of_a_report_are_two_alike(views: Any) -> None:
+    with pytest.raises(ValueError, match=r"features of two views, of one shape, got \(3, 4\)"):
+        collapse_report(random(10, 4), views)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (0, 5), (5,), (2, 3, 4), (3, 0)])
 def test_a_report_of_less_than_two_rows_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="at least two rows of numbers, got shape"):
         collapse_report(torch.ones(shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,52 @@ def test_test_labels_for_other_rows_are_refused() -> None:
     train, labels = split(10, seed=0)
     with pytest.raises(ValueError, match="10 rows and 1 labels"):
         knn_accuracy(train, labels, train, labels[:1], k=1)
+
+
+ONES = torch.ones(10, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_features": ONES * math.nan}, "^train_features must be finite numbers, and some"),
+        ({"test_features": ONES * math.inf}, "^test_features must be finite numbers, and some"),
+        ({"test_features": ONES[:, :9]}, r"of one width, got \(10, 10\) and \(10, 9\)"),
+        ({"test_features": ONES[0]}, r"^test_features must be rows of features .*, got \(10,\)"),
+        ({"train_features": "abc"}, "^train_features must be a tensor or an array .*, got str"),
+        (
+            {"train_features": np.array(["a"])},
+            "^train_features must be a tensor or an array ",
+        ),
+        (
+            {"train_labels": torch.zeros(10)},
+            "^train_labels must be integers, got torch.float32",
+        ),
+        ({"train_labels": torch.zeros(10) > 0}, "^train_labels must be integers, got torch.bool"),
+        ({"train_labels": ONES.long()}, r"^train_labels must be one class .*, got \(10, 10\)"),
+        ({"train_labels": torch.arange(-1, 9)}, "^train_labels .* class from 0, got -1 in row 0"),
+        ({"test_labels": torch.zeros(10)}, "^test_labels must be integers, got torch.float32"),
+        ({"test_labels": -torch.arange(10)}, "^test_labels .* class from 0, got -9 in row 9"),
+        ({"test_features": ONES[:0], "test_labels": torch.arange(0)}, "at least 1 row, got none"),
+        ({"k": 2.5}, "k must lie between 1 and 10 training rows, got 2.5"),
+    ],
+)
+def test_what_has_no_neighbours_is_refused(change: dict[str, Any], message: str) -> None:
+    features, labels = split(10, seed=0)
+    given: dict[str, Any] = {
+        "train_features": features, "train_labels": labels, "test_features": features,
+        "test_labels": labels, "k": 1,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        knn_accuracy(**given | change)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.int64])
+def test_features_and_labels_may_be_arrays(dtype: Any) -> None:
+    (train, labels), (test, wanted) = split(100, seed=0), split(50, seed=1)
+    given = [train.numpy(), labels.numpy().astype(dtype), test.double().numpy(), wanted.tolist()]
+    given[0].flags.writeable = False
+    assert knn_accuracy(*given, k=5) == knn_accuracy(train, labels, test, wanted, k=5)
 
 
 # --- handwritten digits

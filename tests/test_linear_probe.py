@@ -302,6 +302,29 @@ def test_classes_without_training_rows_are_never_predicted() -> None:
 def test_accuracy_is_the_share_of_right_predictions() -> None:
     result = linear.LinearResult(torch.tensor([0, 1, 2, -1]), 0.1, 0.0, {}, {}, 32)
     assert result.accuracy(torch.tensor([0, 1, 1, 0])) == 0.5
+    assert result.accuracy(np.array([0, 1, 1, 0], np.int32)) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 2], "every test row needs one label, got 4 rows and 3 labels"),
+        ([0], "every test row needs one label, got 4 rows and 1 labels"),
+        (3, r"labels must be one class for each row, got \(\)"),
+        ([0.0] * 4, "labels must be integers, got torch.float32"),
+    ],
+)
+def test_labels_of_other_rows_have_no_accuracy(labels: Any, message: str) -> None:
+    result = linear.LinearResult(torch.tensor([0, 1, 2, -1]), 0.1, 0.0, {}, {}, 32)
+    with pytest.raises(ValueError, match=message):
+        result.accuracy(labels)
+
+
+def test_features_and_labels_may_be_arrays() -> None:
+    (x, labels), (x_test, _) = blobs(100, seed=0), blobs(20, seed=1)
+    expected = linear_probe(x, labels, x_test, epochs=2)
+    given: Any = x.numpy(), labels.numpy().astype(np.int32), x_test.numpy()
+    assert torch.equal(linear_probe(*given, epochs=2).predictions, expected.predictions)
 
 
 def test_the_rate_falls_to_zero_at_the_end() -> None:
@@ -327,6 +350,9 @@ def test_the_rate_falls_to_zero_at_the_end() -> None:
         ({"train_labels": torch.arange(10), "num_classes": 9}, "below num_classes=9, got 9"),
         ({"train_labels": torch.arange(10) % 2, "num_classes": 1}, "num_classes=1, got 1"),
         ({"train_labels": torch.arange(-1, 9)}, "class from 0, got -1 in row 0"),
+        ({"train_labels": torch.arange(10) % 2 * 1.0}, "must be integers, got torch.float32"),
+        ({"test_features": torch.ones(3, 2)}, r"of one width, got \(10, \d+\) and \(3, 2\)"),
+        ({"train_features": None}, "train_features must be a tensor or an array .*, got NoneType"),
         ({"learning_rates": ()}, "one learning rate and one weight decay, got none"),
         ({"weight_decays": ()}, "one learning rate and one weight decay, got none"),
     ],

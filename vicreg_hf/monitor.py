@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vicreg_hf.data import MEMORY_BUDGET, SMALL_IMAGE, evaluation_batches, load_in_memory
-from vicreg_hf.evaluation import extract_features, knn_accuracy
+from vicreg_hf.evaluation import extract_features
+from vicreg_hf.evaluation.knn import vote
 from vicreg_hf.inputs import common_side
 from vicreg_hf.randomness import Stream, drawn
 from vicreg_hf.sources import ImageSplit
@@ -101,13 +102,13 @@ class KNNMonitor:
         else:
             y = self._features(encoder, kept, np.arange(len(kept)), **settings)
         labels = self.held_out.labels[torch.from_numpy(test_rows)].to(device)
-        knn = knn_accuracy(
+        voted = vote(  # which ends no run over a feature that is not finite
             self._features(encoder, self.train_images, train_rows, **settings),
             self.train.labels[torch.from_numpy(train_rows)].to(device),
             y,
-            labels,
             k=K,
         )
+        knn = (voted == labels).float().mean().item()
         if classify is None:
             return {"knn": knn}
         return {"knn": knn, "probe": (classify(y) == labels).float().mean().item()}

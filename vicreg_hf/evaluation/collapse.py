@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vicreg_hf.evaluation.given import Values, as_features, as_tensor, check_finite
 from vicreg_hf.randomness import permutation
 
 MOST_PAIRS = 4096
@@ -63,7 +64,8 @@ def alignment(z: Tensor, z_prime: Tensor) -> Tensor:
 def uniformity(z: Tensor) -> Tensor:
     """How evenly embeddings cover the unit sphere: 0 if they are equal, less the evener.
 
-    The logarithm of the mean of exp(-2 d^2) over all pairs of rows a distance d apart.
+    The logarithm of the mean of exp(-2 d^2) over all pairs of rows a distance d apart. A row of
+    zeros stays in the centre: from another it is 0 apart, from all others 1.
 
     Args:
         z: (N, D) embeddings, N > 1.
@@ -71,7 +73,8 @@ def uniformity(z: Tensor) -> Tensor:
     Source: Wang and Isola 2020, arXiv:2005.10242, eq. 3 with t = 2.
     """
     z = F.normalize(z.float(), dim=1)
-    squared = (2 - 2 * (z @ z.T)).clamp(min=0)
+    length = z.any(1).to(z.dtype)
+    squared = (length[:, None] + length - 2 * (z @ z.T)).clamp(min=0)
     pairs = torch.triu_indices(len(z), len(z), offset=1, device=z.device)
     return torch.logsumexp(-2 * squared[pairs[0], pairs[1]], 0) - math.log(pairs.shape[1])
 
@@ -96,23 +99,24 @@ class CollapseReport:
     """Of two views of the same images, if they were given."""
 
 
-def collapse_report(features: Tensor, views: tuple[Tensor, Tensor] | None = None) -> CollapseReport:
+def collapse_report(features: Values, views: tuple[Values, Values] | None = None) -> CollapseReport:
     """Measure how far features spread, and over how many dimensions.
 
     Args:
-        features: (N, F), a row for every image.
+        features: (N, F), a row for every image; a tensor or an array.
         views: two (M, F), features of two views of some images; for alignment.
 
     Raises:
-        ValueError: fewer than two rows, or values that are not finite.
+        ValueError: fewer than two rows, values that are not finite, or views that are not two of
+            one shape.
     """
-    if features.ndim != 2 or len(features) < 2:
+    given = as_tensor("features", features)
+    if given.ndim != 2 or len(given) < 2 or not given.shape[1]:
         raise ValueError(
-            f"features must be at least two rows of numbers, got shape {tuple(features.shape)}."
+            f"features must be at least two rows of numbers, got shape {tuple(given.shape)}."
         )
-    if not bool(features.isfinite().all()):
-        raise ValueError("features must be finite numbers, and some are not.")
-    x = features.float()
+    check_finite("features", given)
+    x = given.float()
     centred = x - x.mean(0)
     # the first rows may all be of one class
     some = x[torch.from_numpy(permutation(len(x), seed=0, epoch=0)[:MOST_PAIRS]).to(x.device)]
@@ -123,8 +127,16 @@ def collapse_report(features: Tensor, views: tuple[Tensor, Tensor] | None = None
         effective_rank=effective_rank(x).item(),
         uniformity=uniformity(some).item(),
         off_diagonal_correlation=_off_diagonal(centred[:, _varies(x)]).item(),
-        alignment=None if views is None else alignment(*views).item(),
+        alignment=None if views is None else alignment(*_two_alike(views)).item(),
     )
+
+
+def _two_alike(views: tuple[Values, Values]) -> tuple[Tensor, Tensor]:
+    z, *others = (as_features("views", view) for view in views)
+    if len(others) != 1 or z.shape != others[0].shape:
+        shapes = ", ".join(str(tuple(view.shape)) for view in (z, *others))
+        raise ValueError(f"views must be features of two views, of one shape, got {shapes}.")
+    return z, others[0]
 
 
 def _varies(x: Tensor) -> Tensor:

@@ -13,6 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vicreg_hf.evaluation.given import (
+    Values,
+    as_features,
+    as_labels,
+    as_tensor,
+    check_one_label_each,
+    check_same_width,
+)
 from vicreg_hf.evaluation.subsets import balanced_subset
 from vicreg_hf.randomness import permutation
 
@@ -38,15 +46,23 @@ class LinearResult:
     """Cross-entropy on them, by which the setting is chosen; NaN where training diverged."""
     batch_size: int
 
-    def accuracy(self, labels: Tensor) -> float:
-        """Share of test rows, 0 to 1, that are classified rightly."""
-        return (self.predictions == labels).float().mean().item()
+    def accuracy(self, labels: Values) -> float:
+        """Share of test rows, 0 to 1, that are classified rightly.
+
+        Raises:
+            ValueError: labels that are not one integer for each row, or no rows.
+        """
+        given = as_labels("labels", labels)
+        check_one_label_each("test", len(self.predictions), len(given))
+        if not len(given):
+            raise ValueError("an accuracy needs at least 1 test row, got none.")
+        return (self.predictions == given.to(self.predictions.device)).float().mean().item()
 
 
 def linear_probe(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
+    train_features: Values,
+    train_labels: Values,
+    test_features: Values,
     *,
     num_classes: int | None = None,
     learning_rates: Sequence[float] = LEARNING_RATES,
@@ -64,7 +80,7 @@ def linear_probe(
     seen.
 
     Args:
-        train_features: (N, F), any float dtype.
+        train_features: (N, F), a tensor of any float dtype or an array.
         train_labels: (N,) classes from 0.
         test_features: (M, F).
         num_classes: K; by default as many as the labels show.
@@ -72,27 +88,29 @@ def linear_probe(
 
     Raises:
         FloatingPointError: no setting trains.
-        ValueError: rows and labels that differ in number, fewer than two classes, a label that is
-            not below num_classes, or no settings.
+        ValueError: rows and labels that differ in number, features of two widths, fewer than two
+            classes, labels that are no integers from 0, one that is not below num_classes, or no
+            settings.
     """
-    if len(train_features) != len(train_labels):
-        raise ValueError(
-            "every training row needs one label, got "
-            f"{len(train_features)} rows and {len(train_labels)} labels."
-        )
-    present = len(train_labels.unique())
+    train = as_features("train_features", train_features)
+    test = as_features("test_features", test_features)
+    labels = as_tensor("train_labels", train_labels)
+    check_one_label_each("training", len(train), labels.numel())
+    check_same_width(train, test)
+    present = len(labels.unique())
     if present < 2:
         raise ValueError(f"a classifier needs rows of at least two classes, got {present}.")
-    largest = int(train_labels.max())
+    labels = as_labels("train_labels", labels)
+    largest = int(labels.max())
     classes = largest + 1 if num_classes is None else num_classes
     if largest >= classes:
         raise ValueError(f"every label must be below num_classes={classes}, got {largest}.")
     settings = list(itertools.product(learning_rates, weight_decays))
     if not settings:
         raise ValueError("a sweep needs at least one learning rate and one weight decay, got none.")
-    x, x_test = _standardised(train_features, test_features)
-    labels = train_labels.to(x.device)
-    held_out = torch.from_numpy(balanced_subset(train_labels.cpu(), VALIDATION, seed))
+    x, x_test = _standardised(train, test)
+    held_out = torch.from_numpy(balanced_subset(labels.cpu(), VALIDATION, seed))
+    labels = labels.to(x.device)
     kept = torch.ones(len(x), dtype=torch.bool)
     if len(held_out) < len(x):  # else each class has one row, and is chosen on what it learns
         kept[held_out] = False
