@@ -155,11 +155,48 @@ def test_lars_defaults_are_the_authors() -> None:
     assert defaults == settings | {"clip": False, "foreach": None}
 
 
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "0.1", None, True])
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "eta"])
-def test_lars_refuses_negative_settings(name: str) -> None:
-    settings: dict[str, Any] = {"lr": 0.1, name: -1.0}
-    with pytest.raises(ValueError, match=f"{name} must not be negative, got -1"):
+def test_lars_refuses_settings_that_cannot_be(name: str, value: Any) -> None:
+    settings: dict[str, Any] = {"lr": 0.1, name: value}
+    message = f"^{name} must be a finite number of at least 0, got {value!r}.$"
+    with pytest.raises(ValueError, match=message):
         LARS([parameter([1.0])], **settings)
+    optimizer = LARS([parameter([1.0])], lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [parameter([1.0])], name: value})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_lars_refuses_momentum_that_grows() -> None:
+    with pytest.raises(ValueError, match=r"momentum must be at most 1, got 1\.5"):
+        LARS([parameter([1.0])], lr=0.1, momentum=1.5)
+
+
+def test_lars_takes_a_rate_that_is_a_tensor() -> None:
+    p = parameter([1.0])
+    rate: Any = torch.tensor(0.25)
+    assert_values(after_step(p, LARS([p], lr=rate), [1.0]), [0.75])
+    with pytest.raises(ValueError, match="lr must be a finite number of at least 0, got nan"):
+        LARS([p], lr=rate * math.nan)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("weight", "grad", "expected"),
+    [(1.0, 300.0, 0.75), (300.0, 1.0, 225.0), (300.0, 300.0, 225.0), (0.5, 1.0, 0.375)],
+)
+def test_norms_beyond_half_precision_keep_their_step(
+    weight: float, grad: float, expected: float, dtype: torch.dtype, foreach: bool
+) -> None:
+    """The step is eta |p| / |grad| times grad, a quarter of the weight; 300 has a norm of 76800."""
+    p = nn.Parameter(torch.full((256, 256), weight, dtype=dtype))
+    optimizer = LARS([p], lr=1.0, momentum=0.0, weight_decay=0.0, eta=0.25, foreach=foreach)
+    p.grad = torch.full_like(p, grad)
+    optimizer.step()
+    assert p.dtype == optimizer.state[p]["momentum_buffer"].dtype == dtype
+    torch.testing.assert_close(p.detach(), torch.full_like(p, expected), rtol=0.01, atol=0)
 
 
 # Clipping the trust ratio

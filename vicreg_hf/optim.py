@@ -12,6 +12,8 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from vicreg_hf.checks import check_number
+
 # Paper, appendix C.4: best base learning rate of a 100-epoch run by global batch size.
 BASE_LR_BY_BATCH = {128: 0.8, 256: 0.5, 512: 0.4}
 BASE_LR_LARGE_BATCH = 0.3
@@ -41,7 +43,8 @@ class LARS(Optimizer):
             so on CUDA, as torch.optim.
 
     Raises:
-        ValueError: a negative setting.
+        ValueError: a setting, also of a parameter group, that is not a finite number of at least 0,
+            or a momentum above 1.
 
     Source: vicreg@4e12602, main_vicreg.py, LARS; You et al. 2017, arXiv:1708.03888; clip from
     solo-learn, solo/utils/lars.py.
@@ -59,11 +62,13 @@ class LARS(Optimizer):
         foreach: bool | None = None,
     ) -> None:
         numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
-        for name, value in numbers.items():
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}.")
+        _check_numbers(numbers)
         defaults = numbers | {"clip": clip, "foreach": foreach}
         super().__init__(params, defaults)  # pyright: ignore[reportArgumentType]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check_numbers(param_group)
+        super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -93,7 +98,9 @@ class LARS(Optimizer):
         assert update is not None
         if p.ndim > 1:
             update = update.add(p, alpha=group["weight_decay"])
-            weight_norm, update_norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(update)
+            weight_norm, update_norm = (
+                torch.linalg.vector_norm(x, dtype=_norm_dtype(p)) for x in (p, update)
+            )
             update = update * _trust_ratio(weight_norm, update_norm, group)
         buffer = self._buffer(p).mul_(group["momentum"]).add_(update)
         p.add_(buffer, alpha=-group["lr"])
@@ -104,11 +111,13 @@ class LARS(Optimizer):
         lists: Any = [params, [p.grad for p in params], [self._buffer(p) for p in params]]
         alike: Any = self._group_tensors_by_device_and_dtype(lists).values()
         for (some, updates, buffers), _ in alike:
+            dtype = _norm_dtype(some[0])
             torch._foreach_mul_(buffers, group["momentum"])
             if adapt:
                 updates = torch._foreach_add(updates, some, alpha=group["weight_decay"])
                 weight_norms, update_norms = (
-                    torch.stack(torch._foreach_norm(tensors)) for tensors in (some, updates)
+                    torch.stack(torch._foreach_norm(tensors, dtype=dtype))
+                    for tensors in (some, updates)
                 )
                 ratios = _trust_ratio(weight_norms, update_norms, group).unbind()
                 torch._foreach_addcmul_(buffers, updates, ratios)
@@ -121,6 +130,20 @@ class LARS(Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"]
+
+
+def _check_numbers(group: dict[str, Any]) -> None:
+    for name in ("lr", "momentum", "weight_decay", "eta"):
+        value = group.get(name, 0)
+        # a rate may be a tensor of torch.optim's, which schedules change in place
+        check_number(name, value.item() if isinstance(value, Tensor) and name == "lr" else value)
+    if group.get("momentum", 0) > 1:
+        raise ValueError(f"momentum must be at most 1, got {group['momentum']}.")
+
+
+def _norm_dtype(p: Tensor) -> torch.dtype | None:
+    """In half precision that of single: a norm above 65504 would be infinite, its step zero."""
+    return torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else None
 
 
 def _trust_ratio(weight_norm: Tensor, update_norm: Tensor, group: dict[str, Any]) -> Tensor:
