@@ -126,9 +126,11 @@ def test_frozen_parameters_get_no_gradient() -> None:
     assert_all_close(state(model, output.loss), state(whole, loss))
 
 
-def test_a_chunk_of_no_images_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        backward_in_chunks(build("batch norm"), *views(), chunk_size=0)
+@pytest.mark.parametrize("chunk_size", [0, -1, 2.5, 2.0, True, "2", None])
+def test_a_chunk_of_no_whole_number_of_images_is_refused(chunk_size: Any) -> None:
+    message = f"^chunk_size must be a whole number of at least 1, got {chunk_size!r}.$"
+    with pytest.raises(ValueError, match=message):
+        backward_in_chunks(build("batch norm"), *views(), chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("scale", [None, 2.0**10])

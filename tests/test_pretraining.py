@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,13 @@ def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     )
     assert result.returncode == 0, result.stderr
     return directory, result.stdout
+
+
+@pytest.mark.parametrize("args", ["demo", None, {"dataset_name": "demo"}])
+def test_what_is_no_arguments_is_refused(args: Any) -> None:
+    message = re.escape(f"args must be PretrainingArguments, got {args!r}; Pretraining")
+    with pytest.raises(ValueError, match=message):
+        pretrain(args)
 
 
 def test_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> None:

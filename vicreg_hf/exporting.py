@@ -39,7 +39,13 @@ def export_encoder(
 
     Raises:
         ExportError: weights or features differ when loaded again; the directory is as it was.
+        ValueError: the model is no VICRegModel.
     """
+    if not isinstance(model, VICRegModel):
+        raise ValueError(
+            f"model must be a VICRegModel, got {type(model).__name__}; "
+            "VICRegModel.from_timm makes one of a backbone of timm."
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for left in directory.glob(".export-*"):  # by a process that was killed

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vicreg_hf.branches import Inputs
+from vicreg_hf.checks import is_whole
 from vicreg_hf.modeling_vicreg import VICRegModel, VICRegOutput
 from vicreg_hf.terms import VICRegTerms
 
@@ -60,10 +61,10 @@ def backward_in_chunks(
         As the model's, without last_hidden_state; nothing in it carries a gradient.
 
     Raises:
-        ValueError: a chunk_size below 1.
+        ValueError: a chunk_size that is no whole number or below 1.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    if not is_whole(chunk_size) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a whole number of at least 1, got {chunk_size!r}.")
     run = model if wrapped is None else wrapped
     names = ["pixel_values", "pixel_values_prime"]
     names += ["pixel_values"] * (len(further_views) + len(local_views))

@@ -78,6 +78,11 @@ def pretrain(args: PretrainingArguments) -> Path:
         ExportError: the backbone could not be published, before any training.
         HubError: the encoder cannot be pushed, before any training; or could not be, after it.
     """
+    if not isinstance(args, PretrainingArguments):
+        raise ValueError(
+            f"args must be PretrainingArguments, got {args!r}; "
+            'PretrainingArguments.from_recipe("demo") makes those of a recipe.'
+        )
     with Signals() as signals, claim(Path(str(args.output_dir))):
         with explained(args):
             run = setup(replace(args))
