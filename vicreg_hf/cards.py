@@ -23,6 +23,7 @@ from vicreg_hf.backbones import is_ours
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.evaluation.results import Measurement
 from vicreg_hf.sources import DEMO
+from vicreg_hf.whole_files import replacing
 
 CARD_FILE = "README.md"
 LOSS_PICTURE = "pictures/loss_terms.png"
@@ -343,9 +344,8 @@ def add_evaluation(
 
 def write_card(path: Path, card: ModelCard) -> None:
     """Write a card that is there whole or, after a crash, not at all."""
-    aside = path.with_suffix(".partial")
-    aside.write_text(str(card), encoding="utf-8")
-    aside.replace(path)
+    with replacing(path) as aside:
+        aside.write_text(str(card), encoding="utf-8")
 
 
 def _metric_type(name: str) -> str:

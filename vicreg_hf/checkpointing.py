@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
@@ -31,6 +30,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from vicreg_hf.snapshots import Snapshot, join_tensors, take_snapshot
+from vicreg_hf.whole_files import sync
 
 MANIFEST = "manifest.json"
 FILES = {"config.json", "model.safetensors", "optimizer.json", "optimizer.safetensors"}
@@ -167,10 +167,10 @@ def _write(
         manifest["sha256"] = _digest(manifest)
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
         for file in (*aside.iterdir(), aside):
-            _fsync(file)
+            sync(file)
         _remove(final)
         aside.rename(final)
-        _fsync(folder)
+        sync(folder)
     # A full disk is an OSError from Python and a SafetensorError from safetensors.
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -330,11 +330,3 @@ def _digest(values: Any) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

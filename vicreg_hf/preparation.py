@@ -7,11 +7,9 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import transformers
@@ -42,15 +40,8 @@ from vicreg_hf.run import Run
 from vicreg_hf.sampler import GlobalBatches
 from vicreg_hf.second_encoder import DIRECTORY, check_second_exportable
 from vicreg_hf.streaming import ImageStream
+from vicreg_hf.whole_files import replacing
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-LOCK = ".lock"
-LOCK_PATIENCE = 5.0
-"""Seconds to wait for a run that is just ending."""
 ENCODERS = ("encoder", DIRECTORY)
 BESIDE = ("metrics.jsonl", "config.yaml", "bad_images.jsonl")
 """What a run writes besides its encoders and checkpoints."""
@@ -132,9 +123,8 @@ def begin(run: Run) -> None:
         if main:
             # how this session began is no setting of the run
             settings = replace(run.args, resume="auto", resume_changed=False)
-            aside = directory / "config.partial"
-            aside.write_text(settings.to_yaml())
-            aside.replace(directory / "config.yaml")
+            with replacing(directory / "config.yaml") as aside:
+                aside.write_text(settings.to_yaml())
             (directory / "checkpoints").mkdir(exist_ok=True)
             tempfile.TemporaryFile(dir=directory / "checkpoints").close()
     except OSError as error:
@@ -165,51 +155,6 @@ def _set_aside(run: Run) -> None:
     if run.step == 0 and over:
         names.append(CHECKPOINTS)  # last: where this is broken off, what is left is still known
     set_aside(directory, names, print)
-
-
-@contextmanager
-def claim(directory: Path) -> Iterator[None]:
-    """Keep other runs out of a directory, which is made if absent.
-
-    The claim ends with the process, however that ends. Of several processes the main one has it.
-
-    Raises:
-        ValueError: the directory cannot be written, or another run is in there and does not end
-            within a few seconds.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / LOCK).open("a")
-    except OSError as error:
-        raise ValueError(
-            f"output_dir must be a directory that can be written, got {directory}: {error}."
-        ) from error
-    with file:
-        _take(file, directory)
-        yield
-
-
-def _take(file: IO[str], directory: Path) -> None:
-    if fcntl is None:
-        return
-    until = time.monotonic() + LOCK_PATIENCE
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > until:
-                raise ValueError(
-                    f"output_dir must not be in use by another run, and {directory} is; wait for "
-                    "it, stop it, or choose another output_dir."
-                ) from error
-            time.sleep(0.1)
-        except OSError:  # a file system without locks
-            return
-        else:
-            return
 
 
 def _create_monitor(

@@ -12,6 +12,7 @@ from typing import Any
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.cards import Result, impersonal
 from vicreg_hf.monitor import KNNMonitor
+from vicreg_hf.whole_files import replacing
 
 
 class MetricsLog:
@@ -48,9 +49,8 @@ class MetricsLog:
         """Drop what a run wrote after the checkpoint it resumes from."""
         if self.enabled:
             kept = [row for row in self.rows() if row["step"] <= step]
-            aside = self.path.with_suffix(".partial")
-            aside.write_text("".join(map(_line, kept)))
-            aside.replace(self.path)
+            with replacing(self.path) as aside:
+                aside.write_text("".join(map(_line, kept)))
 
 
 def _line(row: dict[str, Any]) -> str:

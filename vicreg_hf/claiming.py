@@ -1,0 +1,64 @@
+"""One run at a time in an output_dir."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"
+LOCK_PATIENCE = 5.0
+"""Seconds to wait for a run that is just ending."""
+
+
+@contextmanager
+def claim(directory: Path) -> Iterator[None]:
+    """Keep other runs out of a directory, which is made if absent.
+
+    The claim ends with the process, however that ends. Of several processes the main one has it.
+
+    Raises:
+        ValueError: the directory cannot be written, or another run is in there and does not end
+            within a few seconds.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / LOCK).open("a")
+    except OSError as error:
+        raise ValueError(
+            f"output_dir must be a directory that can be written, got {directory}: {error}."
+        ) from error
+    with file:
+        _take(file, directory)
+        yield
+
+
+def _take(file: IO[str], directory: Path) -> None:
+    if fcntl is None:
+        return
+    until = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"output_dir must not be in use by another run, and {directory} is; wait for "
+                    "it, stop it, or choose another output_dir."
+                ) from error
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return
+        else:
+            return
