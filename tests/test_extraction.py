@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hub import READER, WRITER, running_hub
@@ -23,8 +24,10 @@ from transformers import AutoImageProcessor, AutoModel
 from warm import Script, run_script
 from workflow import run
 
+from vicreg_hf.claiming import claim
 from vicreg_hf.encoders import Encoder
 from vicreg_hf.extraction import ExtractionArguments, _encode, extract_dataset
+from vicreg_hf.images import ImageError
 
 SIZES = [(40, 60), (64, 64), (33, 90), (120, 50)]
 
@@ -182,6 +185,103 @@ def test_killed_at_any_moment_it_ends_with_the_same_features(
     done = run_script(*words)
     assert done.returncode == 0, done.stderr
     assert files(extracted).items() <= files(output).items()
+
+
+def test_a_damaged_part_is_said_and_made_again(
+    extracted: Path, encoder: Path, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(extracted, output)
+    names = [f"train-{number:05d}-of-00004.parquet" for number in range(4)]
+    parts = [output / "data" / name for name in names]
+    whole = parts[1].read_bytes()
+    parts[0].write_bytes(b"")
+    parts[1].write_bytes(whole[: len(whole) // 2])
+    middle = len(whole) // 2
+    parts[2].write_bytes(flipped(parts[2], middle))
+    # a valid file of too few rows
+    pq.write_table(pq.read_table(parts[3]).slice(0, 4), parts[3])
+    (kept,) = (output / "data").glob("test-*")
+    written = kept.stat().st_mtime_ns
+    done = run_script(*command(encoder, folder, output))
+    assert done.returncode == 0, done.stderr
+    for part in parts:
+        assert f"warning: {part} is damaged and is made again: " in done.stdout
+    assert "made again: it lacks 2 images that can be used." in done.stdout
+    assert files(output) == files(extracted)
+    assert kept.stat().st_mtime_ns == written
+    assert (output / "bad_images.jsonl").read_text() == (extracted / "bad_images.jsonl").read_text()
+
+
+def flipped(path: Path, place: int) -> bytes:
+    content = bytearray(path.read_bytes())
+    for k in range(place, place + 8):
+        content[k] ^= 0xFF
+    return bytes(content)
+
+
+def test_the_share_of_bad_images_is_judged_at_every_start(encoder: Path, tmp_path: Path) -> None:
+    cells = []
+    for image in photographs(8):
+        buffer = io.BytesIO()
+        tv.to_pil_image(image).save(buffer, "PNG")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    kinds = datasets.Features({"image": datasets.Image()})
+    (tmp_path / "data").mkdir()
+    for split, bad in {"train": (1, 6), "test": (1,)}.items():  # the same row, once in each
+        own = [{"bytes": b"", "path": None} if k in bad else cells[k] for k in range(8)]
+        table = datasets.Dataset.from_dict({"image": own}, features=kinds)
+        table.to_parquet(str(tmp_path / "data" / f"{split}.parquet"))
+    words = (str(encoder), str(tmp_path / "data"), str(tmp_path / "out"))
+    sizes: Any = {"rows_per_file": 2, "num_workers": 0}
+    few = ExtractionArguments(*words, **sizes, max_bad_fraction=0.18)
+    for _ in range(3):
+        with pytest.raises(ImageError, match=r"max_bad_fraction=0.18 .* got 3 of 16; mend or"):
+            extract_dataset(few)
+    # as a kill leaves it: the list is written last
+    (tmp_path / "out" / "bad_images.jsonl").unlink()
+    (tmp_path / "out" / "data" / "train-00002-of-00004.parquet").unlink()
+    for _ in range(2):
+        extract_dataset(ExtractionArguments(*words, **sizes, max_bad_fraction=0.19))
+        lines = (tmp_path / "out" / "bad_images.jsonl").read_text().splitlines()
+        assert {json.loads(line)["row"] for line in lines} == {1, 6}
+
+
+@pytest.mark.parametrize("left", ["", '{"encoder": "0c', "[1]"])
+def test_a_damaged_record_is_no_hindrance_or_is_said(
+    left: str, extracted: Path, encoder: Path, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    record = output / "extraction.json"
+    record.write_text(left)
+    words = (str(encoder), str(folder), str(output))
+    args = ExtractionArguments(*words, rows_per_file=10, batch_size=5, num_workers=0)
+    extract_dataset(args)  # nothing contradicts
+    assert record.read_bytes() == (extracted / "extraction.json").read_bytes()
+    before = files(output)
+    record.write_text(left)
+    with pytest.raises(ValueError, match=rf"{record} must say which .* damaged \(.*; delete it if"):
+        extract_dataset(args)
+    record.unlink()
+    extract_dataset(args)
+    assert files(output) == before
+
+
+def test_a_directory_in_use_is_refused(encoder: Path, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    left = output / "data" / ".train-00000-of-00004.parquet.17.partial"
+    with claim(output):
+        left.parent.mkdir()
+        left.write_bytes(b"of the first")
+        done = run_script(*command(encoder, folder, output))
+        assert done.returncode == 1
+        assert done.stderr.endswith(
+            f"error: output_dir must not be in use by another run, and {output} is; wait for it, "
+            "stop it, or choose another output_dir.\n"
+        )
+        assert left.is_file()
+        assert not (output / "extraction.json").exists()
 
 
 def test_other_settings_are_not_mixed_into_the_same_directory(

@@ -109,3 +109,16 @@ class BadImages:
             except (ValueError, TypeError):  # torn by a kill
                 continue
             self._known[image[:2]] = image
+
+
+def check_share(bad: int, num_images: int, max_fraction: float) -> None:
+    """Judge what earlier runs have left out too, which may have allowed more, or failed.
+
+    Raises:
+        ImageError: more than `max_fraction` of the images are bad.
+    """
+    if bad > max_fraction * num_images:
+        raise ImageError(
+            f"at most max_bad_fraction={max_fraction} of the images may be unusable, got {bad} of "
+            f"{num_images}; mend or remove them, or raise --max_bad_fraction."
+        )

@@ -1,7 +1,7 @@
 """Features of a whole data set under an encoder, as a data set.
 
 A split is cut into parts of a fixed number of rows, each a parquet file that is whole or not there.
-The parts are shared out over the processes, and those that are there are not made again.
+The parts are shared out over the processes, and those that are whole are not made again.
 
 Shapes: B images, C channels, S side in pixels, F features.
 """
@@ -9,7 +9,6 @@ Shapes: B images, C channels, S side in pixels, F features.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -30,14 +28,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vicreg_hf.bad_images import BadImages
+from vicreg_hf.bad_images import BadImages, check_share
+from vicreg_hf.claiming import claim
 from vicreg_hf.columns import BadImage
 from vicreg_hf.data import available_cores, default_num_workers, loading_errors, local_processes
-from vicreg_hf.distributed import PATIENCE
+from vicreg_hf.distributed import PATIENCE, failing_together
 from vicreg_hf.encoders import Encoder, open_encoder
 from vicreg_hf.evaluation.features import normalise_images
+from vicreg_hf.feature_parts import Part, PartError, parts_of, read_part, write_part
 from vicreg_hf.hub import HubError, check_repo_id, open_repository, push_folder
 from vicreg_hf.sources import ImageSplit, image_split, open_dataset
+from vicreg_hf.whole_files import replacing
 
 RECORD, BAD_IMAGES = "extraction.json", "bad_images.jsonl"
 
@@ -86,15 +87,6 @@ class ExtractionArguments:
             raise ValueError("push_to_hub needs hub_dataset_id, org/name, and got none.")
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some rows of a split, and the file their features go to."""
-
-    split: str
-    rows: range
-    file: Path
-
-
 class Batch(NamedTuple):
     """What a worker makes of some rows."""
 
@@ -115,10 +107,15 @@ def extract_dataset(args: ExtractionArguments) -> Path:
         output_dir, which `datasets.load_dataset` opens.
 
     Raises:
-        ValueError: a setting, model or data set that cannot be.
+        ValueError: a setting, model or data set that cannot be, or an output_dir in use.
         ImageError: too many images cannot be used.
         HubError: the Hub refuses, or cannot be reached.
     """
+    with claim(Path(args.output_dir)):
+        return _extract(args)
+
+
+def _extract(args: ExtractionArguments) -> Path:
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     datasets.disable_progress_bars()  # one is enough
     if accelerator.device.type == "cpu":
@@ -139,14 +136,10 @@ def extract_dataset(args: ExtractionArguments) -> Path:
             left.unlink()
     accelerator.wait_for_everyone()
     parts = parts_of(splits, output_dir / "data", args.rows_per_file)
-    missing = [part for part in parts if not part.file.is_file()]
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
     seen = sum(len(split) for split in splits.values())
     bad = BadImages(seen, args.max_bad_fraction, output_dir / BAD_IMAGES, fate="left out")
-    if len(missing) < len(parts):
-        bad.recall()
-    elif main:
-        bad.forget()
+    missing, left_out = _to_make(parts, splits, encoder.num_features, accelerator)
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
     workers = args.num_workers
     if workers is None:
         workers = default_num_workers(local_processes(accelerator))
@@ -157,8 +150,12 @@ def extract_dataset(args: ExtractionArguments) -> Path:
             batch_size=args.batch_size, num_workers=workers, dtype=args.dtype,
             root=args.dataset_name, show=accelerator.is_local_main_process,
         ):  # fmt: skip
-            bad.add(part)
+            left_out += part
+    if main:
+        bad.forget()  # what earlier runs have listed is found again
+    bad.add(left_out)
     bad.agree(gather_object, seen=seen, write=main, say=accelerator.print)
+    check_share(sum(gather_object([len(left_out)])), seen, args.max_bad_fraction)
     accelerator.wait_for_everyone()
     if main:
         (output_dir / "README.md").write_text(_card(args, splits), encoding="utf-8")
@@ -167,6 +164,43 @@ def extract_dataset(args: ExtractionArguments) -> Path:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir
+
+
+def _to_make(
+    parts: Sequence[Part],
+    splits: dict[str, ImageSplit],
+    num_features: int,
+    accelerator: Accelerator,
+) -> tuple[list[Part], list[BadImage]]:
+    """Look through the parts that are there, which the processes share out.
+
+    Returns:
+        The parts to make; and of the others that this process has seen, the images they lack.
+    """
+    own: list[int] = []
+    left_out: list[BadImage] = []
+    with failing_together(accelerator.device), loading_errors():
+        for number in range(accelerator.process_index, len(parts), accelerator.num_processes):
+            part = parts[number]
+            try:
+                left_out += _lacking(part, splits[part.split], num_features)
+            except FileNotFoundError:
+                own.append(number)
+            except PartError as error:
+                print(f"warning: {part.file} is damaged and is made again: {error}.", flush=True)
+                own.append(number)
+    return [parts[number] for number in sorted(gather_object(own))], left_out
+
+
+def _lacking(part: Part, split: ImageSplit, num_features: int) -> list[BadImage]:
+    """The images of a part that it lacks, each of which must be one that cannot be used."""
+    contents = read_part(part, num_features)
+    rows = sorted({*part.rows} - {*contents.rows.tolist()})
+    found = [image for image, _ in split.try_read(rows)] if rows else []
+    bad = [image for image in found if isinstance(image, BadImage)]
+    if len(bad) < len(rows):
+        raise PartError(f"it lacks {len(rows) - len(bad)} images that can be used")
+    return bad
 
 
 def features_of(
@@ -297,12 +331,7 @@ def _write(
         names = list(split.label_names)
         kinds["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
     table = pa.Table.from_arrays(arrays, schema=datasets.Features(kinds).arrow_schema)
-    part.file.parent.mkdir(parents=True, exist_ok=True)
-    aside = part.file.with_name(f".{part.file.name}.{os.getpid()}.partial")
-    with pq.ParquetWriter(aside, table.schema) as file:
-        if len(table):  # `datasets` cannot read a row group of none
-            file.write_table(table)
-    aside.replace(part.file)
+    write_part(part.file, table)
 
 
 def _image_id(row: int, path: str | None, root: str) -> str:
@@ -328,18 +357,6 @@ def _open_splits(args: ExtractionArguments, encoder: Encoder) -> dict[str, Image
     }  # fmt: skip
 
 
-def parts_of(splits: dict[str, ImageSplit], folder: Path, rows_per_file: int) -> list[Part]:
-    """The files that splits are cut into."""
-    parts = []
-    for name, split in splits.items():
-        starts = range(0, len(split), rows_per_file)
-        for number, start in enumerate(starts):
-            rows = range(start, min(start + rows_per_file, len(split)))
-            file = folder / f"{name}-{number:05d}-of-{len(starts):05d}.parquet"
-            parts.append(Part(name, rows, file))
-    return parts
-
-
 def _remember(
     args: ExtractionArguments,
     encoder: Encoder,
@@ -355,8 +372,8 @@ def _remember(
         "splits": {name: split.fingerprint() for name, split in splits.items()},
     }  # fmt: skip
     path = output_dir / RECORD
-    if path.is_file():
-        earlier = json.loads(path.read_text())
+    earlier = _recorded(path)
+    if earlier is not None:
         other = [name for name, value in record.items() if earlier.get(name) != value]
         if other:
             raise ValueError(
@@ -366,11 +383,27 @@ def _remember(
     elif write:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record, indent=2) + "\n")
+            with replacing(path) as aside:
+                aside.write_text(json.dumps(record, indent=2) + "\n")
         except OSError as error:
             raise ValueError(
                 f"output_dir must be a directory that can be written, got {output_dir}: {error}."
             ) from error
+
+
+def _recorded(path: Path) -> dict[str, Any] | None:
+    """What is known of the features in an output_dir; None if there are none."""
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        if not any((path.parent / "data").glob("*.parquet")):
+            return None  # stopped before there were any
+        raise ValueError(
+            f"{path} must say which features are beside it, and is damaged ({error}); delete it if "
+            "they are of the same model, data and settings, or choose another output_dir."
+        ) from error
 
 
 def _card(args: ExtractionArguments, splits: dict[str, ImageSplit]) -> str:
