@@ -192,18 +192,35 @@ def test_a_split_has_its_own_place_and_labels_have_none(directory: Path, tmp_pat
     assert same(other, first)
 
 
-@pytest.mark.parametrize("left", [0, 4, 200])
-def test_a_damaged_file_is_made_anew(
-    left: int, directory: Path, folder: Path, tmp_path: Path
-) -> None:
+def cut(whole: bytes, left: int) -> bytes:
+    return whole[:left]
+
+
+def flip(whole: bytes, place: int) -> bytes:
+    content = bytearray(whole)
+    for k in range(place, place + 8):
+        content[k] ^= 0xFF
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "place"), [(cut, 0), (cut, 4), (cut, 200), (flip, 8), (flip, 3000), (flip, -300)]
+)
+def test_a_damaged_file_is_said_and_made_anew(
+    damage: Callable[[bytes, int], bytes], place: int, directory: Path, folder: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     first, _ = features(directory, folder, tmp_path / "cache")
     (damaged,) = (tmp_path / "cache").glob("*/test-*.parquet")
     whole = damaged.read_bytes()
-    damaged.write_bytes(whole[:left])
+    damaged.write_bytes(damage(whole, place))
     again, seen = features(directory, folder, tmp_path / "cache")
+    assert f"warning: {damaged} is damaged and is computed again: " in capsys.readouterr().out
     assert seen == 16
     assert same(again, first)
     assert damaged.read_bytes() == whole
+    again, seen = features(directory, folder, tmp_path / "cache")
+    assert (seen, capsys.readouterr().out) == (0, "")
 
 
 def test_what_was_finished_before_a_stop_is_used(
@@ -240,6 +257,11 @@ def test_bad_images_are_left_out_and_counted_when_they_are_cached_too(
     assert same(again, found)
     with pytest.raises(ImageError, match=r"max_bad_fraction=0.14 .* got 6 of 40; .*raise --max"):
         features(directory, data, tmp_path / "cache", max_bad_fraction=0.14)
+    (lost,) = (tmp_path / "cache").glob("*/train-00001-*.parquet")
+    lost.unlink()  # that of bad images alone, whose share is still of all
+    again, seen = features(directory, data, tmp_path / "cache", max_bad_fraction=0.15)
+    assert seen == 0
+    assert same(again, found)
 
 
 def test_a_cache_that_cannot_be_written_is_said(

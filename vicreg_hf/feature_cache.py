@@ -13,22 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from vicreg_hf.bad_images import BadImages
+from vicreg_hf.bad_images import BadImages, check_share
 from vicreg_hf.data import default_num_workers, loading_errors, local_processes
 from vicreg_hf.distributed import failing_together
 from vicreg_hf.encoders import Encoder
-from vicreg_hf.extraction import Part, features_of, parts_of
-from vicreg_hf.images import ImageError
+from vicreg_hf.extraction import features_of
+from vicreg_hf.feature_parts import Contents, Part, PartError, parts_of, read_part
 from vicreg_hf.sources import ImageSplit
 
 ROWS_PER_FILE = 10_000
+ABSENT = "it is not there"
+LAYOUT = 2
+"""Of the files; since 2 their pages have checksums."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def cached_features(
 
     They are kept by a digest of the encoder's weights, architecture and preprocessing, of the data
     and of the precision, so that a change of any of them is another place. What a run that was
-    stopped has finished is used. Every process must call this.
+    stopped has finished is used, and what is damaged is computed again, with a warning. Every
+    process must call this.
 
     Args:
         encoder: its module on the accelerator's device.
@@ -73,13 +75,19 @@ def cached_features(
     for name, split in splits.items():
         place = cache_dir / _key(digest, precision, split)
         parts += parts_of({name: split}, place, ROWS_PER_FILE)
-    # all must agree, whatever another evaluation puts there meanwhile
-    absent = set(gather_object([n for n, part in enumerate(parts) if not _is_whole(part.file)]))
-    missing = [part for number, part in enumerate(parts) if number in absent]
+    contents: dict[int, Contents] = {}
+    width = encoder.num_features
+    faults = _load(dict(enumerate(parts)), width, accelerator, contents)
+    for number, fault in faults.items():
+        if fault != ABSENT:
+            accelerator.print(
+                f"warning: {parts[number].file} is damaged and is computed again: {fault}."
+            )
+    missing = [parts[number] for number in faults]
+    total = sum(map(len, splits.values()))
     if missing:
         mine = missing[accelerator.process_index :: accelerator.num_processes]
-        seen = sum(len(part.rows) for part in missing)
-        bad = BadImages(seen, max_bad_fraction, None, fate="left out")
+        bad = BadImages(total, max_bad_fraction, None, fate="left out")
         workers = num_workers
         if workers is None:
             workers = default_num_workers(local_processes(accelerator))
@@ -94,51 +102,32 @@ def cached_features(
                 num_workers=workers, show=accelerator.is_local_main_process,
             ):  # fmt: skip
                 bad.add(found)
-        bad.agree(gather_object, seen=seen, write=False, say=accelerator.print)
+        bad.agree(gather_object, seen=total, write=False, say=accelerator.print)
     accelerator.wait_for_everyone()
-    lost = gather_object([part.file.name for part in parts if not _is_whole(part.file)])
+    lost = _load({number: parts[number] for number in faults}, width, accelerator, contents)
     if lost:
+        number, fault = next(iter(lost.items()))
         raise ValueError(
-            f"every process must see the same cache_dir, and for one {cache_dir} lacks {lost[0]}; "
-            "choose one that all nodes share."
+            f"cache_dir must give every process what was written there, and of {cache_dir} "
+            f"{parts[number].file.name} cannot be read: {fault}; choose one that all nodes share."
         )
-    found = {
-        name: _read(
-            [part.file for part in parts if part.split == name], encoder.num_features,
-            with_features=accelerator.is_main_process,
+    check_share(total - sum(len(each.rows) for each in contents.values()), total, max_bad_fraction)
+    found = {}
+    for name in splits:
+        own = [contents[n] for n, part in enumerate(parts) if part.split == name]
+        features = [each.features for each in own]
+        found[name] = Features(
+            torch.from_numpy(np.concatenate([np.empty((0, width), np.float32), *features])),
+            torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(e.rows for e in own)])),
         )
-        for name in splits
-    }  # fmt: skip
-    _check_share(found, splits, max_bad_fraction)
     return found
-
-
-def _check_share(
-    found: Mapping[str, Features], splits: Mapping[str, ImageSplit], max_bad_fraction: float
-) -> None:
-    """Judge what is cached too, which may have been left by a run that allowed more, or failed."""
-    total = sum(map(len, splits.values()))
-    bad = total - sum(len(features.rows) for features in found.values())
-    if bad > max_bad_fraction * total:
-        raise ImageError(
-            f"at most max_bad_fraction={max_bad_fraction} of the images may be unusable, got {bad} "
-            f"of {total}; mend or remove them, or raise --max_bad_fraction."
-        )
 
 
 def _key(encoder: str, precision: str, split: ImageSplit) -> str:
     # of the whole table; the digest of the first images tells those apart that datasets mistakes
     data = {"table": split.table._fingerprint, "column": split.column.name} | split.fingerprint()
-    text = json.dumps([encoder, precision, data], sort_keys=True)
+    text = json.dumps([LAYOUT, encoder, precision, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _is_whole(file: Path) -> bool:
-    try:
-        pq.read_metadata(file)
-    except (OSError, pa.ArrowInvalid):  # absent, or damaged since
-        return False
-    return True
 
 
 @contextmanager
@@ -151,15 +140,24 @@ def _writing(cache_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _read(files: list[Path], width: int, *, with_features: bool) -> Features:
-    rows, features = [np.empty(0, np.int64)], [np.empty((0, width), np.float32)]
-    for file in files:
-        table = pq.read_table(file, columns=["row", "embedding"] if with_features else ["row"])
-        rows.append(table["row"].to_numpy())
-        if not with_features:
-            continue
-        flat = table["embedding"].combine_chunks().flatten().to_numpy()
-        features.append(flat.reshape(-1, width))
-    return Features(
-        torch.from_numpy(np.concatenate(features)), torch.from_numpy(np.concatenate(rows))
-    )
+def _load(
+    parts: Mapping[int, Part],
+    num_features: int,
+    accelerator: Accelerator,
+    into: dict[int, Contents],
+) -> dict[int, str]:
+    """Read parts, without features in other processes than the main one.
+
+    Returns:
+        The numbers of those that not all processes could read, and what is wrong with each.
+    """
+    faults: list[tuple[int, str]] = []
+    for number, part in parts.items():
+        try:
+            into[number] = read_part(part, num_features, with_features=accelerator.is_main_process)
+        except FileNotFoundError:
+            faults.append((number, ABSENT))
+        except PartError as error:
+            faults.append((number, str(error)))
+    # all must agree, whatever another evaluation puts there meanwhile
+    return dict(sorted(gather_object(faults)))
