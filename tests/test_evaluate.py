@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -624,6 +625,23 @@ def test_results_that_are_not_measured_anew_are_kept(few: Path, tmp_path: Path) 
     (out / "results.json").write_text('["mine"]')
     again(another, "collapse")
     assert strict(out / "earlier-3" / "results.json") == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["results.json", "report.html"])
+def test_results_that_cannot_be_written_leave_those_before(
+    name: str, few: Path, tmp_path: Path
+) -> None:
+    model, out = write_encoder(tmp_path / "model"), tmp_path / "out"
+    measure(model, few, tmp_path, "collapse,retrieval")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[name]) // 2, most))
+    try:
+        with pytest.raises(ValueError, match=rf"must be a directory .*large: '{out / name}'. What"):
+            measure(model, few, tmp_path, "collapse")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_the_card_of_a_run_gets_each_result_once(

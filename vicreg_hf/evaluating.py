@@ -44,6 +44,7 @@ from vicreg_hf.protocols import (
 )
 from vicreg_hf.sampler import GlobalBatches
 from vicreg_hf.sources import open_dataset
+from vicreg_hf.whole_files import replacing
 
 RESULTS, REPORT = "results.json", "report.html"
 SUBJECT = ("encoder_sha256", "dataset", "train_split", "eval_split", "preprocessing", "bf16")
@@ -143,10 +144,18 @@ def _pairs(args: EvaluationArguments, data: LabelledData) -> Pairs:
 def _write(
     found: Evaluation, results: dict[str, Any], output_dir: Path, say: Callable[[str], object]
 ) -> None:
-    if not _measured_anew(output_dir / RESULTS, results):
-        set_aside(output_dir, (RESULTS, REPORT), say)
-    (output_dir / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
-    _write_report(found, results, output_dir / REPORT)
+    try:
+        with replacing(output_dir / RESULTS) as aside:
+            aside.write_text(json.dumps(results, indent=2) + "\n")
+            with replacing(output_dir / REPORT) as report:
+                _write_report(found, results, report)
+                if not _measured_anew(output_dir / RESULTS, results):
+                    set_aside(output_dir, (RESULTS, REPORT), say)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir must be a directory that can be written, got {output_dir}: {error}. What "
+            "was in it is as it was; free some space or choose another."
+        ) from error
     say(f"In {output_dir}: {RESULTS}, and {REPORT} to open in a browser.")
     if found.args.update_card:
         _update_card(found, say)
