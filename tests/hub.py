@@ -51,6 +51,8 @@ class Fault:
     path: str
     status: int
     times: int = 10_000
+    content: bytes | None = None
+    """None is the Hub's own answer to a fault."""
 
 
 class Hub:
@@ -63,16 +65,23 @@ class Hub:
         self.lock = threading.Lock()
         self.endpoint = ""
 
-    def fail(self, method: str, path: str, status: int, times: int = 10_000) -> None:
-        self.faults.append(Fault(method, path, status, times))
+    def fail(
+        self,
+        method: str,
+        path: str,
+        status: int,
+        times: int = 10_000,
+        content: bytes | None = None,
+    ) -> None:
+        self.faults.append(Fault(method, path, status, times, content))
 
-    def fault(self, method: str, path: str) -> int | None:
+    def fault(self, method: str, path: str) -> Fault | None:
         with self.lock:
             self.requests.append((method, path))
             for fault in self.faults:
                 if fault.times and fault.method == method and re.search(fault.path, path):
                     fault.times -= 1
-                    return fault.status
+                    return fault
         return None
 
     def count(self, method: str, path: str) -> int:
@@ -112,14 +121,15 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path = unquote(url.path)
         fault = self.hub.fault(self.command, path)
-        if fault == DROP:
+        if fault is not None and fault.status == DROP:
             self.rfile.read(min(64, int(self.headers.get("Content-Length", 0))))
             self.close_connection = True
             self.connection.close()
             return
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if fault is not None:
-            self.say(fault, {"error": f"fault {fault}"})
+            own = {"error": f"fault {fault.status}"}
+            self.say(fault.status, own if fault.content is None else fault.content)
             return
         token = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
         if token and token not in (WRITER, READER, STRANGER):

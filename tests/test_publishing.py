@@ -227,6 +227,81 @@ def test_what_may_pass_is_tried_again_and_given_up_in_the_end(tmp_path: Path) ->
             assert len(hub.repositories[f"models/org/{name}"].commits) == 1
 
 
+PAGE = b"<!doctype html><title>Log in to this network</title>"
+
+
+def test_what_answers_in_place_of_the_hub_is_tried_again_and_named(tmp_path: Path) -> None:
+    with running_hub() as hub:
+        hub.fail("POST", "^/api/repos/create", 200, times=3, content=PAGE)
+        hub.fail("POST", "^/api/repos/create", 200, times=3, content=b"{}")
+        places = {
+            "org/asking": ("POST", "^/api/models/org/asking/preupload/"),
+            "org/reading": ("GET", "^/api/models/org/reading"),
+            "org/writing": ("POST", "^/api/models/org/writing/commit/"),
+        }
+        names = ["org/made", "org/made-otherwise"]
+        for repo, (method, path) in places.items():
+            for what, content in {
+                "page": PAGE,
+                "empty": b"",
+                "keys": b"{}",
+                "null": b"null",
+            }.items():
+                name = f"{repo}-{what}"
+                hub.fail(method, path.replace(repo, name), 200, content=content)
+                names.append(name)
+        hub.fail("POST", "^/api/models/org/once/commit/", 200, times=1, content=PAGE)
+        said = attempts(hub, tmp_path, WRITER, *names, "org/once")
+        assert said.pop("org/once") == "pushed"
+        for name, sentence in said.items():
+            begin = f"{hub.endpoint} must answer for {name} as the Hub does, and did not, asked 3"
+            assert sentence.startswith(begin), sentence
+            assert sentence.endswith("or check HF_ENDPOINT and HTTPS_PROXY.")
+            assert "\n" not in sentence
+            assert "log-in page" in sentence
+        assert hub.count("POST", "org/writing-page/commit/") == 3
+        assert hub.count("POST", "org/asking-keys/preupload/") == 3
+
+
+def test_a_commit_that_another_overtakes_is_tried_again(tmp_path: Path) -> None:
+    with running_hub() as hub:
+        for status in (409, 412):
+            hub.fail("POST", f"^/api/models/org/once-{status}/commit/", status, times=1)
+            hub.fail("POST", f"^/api/models/org/always-{status}/commit/", status)
+        names = [f"org/{when}-{status}" for when in ("once", "always") for status in (409, 412)]
+        said = attempts(hub, tmp_path, WRITER, *names)
+        for status in (409, 412):
+            assert said[f"org/once-{status}"] == "pushed"
+            sentence = said[f"org/always-{status}"]
+            assert sentence.startswith(
+                f"a commit to org/always-{status} must follow its newest one, and another came "
+                f"first ({status}), tried 3 times; push again when nothing else does: "
+            )
+            assert f"fault {status}" in sentence
+            assert "developer.mozilla.org" not in sentence
+            assert hub.count("POST", f"org/always-{status}/commit") == 3
+
+
+def test_what_the_hub_takes_in_no_form_is_said_once(tmp_path: Path) -> None:
+    with running_hub() as hub:
+        hub.fail("POST", "^/api/models/org/large/commit/", 413, content=PAGE)
+        metadata = b'{"errors": [{"message": "\\"license\\" must be one of those known"}]}'
+        hub.fail("POST", "^/api/validate-yaml", 400, content=metadata)
+        said = attempts(hub, tmp_path, WRITER, "org/card")
+        hub.faults.pop()
+        said |= attempts(hub, tmp_path, WRITER, "org/large")
+        assert said["org/large"] == (
+            "the Hub, or a proxy before it, takes no upload of this size for org/large (413); push "
+            "from a network without the proxy, or less at once: no expander, no ONNX."
+        )
+        assert said["org/card"] == (
+            "the Hub refuses org/card (400): Invalid metadata in README.md. "
+            '- "license" must be one of those known'
+        )
+        assert hub.count("POST", "org/large/commit") == 1
+        assert hub.count("POST", "/api/validate-yaml") == 2  # once for each
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("data") / "jane_does_images")
@@ -277,6 +352,12 @@ def test_a_push_cut_off_midway_leaves_the_earlier_revision_and_says_how_to_retry
         assert retry[1:] == [
             "scripts/publish.py", str(tmp_path / "run"), "--repo_id", "org/name", "--private",
         ]  # fmt: skip
+        hub.faults.clear()
+        hub.fail("POST", "^/api/models/org/name/commit/", 200, content=PAGE)
+        behind = run(retry, **online_here)
+        assert behind.returncode == 1
+        assert behind.stderr.splitlines()[-1].startswith(f"error: {hub.endpoint} must answer for")
+        assert "Traceback" not in behind.stderr
         hub.faults.clear()
         third = run(retry, **online_here)
         assert third.returncode == 0, third.stderr

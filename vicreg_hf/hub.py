@@ -5,13 +5,14 @@ Every fault becomes one sentence, in which no token appears.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
@@ -25,7 +26,11 @@ ATTEMPTS = 3
 """Tries of a request that failed for a reason that may pass."""
 FIRST_WAIT = 1.0
 """Seconds before the second try, doubled before each later one."""
-PASSING = (408, 429, 500, 502, 503, 504)
+OVERTAKEN = (409, 412)
+"""Answers to a commit where another came first."""
+PASSING = (408, 429, 500, 502, 503, 504, *OVERTAKEN)
+STRANGE = (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError)
+"""What the client raises where an answer is not the Hub's: no JSON, or JSON of another form."""
 
 T = TypeVar("T")
 
@@ -186,11 +191,10 @@ def asked(request: Callable[[], T], repo_id: str, token: str | bool | None) -> T
     for attempt in range(ATTEMPTS):
         try:
             return request()
-        except (HTTPError, ConnectionError, TimeoutError, LocalTokenNotFoundError) as error:
-            passing = _status(error) in (None, *PASSING)
-            if isinstance(error, (OfflineModeIsEnabled, LocalTokenNotFoundError)):
-                passing = False
-            if not passing or attempt == ATTEMPTS - 1:
+        except (*STRANGE, HTTPError, ValueError, OSError) as error:
+            if not _is_of_the_hub(error):
+                raise
+            if not _may_pass(error) or attempt == ATTEMPTS - 1:
                 raise HubError(without_tokens(_sentence(error, repo_id), token)) from None
             time.sleep(FIRST_WAIT * 2**attempt)
     raise AssertionError
@@ -208,9 +212,28 @@ def _api(token: str | bool | None) -> HfApi:
     return HfApi(token=token, library_name="vicreg_hf")
 
 
-def _status(error: Exception) -> int | None:
+def _is_of_the_hub(error: Exception) -> bool:
+    """Whether it is about an answer, or there was none."""
+    asking = (HTTPError, ConnectionError, TimeoutError, LocalTokenNotFoundError)
+    return isinstance(error, asking) or _status(error) is not None or _is_strange(error)
+
+
+def _is_strange(error: Exception) -> bool:
+    """Whether something else answers in the Hub's place."""
+    return isinstance(error, STRANGE) or "improperly formatted" in str(error)
+
+
+def _may_pass(error: Exception) -> bool:
+    lasting = (OfflineModeIsEnabled, LocalTokenNotFoundError)
+    return not isinstance(error, lasting) and _status(error) in (None, *PASSING)
+
+
+def _status(error: BaseException) -> int | None:
+    """Of the answer; a refusal of a card's metadata is a ValueError that one has caused."""
     response = getattr(error, "response", None)
-    return None if response is None else response.status_code
+    if response is not None:
+        return response.status_code
+    return None if error.__cause__ is None else _status(error.__cause__)
 
 
 def _sentence(error: Exception, repo_id: str) -> str:
@@ -235,7 +258,25 @@ def _sentence(error: Exception, repo_id: str) -> str:
             f"the repository {repo_id} must exist and be visible to the access token, and the "
             "Hub finds none (404); check its name, and who `hf auth whoami` says you are."
         )
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = re.sub(r"For more information check: \S+", "", str(error))
+    reason = " ".join(reason.split()) or type(error).__name__
+    if status is None and _is_strange(error):
+        return (
+            f"{constants.ENDPOINT} must answer for {repo_id} as the Hub does, and did not, asked "
+            f"{ATTEMPTS} times ({type(error).__name__}: {reason}); probably a proxy or a network's "
+            "log-in page answers in its place: open that address in a browser, or check "
+            "HF_ENDPOINT and HTTPS_PROXY."
+        )
+    if status in OVERTAKEN:
+        return (
+            f"a commit to {repo_id} must follow its newest one, and another came first ({status}), "
+            f"tried {ATTEMPTS} times; push again when nothing else does: {reason}"
+        )
+    if status == 413:
+        return (
+            f"the Hub, or a proxy before it, takes no upload of this size for {repo_id} (413); "
+            "push from a network without the proxy, or less at once: no expander, no ONNX."
+        )
     if status == 429:
         return f"the Hub takes no more requests for now (429), asked {ATTEMPTS} times: {reason}"
     if status is None or status in PASSING:
