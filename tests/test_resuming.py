@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -138,6 +139,30 @@ def test_on_another_number_of_processes_a_run_is_the_same_to_rounding(
     for row, expected in zip(rows, metrics(whole)[-4:], strict=True):
         for term in ("loss", "invariance", "variance", "covariance", "grad_norm", "embedding_std"):
             assert row[term] == pytest.approx(expected[term], rel=1e-3), (row["step"], term)
+
+
+def test_another_number_of_cores_is_named(
+    images: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest_of = Path("checkpoints") / f"step-{EARLIER}" / "manifest.json"
+    printed = {}
+    for threads in (1, 2, None):  # None is of a checkpoint that does not say
+        resumed = interrupted(plain, tmp_path / f"on-{threads}")
+        manifest = json.loads((resumed / manifest_of).read_text())
+        assert manifest["state"].pop("threads") == 1
+        if threads is not None:
+            manifest["state"]["threads"] = threads
+        del manifest["sha256"]
+        text = json.dumps(manifest, sort_keys=True)
+        manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        (resumed / manifest_of).write_text(json.dumps(manifest))
+        pretrain(parse_arguments(flags_of(images, resumed, *GENTLE)))
+        printed[threads] = capsys.readouterr().out
+    assert (
+        "The run goes on as it was but for rounding: CPU threads of a process were 2, are 1."
+        in (printed[2].splitlines())
+    )
+    assert "but for rounding" not in printed[1] + printed[None]
 
 
 def test_processes_that_see_other_checkpoints_are_refused(

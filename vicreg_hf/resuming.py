@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.optim import Optimizer
@@ -157,9 +158,15 @@ def state_of(run: Run) -> dict[str, Any]:
         "seconds": run.seconds,
         "scaler": scaler.state_dict() if scaler is not None else None,
         "precision": run.accelerator.mixed_precision,
+        "threads": _threads(run.accelerator),
         "prime_sha256": digest_of(run.model),
         "labels_sha256": None if run.probe is None else run.probe.labels_sha256,
     }
+
+
+def _threads(accelerator: Accelerator) -> int | None:
+    """Of a process, among which torch divides its sums on a CPU."""
+    return torch.get_num_threads() if accelerator.device.type == "cpu" else None
 
 
 def _changes(
@@ -245,5 +252,8 @@ def _mention_surroundings(accelerator: Accelerator, manifest: dict[str, Any]) ->
         changed.append(f"precision was {before}, is {precision}")
     if manifest["world_size"] != accelerator.num_processes:
         changed.append(f"processes were {manifest['world_size']}, are {accelerator.num_processes}")
+    threads, own = manifest["state"].get("threads"), _threads(accelerator)
+    if None not in (threads, own) and threads != own:  # earlier checkpoints do not say
+        changed.append(f"CPU threads of a process were {threads}, are {own}")
     if changed:
         accelerator.print(f"The run goes on as it was but for rounding: {'; '.join(changed)}.")
