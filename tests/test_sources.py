@@ -100,6 +100,22 @@ def test_a_single_table_on_disk_becomes_the_split_train(tmp_path: Path) -> None:
     assert {name: len(split) for name, split in splits.items()} == {"train": 3}
 
 
+@pytest.mark.parametrize("below", ["", "huggingface/datasets"])
+def test_a_cache_that_cannot_be_written_is_not_the_data_sets_fault(
+    below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also root cannot make a folder where there is a file."""
+    table_of([png(image) for image in photographs(3)]).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "file").touch()
+    cache = tmp_path / "file" / below
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    with pytest.raises(ValueError, match="cache of data sets must be writable") as caught:
+        open_dataset(str(tmp_path / "train.parquet"))
+    sentence = str(caught.value)
+    assert sentence.startswith(f"the cache of data sets must be writable, got {cache}: [Errno ")
+    assert sentence.endswith("; set HF_HOME or HF_DATASETS_CACHE to a folder that is.")
+
+
 @pytest.mark.parametrize("name", ["missing", "."])
 def test_a_folder_without_data_is_named(tmp_path: Path, name: str) -> None:
     folder = str(tmp_path / name)

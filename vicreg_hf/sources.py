@@ -5,9 +5,10 @@ Shapes: N images, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from datasets import config
 from datasets.config import HF_DATASETS_CACHE
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from torch import Tensor
@@ -39,6 +41,7 @@ UNNAMED = "unnamed"
 EVAL_SPLITS = ("test", "validation", "valid", "val")
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
 """What a single file is opened as; folders are recognised by `datasets`."""
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 FINGERPRINTED = 64
 """Images of a split by which it is known again."""
 Splits = dict[Any, Any]
@@ -142,7 +145,7 @@ def open_dataset(name: str, config_name: str | None = None, *, streaming: bool =
         streaming: open tables that are read as they are needed, and not copied to disk first.
 
     Raises:
-        ValueError: nothing there that `datasets` can load.
+        ValueError: nothing there that `datasets` can load; or what is loaded cannot be cached.
     """
     if name == UNNAMED:
         raise ValueError(
@@ -154,6 +157,11 @@ def open_dataset(name: str, config_name: str | None = None, *, streaming: bool =
             check_archives(Path(name))
         loaded = _load(name, config_name, streaming)
     except Exception as e:  # builders raise whatever their parsing meets
+        if (fault := _cache_fault(e)) is not None:
+            raise ValueError(
+                f"the cache of data sets must be writable, got {config.HF_DATASETS_CACHE}: "
+                f"{fault}; set HF_HOME or HF_DATASETS_CACHE to a folder that is."
+            ) from e
         told = [next(iter(str(x).strip().splitlines()), type(x).__name__)
                 for x in (e, e.__cause__) if x is not None]  # fmt: skip
         reason = " ".join(told)
@@ -164,6 +172,23 @@ def open_dataset(name: str, config_name: str | None = None, *, streaming: bool =
     if isinstance(loaded, (datasets.Dataset, datasets.IterableDataset)):
         return {str(loaded.split or "train"): loaded}
     return loaded
+
+
+def _cache_fault(error: BaseException) -> OSError | None:
+    """What kept `datasets` from writing to its cache, if that is what an error comes from."""
+    caches = [Path(cache) for cache in (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE)]
+    for each in _causes(error):
+        if isinstance(each, OSError) and each.errno in NOT_WRITABLE and each.filename is not None:
+            place = Path(os.fsdecode(each.filename))
+            if any(place.is_relative_to(c) or c.is_relative_to(place) for c in caches):
+                return each
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _load(name: str, config_name: str | None, streaming: bool) -> Any:
