@@ -121,6 +121,22 @@ def test_a_run_asked_to_stop_saves_and_goes_on_to_the_same_end(
     assert_same_end(tmp_path, whole)
 
 
+ASKED_WHILE_IT_MEASURES = """
+import os, signal, sys, time
+sys.path.insert(0, "scripts")
+import pretrain, vicreg_hf.pretraining as training
+measure = training.measure
+def asked(run, signals):
+    if run.accelerator.is_main_process:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while signals.received is None:
+            time.sleep(0.01)
+    measure(run, signals)
+training.measure = asked
+pretrain.main()
+"""
+
+
 def test_a_run_asked_to_stop_while_it_measures_does_not_wait_for_that(tmp_path: Path) -> None:
     """24,000 images of 128 pixels take minutes."""
     process = start("--dataset_name=demo", "--architecture=test_vit3", "--batch_size=4",
@@ -131,8 +147,28 @@ def test_a_run_asked_to_stop_while_it_measures_does_not_wait_for_that(tmp_path: 
     process.send_signal(signal.SIGTERM)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 75, printed
-    assert "after step 1 of 3" in printed
-    assert all("knn" not in row for row in metrics(tmp_path))
+    assert "after step 0 of 3" in printed
+    assert steps_logged(tmp_path) == 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_measured_before_the_first_step_is_there_after_a_stop_in_it(
+    processes: int, flags: list[str], tmp_path: Path
+) -> None:
+    few = [*flags, "--max_steps=3", f"--output_dir={tmp_path / 'whole'}"]
+    assert run_pretraining(*few, processes=processes).returncode == 0
+    stopped = [*few[:-1], f"--output_dir={tmp_path / 'stopped'}"]
+    script = tmp_path / "asked_while_it_measures.py"
+    script.write_text(ASKED_WHILE_IT_MEASURES)
+    first = run_script(str(script), *stopped, processes=processes)
+    assert first.returncode == 75, first.stderr
+    assert "Stopped by" in first.stderr
+    assert "after step 0 of 3" in first.stderr
+    assert steps_logged(tmp_path / "stopped") == 0
+    second = run_pretraining(*stopped, "--resume=required", processes=processes)
+    assert second.returncode == 0, second.stderr
+    assert "encoder at step 0" in second.stdout
+    assert_same_end(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_a_run_asked_to_stop_before_it_begins_says_so(flags: list[str], tmp_path: Path) -> None:

@@ -180,13 +180,20 @@ def _agree_on_bad_images(run: Run) -> None:
 
 
 def measure(run: Run, signals: Signals) -> None:
-    """Before the first step: kNN accuracy of the pixels and of the untrained encoder."""
+    """Before the first step: kNN accuracy of the pixels and of the untrained encoder.
+
+    Raises:
+        Stopped: it was given up; the next session, which begins at step 0 too, measures it.
+    """
     if run.step == 0 and run.monitor is not None:
-        row = _place(run) | _accuracies(run, signals)
-        if run.accelerator.is_main_process and "knn" in row:
+        accuracies = _accuracies(run, signals)
+        if accuracies:
             pixels = run.monitor.pixels(run.accelerator.device)
-            run.log.add(row if pixels is None else row | {"knn_pixels": pixels})
-        run.accelerator.wait_for_everyone()
+            more = {} if pixels is None else {"knn_pixels": pixels}
+            run.log.add(_place(run) | accuracies | more)
+        if run.agree(run.accelerator.is_main_process and not accuracies)[0]:
+            save(run)
+            stop(run, signals)
 
 
 def save(run: Run) -> None:
