@@ -376,6 +376,40 @@ def test_rows_without_a_path_are_named_by_their_number(encoder: Path, tmp_path: 
     assert "label" not in found.column_names
 
 
+CLASSES = datasets.ClassLabel(names=["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "test", "read"),
+    [
+        (None, ["cat", "dog", "ant", "cat"], ["dog", "cat"], ["dog", "cat"]),
+        (None, ["cat", "dog", "cat", "dog"], ["eel", "dog", "cat"], ["eel", "dog", "cat"]),
+        (None, [3, 7, 3, 3], [7, 9, 7], ["7", "9", "7"]),
+        (CLASSES, [0, 1, 1, 0], [1, 0], ["dog", "cat"]),
+        (CLASSES, [0, 1, 1, 0], [1, -1], [None, None]),  # where not every row has a class
+    ],
+)
+def test_labels_mean_the_same_in_every_split(
+    kind: Any, train: list[Any], test: list[Any], read: list[Any], encoder: Path, tmp_path: Path
+) -> None:
+    shown = tv.to_pil_image(photographs(1, 40, 40)[0])
+    splits = {}
+    for name, labels in {"train": train, "test": test}.items():
+        table = datasets.Dataset.from_dict({"image": [shown] * len(labels), "label": labels})
+        splits[name] = table if kind is None else table.cast_column("label", kind)
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
+    args = ExtractionArguments(
+        model=str(encoder), dataset_name=str(tmp_path / "data"), num_workers=0,
+        output_dir=str(tmp_path / "features"), label_column=None if kind else "label",
+    )  # fmt: skip
+    extract_dataset(args)
+    found = load(tmp_path / "features", tmp_path)
+    names = found["train"].features["label"].names
+    of_train = [str(value) if kind is None else CLASSES.names[value] for value in train]
+    assert [names[k] for k in found["train"]["label"]] == of_train
+    assert [names[k] if k >= 0 else None for k in found["test"]["label"]] == read
+
+
 def test_features_that_are_not_finite_are_refused() -> None:
     linear = torch.nn.Linear(12, 2)
     torch.nn.init.constant_(linear.weight, torch.inf)

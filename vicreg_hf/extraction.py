@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -348,13 +348,31 @@ def _image_id(row: int, path: str | None, root: str) -> str:
 def _open_splits(args: ExtractionArguments, encoder: Encoder) -> dict[str, ImageSplit]:
     tables = open_dataset(args.dataset_name, args.dataset_config_name)
     names = [str(name) for name in tables] if args.split is None else [args.split]
-    return {
+    splits = {
         name: image_split(
             tables, name, dataset_name=Path(args.dataset_name).name, channels=encoder.in_chans,
             image_column=args.image_column, label_column=args.label_column, sound=encoder.sound,
         )
         for name in names
     }  # fmt: skip
+    return dict(zip(splits, _of_the_same_classes(list(splits.values())), strict=True))
+
+
+def _of_the_same_classes(splits: list[ImageSplit]) -> list[ImageSplit]:
+    """Splits whose numbers all mean the same names, as `datasets` takes them to; -1 is no class.
+
+    Only in a data set without any labels has a split none.
+    """
+    if all(split.labels is None for split in splits):
+        return splits
+    names = tuple(dict.fromkeys(name for split in splits for name in split.label_names))
+    found = []
+    for split in splits:
+        labels = torch.full((len(split),), -1) if split.labels is None else split.labels
+        if split.labels is not None and split.label_names:
+            labels = torch.tensor([names.index(name) for name in split.label_names])[labels]
+        found.append(replace(split, labels=labels, label_names=names))
+    return found
 
 
 def _remember(
