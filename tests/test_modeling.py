@@ -584,3 +584,13 @@ def test_without_a_loss_two_views_are_those_of_an_encoder() -> None:
     model = trained()
     output = model(pixels(), pixels(seed=1), return_loss=False)
     assert output.keys() == model(pixels()).keys()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_training_goes_on_from_an_encoder_that_stock_transformers_has_saved(tmp_path: Path) -> None:
+    model = trained()
+    model.save_pretrained(tmp_path / "ours")
+    AutoModel.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "stock")
+    again = VICRegModel.from_pretrained(tmp_path / "stock", expander_dims=[5])
+    assert same_state(again.encoder, model.encoder)
+    assert again(pixels(), pixels(seed=1)).embeddings[0].shape == (2, 5)

@@ -6,6 +6,7 @@ import copy
 import difflib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -212,6 +213,7 @@ class VICRegConfig(PreTrainedConfig):
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a training checkpoint, a published encoder, or any timm repository."""
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if found and found.get("model_type") != cls.model_type:
             shared = ("architecture", "model_args", "pretrained_cfg")
@@ -223,6 +225,10 @@ class VICRegConfig(PreTrainedConfig):
                     f"{str(pretrained_model_name_or_path)!r}; transformers' own classes load it."
                 )
             found = {**backbone, **found.get(NESTED_KEY, {}), "model_type": cls.model_type}
+        if folder.is_dir() and not (folder / INDEX_FILE).is_file():
+            found.pop(
+                "transformers_weights", None
+            )  # saved anew by stock loaders, the encoder alone
         return found, kwargs
 
     def to_encoder_dict(self, num_features: int, *, include_expander: bool) -> dict[str, Any]:
