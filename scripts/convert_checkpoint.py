@@ -6,6 +6,8 @@ import sys
 if __name__ == "__main__":
     gc.disable()  # a third of the time of the imports below
 
+from safetensors import SafetensorError
+
 from vicreg_hf.console import begin
 from vicreg_hf.conversion import convert_checkpoint
 from vicreg_hf.flags import FlagsParser
@@ -19,7 +21,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         done = convert_checkpoint(args.checkpoint, args.directory, architecture=args.architecture)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         sys.exit(f"error: {error}")
     parts = "encoder and expander" if done.has_expander else "encoder"
     print(f"The {parts}, a {done.architecture}, went to {done.directory}.")

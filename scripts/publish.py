@@ -6,6 +6,9 @@ import sys
 if __name__ == "__main__":
     gc.disable()  # a third of the time of the imports below
 
+from safetensors import SafetensorError
+from yaml import YAMLError
+
 from vicreg_hf.console import begin
 from vicreg_hf.flags import FlagsParser
 from vicreg_hf.hub import without_tokens
@@ -27,7 +30,7 @@ def main() -> None:
             args.source, args.repo_id, private=args.private or None, revision=args.revision,
             include_expander=args.include_expander, onnx=args.onnx, license=args.license,
         )  # fmt: skip
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError, YAMLError) as error:
         sys.exit(f"error: {without_tokens(str(error))}")
     print(f"Published: {address}")
 

@@ -594,3 +594,11 @@ def test_training_goes_on_from_an_encoder_that_stock_transformers_has_saved(tmp_
     again = VICRegModel.from_pretrained(tmp_path / "stock", expander_dims=[5])
     assert same_state(again.encoder, model.encoder)
     assert again(pixels(), pixels(seed=1)).embeddings[0].shape == (2, 5)
+
+
+def test_timm_loads_what_stock_transformers_has_saved(tmp_path: Path) -> None:
+    model = trained()
+    model.save_pretrained(tmp_path / "ours")
+    AutoModel.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "stock")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'stock'}", pretrained=True)
+    assert same_state(loaded, model.encoder)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from warm import run_pretraining, run_script
 from workflow import SMALL, metrics, write_images
 
+from vicreg_hf.bad_images import BadImages
 from vicreg_hf.data import evaluation_batches, load_in_memory
 from vicreg_hf.evaluation import extract_features, knn_accuracy
 from vicreg_hf.monitor import KNNMonitor
@@ -53,19 +54,52 @@ def monitor_of(train: ImageSplit, held_out: ImageSplit, **settings: Any) -> KNNM
     return monitor
 
 
-def test_pixels_are_compared_in_single_precision(train: ImageSplit, held_out: ImageSplit) -> None:
-    def features(split: ImageSplit) -> Tensor:
-        images, _ = split.read_or_replace(range(len(split)))
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-        return ((torch.stack(images) / 255 - mean) / std).flatten(1)
+def pixel_accuracy(train: ImageSplit, held_out: ImageSplit) -> float:
+    """Of the images that can be used."""
 
-    assert train.labels is not None
-    assert held_out.labels is not None
-    expected = knn_accuracy(
-        features(train), train.labels, features(held_out), held_out.labels, k=20
-    )
+    def features(split: ImageSplit) -> tuple[Tensor, Tensor]:
+        images, bad = split.read_or_replace(range(len(split)))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        rows = [row for row in range(len(split)) if row not in {image.row for image in bad}]
+        assert split.labels is not None
+        x = ((torch.stack(images) / 255 - mean) / std).flatten(1)
+        return x[rows], split.labels[rows]
+
+    return knn_accuracy(*features(train), *features(held_out), k=20)
+
+
+def test_pixels_are_compared_in_single_precision(train: ImageSplit, held_out: ImageSplit) -> None:
+    expected = pixel_accuracy(train, held_out)
     assert monitor_of(train, held_out).pixels(CPU) == expected
     assert 0.5 < expected < 1
+
+
+@pytest.mark.parametrize("sizes", ["of one size", "of several"])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_images_that_cannot_be_used_are_neither_queries_nor_neighbours(
+    in_memory: bool, sizes: str
+) -> None:
+    images: list[Tensor] = list(photographs(70, 32, 32))
+    if sizes == "of several":
+        images[45] = images[45][:, :, :30]
+    train = labelled(images[:40], "train", (1, 5, 30))
+    held_out = labelled(images[40:], "test", BAD)
+    bad = BadImages(len(train), 1.0, None)
+    stored = load_in_memory(train, bad=bad) if in_memory else None
+    bad.agree(say=lambda _: None)
+    monitor = KNNMonitor.create(
+        train, train if stored is None else stored, held_out, image_size=32, crop_pct=1.0,
+        mean=MEAN, std=STD, num_workers=0, bad=bad,
+    )  # fmt: skip
+    assert monitor is not None
+    for _ in range(2):
+        found = monitor.pixels(CPU)
+        if sizes == "of one size":
+            assert found == pixel_accuracy(train, held_out)
+        assert monitor.description == (
+            "20-NN accuracy on 28 images of pieces (test), neighbours from 37, without 5 that "
+            "cannot be used"
+        )
 
 
 def test_pixels_are_compared_on_the_device_given(train: ImageSplit, held_out: ImageSplit) -> None:
@@ -140,6 +174,7 @@ def test_small_held_out_images_are_decoded_once_and_seen_as_before(
     assert len(rows) == most
     batches = evaluation_batches(held_out, rows, image_size, crop_pct=crop_pct)
     expected = extract_features(Small(), batches, mean=MEAN, std=STD)
+    expected = expected[[row not in BAD for row in rows]]
     for accuracy, y in (first, again):
         assert torch.equal(y, expected)
         assert accuracy == first[0]

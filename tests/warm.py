@@ -54,8 +54,8 @@ class Script:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         self._process.join(timeout)
         if self.returncode is None:
-            raise subprocess.TimeoutExpired(self.args, timeout or 0, *map(str.encode, self._read()))
-        return self._read()
+            raise subprocess.TimeoutExpired(self.args, timeout or 0, *map(str.encode, self.printed))
+        return self.printed
 
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
@@ -67,7 +67,9 @@ class Script:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def _read(self) -> tuple[str, str]:
+    @property
+    def printed(self) -> tuple[str, str]:
+        """On stdout and stderr so far."""
         out, err = (path.read_text() if path.exists() else "" for path in self._outputs)
         return out, err
 

@@ -245,15 +245,15 @@ class VICRegConfig(PreTrainedConfig):
             method["transformers_weights"] = INDEX_FILE
             if self.prime is not None:
                 method |= {key: getattr(self, key) for key in PRIME_FIELDS}
-        config = {
+        return {
             "architecture": published_name(self.architecture),
             "num_classes": 0,
             "num_features": num_features,
             "pretrained_cfg": self.pretrained_cfg,
+            # also if there are none: saved anew by transformers they would be null, which timm
+            # does not take
+            "model_args": self.model_args or {},
             "model_type": "timm_wrapper",
             "architectures": ["TimmWrapperModel"],
             NESTED_KEY: method,
         }
-        if self.model_args:
-            config["model_args"] = self.model_args
-        return config

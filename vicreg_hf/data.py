@@ -469,16 +469,21 @@ def centre_crop(image: Tensor, image_size: int, crop_pct: float) -> Tensor:
     return image
 
 
-class _CentreCrops(Dataset[Tensor]):
+class _CentreCrops(Dataset[tuple[Tensor, list[BadImage]]]):
     def __init__(self, split: ImageSplit, image_size: int, crop_pct: float) -> None:
         self.split, self.image_size, self.crop_pct = split, image_size, crop_pct
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitems__(self, rows: list[int]) -> list[Tensor]:
-        images, _ = self.split.read_or_replace(rows)
-        return [centre_crop(image, self.image_size, self.crop_pct) for image in images]
+    def __getitems__(self, rows: list[int]) -> list[tuple[Tensor, list[BadImage]]]:
+        images, bad = self.split.read_or_replace(rows)
+        crops = [centre_crop(image, self.image_size, self.crop_pct) for image in images]
+        return [(crop, bad if k == 0 else []) for k, crop in enumerate(crops)]
+
+
+def _stacked(samples: list[tuple[Tensor, list[BadImage]]]) -> tuple[Tensor, list[BadImage]]:
+    return torch.stack([crop for crop, _ in samples]), [b for _, bad in samples for b in bad]
 
 
 def evaluation_batches(
@@ -489,8 +494,13 @@ def evaluation_batches(
     crop_pct: float = 0.875,
     batch_size: int = 512,
     num_workers: int = 0,
+    bad: BadImages | None = None,
 ) -> Iterator[Tensor]:
-    """The images of some rows, in their order, as (B, 3, S, S) uint8 evaluation views."""
+    """The images of some rows, in their order, as (B, 3, S, S) uint8 evaluation views.
+
+    Args:
+        bad: told of images that could not be used, in whose places others are.
+    """
     if isinstance(images, Tensor):
         for part in torch.from_numpy(rows).split(batch_size):
             yield centre_crop(images[part], image_size, crop_pct)
@@ -499,11 +509,14 @@ def evaluation_batches(
         Subset(_CentreCrops(images, image_size, crop_pct), rows.tolist()),
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=torch.stack,
+        collate_fn=_stacked,
         worker_init_fn=ignore_requests,
     )
     with loading_errors(), _loading(loader) as batches:
-        yield from batches
+        for crops, found in batches:
+            if bad is not None:
+                bad.add(found)
+            yield crops
 
 
 def available_cores() -> int:

@@ -92,6 +92,11 @@ def verify_export(model: VICRegModel, directory: str | Path) -> None:
     expected = reference(pixels)
     if not bool(expected.isfinite().all()):
         raise ExportError("an encoder must give finite features to be published, and does not.")
+    if expected.shape != (2, model.num_features):
+        raise ExportError(
+            "an encoder must give one vector of features an image to be published, got shape "
+            f"{tuple(expected.shape)} for 2; build the backbone with a global_pool."
+        )
     for loader, load in LOADERS.items():
         try:
             encoder = load(directory).eval()

@@ -5,8 +5,8 @@ Shapes: N rows, F features, S side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vicreg_hf.bad_images import BadImages
 from vicreg_hf.data import MEMORY_BUDGET, SMALL_IMAGE, evaluation_batches, load_in_memory
 from vicreg_hf.evaluation import extract_features
 from vicreg_hf.evaluation.knn import vote
@@ -40,6 +41,10 @@ class KNNMonitor:
     """Arguments of `evaluation_batches`."""
     mean: Sequence[float]
     std: Sequence[float]
+    bad: BadImages | None = None
+    """Training images that are known to be unusable, as where they lie in memory."""
+    _unusable: dict[str, BadImages] = field(default_factory=dict, repr=False)
+    """Found while measuring, by the name of the split."""
 
     @classmethod
     def create(
@@ -53,6 +58,7 @@ class KNNMonitor:
         mean: Sequence[float],
         std: Sequence[float],
         num_workers: int,
+        bad: BadImages | None = None,
     ) -> KNNMonitor | None:
         """A monitor, or None where labels or a held-out split are missing."""
         if held_out is None or held_out.labels is None or train.labels is None or len(train) < K:
@@ -63,14 +69,18 @@ class KNNMonitor:
                 f"{train.label_names} and {held_out.label_names}; choose another --eval_split."
             )
         settings = {"crop_pct": crop_pct, "num_workers": num_workers}
-        return cls(train, train_images, held_out, image_size, settings, mean, std)
+        return cls(train, train_images, held_out, image_size, settings, mean, std, bad)
 
     @property
     def description(self) -> str:
         """What the accuracy is of."""
+        sides = ((self.held_out, MAX_TEST), (self.train, MAX_TRAIN))
+        rows = [self._rows(split, most) for split, most in sides]
+        used = [self._usable(split, of) for (split, _), of in zip(sides, rows, strict=True)]
+        left_out = sum(map(len, rows)) - sum(map(len, used))
         return (
-            f"{K}-NN accuracy on {len(self._rows(self.held_out, MAX_TEST))} images of "
-            f"{self.held_out.name}, neighbours from {len(self._rows(self.train, MAX_TRAIN))}"
+            f"{K}-NN accuracy on {len(used[0])} images of {self.held_out.name}, neighbours from "
+            f"{len(used[1])}" + (f", without {left_out} that cannot be used" if left_out else "")
         )
 
     def measure(
@@ -101,13 +111,11 @@ class KNNMonitor:
             y = self._features(encoder, self.held_out, test_rows, **settings)
         else:
             y = self._features(encoder, kept, np.arange(len(kept)), **settings)
-        labels = self.held_out.labels[torch.from_numpy(test_rows)].to(device)
-        voted = vote(  # which ends no run over a feature that is not finite
-            self._features(encoder, self.train_images, train_rows, **settings),
-            self.train.labels[torch.from_numpy(train_rows)].to(device),
-            y,
-            k=K,
-        )
+        x = self._features(encoder, self.train_images, train_rows, **settings)
+        x, train_labels = self._with_labels(self.train, train_rows, x)
+        y, labels = self._with_labels(self.held_out, test_rows, y)
+        # which ends no run over a feature that is not finite
+        voted = vote(x, train_labels, y, k=min(K, len(x)))
         knn = (voted == labels).float().mean().item()
         if classify is None:
             return {"knn": knn}
@@ -119,6 +127,24 @@ class KNNMonitor:
             return None
         return self.measure(nn.Flatten(), device)["knn"]
 
+    def _with_labels(
+        self, split: ImageSplit, rows: NDArray[np.int64], features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Features and classes of the rows that could be used; in the others' places are others."""
+        usable = torch.from_numpy(self._usable(split, rows))
+        assert split.labels is not None
+        labels = split.labels[torch.from_numpy(rows)][usable].to(features.device)
+        if len(usable) < len(rows):
+            features = features[usable.to(features.device)]
+        return features, labels
+
+    def _usable(self, split: ImageSplit, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Places among rows whose images could be used, as far as is known."""
+        known = self._unusable.get(split.name)
+        lists = [known, self.bad if split is self.train else None]
+        bad = [image.row for each in lists if each is not None for image in each.found]
+        return np.flatnonzero(~np.isin(rows, np.array(bad, dtype=np.int64)))
+
     @cached_property
     def _kept(self) -> Tensor | None:
         """Held-out images that are measured on, decoded once, if small enough to stay in memory."""
@@ -126,7 +152,15 @@ class KNNMonitor:
             return None
         taken = self.train_images.nbytes if isinstance(self.train_images, Tensor) else 0
         rows = self._rows(self.held_out, MAX_TEST)
-        return load_in_memory(self.held_out, MEMORY_BUDGET - taken, rows=rows)
+        with self._noting(self.held_out) as bad:
+            return load_in_memory(self.held_out, MEMORY_BUDGET - taken, bad, rows=rows)
+
+    @contextmanager
+    def _noting(self, split: ImageSplit) -> Iterator[BadImages]:
+        """For what is found of a split."""
+        bad = self._unusable.setdefault(split.name, BadImages(None, 1.0, None))
+        yield bad
+        bad.agree(say=lambda _: None)
 
     def _rows(self, split: ImageSplit, most: int) -> NDArray[np.int64]:
         if len(split) <= most:
@@ -140,5 +174,7 @@ class KNNMonitor:
         rows: NDArray[np.int64],
         **settings: Any,
     ) -> Tensor:
-        batches = evaluation_batches(images, rows, self.image_size, **self.settings)
-        return extract_features(encoder, batches, mean=self.mean, std=self.std, **settings)
+        split = images if isinstance(images, ImageSplit) else self.train
+        with self._noting(split) as bad:
+            batches = evaluation_batches(images, rows, self.image_size, bad=bad, **self.settings)
+            return extract_features(encoder, batches, mean=self.mean, std=self.std, **settings)

@@ -148,11 +148,12 @@ def _set_aside(run: Run) -> None:
     """Keep what an earlier run has made from being lost, or taken for this one's."""
     directory, names = run.output_dir, []
     over = any((directory / CHECKPOINTS).glob("step-*"))
-    if run.step == 0 and (over or any((directory / name).exists() for name in ENCODERS)):
+    anew = run.step == 0 and (run.args.resume == "never" or not over)
+    if anew and (over or any((directory / name).exists() for name in ENCODERS)):
         names += BESIDE
     if run.step < run.total_steps:
         names += ENCODERS  # of fewer steps, or of another run
-    if run.step == 0 and over:
+    if anew and over:
         names.append(CHECKPOINTS)  # last: where this is broken off, what is left is still known
     set_aside(directory, names, print)
 
@@ -167,7 +168,7 @@ def _create_monitor(
     return KNNMonitor.create(
         inputs.train, images, inputs.held_out, image_size=args.image_size,
         crop_pct=cfg["crop_pct"], mean=cfg["mean"], std=cfg["std"],
-        num_workers=args.num_workers or 0,
+        num_workers=args.num_workers or 0, bad=inputs.bad,
     )  # fmt: skip
 
 

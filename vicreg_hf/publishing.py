@@ -108,7 +108,9 @@ def push_model(
                     (folder / name).parent.mkdir(exist_ok=True)
                     shutil.copyfile(card / name, folder / name)
         elif not holds_file(repo_id, CARD_FILE, token=token, revision=revision):
-            text = str(model_card(model.config, num_features=model.num_features))
+            # where the weights are from is not known, nor what may be done with them
+            card_of = model_card(model.config, num_features=model.num_features, licence=license)
+            text = str(card_of)
             (folder / CARD_FILE).write_text(personalise(text, repo_id, license), encoding="utf-8")
         else:
             removable = tuple(set(REMOVABLE) - set(PICTURES))
