@@ -388,6 +388,7 @@ def _remember(
         "encoder": encoder.fingerprint(), "dtype": args.dtype, "bf16": args.bf16,
         "rows_per_file": args.rows_per_file,
         "splits": {name: split.fingerprint() for name, split in splits.items()},
+        "classes": list(next(iter(splits.values())).label_names),  # alike in all
     }  # fmt: skip
     path = output_dir / RECORD
     earlier = _recorded(path)
