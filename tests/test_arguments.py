@@ -11,8 +11,8 @@ from vicreg_hf import PretrainingArguments
 from vicreg_hf.arguments import parse_arguments, read_recipe, recipe_names
 from vicreg_hf.augmentation import PRESETS
 from vicreg_hf.branches import check_architecture
+from vicreg_hf.opening import open_dataset
 from vicreg_hf.optim import default_base_lr
-from vicreg_hf.sources import open_dataset
 
 
 def yaml_file(folder: Path, text: str) -> str:

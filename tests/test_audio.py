@@ -38,7 +38,7 @@ from vicreg_hf.modalities.waveform_encoder import (
     save_waveform_encoder,
     waveform_encoder_from_config,
 )
-from vicreg_hf.sources import open_dataset
+from vicreg_hf.opening import open_dataset
 
 Samples = NDArray[np.float32]
 TINY: dict[str, Any] = {

@@ -32,8 +32,9 @@ from vicreg_hf.evaluation.finetune import (
     create_head,
     finetune,
 )
+from vicreg_hf.opening import open_dataset
 from vicreg_hf.sampler import GlobalBatches
-from vicreg_hf.sources import ImageSplit, image_split, open_dataset
+from vicreg_hf.sources import ImageSplit, image_split
 from vicreg_hf.views import RandomViews
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -346,3 +349,35 @@ def test_no_format_is_read_that_runs_a_program() -> None:
     data = encode(Image.fromarray(RGB), "EPS")
     with pytest.raises(ImageError, match="cannot be decoded"):
         decode_image(data)
+
+
+# Red above blue, 16 x 24 pixels, by pillow-heif 1.8.
+HEIC = base64.b64decode(
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAb1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAA"
+    "AAAAAAAAAAAAADRpbG9jAAAAAERAAAIAAQAAAAAB4QABAAAAAAAAAEoAAgAAAAACKwABAAAAAAAAACQAAAA4aWlu"
+    "ZgAAAAAAAgAAABVpbmZlAgAAAAABAABodmMxAAAAABVpbmZlAgAAAQACAABFeGlmAAAAAA5waXRtAAAAAAABAAAA"
+    "/GlwcnAAAADcaXBjbwAAAHVodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMA"
+    "AAMAHroCQGEAAQApQgEBA3AAAAMAkAAAAwAAAwAeoCCBBZbqrprm4CGgwIAAAAyAAAADAIRiAAEABkQBwXPBiQAA"
+    "ABNjb2xybmNseAABAA0ABoAAAAAUaXNwZQAAAAAAAABAAAAAQAAAAChjbGFwAAAAEAAAAAEAAAAYAAAAAf///9AA"
+    "AAAC////2AAAAAIAAAAQcGl4aQAAAAADCAgIAAAAGGlwbWEAAAAAAAAAAQABBYECAwWEAAAAGmlyZWYAAAAAAAAA"
+    "DmNkc2MAAgABAAEAAAB2bWRhdAAAAEYoAa8JyGmJGiObUf8X9/oXoa8W++hWvzVng2sC05L/iBVgV13aaVHcx/Ui"
+    "CXyd9Pkq6PTmW6C5rcnqzSk5O4lgw0+XiTpMAAAABkV4aWYAAE1NACoAAAAIAAEBEgADAAAAAQAGAAAAAAAA"
+)
+
+
+def test_heic_is_read() -> None:
+    pixels = decode(HEIC)
+    assert pixels.shape == (24, 16, 3)
+    above, below = pixels[:10].reshape(-1, 3), pixels[14:].reshape(-1, 3)
+    assert_pixels_close(above, np.full_like(above, [200, 40, 40]), tolerance=24)
+    assert_pixels_close(below, np.full_like(below, [40, 40, 200]), tolerance=24)
+
+
+def test_heic_without_its_plugin_is_answered_with_its_name() -> None:
+    program = (
+        "import sys; sys.modules['pi_heif'] = None\n"
+        "from vicreg_hf.images import decode_image\n"
+        "decode_image(sys.stdin.buffer.read())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], input=HEIC, capture_output=True)
+    assert b"it looks like HEIF, which needs `pip install pi-heif`." in done.stderr

@@ -19,8 +19,8 @@ from vicreg_hf.augmentation import multi_crop_recipes
 from vicreg_hf.bad_images import BadImages
 from vicreg_hf.columns import BadImage
 from vicreg_hf.data import training_views
+from vicreg_hf.opening import open_dataset
 from vicreg_hf.sampler import GlobalBatches
-from vicreg_hf.sources import open_dataset
 from vicreg_hf.streaming import ImageStream, image_stream
 from vicreg_hf.views import RandomViews, TwoViews
 

@@ -38,7 +38,7 @@ from vicreg_hf.modalities.text_encoder import (
     create_text_encoder,
     text_encoder_from_config,
 )
-from vicreg_hf.sources import open_dataset
+from vicreg_hf.opening import open_dataset
 
 TOKENIZER = word_tokenizer()
 BERT_LIKE: dict[str, Any] = {

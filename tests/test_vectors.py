@@ -17,7 +17,7 @@ from vicreg_hf.columns import ImageColumn
 from vicreg_hf.images import ImageError
 from vicreg_hf.modalities import BatchColumn
 from vicreg_hf.modalities.vectors import VectorColumn
-from vicreg_hf.sources import open_dataset
+from vicreg_hf.opening import open_dataset
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from datasets import config
 
-from vicreg_hf.columns import MAX_FILE
+from vicreg_hf.reading import MAX_FILE
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 """Endings of what `datasets` would decompress within a tar, in memory."""

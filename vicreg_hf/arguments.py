@@ -21,9 +21,9 @@ from vicreg_hf.configuration_vicreg import MODALITIES
 from vicreg_hf.data import SMALL_IMAGE
 from vicreg_hf.flags import SettingsParser
 from vicreg_hf.hub import check_repo_id
+from vicreg_hf.opening import DEMO
 from vicreg_hf.optim import default_base_lr
 from vicreg_hf.recipe_files import as_flags
-from vicreg_hf.sources import DEMO
 
 _ENCODER = {"prime_architecture", "prime_model_args", "prime_pretrained", "prime_expander_dims"}
 TAKEN_BY: dict[str | None, set[str]] = {

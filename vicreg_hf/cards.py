@@ -22,7 +22,7 @@ from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.backbones import is_ours
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.evaluation.results import Measurement
-from vicreg_hf.sources import DEMO
+from vicreg_hf.opening import DEMO
 from vicreg_hf.whole_files import replacing
 
 CARD_FILE = "README.md"

@@ -33,6 +33,7 @@ from vicreg_hf.evaluation.results import Measurement
 from vicreg_hf.evaluation.svm import FOLDS
 from vicreg_hf.feature_cache import Features, cached_features
 from vicreg_hf.labelled import Labelled, LabelledData, open_labelled
+from vicreg_hf.opening import open_dataset
 from vicreg_hf.pair_embeddings import Pairs, open_pairs
 from vicreg_hf.protocols import (
     MULTI_LABEL,
@@ -43,7 +44,6 @@ from vicreg_hf.protocols import (
     training_rows,
 )
 from vicreg_hf.sampler import GlobalBatches
-from vicreg_hf.sources import open_dataset
 from vicreg_hf.whole_files import replacing
 
 RESULTS, REPORT = "results.json", "report.html"

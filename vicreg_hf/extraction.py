@@ -37,7 +37,8 @@ from vicreg_hf.encoders import Encoder, open_encoder
 from vicreg_hf.evaluation.features import normalise_images
 from vicreg_hf.feature_parts import Part, PartError, parts_of, read_part, write_part
 from vicreg_hf.hub import HubError, check_repo_id, open_repository, push_folder
-from vicreg_hf.sources import ImageSplit, image_split, open_dataset
+from vicreg_hf.opening import open_dataset
+from vicreg_hf.sources import ImageSplit, image_split
 from vicreg_hf.whole_files import replacing
 
 RECORD, BAD_IMAGES = "extraction.json", "bad_images.jsonl"

@@ -18,16 +18,24 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 MAX_PIXELS = 89_000_000
 """An image whose header claims more is refused before its pixels are read; PIL warns from here."""
+with suppress(ImportError):  # PIL's plugin for what telephones write, where it is installed
+    from pi_heif import register_heif_opener
+
+    register_heif_opener()
 Image.init()
 FORMATS = tuple(
     name
     for name in (
         "JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "MPO", "AVIF", "JPEG2000", "PPM", "DIB", "ICO",
-        "QOI", "PSD", "PCX", "SGI", "DDS", "TGA",
+        "QOI", "PSD", "PCX", "SGI", "DDS", "TGA", "HEIF",
     )
     if name in Image.OPEN
 )  # fmt: skip
 """Pixels, all of them: PIL's EPS would start Ghostscript on what a stranger wrote."""
+SUFFIXES = frozenset(s for s, name in Image.registered_extensions().items() if name in FORMATS)
+"""Endings of the names of image files."""
+HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+"""Of those that need a plugin, and are found without it, too."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """PIL's mode of an encoded image of so many channels."""
 BLOCK = 2**20
@@ -81,9 +89,15 @@ def decode_image(data: bytes, channels: int = 3) -> Tensor:
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError("the image cannot be decoded: it is of no known format.") from None
+        raise ImageError(f"the image cannot be decoded: {_unknown(data)}.") from None
     except Exception as error:  # decoders raise whatever their parsing meets
         raise ImageError(f"the image cannot be decoded: {error}") from error
+
+
+def _unknown(data: bytes) -> str:
+    if data[4:8] == b"ftyp" and "HEIF" not in FORMATS:
+        return "it looks like HEIF, which needs `pip install pi-heif`"
+    return "it is of no known format"
 
 
 def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:

@@ -15,10 +15,11 @@ from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.bad_images import BadImages
 from vicreg_hf.data import MEMORY_BUDGET, SMALL_IMAGE, default_num_workers, load_in_memory
 from vicreg_hf.modalities.audio import SpectrogramColumn, SpectrogramSettings
+from vicreg_hf.opening import open_dataset
 from vicreg_hf.paired_inputs import run_column, spectrogram_settings, takes_waveforms
 from vicreg_hf.pairs import PairedSplit
 from vicreg_hf.sampler import GlobalBatches
-from vicreg_hf.sources import ImageSplit, held_out_split, image_split, open_dataset
+from vicreg_hf.sources import ImageSplit, held_out_split, image_split
 from vicreg_hf.streaming import ImageStream, image_stream
 
 LOCAL_SHARE = 96 / 224

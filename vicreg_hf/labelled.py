@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vicreg_hf.columns import find_label_column
 from vicreg_hf.modalities.audio import SpectrogramSettings
-from vicreg_hf.sources import EVAL_SPLITS, ImageSplit, Splits, image_split, open_dataset
+from vicreg_hf.opening import open_dataset
+from vicreg_hf.sources import EVAL_SPLITS, ImageSplit, Splits, image_split
 
 CLASSES = (datasets.ClassLabel, datasets.Value)
 

@@ -1,28 +1,21 @@
-"""Data sets of images: where they are found, and reading them.
+"""Splits of data sets of images, and reading them.
 
 Shapes: N images, C channels, H x W pixels.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from datasets import config
-from datasets.config import HF_DATASETS_CACHE
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from torch import Tensor
 
-from vicreg_hf.archives import check_archives
 from vicreg_hf.columns import (
     BadImage,
     ImageColumn,
@@ -30,18 +23,11 @@ from vicreg_hf.columns import (
     find_label_column,
     path_of,
 )
-from vicreg_hf.demo import load_demo
 from vicreg_hf.images import ImageError
 from vicreg_hf.modalities.audio import SpectrogramColumn, SpectrogramSettings
 from vicreg_hf.replacement import read_or_replace
 
-DEMO = "demo"
-UNNAMED = "unnamed"
-"""What recipes for data of one's own have in place of a name."""
 EVAL_SPLITS = ("test", "validation", "valid", "val")
-BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
-"""What a single file is opened as; folders are recognised by `datasets`."""
-NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 FINGERPRINTED = 64
 """Images of a split by which it is known again."""
 Splits = dict[Any, Any]
@@ -135,118 +121,6 @@ class ImageSplit:
     def decode(self, cell: Any) -> Tensor:
         """The (C, H, W) uint8 image of a cell; an ImageError where it cannot be used."""
         return self.column.decode(cell)
-
-
-def open_dataset(name: str, config_name: str | None = None, *, streaming: bool = False) -> Splits:
-    """The splits of `demo`, a Hub id, a local folder or file.
-
-    Args:
-        config_name: of a Hub data set.
-        streaming: open tables that are read as they are needed, and not copied to disk first.
-
-    Raises:
-        ValueError: nothing there that `datasets` can load; or what is loaded cannot be cached.
-    """
-    if name == UNNAMED:
-        raise ValueError(
-            "dataset_name must be given, since this recipe is for data of your own: a data set on "
-            "the Hub, or a local folder or file."
-        )
-    try:
-        if os.environ.get("RANK", "0") == "0":
-            check_archives(Path(name))
-        loaded = _load(name, config_name, streaming)
-    except Exception as e:  # builders raise whatever their parsing meets
-        if (fault := _cache_fault(e)) is not None:
-            raise ValueError(
-                f"the cache of data sets must be writable, got {config.HF_DATASETS_CACHE}: "
-                f"{fault}; set HF_HOME or HF_DATASETS_CACHE to a folder that is."
-            ) from e
-        told = [next(iter(str(x).strip().splitlines()), type(x).__name__)
-                for x in (e, e.__cause__) if x is not None]  # fmt: skip
-        reason = " ".join(told)
-        raise ValueError(
-            f"dataset_name must be {DEMO}, a data set on the Hub, or a local folder or file that "
-            f"datasets.load_dataset takes, got {name!r}: {reason}"
-        ) from e
-    if isinstance(loaded, (datasets.Dataset, datasets.IterableDataset)):
-        return {str(loaded.split or "train"): loaded}
-    return loaded
-
-
-def _cache_fault(error: BaseException) -> OSError | None:
-    """What kept `datasets` from writing to its cache, if that is what an error comes from."""
-    caches = [Path(cache) for cache in (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE)]
-    for each in _causes(error):
-        if isinstance(each, OSError) and each.errno in NOT_WRITABLE and each.filename is not None:
-            place = Path(os.fsdecode(each.filename))
-            if any(place.is_relative_to(c) or c.is_relative_to(place) for c in caches):
-                return each
-    return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _load(name: str, config_name: str | None, streaming: bool) -> Any:
-    path = Path(name)
-    if name == DEMO:
-        loaded = load_demo()
-    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        loaded = datasets.load_from_disk(name)
-    elif path.is_file():
-        if path.suffix not in BUILDERS:
-            raise ValueError(f"a file must end in {', '.join(BUILDERS)}.")
-        return datasets.load_dataset(BUILDERS[path.suffix], data_files=name, streaming=streaming)
-    else:
-        if path.is_dir() and _is_image_folder(path):
-            return datasets.load_dataset("imagefolder", data_dir=name, streaming=streaming)
-        own = _own_cache(path) if path.is_dir() and _lists_files(path) else None
-        return datasets.load_dataset(name, config_name, streaming=streaming, cache_dir=own)
-    if not streaming:
-        return loaded
-    if isinstance(loaded, datasets.Dataset):
-        return loaded.to_iterable_dataset(num_shards=_shards(loaded))
-    return {k: table.to_iterable_dataset(num_shards=_shards(table)) for k, table in loaded.items()}
-
-
-def _lists_files(folder: Path) -> bool:
-    """Whether its card does."""
-    card = folder / "README.md"
-    return card.is_file() and "configs:" in card.read_text(errors="replace")
-
-
-def _own_cache(folder: Path) -> str:
-    """A cache for a folder whose card lists its files, as they are now.
-
-    `datasets` would take what it has cached of any folder of that name with such a card.
-    """
-    files = sorted(
-        (str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in folder.rglob("*")
-        if file.is_file()
-    )
-    digest = hashlib.sha256(repr((folder.resolve(), files)).encode()).hexdigest()
-    return str(Path(HF_DATASETS_CACHE) / f"folder-{digest[:16]}")
-
-
-def _is_image_folder(folder: Path) -> bool:
-    """Image files, with or without captions or annotations beside them.
-
-    `datasets` would take a folder for what most of its files are.
-    """
-    if _lists_files(folder):
-        return False
-    found = {Path(file).suffix.lower() for _, _, files in os.walk(folder) for file in files}
-    return not found & BUILDERS.keys() and bool(found & set(ImageFolder.EXTENSIONS))
-
-
-def _shards(table: datasets.Dataset) -> int:
-    """Into as many parts as workers may want to share."""
-    return min(64, max(1, len(table)))
 
 
 def image_split(

@@ -1,0 +1,289 @@
+"""Folders and zips of image files: no image is lost on the way to a split."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from datasets import ClassLabel
+from pictures import photographs, png
+
+from vicreg_hf.columns import path_of
+from vicreg_hf.folders import split_named
+from vicreg_hf.images import ImageError
+from vicreg_hf.opening import open_dataset
+from vicreg_hf.sources import ImageSplit, image_split
+
+PNG = png(photographs(1)[0])
+ALIKE = [
+    "train/oak/1.png", "train/elm/2.png", "test/oak/3.png", "test/elm/4.png", "test/elm/5.jpg"
+]  # fmt: skip
+
+
+def write(folder: Path, names: Sequence[str], content: bytes = PNG) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def zipped(folder: Path, archive: Path, *, compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(archive, "w", compression) as file:
+        for path in sorted(folder.rglob("*")):
+            file.write(path, path.relative_to(folder))
+    return archive
+
+
+def opened(place: Path) -> dict[str, ImageSplit]:
+    splits = open_dataset(str(place))
+    return {name: image_split(splits, name, dataset_name="pictures") for name in splits}
+
+
+def seen(split: ImageSplit) -> list[tuple[str, str | None]]:
+    """File and class of each image."""
+    paths = [path_of(cell) or "" for cell in split.cells(range(len(split)))]
+    files = [os.path.basename(path.split("::")[0]) for path in paths]
+    names = split.label_names
+    classes = [None] * len(split) if split.labels is None else [names[k] for k in split.labels]
+    return list(zip(files, classes, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        pytest.param(
+            ALIKE,
+            {"train": [("2.png", "elm"), ("1.png", "oak")],
+             "test": [("4.png", "elm"), ("5.jpg", "elm"), ("3.png", "oak")]},
+            id="splits",
+        ),
+        pytest.param(
+            ["Train/oak/1.png", "Train/elm/2.png", "Test Set/oak/3.png"],
+            {"train": [("2.png", "elm"), ("1.png", "oak")], "test": [("3.png", "oak")]},
+            id="capitals, and a class less",
+        ),
+        pytest.param(
+            ["train/1.png", "car/2.png"],
+            {"train": [("2.png", "car"), ("1.png", "train")]},
+            id="a class called train",
+        ),
+        pytest.param(
+            ["test/1.png", "car/2.png"],
+            {"train": [("2.png", "car"), ("1.png", "test")]},
+            id="a class called test",
+        ),
+        pytest.param(
+            ["train/train/1.png", "train/car/2.png", "test/train/3.png", "test/car/4.png"],
+            {"train": [("2.png", "car"), ("1.png", "train")],
+             "test": [("4.png", "car"), ("3.png", "train")]},
+            id="a class called train within splits",
+        ),
+        pytest.param(
+            ["oak/train/1.png", "elm/train/2.png", "oak/val/3.png", "elm/val/4.png"],
+            {"train": [("2.png", "elm"), ("1.png", "oak")],
+             "validation": [("4.png", "elm"), ("3.png", "oak")]},
+            id="splits within classes",
+        ),
+        pytest.param(
+            ["1.png", "my_test_shot.jpg"],
+            {"train": [("1.png", None), ("my_test_shot.jpg", None)]},
+            id="a file called test",
+        ),
+        pytest.param(
+            ["images/train2017/1.jpg", "images/val2017/2.jpg", "images/train2014/0.jpg"],
+            {"train": [("0.jpg", None), ("1.jpg", None)], "validation": [("2.jpg", None)]},
+            id="splits by year",
+        ),
+        pytest.param(
+            ["train/oak/1.png", "train/elm/2.png", "unlabeled/3.png"],
+            {"train": [("2.png", None), ("1.png", None), ("3.png", None)]},
+            id="some without a class",
+        ),
+        pytest.param(
+            ["train/oak/1.png", "train/elm/2.png", "val/3.png"],
+            {"train": [("2.png", "elm"), ("1.png", "oak")], "validation": [("3.png", None)]},
+            id="a split without classes",
+        ),
+        pytest.param(
+            ["a/1.avif", "a/2.JPG", "a/3.jpeg", "b/4.webp", "b/5.heic", "b/notes.txt", "b/6.h5"],
+            {"train": [("1.avif", "a"), ("2.JPG", "a"), ("3.jpeg", "a"), ("4.webp", "b"),
+                       ("5.heic", "b")]},
+            id="endings",
+        ),
+        pytest.param(
+            ["a/.hidden.png", "__MACOSX/a/._1.png", ".thumbs/1.png", "a/1.png"],
+            {"train": [("1.png", None)]},
+            id="hidden",
+        ),
+        pytest.param(
+            ["oak [0]/1.png", "elm ?/2.png", "*/3.png"],
+            {"train": [("3.png", "*"), ("2.png", "elm ?"), ("1.png", "oak [0]")]},
+            id="names that are patterns",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("in_zip", [False, True], ids=["folder", "zip"])
+def test_every_image_is_in_a_split(
+    in_zip: bool,
+    names: list[str],
+    expected: dict[str, list[tuple[str, str | None]]],
+    tmp_path: Path,
+) -> None:
+    place = write(tmp_path / "pictures [1]", names)
+    if in_zip:
+        place = zipped(place, tmp_path / "pictures.zip")
+    found = opened(place)
+    assert {name: seen(split) for name, split in found.items()} == expected
+    torch.testing.assert_close(next(iter(found.values())).read([0])[0], photographs(1)[0])
+
+
+def test_images_in_no_split_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path, [*ALIKE, "extra/6.png", "7.png"])
+    assert {name: len(split) for name, split in opened(folder).items()} == {"train": 2, "test": 3}
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: 2 images are in no split")
+    assert f"{folder / '7.png'} is the first" in warning
+
+
+def test_images_that_no_metadata_lists_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path, ["a/1.png", "a/2.png", "b/3.png"])
+    lines = ['{"file_name": "1.png", "caption": "an oak"}', '{"file_name": "2.png"}']
+    (folder / "a" / "metadata.jsonl").write_text("\n".join(lines))
+    table = open_dataset(str(folder))["train"]
+    assert table["caption"][:] == ["an oak", None]
+    warning = capsys.readouterr().err
+    assert "warning: 1 of 3 images in " in warning
+    assert f"{folder / 'b' / '3.png'} is the first" in warning
+    (folder / "b" / "metadata.jsonl").write_text('{"file_name": "3.png", "caption": "an ash"}')
+    assert len(open_dataset(str(folder))["train"]) == 3
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [["1.png", "2.png"], ["oak/1.png", "elm/2.png"], ALIKE])
+def test_images_come_in_the_order_of_datasets(names: list[str], tmp_path: Path) -> None:
+    """So that a run goes on with the rows it began with."""
+    folder = write(tmp_path / "pictures", names)
+    theirs = datasets.load_dataset(
+        "imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache")
+    )
+    ours = open_dataset(str(folder))
+    assert list(ours) == list(theirs)
+    for split, table in ours.items():
+        assert table.features == theirs[split].features
+        undecoded = (t.cast_column("image", datasets.Image(decode=False))[:]
+                     for t in (table, theirs[split]))  # fmt: skip
+        assert len(set(map(repr, undecoded))) == 1
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", ["1.png"])
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "oak").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "pictures")
+    assert seen(opened(tmp_path / "pictures")["train"]) == [("1.png", None)]
+
+
+def test_zips_in_a_folder_are_read_if_they_are_all_there_is(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", ["oak/1.png", "elm/2.png"])
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("train", "test"):
+        zipped(source, folder / f"{name}.zip")
+    assert {name: seen(split) for name, split in opened(folder).items()} == {
+        name: [("2.png", "elm"), ("1.png", "oak")] for name in ("train", "test")
+    }
+    write(folder, ["3.png"])  # as what was unpacked stands beside its zip
+    assert [name for name, _ in seen(opened(folder)["train"])] == ["3.png"]
+
+
+def read_first(place: Path) -> torch.Tensor:
+    return opened(place)["train"].read([0])[0]
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_processes_read_a_zip_at_once(compression: int, tmp_path: Path) -> None:
+    images = photographs(4)
+    for row, image in enumerate(images):
+        write(tmp_path / "source", [f"{row}.png"], png(image))
+    split = opened(zipped(tmp_path / "source", tmp_path / "a.zip", compression=compression))[
+        "train"
+    ]
+    split.read([0])  # opens it, before others are forked
+    with ProcessPoolExecutor(4) as pool:
+        for read in pool.map(split.read, [[3, 0, 2, 1]] * 40):
+            torch.testing.assert_close(torch.stack(read), images[[3, 0, 2, 1]], rtol=0, atol=0)
+
+
+def test_what_is_damaged_in_a_zip_is_a_bad_image(tmp_path: Path) -> None:
+    archive = zipped(write(tmp_path / "source", ["1.png", "2.png"]), tmp_path / "a.zip")
+    content = bytearray(archive.read_bytes())
+    content[content.index(PNG) + len(PNG) // 2] ^= 255
+    archive.write_bytes(content)
+    split = opened(archive)["train"]
+    with pytest.raises(ImageError, match=r"the file cannot be read: Bad CRC-32"):
+        split.read([0])
+    assert split.read([1])[0].shape == photographs(1)[0].shape
+    images, bad = split.read_or_replace([0, 1])
+    torch.testing.assert_close(images[0], images[1])
+    assert bad[0].path == f"zip://1.png::{archive}"
+
+
+def test_a_file_in_a_zip_that_would_be_huge_is_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("0.png", PNG)
+        file.filelist[0].file_size = 2**31  # what the directory of the archive says
+    with pytest.raises(ImageError, match="it has 2147483648 bytes, more than the 1073741824"):
+        opened(tmp_path / "a.zip")["train"].read([0])
+
+
+def test_a_zip_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(PNG)
+    with pytest.raises(ValueError, match=r"got '.*a.zip': File is not a zip file"):
+        open_dataset(str(tmp_path / "a.zip"))
+
+
+def test_a_zip_without_images_is_named(tmp_path: Path) -> None:
+    archive = zipped(write(tmp_path / "source", ["notes.txt"]), tmp_path / "a.zip")
+    with pytest.raises(ValueError, match=r"there are no images in .*a.zip"):
+        open_dataset(str(archive))
+
+
+def test_a_config_of_image_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no configs; leave out dataset_config_name"):
+        open_dataset(str(write(tmp_path, ["1.png"])), "large")
+
+
+@pytest.mark.parametrize("name", ["http://127.0.0.1:9/1.png", "zip://1.png::http://127.0.0.1:9/a"])
+def test_addresses_in_a_data_set_are_not_asked(name: str) -> None:
+    features = datasets.Features({"image": datasets.Image()})
+    table = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": name}]}, features)
+    split = image_split({"train": table}, "train", dataset_name="strange")
+    with pytest.raises(ImageError, match="No such file"):
+        split.read([0])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("train", "train"), ("Training images", "train"), ("train2017", "train"),
+        ("dev", "validation"), ("imagenet-val", "validation"), ("EVAL", "test"),
+        ("trains", None), ("train_val", None), ("contest", None), ("", None),
+    ],
+)  # fmt: skip
+def test_folders_are_called_after_splits(name: str, expected: str | None) -> None:
+    assert split_named(name) == expected
+
+
+def test_classes_keep_their_numbers_where_a_split_lacks_one(tmp_path: Path) -> None:
+    folder = write(tmp_path, ["train/a/1.png", "train/b/2.png", "test/b/3.png", "test/b/4.png"])
+    splits = open_dataset(str(folder))
+    assert splits["test"].features["label"] == ClassLabel(names=["a", "b"])
+    assert splits["test"]["label"][:] == [1, 1]

@@ -1,0 +1,218 @@
+"""Folders and zips of image files: which image is in which split, and of which class.
+
+`datasets` guesses the splits from names of files and folders at any depth, and leaves out, without
+a word, what then belongs to none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import datasets
+import pyarrow as pa
+from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
+
+from vicreg_hf.images import HEIF_SUFFIXES, SUFFIXES
+from vicreg_hf.reading import IN_ZIP, ZIP
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Files in which `datasets` looks for what belongs to the images."""
+SPLIT_OF = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
+
+
+class ImageFile(NamedTuple):
+    """An image file, in a folder or in a zip."""
+
+    parts: tuple[str, ...]
+    """Folders between the data set and the file."""
+    path: str
+    """The file, as `ImageColumn` reads it."""
+
+
+def list_files(folder: Path) -> Iterator[tuple[str, str]]:
+    """Files at any depth: each one's folder within this one, and its name.
+
+    Like `datasets`, without what is hidden or called __something, and through links.
+    """
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link back to where it stands
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(each for each in folders if not each.startswith((".", "__")))
+        within = os.path.relpath(place, folder)
+        yield from (
+            ("" if within == "." else within, name) for name in names if not name.startswith(".")
+        )
+
+
+def is_image(name: str) -> bool:
+    """By its ending."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES | HEIF_SUFFIXES
+
+
+def images_of_folder(folder: Path) -> list[ImageFile]:
+    """The image files in a folder, at any depth; or in its zips, if they are all there is."""
+    root = os.path.abspath(folder)
+    found: list[ImageFile] = []
+    zips: list[Path] = []
+    for within, name in list_files(folder):
+        if is_image(name):
+            found.append(ImageFile(Path(within).parts, os.path.join(root, within, name)))
+        elif name.lower().endswith(".zip"):
+            zips.append(Path(root, within, name))
+    if not found:
+        for archive in zips:
+            above = (*archive.relative_to(root).parent.parts, archive.stem)
+            found += [ImageFile((*above, *parts), path) for parts, path in images_of_zip(archive)]
+    return sorted(found, key=lambda image: image.path)
+
+
+def images_of_zip(archive: Path) -> list[ImageFile]:
+    """The image files in a zip, which stays as it is.
+
+    Raises:
+        zipfile.BadZipFile: it is none.
+    """
+    found: list[ImageFile] = []
+    with zipfile.ZipFile(archive) as file:
+        for name in file.namelist():
+            parts = PurePosixPath(name).parts
+            hidden = any(part.startswith((".", "__")) for part in parts)
+            if is_image(name) and not hidden:
+                found.append(ImageFile(parts[:-1], f"{ZIP}{name}{IN_ZIP}{archive.absolute()}"))
+    return sorted(found, key=lambda image: image.path)
+
+
+def split_named(name: str) -> str | None:
+    """The split that a folder is called after, such as train2017 or Test set; None of two or none.
+
+    The words are those of `datasets`.
+    """
+    words = re.split(f"[{NON_WORDS_CHARS}]+", name.lower())
+    named = {SPLIT_OF[word] for word in words if word in SPLIT_OF}
+    return named.pop() if len(named) == 1 else None
+
+
+def splits_of(
+    images: Sequence[ImageFile], *, say: Callable[[str], object]
+) -> dict[str, list[ImageFile]]:
+    """Divide image files into splits.
+
+    By the outermost folder that is called after a split; but all of them are `train` unless each is
+    below such a folder, or some are for training and others to measure on. So a class may be called
+    train.
+
+    Args:
+        say: told of images that are in no split.
+
+    Returns:
+        The files of each split, without the split's folder among their parts.
+    """
+    known = {parts: _split_in(parts) for parts in {image.parts for image in images}}
+    names = {split for split, _ in known.values() if split is not None}
+    complete = all(split is not None for split, _ in known.values())
+    if not names or not (complete or ("train" in names and len(names) > 1)):
+        return {"train": list(images)}
+    splits: dict[str, list[ImageFile]] = defaultdict(list)
+    outside: list[ImageFile] = []
+    for image in images:
+        split, rest = known[image.parts]
+        if split is None:
+            outside.append(image)
+        else:
+            splits[split].append(image._replace(parts=rest))
+    if outside:
+        say(
+            f"{len(outside)} images are in no split, as they are below no folder that is called "
+            f"after one, and are left out: {outside[0].path} is the first; move them into a folder "
+            "called train, or name theirs alone."
+        )
+    return {name: splits[name] for name in map(str, SPLIT_KEYWORDS) if name in splits}
+
+
+def _split_in(parts: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
+    """The split that these folders belong to, and what is left without its own folder."""
+    for place, name in enumerate(parts):
+        if (split := split_named(name)) is not None:
+            return split, parts[:place] + parts[place + 1 :]
+    return None, parts
+
+
+def tables_of(splits: dict[str, list[ImageFile]]) -> dict[str, datasets.Dataset]:
+    """Tables of images that stay where they are, with their classes if they have any.
+
+    A class is the folder that an image lies in, where all of a split lie equally deep below the
+    split's own, and there are several in all.
+    """
+    named = {
+        name: [image.parts[-1] for image in images]
+        for name, images in splits.items()
+        if len({len(image.parts) for image in images}) == 1 and images[0].parts
+    }
+    classes = sorted(set().union(*named.values()))
+    return {
+        name: _table(images, named.get(name), classes if len(classes) > 1 else [])
+        for name, images in splits.items()
+    }
+
+
+def _table(
+    images: Sequence[ImageFile], named: list[str] | None, classes: list[str]
+) -> datasets.Dataset:
+    paths = pa.array([image.path for image in images], pa.string())
+    cells = pa.StructArray.from_arrays(
+        [pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"]
+    )
+    columns: dict[str, Any] = {"image": cells}
+    kinds: dict[str, Any] = {"image": datasets.Image()}
+    if named is not None and classes:
+        numbers = {name: number for number, name in enumerate(classes)}
+        columns["label"] = pa.array([numbers[name] for name in named], pa.int64())
+        kinds["label"] = datasets.ClassLabel(names=classes)
+    features = datasets.Features(kinds)
+    table = pa.table(columns).cast(features.arrow_schema)
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+
+
+def has_metadata(folder: Path) -> bool:
+    """Whether files beside the images say what belongs to them."""
+    return any(name in METADATA for _, name in list_files(folder))
+
+
+def say_what_is_missing(
+    folder: Path, loaded: Iterable[datasets.Dataset], *, say: Callable[[str], object]
+) -> None:
+    """Tell of images in a folder that no metadata file lists, and `datasets` leaves out.
+
+    Args:
+        loaded: its splits.
+        say: told what is missing.
+    """
+    listed: set[str] = set()
+    for table in loaded:
+        for column, kind in table.features.items():
+            inner = kind.feature if isinstance(kind, (datasets.List, datasets.LargeList)) else kind
+            if isinstance(inner, datasets.Image):
+                cells = table.select_columns([column]).with_format("arrow")[:][column]
+                listed |= _paths(cells.to_pylist())
+    images = images_of_folder(folder)
+    missing = [image.path for image in images if image.path not in listed]
+    if missing:
+        say(
+            f"{len(missing)} of {len(images)} images in {folder} are left out, as no "
+            f"metadata file lists them: {missing[0]} is the first."
+        )
+
+
+def _paths(cells: list[Any]) -> set[str]:
+    flat = (each for cell in cells for each in (cell if isinstance(cell, list) else [cell]))
+    return {os.path.abspath(each["path"]) for each in flat if each and each["path"]}

@@ -1,0 +1,182 @@
+"""Where data sets are found: on the Hub, in a folder or in a file."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import config
+from datasets.config import HF_DATASETS_CACHE
+
+from vicreg_hf.archives import check_archives
+from vicreg_hf.demo import load_demo
+from vicreg_hf.folders import (
+    METADATA,
+    ImageFile,
+    has_metadata,
+    images_of_folder,
+    images_of_zip,
+    is_image,
+    list_files,
+    say_what_is_missing,
+    splits_of,
+    tables_of,
+)
+from vicreg_hf.sources import Splits
+
+DEMO = "demo"
+UNNAMED = "unnamed"
+"""What recipes for data of one's own have in place of a name."""
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+"""What a single file is opened as, but for zips; folders of such are recognised by `datasets`."""
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
+def open_dataset(name: str, config_name: str | None = None, *, streaming: bool = False) -> Splits:
+    """The splits of `demo`, a Hub id, a local folder or file.
+
+    Args:
+        config_name: of a Hub data set.
+        streaming: open tables that are read as they are needed, and not copied to disk first.
+
+    Raises:
+        ValueError: nothing there that `datasets` can load; or what is loaded cannot be cached.
+    """
+    if name == UNNAMED:
+        raise ValueError(
+            "dataset_name must be given, since this recipe is for data of your own: a data set on "
+            "the Hub, or a local folder or file."
+        )
+    try:
+        loaded = _load(name, config_name, streaming)
+    except Exception as e:  # builders raise whatever their parsing meets
+        if (fault := _cache_fault(e)) is not None:
+            raise ValueError(
+                f"the cache of data sets must be writable, got {config.HF_DATASETS_CACHE}: "
+                f"{fault}; set HF_HOME or HF_DATASETS_CACHE to a folder that is."
+            ) from e
+        told = [next(iter(str(x).strip().splitlines()), type(x).__name__)
+                for x in (e, e.__cause__) if x is not None]  # fmt: skip
+        reason = " ".join(told)
+        raise ValueError(
+            f"dataset_name must be {DEMO}, a data set on the Hub, or a local folder or file that "
+            f"datasets.load_dataset takes, got {name!r}: {reason}"
+        ) from e
+    if isinstance(loaded, (datasets.Dataset, datasets.IterableDataset)):
+        return {str(loaded.split or "train"): loaded}
+    return loaded
+
+
+def _cache_fault(error: BaseException) -> OSError | None:
+    """What kept `datasets` from writing to its cache, if that is what an error comes from."""
+    caches = [Path(cache) for cache in (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE)]
+    for each in _causes(error):
+        if isinstance(each, OSError) and each.errno in NOT_WRITABLE and each.filename is not None:
+            place = Path(os.fsdecode(each.filename))
+            if any(place.is_relative_to(c) or c.is_relative_to(place) for c in caches):
+                return each
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _load(name: str, config_name: str | None, streaming: bool) -> Any:
+    path = Path(name)
+    if name == DEMO:
+        loaded = load_demo()
+    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        loaded = datasets.load_from_disk(name)
+    elif path.is_file() and path.suffix.lower() == ".zip":
+        loaded = _image_tables(images_of_zip(path), path)
+    elif path.is_dir() and not _lists_files(path) and not _holds_tables(path):
+        if has_metadata(path):
+            return _load_with_metadata(path, streaming)
+        loaded = _image_tables(images_of_folder(path), path)
+    else:
+        return _load_by_datasets(path, name, config_name, streaming)
+    if config_name is not None:
+        raise ValueError(f"{name} has no configs; leave out dataset_config_name.")
+    if not streaming:
+        return loaded
+    if isinstance(loaded, datasets.Dataset):
+        return loaded.to_iterable_dataset(num_shards=_shards(loaded))
+    return {k: table.to_iterable_dataset(num_shards=_shards(table)) for k, table in loaded.items()}
+
+
+def _image_tables(images: Sequence[ImageFile], place: Path) -> Splits:
+    if not images:
+        raise ValueError(f"there are no images in {place}.")
+    return tables_of(splits_of(images, say=_warn))
+
+
+def _load_by_datasets(path: Path, name: str, config_name: str | None, streaming: bool) -> Any:
+    if _is_main():
+        check_archives(path)
+    if path.is_file():
+        builder = BUILDERS.get(path.suffix.lower())
+        if builder is None:
+            raise ValueError(f"a file must end in {', '.join(BUILDERS)} or .zip.")
+        return datasets.load_dataset(builder, data_files=name, streaming=streaming)
+    own = _own_cache(path) if path.is_dir() and _lists_files(path) else None
+    return datasets.load_dataset(name, config_name, streaming=streaming, cache_dir=own)
+
+
+def _load_with_metadata(folder: Path, streaming: bool) -> Any:
+    loaded: Any = datasets.load_dataset("imagefolder", data_dir=str(folder), streaming=streaming)
+    if not streaming and _is_main():
+        say_what_is_missing(folder, loaded.values(), say=_warn)
+    return loaded
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _warn(sentence: str) -> None:
+    if _is_main():
+        print(f"warning: {sentence}", file=sys.stderr)
+
+
+def _lists_files(folder: Path) -> bool:
+    """Whether its card does."""
+    card = folder / "README.md"
+    return card.is_file() and "configs:" in card.read_text(errors="replace")
+
+
+def _own_cache(folder: Path) -> str:
+    """A cache for a folder whose card lists its files, as they are now.
+
+    `datasets` would take what it has cached of any folder of that name with such a card.
+    """
+    files = sorted(
+        (str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in folder.rglob("*")
+        if file.is_file()
+    )
+    digest = hashlib.sha256(repr((folder.resolve(), files)).encode()).hexdigest()
+    return str(Path(HF_DATASETS_CACHE) / f"folder-{digest[:16]}")
+
+
+def _holds_tables(folder: Path) -> bool:
+    """Whether there are files that hold images, and not only image files.
+
+    `datasets` would take a folder for what most of its files are.
+    """
+    found = list(list_files(folder))
+    tables = any(Path(n).suffix.lower() in BUILDERS and n not in METADATA for _, n in found)
+    return tables or not any(is_image(name) or name.lower().endswith(".zip") for _, name in found)
+
+
+def _shards(table: datasets.Dataset) -> int:
+    """Into as many parts as workers may want to share."""
+    return min(64, max(1, len(table)))

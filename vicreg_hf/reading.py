@@ -1,0 +1,55 @@
+"""The content of an image file: on the disk, in a zip, or where `datasets` reads a stream from."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from functools import lru_cache
+from pathlib import Path
+
+from datasets.utils.file_utils import xopen
+
+MAX_FILE = 2**30
+"""Bytes of an image file, more than any image of `MAX_PIXELS` needs; a larger one is not read."""
+ZIP = "zip://"
+HUB = "hf://"
+IN_ZIP = "::"
+"""Stands between a file in a zip and that zip: zip://oak/001.jpg::pictures.zip."""
+
+
+def read_file(path: str) -> bytes:
+    """All of a file.
+
+    Args:
+        path: local, or as `datasets` writes it: zip://FILE::ZIP, or on the Hub, hf://….
+
+    Raises:
+        ValueError: more than `MAX_FILE` bytes.
+        Exception: whatever keeps it from being read, such as a damaged or encrypted zip.
+    """
+    name, _, archive = path.removeprefix(ZIP).rpartition(IN_ZIP)
+    if path.startswith(ZIP) and "://" not in archive:
+        return _read_from_zip(name, archive)
+    if (archive or path).startswith(HUB):  # of other addresses in a data set nobody has heard
+        with xopen(path, "rb") as file:
+            content = file.read(MAX_FILE + 1)
+        _check_size(len(content))
+        return content
+    _check_size(Path(path).stat().st_size)
+    return Path(path).read_bytes()
+
+
+def _read_from_zip(name: str, archive: str) -> bytes:
+    file = _opened(archive, os.getpid())  # a process of its own has a position of its own
+    _check_size(file.getinfo(name).file_size)
+    return file.read(name)
+
+
+@lru_cache(maxsize=8)
+def _opened(archive: str, _process: int) -> zipfile.ZipFile:
+    return zipfile.ZipFile(archive)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_FILE:
+        raise ValueError(f"it has {size} bytes, more than the {MAX_FILE} allowed.")
