@@ -200,6 +200,22 @@ def test_a_checkpoint_of_lightly_is_read(cut: bool, tmp_path: Path) -> None:
     same_features(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), reference)
 
 
+@pytest.mark.parametrize("kind", ["evaluated", "torchvision"])
+def test_classifiers_are_left_out(kind: str, tmp_path: Path) -> None:
+    """Of what the authors' evaluation saves, and of a torchvision ResNet as it is."""
+    reference = shaken(resnet18())
+    classifier, reference.fc = reference.fc, nn.Identity()
+    if kind == "evaluated":
+        parts = prefixed("module.0.", reference) | prefixed("module.1.", classifier)
+        torch.save({"epoch": 3, "best_acc": None, "model": parts}, tmp_path / "checkpoint.pth")
+    else:
+        parts = prefixed("", reference) | prefixed("fc.", classifier)
+        torch.save(parts, tmp_path / "checkpoint.pth")
+    done = convert_checkpoint(tmp_path / "checkpoint.pth", tmp_path / "out")
+    assert done.left_out == (("classifier",) if kind == "evaluated" else ("fc",))
+    same_features(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), reference)
+
+
 def of_solo_learn(reference: nn.Module) -> dict[str, Tensor]:
     parts = prefixed("backbone.", reference) | prefixed("classifier.", nn.Linear(512, 10))
     return parts | prefixed("projector.", projector(512, last_bias=True))

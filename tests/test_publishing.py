@@ -435,8 +435,39 @@ trained().push_to_hub("org/edited", include_expander=True)
     done = python(code, **online(hub, tmp_path))
     assert done.returncode == 0, done.stderr
     files = hub.repositories["models/org/edited"].files()
-    assert files["README.md"].endswith(b"Mine.")
+    assert files["README.md"] == b"---\nlicense: mit\n---\nMine."
     assert "expander.safetensors" in files
+
+
+def test_a_hand_edited_card_is_given_the_licence_that_is_asked_for(
+    hub: Hub, tmp_path: Path
+) -> None:
+    trained().save_pretrained(tmp_path / "model")
+    code = f"""
+from huggingface_hub import HfApi
+from vicreg_hf.publishing import publish
+HfApi().create_repo("org/licensed")
+HfApi().upload_file(path_or_fileobj=b"---\\nlicense: mit\\n---\\nMine.",
+                    path_in_repo="README.md", repo_id="org/licensed")
+publish({str(tmp_path / "model")!r}, "org/licensed", license="cc-by-4.0")
+"""
+    done = python(code, **online(hub, tmp_path))
+    assert done.returncode == 0, done.stderr
+    card: Any = ModelCard(hub.repositories["models/org/licensed"].files()["README.md"].decode())
+    assert card.data.license == "cc-by-4.0"
+    assert card.text.strip() == "Mine."
+
+
+def test_what_cannot_be_exported_leaves_no_empty_repository(
+    finished: Path, hub: Hub, tmp_path: Path
+) -> None:
+    words = [sys.executable, "scripts/publish.py", str(finished), "--repo_id", "org/too-large"]
+    limited = ["bash", "-c", 'ulimit -f 1; "$@"', "-", *words]  # files of 1 KiB at most
+    done = run(limited, **online(hub, tmp_path), PYTHONDONTWRITEBYTECODE="1")
+    assert done.returncode == 1
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "models/org/too-large" not in hub.repositories
 
 
 # Refusals, before any work

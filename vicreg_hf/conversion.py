@@ -40,6 +40,11 @@ HEADS = (
 SEQUENTIAL = {"0": "conv1", "1": "bn1"} | {str(i + 3): f"layer{i}" for i in range(1, 5)}
 """lightly's examples cut a torchvision ResNet into an nn.Sequential without its last layer."""
 
+EVALUATED = {"0.": "backbone.", "1.": "classifier."}
+"""The authors' evaluation saves an nn.Sequential of both."""
+CLASSIFIER = "fc."
+"""The last layer of a torchvision ResNet."""
+
 State = dict[str, Tensor]
 
 
@@ -166,8 +171,11 @@ def _split(state: State) -> tuple[State, State]:
     for prefix in ("module.", "_orig_mod.", "model."):
         if all(name.startswith(prefix) for name in state):
             state = {name[len(prefix) :]: value for name, value in state.items()}
+    if "0.conv1.weight" in state:
+        state = {EVALUATED.get(name[:2], name[:2]) + name[2:]: v for name, v in state.items()}
     if not any(name.startswith("backbone.") for name in state):
-        return state, {}
+        whole = {k: v for k, v in state.items() if not k.startswith(CLASSIFIER)}
+        return whole, {k: v for k, v in state.items() if k.startswith(CLASSIFIER)}
     backbone = {k[len("backbone.") :]: v for k, v in state.items() if k.startswith("backbone.")}
     rest = {k: v for k, v in state.items() if not k.startswith("backbone.")}
     unknown = sorted(name for name in rest if not name.startswith(HEADS))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -180,6 +181,23 @@ def holds_file(
     """
     api = _api(token)
     return asked(lambda: api.file_exists(repo_id, name, revision=revision), repo_id, token)
+
+
+def read_text(
+    repo_id: str, name: str, *, token: str | bool | None = None, revision: str | None = None
+) -> str:
+    """A file that a repository has.
+
+    Raises:
+        HubError: the Hub refuses, or cannot be reached.
+    """
+    api = _api(token)
+    with tempfile.TemporaryDirectory() as aside:
+        path = asked(
+            lambda: api.hf_hub_download(repo_id, name, revision=revision, local_dir=aside),
+            repo_id, token,
+        )  # fmt: skip
+        return Path(path).read_text(encoding="utf-8")
 
 
 def asked(request: Callable[[], T], repo_id: str, token: str | bool | None) -> T:

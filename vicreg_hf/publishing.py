@@ -6,15 +6,23 @@ import shlex
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from vicreg_hf.cards import CARD_FILE, PICTURES, SECOND, model_card, personalise
 from vicreg_hf.checkpointing import newest_checkpoint
 from vicreg_hf.exporting import export_encoder, load_model
-from vicreg_hf.hub import check_repo_id, check_revision, holds_file, open_repository, push_folder
+from vicreg_hf.hub import (
+    check_repo_id,
+    check_revision,
+    holds_file,
+    open_repository,
+    push_folder,
+    read_text,
+)
 from vicreg_hf.layout import ENCODER_FILE
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.onnx import export_onnx
-from vicreg_hf.second_encoder import DIRECTORY, REMOVABLE, push_second_encoder
+from vicreg_hf.second_encoder import DIRECTORY, REMOVABLE, UPLOAD, push_second_encoder
 
 
 def publish(
@@ -60,20 +68,19 @@ def publish(
             f"include_expander needs an expander, and {directory} holds none; publish the "
             "output_dir of the run, or leave it out."
         )
-    repo_id = open_repository(repo_id, private=private, token=token, revision=revision)
-    second = Path(source) / DIRECTORY
-    if (second / "config.json").is_file():
-        beside = open_repository(
-            f"{repo_id}{SECOND}", private=private, token=token, revision=revision
-        )
-        push_second_encoder(
-            second, beside, first_id=repo_id, include_expander=include_expander, license=license,
-            token=token, revision=revision,
-        )  # fmt: skip
-    return push_model(
-        model, repo_id, include_expander=include_expander, onnx=onnx, license=license,
-        card=directory, token=token, revision=revision,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as aside:
+        # before there are repositories, which nothing would come to if this failed
+        folder = _exported(model, aside, include_expander=include_expander, onnx=onnx)
+        where: Any = {"token": token, "revision": revision}
+        repo_id = open_repository(repo_id, private=private, **where)
+        second = Path(source) / DIRECTORY
+        if (second / "config.json").is_file():
+            beside = open_repository(f"{repo_id}{SECOND}", private=private, **where)
+            push_second_encoder(
+                second, beside, first_id=repo_id, include_expander=include_expander,
+                license=license, **where,
+            )  # fmt: skip
+        return _push(folder, model, repo_id, license=license, card=directory, **where)
 
 
 def push_model(
@@ -84,7 +91,7 @@ def push_model(
     onnx: bool = False,
     license: str | None = None,  # noqa: A002
     card: Path | None = None,
-    commit_message: str = "Upload a VICReg encoder",
+    commit_message: str = UPLOAD,
     create_pr: bool = False,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -96,28 +103,54 @@ def push_model(
             or gets one that says what the model alone can say.
     """
     with tempfile.TemporaryDirectory() as aside:
-        folder = export_encoder(model, aside, include_expander=include_expander)
-        if onnx:
-            export_onnx(model, folder)
-        removable = REMOVABLE
-        if card is not None and (card / CARD_FILE).is_file():
-            text = (card / CARD_FILE).read_text(encoding="utf-8")
-            (folder / CARD_FILE).write_text(personalise(text, repo_id, license), encoding="utf-8")
-            for name in PICTURES:
-                if (card / name).is_file():
-                    (folder / name).parent.mkdir(exist_ok=True)
-                    shutil.copyfile(card / name, folder / name)
-        elif not holds_file(repo_id, CARD_FILE, token=token, revision=revision):
-            # where the weights are from is not known, nor what may be done with them
-            card_of = model_card(model.config, num_features=model.num_features, licence=license)
-            text = str(card_of)
-            (folder / CARD_FILE).write_text(personalise(text, repo_id, license), encoding="utf-8")
-        else:
-            removable = tuple(set(REMOVABLE) - set(PICTURES))
-        return push_folder(
-            folder, repo_id, commit_message=commit_message, create_pr=create_pr, token=token,
-            revision=revision, removable=lambda name: name in removable,
+        folder = _exported(model, aside, include_expander=include_expander, onnx=onnx)
+        return _push(
+            folder, model, repo_id, license=license, card=card, commit_message=commit_message,
+            create_pr=create_pr, token=token, revision=revision,
         )  # fmt: skip
+
+
+def _exported(model: VICRegModel, directory: str, *, include_expander: bool, onnx: bool) -> Path:
+    folder = export_encoder(model, directory, include_expander=include_expander)
+    if onnx:
+        export_onnx(model, folder)
+    return folder
+
+
+def _push(
+    folder: Path,
+    model: VICRegModel,
+    repo_id: str,
+    *,
+    license: str | None,  # noqa: A002
+    card: Path | None,
+    commit_message: str = UPLOAD,
+    create_pr: bool = False,
+    token: str | bool | None,
+    revision: str | None,
+) -> str:
+    """Add the card to an exported encoder, and push both."""
+    removable = REMOVABLE
+    text = None
+    if card is not None and (card / CARD_FILE).is_file():
+        text = (card / CARD_FILE).read_text(encoding="utf-8")
+        for name in PICTURES:
+            if (card / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(card / name, folder / name)
+    elif holds_file(repo_id, CARD_FILE, token=token, revision=revision):
+        removable = tuple(set(REMOVABLE) - set(PICTURES))
+        if license is not None:
+            text = read_text(repo_id, CARD_FILE, token=token, revision=revision)
+    else:
+        # where the weights are from is not known, nor what may be done with them
+        text = str(model_card(model.config, num_features=model.num_features, licence=license))
+    if text is not None:
+        (folder / CARD_FILE).write_text(personalise(text, repo_id, license), encoding="utf-8")
+    return push_folder(
+        folder, repo_id, commit_message=commit_message, create_pr=create_pr, token=token,
+        revision=revision, removable=lambda name: name in removable,
+    )  # fmt: skip
 
 
 def retry_command(source: str | Path, repo_id: str, *, private: bool = False) -> str:

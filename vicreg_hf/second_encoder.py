@@ -28,6 +28,8 @@ from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.onnx import ONNX_FILE
 from vicreg_hf.pairs import PairedSplit
 
+UPLOAD = "Upload a VICReg encoder"
+"""Of commits, unless told otherwise."""
 REMOVABLE = (*TRAINING_ONLY, ONNX_FILE, *PICTURES)
 """Files of an earlier revision that go when a push has none of them."""
 DIRECTORY = "encoder_prime"
@@ -159,7 +161,7 @@ def push_second_encoder(
             text = (directory / CARD_FILE).read_text(encoding="utf-8")
             (folder / CARD_FILE).write_text(personalise(text, first_id, license), encoding="utf-8")
         return push_folder(
-            folder, repo_id, commit_message="Upload a VICReg encoder", token=token,
+            folder, repo_id, commit_message=UPLOAD, token=token,
             revision=revision, removable=lambda name: name in REMOVABLE,
         )  # fmt: skip
 
