@@ -17,7 +17,6 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,6 +33,8 @@ MAX_ANGLE = 25.0
 
 def load_demo() -> DatasetDict:
     """Splits `train` and `test` with columns `image` and `label`; the same in every process."""
+    from sklearn.datasets import load_digits  # scikit-learn takes a quarter of a second
+
     bundle: Any = load_digits()
     scans, labels = torch.from_numpy(bundle.images).float() / 16, bundle.target
     order = permutation(len(labels), seed=0, epoch=0)

@@ -28,9 +28,8 @@ from vicreg_hf.distributed import PATIENCE, failing_together
 from vicreg_hf.earlier import set_aside
 from vicreg_hf.encoders import Encoder, open_encoder
 from vicreg_hf.evaluation.arguments import TRAINED, EvaluationArguments
-from vicreg_hf.evaluation.report import Gallery, write_report
+from vicreg_hf.evaluation.gallery import Gallery
 from vicreg_hf.evaluation.results import Measurement
-from vicreg_hf.evaluation.svm import FOLDS
 from vicreg_hf.feature_cache import Features, cached_features
 from vicreg_hf.labelled import Labelled, LabelledData, open_labelled
 from vicreg_hf.opening import open_dataset
@@ -231,6 +230,8 @@ def _check_batches(
 
 
 def _check_targets(data: LabelledData) -> None:
+    from vicreg_hf.evaluation.svm import FOLDS
+
     assert data.train.targets is not None
     assert data.test.targets is not None
     shown = data.train.targets.sum(0)
@@ -286,6 +287,8 @@ def _software() -> dict[str, str]:
 
 
 def _write_report(found: Evaluation, results: dict[str, Any], path: Path) -> None:
+    from vicreg_hf.evaluation.report import write_report  # matplotlib is for what is drawn
+
     data = found.data
     side = " x ".join(map(str, results["preprocessing"]["input_size"]))
     facts = {

@@ -20,7 +20,6 @@ from vicreg_hf.distributed import failing_together
 from vicreg_hf.exporting import export_encoder, load_model
 from vicreg_hf.hub import HubError
 from vicreg_hf.modalities.text_encoder import TextEncoder
-from vicreg_hf.pictures import draw_pictures
 from vicreg_hf.publishing import push_model, retry_command
 from vicreg_hf.reporting import results, summary
 from vicreg_hf.run import Run
@@ -84,6 +83,8 @@ def _holds(run: Run, directory: Path) -> bool:
 
 
 def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
+    from vicreg_hf.pictures import draw_pictures  # matplotlib is for the end of a run
+
     args, inputs, rows = run.args, run.inputs, run.log.rows()
     train = inputs.train
     pictures = draw_pictures(

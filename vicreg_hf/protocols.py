@@ -32,7 +32,6 @@ from vicreg_hf.evaluation.retrieval import (
     recall_at_k,
 )
 from vicreg_hf.evaluation.subsets import balanced_subset, listed_subset, paths_of_images
-from vicreg_hf.evaluation.svm import COSTS, FOLDS, mean_average_precision, svm_scores
 from vicreg_hf.feature_cache import Features
 from vicreg_hf.images import ImageError
 from vicreg_hf.inputs import common_side
@@ -220,6 +219,8 @@ def _in_memory(split: ImageSplit, encoder: Encoder) -> ImageSplit | Tensor:
 
 
 def _svm(protocol: str, task: Task, measured: Measured) -> None:
+    from vicreg_hf.evaluation.svm import COSTS, FOLDS, mean_average_precision, svm_scores
+
     args, data = task.args, task.data
     targets = []
     for labelled, part in ((data.train, "train"), (data.test, "test")):

@@ -13,7 +13,6 @@ from typing import Any
 import datasets
 import numpy as np
 from numpy.typing import NDArray
-from scipy.signal import resample_poly
 
 from vicreg_hf.images import ImageError
 
@@ -136,6 +135,8 @@ def decode_sound(data: bytes, sampling_rate: int) -> NDArray[np.float32]:
         raise ImageError("the sound must be finite, and is not.")
     samples = samples / max(1.0, float(np.abs(samples).max()))
     if rate != sampling_rate:
+        from scipy.signal import resample_poly  # takes half a second
+
         common = gcd(rate, sampling_rate)
         samples = resample_poly(samples, sampling_rate // common, rate // common)
     return samples.astype(np.float32)
