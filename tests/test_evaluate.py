@@ -702,3 +702,29 @@ def test_a_card_with_metadata_that_cannot_be_read_is_left_as_it_is(
     card: Any = ModelCard.load(model / "README.md")
     assert card.text.strip().startswith("# mine\n\nNo metadata.\n")
     assert [name for name, _ in own_results(card, "few")] == ["5-NN top-1 accuracy"]
+
+
+def test_images_without_a_class_are_left_out(tmp_path: Path) -> None:
+    (images, labels), (seen, shown) = digits(range(300)), digits(range(300, 400))
+    model = write_encoder(tmp_path / "model")
+    partly = [label if row % 3 else -1 for row, label in enumerate(labels)]
+    some = [label if row % 2 else None for row, label in enumerate(shown)]
+    whole = write(tmp_path / "whole", train=(images, partly), test=(seen, some))
+    kept = [row for row in range(300) if row % 3], [row for row in range(100) if row % 2]
+    alone = write(
+        tmp_path / "alone",
+        train=([images[row] for row in kept[0]], [labels[row] for row in kept[0]]),
+        test=([seen[row] for row in kept[1]], [shown[row] for row in kept[1]]),
+    )
+    said: list[str] = []
+    protocols = "knn,linear,retrieval,finetune,finetune-10"
+    given = arguments(model, whole, tmp_path / "a", protocols + ",collapse")
+    found = {m["name"]: m for m in evaluate(given, say=said.append)["results"]}
+    expected = measure(model, alone, tmp_path / "b", protocols)
+    for name in ("20-NN top-1 accuracy", "linear probe top-1 accuracy", "recall at 1"):
+        assert found[name]["value"] == expected[name]["value"]
+    assert found.keys() >= expected.keys()
+    assert {found[name]["num_images"] for name in expected} == {50}
+    assert found["effective rank"]["num_images"] == 100
+    assert "100 of 300 images of whole (train) have no class and are left out." in said
+    assert "50 of 100 images of whole (test) have no class and are left out." in said

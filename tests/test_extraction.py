@@ -386,7 +386,7 @@ CLASSES = datasets.ClassLabel(names=["cat", "dog"])
         (None, ["cat", "dog", "cat", "dog"], ["eel", "dog", "cat"], ["eel", "dog", "cat"]),
         (None, [3, 7, 3, 3], [7, 9, 7], ["7", "9", "7"]),
         (CLASSES, [0, 1, 1, 0], [1, 0], ["dog", "cat"]),
-        (CLASSES, [0, 1, 1, 0], [1, -1], [None, None]),  # where not every row has a class
+        (CLASSES, [0, 1, 1, 0], [1, -1], ["dog", None]),  # of which one has no class
     ],
 )
 def test_labels_mean_the_same_in_every_split(

@@ -128,13 +128,13 @@ def test_files_of_one_split_that_number_classes_differently_are_refused(tmp_path
     ("kind", "train", "test"),
     [
         (ClassLabel(names=ANIMALS), [0, 1], [-1, -1]),
-        (ClassLabel(names=ANIMALS), [0, None], [0, 1]),
+        (Value("string"), ["cat", "dog"], [None, None]),
         (listed(*ANIMALS), [[0], [1]], [[0], None]),
         (listed(*ANIMALS), [[0], [1, None]], [[0], [1]]),
         (listed(*ANIMALS), [[0], [-1]], [[0], [1]]),
     ],
 )
-def test_labels_that_some_images_lack_are_none_unless_asked_for(
+def test_labels_that_a_split_or_some_lists_lack_are_none_unless_asked_for(
     kind: Any, train: list[Any], test: list[Any], tmp_path: Path
 ) -> None:
     folder = save(tmp_path / "d", "parquet", train=table(kind, train), test=table(kind, test))
@@ -143,8 +143,20 @@ def test_labels_that_some_images_lack_are_none_unless_asked_for(
     for part in (data.train, data.test):
         assert part.classes is part.targets is None
         assert len(part.split) == 2
-    with pytest.raises(ValueError, match=r"label_column must hold a .* in every row, got rows of"):
+    with pytest.raises(ValueError, match=r"label_column must hold a .*, got (rows of|none in)"):
         opened(folder, label_column="label")
+
+
+def test_images_without_a_class_are_told_from_others(tmp_path: Path) -> None:
+    folder = save(
+        tmp_path / "d", "saved", train=table(ClassLabel(names=ANIMALS), [0, None, 1]),
+        test=table(ClassLabel(names=REVERSED), [-1, 0]),
+    )  # fmt: skip
+    data = opened(folder)
+    assert data.train.classes is not None
+    assert data.test.classes is not None
+    assert data.train.classes.tolist() == [0, -1, 1]
+    assert data.test.classes.tolist() == [-1, 2]
 
 
 def test_a_test_split_without_the_column_has_no_labels(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, DatasetDict
@@ -100,6 +102,41 @@ def test_images_that_cannot_be_used_are_neither_queries_nor_neighbours(
             "20-NN accuracy on 28 images of pieces (test), neighbours from 37, without 5 that "
             "cannot be used"
         )
+
+
+def test_images_without_a_class_are_neither_queries_nor_neighbours(
+    train: ImageSplit, held_out: ImageSplit
+) -> None:
+    assert train.labels is not None
+    assert held_out.labels is not None
+    fewer = torch.where(torch.arange(40) % 4 < 3, train.labels, -1)
+    some = torch.where(torch.arange(30) % 3 == 0, held_out.labels, -1)
+    partly = replace(train, labels=fewer), replace(held_out, labels=some)
+    kept = [np.flatnonzero(labels.numpy() >= 0) for labels in (fewer, some)]
+    alone = [
+        replace(split, table=split.table.select(rows), labels=split.labels[rows])
+        for split, rows in zip((train, held_out), kept, strict=True)
+        if split.labels is not None
+    ]
+    monitor = monitor_of(*partly)
+    assert monitor.pixels(CPU) == pixel_accuracy(alone[0], alone[1])
+    assert monitor.description.startswith("20-NN accuracy on 10 images of pieces (test), neigh")
+    assert monitor.description.endswith("neighbours from 30")
+
+
+def test_a_class_may_be_missing_among_held_out_images(
+    train: ImageSplit, held_out: ImageSplit
+) -> None:
+    """Names are those that occur, where none are declared."""
+    assert held_out.labels is not None
+    flowers = np.flatnonzero(held_out.labels.numpy() == 1)
+    table = held_out.table.select(flowers)
+    zeros = torch.zeros(len(flowers), dtype=torch.long)
+    own = replace(held_out, table=table, labels=zeros, label_names=("flower",))
+    known = replace(held_out, table=table, labels=zeros + 1)
+    assert monitor_of(train, own).pixels(CPU) == monitor_of(train, known).pixels(CPU)
+    with pytest.raises(ValueError, match=r"only pieces \(test\) has flower; choose another"):
+        monitor_of(replace(train, label_names=("temple", "tree")), own)
 
 
 def test_pixels_are_compared_on_the_device_given(train: ImageSplit, held_out: ImageSplit) -> None:

@@ -176,6 +176,30 @@ def test_it_comes_near_to_logistic_regression() -> None:
     assert (probe.predict(unseen) == truth).float().mean().item() > expected - 0.02
 
 
+def test_images_without_a_class_teach_nothing() -> None:
+    features, labels = blobs()
+    unseen, truth = blobs(seed=1)
+    known = torch.from_numpy(np.random.default_rng(3).random(len(labels)) < 0.3)
+    given = (torch.where(known, labels, (labels + 1) % 3), torch.where(known, labels, -1), labels)
+    wrong, unknown, whole = (OnlineProbe(g, ("a", "b", "c"), features.shape[1]) for g in given)
+    wrong.leave_out([None, *(~known).nonzero().flatten().tolist()])
+    order = np.random.default_rng(2)
+    for _ in range(400):
+        rows = order.integers(len(labels), size=64)
+        for probe in (wrong, unknown, whole):
+            probe.learn(features[rows], rows)
+    torch.testing.assert_close(wrong.weight, unknown.weight, rtol=0, atol=0)
+    accuracies = [(p.predict(unseen) == truth).float().mean().item() for p in (unknown, whole)]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.03)
+
+
+def test_a_batch_without_a_class_changes_no_weight() -> None:
+    probe = OnlineProbe(torch.full((4,), -1), ("a", "b"), 3)
+    probe.learn(torch.randn(4, 3), np.arange(4))
+    assert not probe.weight.any()
+    assert probe.loss.isnan()
+
+
 def test_statistics_are_those_of_all_rows_and_of_late_ones_later() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(6400, 5, generator=generator) * 3 + 100
@@ -302,7 +326,7 @@ def test_labels_and_a_held_out_split_are_needed(images: Path, tmp_path: Path) ->
         (without, [], "without (train) has no labels; name their column with --label_column"),
         (alone, [], "there is no labelled split beside the one trained on"),
         (unlabelled, ["--eval_split=test"], "unlabelled (test) has no labels"),
-        (few, [], "few (train) has 18 images, fewer than the 20 of the kNN monitor"),
+        (few, [], "few (train) has 18 labelled images, fewer than the 20 of the kNN monitor"),
         (images, ["--streaming=true"], "streams have neither; use --streaming false"),
     ]
     for folder, flags, words in cases:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from pictures import photographs, png, table_of
 
@@ -124,15 +124,43 @@ def partly_labelled(request: pytest.FixtureRequest) -> DatasetDict:
     return DatasetDict({"train": Dataset.from_dict(rows, features=features)})
 
 
-def test_a_missing_label_in_the_column_asked_for_is_refused(partly_labelled: DatasetDict) -> None:
-    with pytest.raises(ValueError, match=r"rows of flowers \(train\) without one in 'kind'"):
-        image_split(partly_labelled, "train", dataset_name="flowers", label_column="kind")
+def test_images_without_a_class_are_told_from_others(partly_labelled: DatasetDict) -> None:
+    declared = isinstance(partly_labelled["train"].features["kind"], ClassLabel)
+    split = image_split(partly_labelled, "train", dataset_name="flowers", label_column="kind")
+    assert split.labels is not None
+    assert split.labels.tolist() == ([1, -1] if declared else [0, -1])
+    assert split.label_names == (("china", "tulip") if declared else ("tulip",))
 
 
-def test_a_column_with_missing_labels_is_not_taken_unasked(partly_labelled: DatasetDict) -> None:
-    split = image_split(partly_labelled, "train", dataset_name="flowers")
+def test_a_column_without_any_class_has_no_labels(partly_labelled: DatasetDict) -> None:
+    rows = DatasetDict({"train": partly_labelled["train"].select([1])})
+    split = image_split(rows, "train", dataset_name="flowers")
     assert split.labels is None
     assert split.label_names == ()
+    with pytest.raises(ValueError, match=r"in some row, got none in 'kind' of flowers \(train\)"):
+        image_split(rows, "train", dataset_name="flowers", label_column="kind")
+
+
+def test_numbers_that_are_none_are_no_classes() -> None:
+    features = Features({"image": ImageFeature(), "kind": Value("float64")})
+    rows = {"image": [None] * 3, "kind": [0.5, float("nan"), None]}
+    table = Dataset.from_dict(rows, features=features)
+    split = image_split({"train": table}, "train", dataset_name="flowers", label_column="kind")
+    assert split.labels is not None
+    assert split.labels.tolist() == [0, -1, -1]
+
+
+@pytest.mark.parametrize(
+    "kind", [Features({"a": Value("int64")}), List(Value("int64")), ImageFeature()]
+)
+def test_a_column_that_holds_no_classes_is_refused(kind: Any) -> None:
+    features = Features({"image": ImageFeature(), "kind": kind})
+    table = Dataset.from_dict({"image": [None], "kind": [None]}, features=features)
+    with pytest.raises(ValueError, match=r"label_column must hold a class in each row, got 'kind'"):
+        image_split(
+            {"train": table}, "train", dataset_name="flowers", image_column="image",
+            label_column="kind",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ class Evaluation:
     predictions: dict[str, Tensor] = field(default_factory=dict)
     """(M,) classes by the name of the classifier."""
     features: dict[str, Features] = field(default_factory=dict)
+    """Of train and test; where there are classes, of the images that have one."""
 
 
 def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print) -> dict[str, Any]:
@@ -105,15 +106,20 @@ def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print)
     _claim(output_dir)
     encoder.module.to(accelerator.device)
     found = Evaluation(args, encoder, data, accelerator.device, accelerator.num_processes)
-    found.features = cached_features(
+    features = cached_features(
         encoder, {"train": data.train.split, "test": data.test.split}, Path(args.cache_dir),
         accelerator, batch_size=args.batch_size, num_workers=args.num_workers, bf16=args.bf16,
         max_bad_fraction=args.max_bad_fraction,
     )  # fmt: skip
+    found.features = {
+        "train": _labelled(data.train, features["train"], say),
+        "test": _labelled(data.test, features["test"], say),
+    }
     _check_neighbours(args, len(found.features["train"].rows), data.train.split.name)
-    task = Task(args, accelerator, encoder, data, found.features, pairs)
     for protocol in args.protocol_names:
         measured = Measured()
+        seen = features if protocol in NO_LABELS else found.features
+        task = Task(args, accelerator, encoder, data, seen, pairs)
         if protocol in TRAINED:
             measured = run_protocol(protocol, task)
         else:
@@ -130,6 +136,19 @@ def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print)
             _write(found, results, output_dir, say)
     accelerator.end_training()
     return results
+
+
+def _labelled(part: Labelled, features: Features, say: Callable[[str], object]) -> Features:
+    """The features of images that have a class, where there are classes."""
+    if part.classes is None:
+        return features
+    known = part.classes[features.rows] >= 0
+    if bool(known.all()):
+        return features
+    without = int((~known).sum())
+    say(f"{without} of {len(known)} images of {part.split.name} have no class and are left out.")
+    x = features.x[known] if len(features.x) else features.x  # other processes have none
+    return Features(x, features.rows[known])
 
 
 def _pairs(args: EvaluationArguments, data: LabelledData) -> Pairs:
@@ -197,10 +216,11 @@ def check_labels(args: EvaluationArguments, data: LabelledData, *, num_processes
                 f"{train.split.name} has {kinds[train.targets is not None]}; choose another "
                 "--protocols or --label_column."
             )
-        if train.classes is not None and len(train.classes.unique()) < 2:
+        shown = [] if train.classes is None else train.classes[train.classes >= 0].unique().tolist()
+        if train.classes is not None and len(shown) < 2:
             raise ValueError(
                 f"protocol {protocol} needs at least two classes, and {train.split.name} shows "
-                f"only {data.names[int(train.classes[0])] if data.names else 'one'}."
+                f"only {data.names[shown[0]] if data.names else 'one'}."
             )
         if protocol in TRAINED:
             _check_batches(protocol, args, data, num_processes)

@@ -38,7 +38,8 @@ from vicreg_hf.evaluation.features import normalise_images
 from vicreg_hf.feature_parts import Part, PartError, parts_of, read_part, write_part
 from vicreg_hf.hub import HubError, check_repo_id, open_repository, push_folder
 from vicreg_hf.opening import open_dataset
-from vicreg_hf.sources import ImageSplit, image_split
+from vicreg_hf.reading import name_in_zip
+from vicreg_hf.sources import ImageSplit, image_split, renumbered
 from vicreg_hf.whole_files import replacing
 
 RECORD, BAD_IMAGES = "extraction.json", "bad_images.jsonl"
@@ -339,6 +340,7 @@ def _image_id(row: int, path: str | None, root: str) -> str:
     """Never a path of this machine."""
     if path is None:
         return str(row)
+    path = name_in_zip(path)
     if Path(path).is_absolute():
         folder = Path(root).resolve()
         inside = Path(path).is_relative_to(folder)
@@ -371,7 +373,7 @@ def _of_the_same_classes(splits: list[ImageSplit]) -> list[ImageSplit]:
     for split in splits:
         labels = torch.full((len(split),), -1) if split.labels is None else split.labels
         if split.labels is not None and split.label_names:
-            labels = torch.tensor([names.index(name) for name in split.label_names])[labels]
+            labels = renumbered(labels, [names.index(name) for name in split.label_names])
         found.append(replace(split, labels=labels, label_names=names))
     return found
 

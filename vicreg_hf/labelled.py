@@ -18,7 +18,7 @@ from torch import Tensor
 from vicreg_hf.columns import find_label_column
 from vicreg_hf.modalities.audio import SpectrogramSettings
 from vicreg_hf.opening import open_dataset
-from vicreg_hf.sources import EVAL_SPLITS, ImageSplit, Splits, image_split
+from vicreg_hf.sources import EVAL_SPLITS, ImageSplit, Splits, image_split, renumbered
 
 CLASSES = (datasets.ClassLabel, datasets.Value)
 
@@ -29,7 +29,7 @@ class Labelled:
 
     split: ImageSplit
     classes: Tensor | None = None
-    """(N,) from 0, where each image is of one class."""
+    """(N,) from 0, -1 where it is not known, where each image is of one class."""
     targets: Tensor | None = None
     """(N, K) bool, where an image may be of several."""
 
@@ -98,7 +98,7 @@ def open_labelled(
     elif shared and train.labels is not None and test.labels is not None:
         exact = all(isinstance(t.features[column], datasets.ClassLabel) for t in tables)
         names = train.label_names
-        parts = [Labelled(train, train.labels), Labelled(test, _matched(train, test, exact))]
+        parts = [Labelled(train, train.labels), Labelled(test, matched_labels(train, test, exact))]
     else:
         names, parts = (), [Labelled(train), Labelled(test)]
     return LabelledData(parts[0], parts[1], names, train_split, test_name)
@@ -161,16 +161,19 @@ def _is_list(kind: Any) -> bool:
     return isinstance(kind, (datasets.List, datasets.LargeList))
 
 
-def _matched(train: ImageSplit, test: ImageSplit, exact: bool) -> Tensor:
+def matched_labels(train: ImageSplit, test: ImageSplit, exact: bool) -> Tensor:
     """The test labels, numbered as the training split's.
 
     Args:
         exact: whether the names are declared, and not merely those that occur.
+
+    Raises:
+        ValueError: classes that one of them lacks.
     """
     assert test.labels is not None
     _check_names(train.label_names, test.label_names, (train.name, test.name), exact)
     known = {name: number for number, name in enumerate(train.label_names)}
-    return torch.tensor([known[name] for name in test.label_names])[test.labels]
+    return renumbered(test.labels, [known[name] for name in test.label_names])
 
 
 def _check_names(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from vicreg_hf.data import MEMORY_BUDGET, SMALL_IMAGE, evaluation_batches, load_
 from vicreg_hf.evaluation import extract_features
 from vicreg_hf.evaluation.knn import vote
 from vicreg_hf.inputs import common_side
+from vicreg_hf.labelled import matched_labels
 from vicreg_hf.randomness import Stream, drawn
 from vicreg_hf.sources import ImageSplit
 
@@ -60,14 +61,18 @@ class KNNMonitor:
         num_workers: int,
         bad: BadImages | None = None,
     ) -> KNNMonitor | None:
-        """A monitor, or None where labels or a held-out split are missing."""
-        if held_out is None or held_out.labels is None or train.labels is None or len(train) < K:
+        """A monitor, or None where labels or a held-out split are missing.
+
+        Raises:
+            ValueError: the held-out split has classes that the other has not.
+        """
+        if held_out is None or held_out.labels is None or train.labels is None:
+            return None
+        if len(_labelled(train)) < K:
             return None
         if train.label_names != held_out.label_names:
-            raise ValueError(
-                f"{train.name} and {held_out.name} must have the same classes, got "
-                f"{train.label_names} and {held_out.label_names}; choose another --eval_split."
-            )
+            labels = matched_labels(train, held_out, exact=False)
+            held_out = replace(held_out, labels=labels, label_names=train.label_names)
         settings = {"crop_pct": crop_pct, "num_workers": num_workers}
         return cls(train, train_images, held_out, image_size, settings, mean, std, bad)
 
@@ -163,9 +168,10 @@ class KNNMonitor:
         bad.agree(say=lambda _: None)
 
     def _rows(self, split: ImageSplit, most: int) -> NDArray[np.int64]:
-        if len(split) <= most:
-            return np.arange(len(split))
-        return np.sort(drawn(most, len(split), seed=0, epoch=0, stream=Stream.SPLIT))
+        rows = _labelled(split)
+        if len(rows) <= most:
+            return rows
+        return rows[np.sort(drawn(most, len(rows), seed=0, epoch=0, stream=Stream.SPLIT))]
 
     def _features(
         self,
@@ -178,3 +184,9 @@ class KNNMonitor:
         with self._noting(split) as bad:
             batches = evaluation_batches(images, rows, self.image_size, bad=bad, **self.settings)
             return extract_features(encoder, batches, mean=self.mean, std=self.std, **settings)
+
+
+def _labelled(split: ImageSplit) -> NDArray[np.int64]:
+    """Rows that have a class."""
+    assert split.labels is not None
+    return np.flatnonzero(split.labels.numpy() >= 0)

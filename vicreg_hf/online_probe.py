@@ -9,6 +9,7 @@ Shapes: B rows per process, N = B * world size, M images, F representation, C cl
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class OnlineProbe(nn.Module):
     Several processes hold the same: statistics and gradients are those of the global batch.
 
     Args:
-        labels: (rows of the training split,) classes from 0.
+        labels: (rows of the training split,) classes from 0; -1 where an image has none.
         names: of the C classes.
         num_features: F.
     """
@@ -51,7 +52,7 @@ class OnlineProbe(nn.Module):
 
     def __init__(self, labels: Tensor, names: tuple[str, ...], num_features: int) -> None:
         super().__init__()
-        self.labels = labels
+        self.labels = labels.clone()
         digest = hashlib.sha256("\n".join(names).encode())
         digest.update(labels.numpy().tobytes())
         self.labels_sha256 = digest.hexdigest()
@@ -83,14 +84,22 @@ class OnlineProbe(nn.Module):
         self._count(y)
         x = self._standardise(y)
         logits = x @ self.weight.T
+        known = labels >= 0
         residual = logits.softmax(1)
-        residual[torch.arange(len(y), device=y.device), labels] -= 1
-        loss = F.cross_entropy(logits, labels)
-        sums = torch.cat([(residual.T @ x / len(y)).flatten(), loss[None]])
-        means = sum_over_processes(sums) / world_size()
+        residual[torch.arange(len(y), device=y.device), labels.clamp(min=0)] -= 1
+        gradient = (residual * known[:, None]).T @ x
+        loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+        sums = torch.cat([gradient.flatten(), loss[None], known.sum()[None]])
+        sums = sum_over_processes(sums)
+        number = sums[-1]
+        means = sums[:-1] / number.clamp(min=1)
         self.momentum.mul_(MOMENTUM).add_(means[:-1].view_as(self.weight))
         self.weight.sub_(LEARNING_RATE / y.shape[1] * self.momentum)
-        self.loss = means[-1]
+        self.loss = torch.where(number > 0, means[-1], self.loss.to(means.device))
+
+    def leave_out(self, rows: Iterable[int | None]) -> None:
+        """Learn no more from rows in the places of whose images are others."""
+        self.labels[[row for row in rows if row is not None]] = -1
 
     @torch.no_grad()
     def predict(self, y: Tensor) -> Tensor:
@@ -134,8 +143,8 @@ def create_probe(
         fault = "there is no labelled split beside the one trained on; name one with --eval_split"
     elif held_out.labels is None:
         fault = f"{held_out.name} has no labels; choose another --eval_split"
-    elif len(train) < K:
-        fault = f"{train.name} has {len(train)} images, fewer than the {K} of the kNN monitor"
+    elif (number := int((train.labels >= 0).sum())) < K:
+        fault = f"{train.name} has {number} labelled images, fewer than the {K} of the kNN monitor"
     else:
         return OnlineProbe(train.labels, train.label_names, num_features)
     raise ValueError(

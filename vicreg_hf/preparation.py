@@ -117,6 +117,8 @@ def begin(run: Run) -> None:
             _set_aside(run)
         if run.step:
             bad.recall()
+            if run.probe is not None:
+                run.probe.leave_out(image.row for image in bad.found)
         elif main:
             bad.forget()
         run.log.keep_until(run.step if run.step else -1)

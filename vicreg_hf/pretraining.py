@@ -177,6 +177,8 @@ def _agree_on_bad_images(run: Run) -> None:
         gather_object, seen=seen,
         write=run.accelerator.is_main_process, say=run.accelerator.print,
     )  # fmt: skip
+    if run.probe is not None:
+        run.probe.leave_out(image.row for image in run.inputs.bad.found)
 
 
 def measure(run: Run, signals: Signals) -> None:

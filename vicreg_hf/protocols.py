@@ -199,12 +199,19 @@ def training_rows(
         ValueError: a list that names what is not there.
     """
     (_, fraction), train = args.training(protocol), data.train
-    if protocol == "finetune" and args.label_list is not None:
-        return listed_subset(args.label_list, paths_of_images(train.split), len(train.split))
-    if fraction == 1:
-        return None
     assert train.classes is not None
-    return balanced_subset(train.classes, fraction, args.seed)
+    labelled = np.flatnonzero(train.classes.numpy() >= 0)
+    if protocol == "finetune" and args.label_list is not None:
+        listed = listed_subset(args.label_list, paths_of_images(train.split), len(train.split))
+        if len(unknown := np.setdiff1d(listed, labelled)):
+            raise ValueError(
+                f"label_list must name images that have a class, and {len(unknown)} have none; the "
+                f"first is {train.split.place(int(unknown[0]))}."
+            )
+        return listed
+    if fraction == 1:
+        return None if len(labelled) == len(train.classes) else labelled
+    return labelled[balanced_subset(train.classes[labelled], fraction, args.seed)]
 
 
 def _in_memory(split: ImageSplit, encoder: Encoder) -> ImageSplit | Tensor:

@@ -39,6 +39,11 @@ def read_file(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
+def name_in_zip(path: str) -> str:
+    """The name of a file in its zip; any other path as it is."""
+    return path.removeprefix(ZIP).rpartition(IN_ZIP)[0] if path.startswith(ZIP) else path
+
+
 def _read_from_zip(name: str, archive: str) -> bytes:
     file = _opened(archive, os.getpid())  # a process of its own has a position of its own
     _check_size(file.getinfo(name).file_size)

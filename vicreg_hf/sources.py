@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -42,7 +43,7 @@ class ImageSplit:
     column: ImageColumn | SpectrogramColumn
     name: str
     labels: Tensor | None = None
-    """(N,) classes from 0."""
+    """(N,) classes from 0; -1 where an image has none. None where none has one."""
     label_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -151,8 +152,8 @@ def image_split(
     labels, names = (None, ()) if label is None else _labels(table, label)
     if label_column is not None and labels is None:
         raise ValueError(
-            f"label_column must hold a class in every row, got rows of {dataset_name} ({name}) "
-            f"without one in {label_column!r}; choose another or leave it out."
+            f"label_column must hold a class in some row, got none in {label_column!r} of "
+            f"{dataset_name} ({name}); choose another or leave it out."
         )
     return ImageSplit(column.prepare(table), column, f"{dataset_name} ({name})", labels, names)
 
@@ -176,20 +177,35 @@ def open_column(
 
 
 def _labels(table: datasets.Dataset, column: str) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Classes from 0 and their names; None where a row has no class (null, or -1)."""
-    values, feature = (
-        table.select_columns([column]).with_format("arrow")[:][column],
-        table.features[column],
-    )
-    if values.null_count:
-        return None, ()
-    values = values.to_numpy()
+    """Classes from 0, -1 where a row has none, and their names; None where no row has one.
+
+    Raises:
+        ValueError: a column that holds no classes.
+    """
+    feature = table.features[column]
+    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
+        raise ValueError(
+            f"label_column must hold a class in each row, got {column!r} of type "
+            f"{type(feature).__name__}; columns: {', '.join(table.features)}."
+        )
+    column_values = table.select_columns([column]).with_format("arrow")[:][column]
+    known = ~column_values.is_null(nan_is_null=True).to_numpy()
+    rows, values = np.flatnonzero(known), column_values.filter(pa.array(known)).to_numpy()
     if isinstance(feature, datasets.ClassLabel):
-        if values.min() < 0:
-            return None, ()
-        return torch.from_numpy(values.astype(np.int64)), tuple(feature.names)
-    names, classes = np.unique(values, return_inverse=True)
-    return torch.as_tensor(classes, dtype=torch.long), tuple(str(name) for name in names)
+        rows, values = rows[values >= 0], values[values >= 0]
+    if not len(rows):
+        return None, ()
+    names = getattr(feature, "names", None)
+    if names is None:
+        names, values = np.unique(values, return_inverse=True)
+    labels = torch.full((len(table),), -1)
+    labels[torch.from_numpy(rows)] = torch.from_numpy(values.astype(np.int64))
+    return labels, tuple(map(str, names))
+
+
+def renumbered(labels: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Each class by its number among other names; -1 remains."""
+    return torch.tensor([*numbers, -1])[labels]
 
 
 def held_out_split(
