@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from pictures import photographs, png, table_of
 from safetensors.torch import load_file
 from warm import Script, ranks, run_pretraining, run_script
 from workflow import ROOT, SMALL, descendants, environment, kill_all, metrics, run, write_images
@@ -185,10 +186,13 @@ def test_a_run_asked_to_stop_before_it_begins_says_so(flags: list[str], tmp_path
 
 def test_a_second_request_ends_at_once(tmp_path: Path) -> None:
     # A step of minutes, of which the first forward pass is a single long operation after another.
-    process = start("--dataset_name=demo", "--architecture=test_vit3", "--batch_size=16384",
-                    "--image_size=128", f"--output_dir={tmp_path}", "--base_lr=1",
+    # Without labels, so that nothing is measured before.
+    rows = table_of([png(photographs(1)[0])]).select([0] * 16384)
+    rows.to_parquet(tmp_path / "train.parquet")
+    process = start(f"--dataset_name={tmp_path}", "--architecture=test_vit3", "--base_lr=1",
+                    "--image_size=128", f"--output_dir={tmp_path / 'run'}", "--batch_size=16384",
                     "--expander_dims=32-32")  # fmt: skip
-    wait_for(process, lambda: "pretraining:" in process.printed[1])  # what is before is short
+    wait_for(process, lambda: "pretraining:" in process.printed[1])
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     time.sleep(1)
