@@ -297,6 +297,9 @@ def test_encoded_images_of_other_channels_are_refused(channels: int) -> None:
     [
         (np.array([[[0, 7, 255]]], np.uint8), [[[0, 7, 255]]]),
         (np.array([[[0, 257, 65535]]], np.uint16), [[[0, 1, 255]]]),
+        (np.array([[[0, 257, 65535]]], np.int32), [[[0, 1, 255]]]),
+        (np.array([[[70000, 170000, 270000]]], np.uint32), [[[0, 128, 255]]]),
+        (np.array([[[-100, 0, 100]]], np.int64), [[[0, 128, 255]]]),
         (np.array([[[-1.0, 0.0, 1.0]]]), [[[0, 128, 255]]]),
         (np.array([[[np.nan, 2.0, np.inf]]]), [[[0, 0, 255]]]),
     ],

@@ -218,6 +218,18 @@ def test_bytes_in_the_column_asked_for_are_images() -> None:
     torch.testing.assert_close(torch.stack(split.read([0, 1])), photographs(2), rtol=0, atol=0)
 
 
+def test_images_stored_without_their_type_are_found() -> None:
+    """As parquet files hold them that other programs have written."""
+    cell = {"bytes": Value("binary"), "path": Value("string")}
+    encoded = [png(image) for image in photographs(2)]
+    rows = [{"bytes": content, "path": None} for content in encoded]
+    features = Features({"picture": cell, "size": Value("int64")})
+    table = Dataset.from_dict({"picture": rows, "size": [1, 2]}, features=features)
+    for wanted in (None, "picture"):
+        split = image_split({"train": table}, "train", dataset_name="x", image_column=wanted)
+        torch.testing.assert_close(torch.stack(split.read([0, 1])), photographs(2), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])
 def test_arrays_are_images_of_as_many_channels(last: bool) -> None:
     bands = np.random.default_rng(0).integers(0, 256, (3, 5, 8, 9), dtype=np.uint8)

@@ -19,6 +19,7 @@ from vicreg_hf.augmentation import multi_crop_recipes
 from vicreg_hf.bad_images import BadImages
 from vicreg_hf.columns import BadImage
 from vicreg_hf.data import training_views
+from vicreg_hf.images import ImageError
 from vicreg_hf.opening import open_dataset
 from vicreg_hf.sampler import GlobalBatches
 from vicreg_hf.streaming import ImageStream, image_stream
@@ -92,6 +93,56 @@ def test_workers_of_processes_give_every_usable_image_once_a_pass(
     if world_size == 1:
         assert len(rows) == COUNT - 2
         assert len(bad) == 2
+
+
+def write_tar(path: Path, files: dict[str, bytes], mode: Any = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def views_of_a_pass(folder: Path, num_workers: int, bad: BadImages | None = None) -> None:
+    stream = stream_of(folder).share(0, 1, seed=0)
+    batches = GlobalBatches(4, 2, seed=0)
+    list(training_views(stream, batches, TwoViews(image_size=24), steps=range(2), device=CPU,
+                        num_workers=num_workers, bad=bad))  # fmt: skip
+
+
+def test_bad_images_of_one_name_in_several_shards_are_several(tmp_path: Path) -> None:
+    good = {f"{row}.png": png(image) for row, image in enumerate(photographs(4, 40, 40))}
+    for number, content in enumerate((b"<html>", b"<body>")):
+        write_tar(tmp_path / f"train-{number}.tar", good | {"9.png": content})
+    bad = BadImages(None, 1.0, None)
+    stream = stream_of(tmp_path).share(0, 1, seed=0)
+    batches = GlobalBatches(10, 8, seed=0)
+    list(training_views(stream, batches, TwoViews(image_size=24), steps=range(2), device=CPU,
+                        bad=bad))  # fmt: skip
+    bad.agree(say=lambda _: None)
+    assert [image.path for image in bad.found] == ["9.png"] * 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_is_cut_off_is_one_sentence(num_workers: int, tmp_path: Path) -> None:
+    rows = {f"{row}.png": png(image) for row, image in enumerate(photographs(20, 40, 40))}
+    shard = write_tar(tmp_path / "train-0.tar.gz", rows, "w:gz")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(ImageError, match=r"^tars \(train\) cannot be read after \d+ images of a"):
+        views_of_a_pass(tmp_path, num_workers)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_tar_that_is_cut_off_is_named_before_anything_is_read(
+    streaming: bool, tmp_path: Path
+) -> None:
+    rows = {f"{row}.png": png(image) for row, image in enumerate(photographs(20, 40, 40))}
+    write_tar(tmp_path / "train-0.tar", rows)
+    shard = write_tar(tmp_path / "train-1.tar", rows)
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"whole, and .*train-1.tar is not: unexpected end"):
+        open_dataset(str(tmp_path), streaming=streaming)
 
 
 def test_views_of_a_stream_depend_on_the_image_and_the_pass_alone(tars: Path) -> None:

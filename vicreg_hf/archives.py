@@ -23,8 +23,8 @@ def check_archives(path: Path) -> None:
     Nothing is unpacked; a second for some 50,000 files within.
 
     Raises:
-        ValueError: files that are too large to be images or compressed once more, or more than the
-            disk holds.
+        ValueError: damaged or cut off; files that are too large to be images or compressed once
+            more, or more than the disk holds.
     """
     inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
     for archive in [path] if path.is_file() else inside:
@@ -33,7 +33,11 @@ def check_archives(path: Path) -> None:
                 _check_sizes(archive, _files_of_zip(archive))
             elif archive.suffix == ".tar":
                 _check_sizes(archive, _files_of_tar(archive))
-        except (OSError, tarfile.TarError, zipfile.BadZipFile):  # `datasets` will say so
+        except (tarfile.TarError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"an archive must be whole, and {archive} is not: {error}; get it once more."
+            ) from error
+        except OSError:  # `datasets` will say so
             continue
 
 

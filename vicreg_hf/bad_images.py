@@ -70,7 +70,7 @@ class BadImages:
             ImageError: more than `max_fraction` of those seen are bad.
         """
         own, self._new = self._new, []  # to which another thread may add meanwhile
-        found = {image[:2]: BadImage(*image) for image in gather(own)}
+        found = {image.identity: image for image in (BadImage(*each) for each in gather(own))}
         fresh = {key: image for key, image in found.items() if key not in self._known}
         if not fresh:
             return
@@ -108,7 +108,7 @@ class BadImages:
                 image = BadImage(**json.loads(line))
             except (ValueError, TypeError):  # torn by a kill
                 continue
-            self._known[image[:2]] = image
+            self._known[image.identity] = image
 
 
 def check_share(bad: int, num_images: int, max_fraction: float) -> None:

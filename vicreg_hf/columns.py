@@ -23,6 +23,13 @@ class BadImage(NamedTuple):
     """None in streams, whose images have no numbers, but mostly paths."""
     path: str | None
     reason: str
+    crc32: int | None = None
+    """Of an image of a stream, among which several may have one path."""
+
+    @property
+    def identity(self) -> tuple[int | None, str | None, int | None]:
+        """What tells it from others."""
+        return self.row, self.path, self.crc32
 
     @property
     def place(self) -> str:
@@ -96,7 +103,7 @@ def find_image_column(features: datasets.Features, wanted: str | None) -> str:
     Raises:
         ValueError: no such column, or none or several to choose from.
     """
-    found = [n for n, kind in features.items() if isinstance(kind, datasets.Image)]
+    found = [n for n, kind in features.items() if _holds_images(kind)]
     found = found or [n for n, kind in features.items() if isinstance(kind, datasets.Array3D)]
     found = found or [n for n, kind in features.items() if isinstance(kind, datasets.Audio)]
     listed = f"columns of images: {', '.join(found) or 'none'}; all: {', '.join(features)}."
@@ -108,11 +115,19 @@ def find_image_column(features: datasets.Features, wanted: str | None) -> str:
             f"{len(found)}; {listed}"
         )
     kind = features.get(wanted)
-    if isinstance(kind, (datasets.Image, datasets.Array3D, datasets.Audio)):
+    if _holds_images(kind) or isinstance(kind, (datasets.Array3D, datasets.Audio)):
         return wanted
     if isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary"):
         return wanted
     raise ValueError(f"image_column must name a column of images, got {wanted!r}; {listed}")
+
+
+def _holds_images(kind: Any) -> bool:
+    """Whether a column does: by its type, or as `datasets` stores images where that is not said."""
+    if isinstance(kind, dict):
+        types = {name: getattr(field, "dtype", None) for name, field in kind.items()}
+        return types == {"bytes": "binary", "path": "string"}
+    return isinstance(kind, datasets.Image)
 
 
 def find_label_column(features: datasets.Features, wanted: str | None) -> str | None:

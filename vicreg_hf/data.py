@@ -186,7 +186,7 @@ class _StreamCrops(IterableDataset[Crops], _Source):
                 keys.append(key)
             except ImageError as error:
                 name = path_of(cell) or f"an image without a name, of CRC-32 {key:08x}"
-                bad.append(BadImage(None, name, str(error)))
+                bad.append(BadImage(None, name, str(error), key))
             if len(images) == STREAM_CHUNK:
                 yield self._cut(images, keys, bad)
                 images, keys, bad = [], [], []

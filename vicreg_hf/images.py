@@ -128,15 +128,18 @@ def _from_pil(image: Image.Image, mode: str) -> Tensor:
 def to_uint8(values: NDArray[np.generic]) -> NDArray[np.uint8]:
     """Bring pixels of any number type to 0..255.
 
-    Integers of 16 and 32 bits are taken as 16-bit levels; float values are stretched over the range
-    of the finite ones.
+    Integers are taken as 16-bit levels, if all are; other values are stretched over the range of
+    the finite ones.
     """
     if values.dtype == np.uint8:
         return values.astype(np.uint8)
     flat = values.reshape(-1)
     blocks = [flat[start : start + BLOCK] for start in range(0, len(flat), BLOCK)]
     low, high = 0.0, 65535.0
-    if np.issubdtype(values.dtype, np.floating):
+    beyond = values.dtype.itemsize > 2 and (
+        values.min(initial=0) < 0 or values.max(initial=0) > high
+    )
+    if beyond or np.issubdtype(values.dtype, np.floating):
         ranges = [_range_of(block) for block in blocks]
         low = min((least for least, most in ranges if least <= most), default=0.0)
         high = max((most for least, most in ranges if least <= most), default=1.0)

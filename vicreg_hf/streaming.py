@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,10 +45,29 @@ class ImageStream:
         return replace(self, table=table)
 
     def cells(self, epoch: int) -> Iterator[Any]:
-        """One pass, in an order of its own; in a loading worker, that worker's part of it."""
+        """One pass, in an order of its own; in a loading worker, that worker's part of it.
+
+        Raises:
+            ImageError: the data cannot be read on.
+        """
         self.table.set_epoch(epoch)
-        for row in self.table:
-            yield row[self.column.name]
+        count = 0
+        with _reading(self.name, lambda: f" after {count} images of a pass"):
+            for row in self.table:
+                yield row[self.column.name]
+                count += 1
+
+
+@contextmanager
+def _reading(name: str, place: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """One sentence for what parsers and networks raise."""
+    try:
+        yield
+    except Exception as error:
+        told = " ".join(str(error).split())
+        raise ImageError(
+            f"{name} cannot be read{place()}: {type(error).__name__}: {told}"
+        ) from error
 
 
 def image_stream(
@@ -63,18 +82,21 @@ def image_stream(
     """Pick a split of what was opened with streaming=True, and its column of images.
 
     Raises:
-        ValueError: no such split, nothing in it, no such column.
+        ValueError: no such split, nothing in it, no such column; or it cannot be read.
     """
     if name not in splits:
         raise ValueError(f"split must be one of {', '.join(map(str, splits))}, got {name!r}.")
     table = splits[name]
-    features = table.features or table._resolve_features().features
+    with _reading(f"{dataset_name} ({name})"):
+        features = table.features or table._resolve_features().features
     if not features:
         raise ValueError(f"a split must have rows, got none in split {name!r} of {dataset_name}.")
     column = open_column(features, image_column, channels=channels, sound=sound)
     known = (table.info.splits or {}).get(name)
     count = known.num_examples if known is not None else None
     table = column.prepare(table)
-    if next(iter(table.take(1)), None) is None:
+    with _reading(f"{dataset_name} ({name})"):
+        first = next(iter(table.take(1)), None)
+    if first is None:
         raise ValueError(f"a split must have rows, got none in split {name!r} of {dataset_name}.")
     return ImageStream(table, column, f"{dataset_name} ({name})", count or None)
