@@ -24,6 +24,7 @@ from vicreg_hf.inputs import common_side
 from vicreg_hf.labelled import matched_labels
 from vicreg_hf.randomness import Stream, drawn
 from vicreg_hf.sources import ImageSplit
+from vicreg_hf.streaming import ImageStream
 
 K = 20
 MAX_TRAIN, MAX_TEST = 50_000, 10_000
@@ -66,10 +67,9 @@ class KNNMonitor:
         Raises:
             ValueError: the held-out split has classes that the other has not.
         """
-        if held_out is None or held_out.labels is None or train.labels is None:
+        if missing_for_knn(train, held_out) is not None:
             return None
-        if len(_labelled(train)) < K:
-            return None
+        assert held_out is not None
         if train.label_names != held_out.label_names:
             labels = matched_labels(train, held_out, exact=False)
             held_out = replace(held_out, labels=labels, label_names=train.label_names)
@@ -184,6 +184,21 @@ class KNNMonitor:
         with self._noting(split) as bad:
             batches = evaluation_batches(images, rows, self.image_size, bad=bad, **self.settings)
             return extract_features(encoder, batches, mean=self.mean, std=self.std, **settings)
+
+
+def missing_for_knn(train: ImageSplit | ImageStream, held_out: ImageSplit | None) -> str | None:
+    """What kNN and the online probe need and these data lack, and the remedy."""
+    if isinstance(train, ImageStream):
+        return "streams have neither; use --streaming false"
+    if train.labels is None:
+        return f"{train.name} has no labels; name their column with --label_column"
+    if held_out is None:
+        return "there is no labelled split beside the one trained on; name one with --eval_split"
+    if held_out.labels is None:
+        return f"{held_out.name} has no labels; choose another --eval_split"
+    if (number := len(_labelled(train))) < K:
+        return f"{train.name} has {number} labelled images, fewer than the {K} of the kNN monitor"
+    return None
 
 
 def _labelled(split: ImageSplit) -> NDArray[np.int64]:

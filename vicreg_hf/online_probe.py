@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vicreg_hf.distributed import sum_over_processes, world_size
-from vicreg_hf.monitor import K
+from vicreg_hf.monitor import missing_for_knn
 from vicreg_hf.sources import ImageSplit
 from vicreg_hf.streaming import ImageStream
 from vicreg_hf.transfer import on_device
@@ -135,17 +135,10 @@ def create_probe(
     Raises:
         ValueError: nothing to learn from, or nothing to measure it on.
     """
-    if isinstance(train, ImageStream):
-        fault = "streams have neither; use --streaming false"
-    elif train.labels is None:
-        fault = f"{train.name} has no labels; name their column with --label_column"
-    elif held_out is None:
-        fault = "there is no labelled split beside the one trained on; name one with --eval_split"
-    elif held_out.labels is None:
-        fault = f"{held_out.name} has no labels; choose another --eval_split"
-    elif (number := int((train.labels >= 0).sum())) < K:
-        fault = f"{train.name} has {number} labelled images, fewer than the {K} of the kNN monitor"
-    else:
+    fault = missing_for_knn(train, held_out)
+    if fault is None:
+        assert isinstance(train, ImageSplit)
+        assert train.labels is not None
         return OnlineProbe(train.labels, train.label_names, num_features)
     raise ValueError(
         f"online_probe needs labels and a held-out split, but {fault}, or --online_probe false."

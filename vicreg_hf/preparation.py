@@ -29,7 +29,7 @@ from vicreg_hf.exporting import check_exportable
 from vicreg_hf.hub import open_repository
 from vicreg_hf.inputs import Inputs, open_inputs
 from vicreg_hf.modeling_vicreg import VICRegModel
-from vicreg_hf.monitor import KNNMonitor
+from vicreg_hf.monitor import KNNMonitor, missing_for_knn
 from vicreg_hf.online_probe import create_probe
 from vicreg_hf.optim import create_optimizer
 from vicreg_hf.paired_inputs import run_views
@@ -144,6 +144,9 @@ def _introduce(run: Run) -> None:
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
     )  # fmt: skip
     run.accelerator.print(sentence, flush=True)
+    missing = missing_for_knn(run.inputs.train, run.inputs.held_out)
+    if run.monitor is None and missing is not None:
+        run.accelerator.print(f"kNN needs labels and a held-out split, but {missing}.", flush=True)
 
 
 def _set_aside(run: Run) -> None:
