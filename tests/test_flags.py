@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,17 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_flags_are_read() -> None:
     found = parser().parse_args(["--place", "here", "--grow", "--list"])
     assert vars(found) == {"place": "here", "size": 1, "grow": True, "list": True}
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Shells leave that of --flag=~/place as it is, and files of settings are not theirs."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words in (["--place=~/here"], ["--place", "~/here"]):
+        assert parser().parse_args(words).place == f"{tmp_path}/here"
+    assert parser().parse_args(["--place=a~b"]).place == "a~b"
+    (tmp_path / "own.yaml").write_text("dataset_name: ~/images\noutput_dir: ~/runs\n")
+    args = parse_arguments(["--config=~/own.yaml"])
+    assert (args.dataset_name, args.output_dir) == (f"{tmp_path}/images", f"{tmp_path}/runs")
 
 
 def test_help_has_the_settings_in_their_order_under_headings(

@@ -19,7 +19,7 @@ from vicreg_hf.augmentation import PRESETS, describe, find_recipes
 from vicreg_hf.checks import is_whole, read_widths
 from vicreg_hf.configuration_vicreg import MODALITIES
 from vicreg_hf.data import SMALL_IMAGE
-from vicreg_hf.flags import SettingsParser
+from vicreg_hf.flags import SettingsParser, at_home
 from vicreg_hf.hub import check_repo_id
 from vicreg_hf.opening import DEMO
 from vicreg_hf.optim import default_base_lr
@@ -402,6 +402,7 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
         ValueError: a setting that cannot be.
         SystemExit: words that are not flags, or --help.
     """
+    argv = at_home(argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--dataset_name", "--dataset-name", default=DEMO)

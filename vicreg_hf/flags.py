@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
+
+
+def at_home(words: Iterable[str]) -> list[str]:
+    """Words with the home directory for a leading ~, which shells put into some of them only."""
+    found = []
+    for word in words:
+        name, sign, value = word.partition("=")
+        is_flag = sign and name.startswith("--")
+        found.append(f"{name}={os.path.expanduser(value)}" if is_flag else os.path.expanduser(word))
+    return found
 
 
 class _InOneLine(argparse.ArgumentParser):
     """Says in a single line what is wrong, and of what is no flag which one was probably meant."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else list(args)
+        words = at_home(sys.argv[1:] if args is None else args)
         known = {flag.replace("_", "-") for flag in self._option_string_actions}
         names = {word: word.split("=")[0].replace("_", "-") for word in words if word[:2] == "--"}
         # before anything that may seem to be missing

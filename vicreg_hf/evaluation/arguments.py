@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 
 from vicreg_hf.evaluation.finetune import LINEAR, ONE_PERCENT, TEN_PERCENT, FinetuneSettings
-from vicreg_hf.flags import SettingsParser
+from vicreg_hf.flags import SettingsParser, at_home
 from vicreg_hf.recipe_files import as_flags, read_recipe, recipe_names
 
 PACKAGE = "vicreg_hf.evaluation"
@@ -183,7 +183,8 @@ def parse_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
-    known, _ = first.parse_known_args(list(argv))
+    argv = at_home(argv)
+    known, _ = first.parse_known_args(argv)
     parser = SettingsParser(
         EvaluationArguments, description="Measure an encoder on a labelled data set."
     )
