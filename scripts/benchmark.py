@@ -12,7 +12,7 @@ import torch
 
 from vicreg_hf.benchmarks.commands import COMMANDS
 from vicreg_hf.console import begin
-from vicreg_hf.data import available_cores
+from vicreg_hf.cores import available_cores
 from vicreg_hf.flags import FlagsParser
 from vicreg_hf.pretraining import ERRORS
 

@@ -7,10 +7,10 @@ if __name__ == "__main__":
     gc.disable()  # a third of the time of the imports below
 
 from vicreg_hf.console import begin
-from vicreg_hf.data import LoadingError
 from vicreg_hf.extraction import ExtractionArguments, extract_dataset
 from vicreg_hf.flags import SettingsParser
 from vicreg_hf.hub import without_tokens
+from vicreg_hf.loading import LoadingError
 
 
 def main() -> None:

@@ -22,17 +22,11 @@ from torchvision.transforms import functional as tv
 
 from vicreg_hf.augmentation import ViewRecipe
 from vicreg_hf.bad_images import BadImages
-from vicreg_hf.data import (
-    LoadingError,
-    batches_ahead,
-    centre_crop,
-    default_num_workers,
-    evaluation_batches,
-    load_in_memory,
-    loading_errors,
-    training_views,
-)
+from vicreg_hf.cores import default_num_workers
+from vicreg_hf.crops import batches_ahead
+from vicreg_hf.data import centre_crop, evaluation_batches, load_in_memory, training_views
 from vicreg_hf.images import ImageError
+from vicreg_hf.loading import LoadingError, loading_errors
 from vicreg_hf.sampler import GlobalBatches
 from vicreg_hf.sources import ImageSplit, image_split
 from vicreg_hf.views import RandomViews, TwoViews
@@ -202,8 +196,8 @@ def test_workers_make_as_many_batches_ahead_as_there_is_room_for(
         return loaders[-1]
 
     views_of_a_step = sum(crops.nbytes for crops in VIEWS.crop(split.read(range(8)), range(8)))
-    monkeypatch.setattr("vicreg_hf.data.BYTES_AHEAD", room * 2 * views_of_a_step)
-    monkeypatch.setattr("vicreg_hf.data.DataLoader", spied)
+    monkeypatch.setattr("vicreg_hf.crops.BYTES_AHEAD", room * 2 * views_of_a_step)
+    monkeypatch.setattr("vicreg_hf.crops.DataLoader", spied)
     views_of(split, range(5), num_workers=2)
     assert [loader.prefetch_factor for loader in loaders] == [room]
 

@@ -173,11 +173,11 @@ def test_what_belongs_to_images_needs_room_too(
     args, inputs = settled(
         write_vectors(tmp_path, rows=16, test_rows=8), prime_modality="embedding"
     )
-    monkeypatch.setattr("vicreg_hf.data.DataLoader", spied)
+    monkeypatch.setattr("vicreg_hf.crops.DataLoader", spied)
     (x, vectors), *_ = steps(args, inputs, range(1))
     handed_over = x.numel() + vectors.nbytes  # crops are uint8 until they are coloured
     for spare, ahead in ((0, room), (-1, max(1, room - 1))):
-        monkeypatch.setattr("vicreg_hf.data.BYTES_AHEAD", room * 2 * handed_over + spare)
+        monkeypatch.setattr("vicreg_hf.crops.BYTES_AHEAD", room * 2 * handed_over + spare)
         steps(args, inputs, range(1), num_workers=2)
         assert made[-1].prefetch_factor == ahead
 

@@ -186,7 +186,7 @@ def seen_of(tars: Path, batch_size: int, num_steps: int) -> list[torch.Tensor]:
 def test_a_batch_is_the_next_images_whatever_the_chunks_they_came_in(
     tars: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vicreg_hf.data.STREAM_CHUNK", chunk)
+    monkeypatch.setattr("vicreg_hf.crops.STREAM_CHUNK", chunk)
     given = seen_of(tars, 7, 9)  # 63 images: nearly three passes
     assert [len(batch) for batch in given] == [7] * 9
     one_by_one = seen_of(tars, 2, 32)
@@ -210,7 +210,7 @@ def test_the_work_of_a_batch_does_not_grow_with_its_number_of_chunks(
 ) -> None:
     copied = []
     for chunk in (1, 22):
-        monkeypatch.setattr("vicreg_hf.data.STREAM_CHUNK", chunk)
+        monkeypatch.setattr("vicreg_hf.crops.STREAM_CHUNK", chunk)
         with Copied() as counter:
             seen_of(tars, 22, 1)
         copied.append(counter.count)

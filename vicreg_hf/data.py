@@ -8,29 +8,23 @@ Shapes: B images per process, C channels, H x W source pixels, S side of a view.
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import time
-import zlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
-from typing import Any, NamedTuple, cast
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, closing
+from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import functional as tv
 
 from vicreg_hf.bad_images import BadImages
-from vicreg_hf.branches import Inputs
-from vicreg_hf.columns import BadImage, path_of
+from vicreg_hf.columns import BadImage
+from vicreg_hf.crops import Crops, PairedCrops, SplitCrops, StreamCrops, crop_loader
 from vicreg_hf.images import ImageError
+from vicreg_hf.loading import loading, loading_errors
 from vicreg_hf.pairs import PairedInput, PairedSplit
 from vicreg_hf.prefetch import prefetch
 from vicreg_hf.sampler import GlobalBatches
@@ -43,33 +37,6 @@ SMALL_IMAGE = 64
 """Side in pixels up to which images are taken at their own size, with the `cifar` views."""
 MEMORY_BUDGET = 4 * 2**30
 """Bytes of decoded pixels a process keeps in memory at most."""
-WORKER_PATIENCE = 5.0
-"""Seconds that loading workers have to end by themselves."""
-STREAM_CHUNK = 32
-"""Images of a stream that a worker crops together."""
-MOST_AHEAD = 4
-"""Batches, or chunks of a stream, that a loading worker makes ahead at most."""
-BYTES_AHEAD = 2 * 2**30
-"""Bytes of crops that may wait in shared or pinned memory for a process. All of its workers make as
-many batches ahead as stay within it, up to `MOST_AHEAD` each; but one each in any case, even if
-those are more bytes."""
-
-
-class Crops(NamedTuple):
-    """What a loading worker makes of a step's samples."""
-
-    views: tuple[Tensor, ...]
-    """(B, C, S, S) uint8 of each view."""
-    keys: NDArray[np.int64]
-    """(B,): what they were drawn by."""
-    bad: list[BadImage]
-    """What was replaced."""
-    paired: Inputs | None = None
-    """What belongs to the images, on its way to the second branch."""
-
-
-class LoadingError(RuntimeError):
-    """A loading worker died."""
 
 
 def load_in_memory(
@@ -100,163 +67,6 @@ def load_in_memory(
     if bad is not None:
         bad.add(unusable)
     return images
-
-
-class _Source(Dataset[Crops]):
-    """What loading workers make crops from."""
-
-    def item_bytes(self) -> int:
-        """Of what a worker hands over at once."""
-        raise NotImplementedError
-
-
-def _crop_bytes(views: RandomViews) -> int:
-    """Of all crops of an image."""
-    return views.in_chans * sum(side**2 for side in views.image_sizes)
-
-
-class _Crops(_Source):
-    """The crops of a step's samples, cut where they are decoded."""
-
-    def __init__(
-        self, split: ImageSplit, batches: GlobalBatches, views: RandomViews, steps: range
-    ) -> None:
-        self.split, self.batches, self.views, self.steps = split, batches, views, steps
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, position: int) -> Crops:
-        epoch, rows = self.batches.batch(self.steps[position])
-        images, bad = self.split.read_or_replace(rows.tolist())
-        return Crops(self.views.crop(images, rows, epoch), rows, bad)
-
-    def item_bytes(self) -> int:
-        return self.batches.rows_per_process * _crop_bytes(self.views)
-
-
-class _PairedCrops(_Source):
-    """The same, and what belongs to the images in another column."""
-
-    def __init__(
-        self,
-        split: PairedSplit,
-        batches: GlobalBatches,
-        views: RandomViews,
-        paired: PairedInput,
-        steps: range,
-    ) -> None:
-        self.split, self.batches, self.steps = split, batches, steps
-        self.views, self.paired = views, paired
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, position: int) -> Crops:
-        epoch, rows = self.batches.batch(self.steps[position])
-        pairs, bad = self.split.read_or_replace(rows.tolist())
-        images, items = zip(*pairs, strict=True)
-        batch = self.paired.batch(items, rows, epoch)
-        return Crops(self.views.crop(images, rows, epoch), rows, bad, batch)
-
-    def item_bytes(self) -> int:
-        """As of a batch of what the first row holds, whatever the modality."""
-        ((_, item),), _ = self.split.read_or_replace([0])
-        other = tree_leaves(self.paired.batch([item], np.zeros(1, np.int64), 0))
-        of_pair = _crop_bytes(self.views) + sum(tensor.nbytes for tensor in other)
-        return self.batches.rows_per_process * of_pair
-
-
-class _StreamCrops(IterableDataset[Crops], _Source):
-    """The crops of what a stream gives, drawn by the images' content."""
-
-    def __init__(self, stream: ImageStream, views: RandomViews, epoch: int) -> None:
-        self.stream, self.views, self.epoch = stream, views, epoch
-
-    def __iter__(self) -> Iterator[Crops]:
-        images: list[Tensor] = []
-        keys: list[int] = []
-        bad: list[BadImage] = []
-        column = self.stream.column
-        for cell in self.stream.cells(self.epoch):
-            key = 0
-            try:
-                key = zlib.crc32(column.encoded(cell))
-                images.append(column.decode(cell))
-                keys.append(key)
-            except ImageError as error:
-                name = path_of(cell) or f"an image without a name, of CRC-32 {key:08x}"
-                bad.append(BadImage(None, name, str(error), key))
-            if len(images) == STREAM_CHUNK:
-                yield self._cut(images, keys, bad)
-                images, keys, bad = [], [], []
-        if images:
-            yield self._cut(images, keys, bad)
-
-    def item_bytes(self) -> int:
-        return STREAM_CHUNK * _crop_bytes(self.views)
-
-    def _cut(self, images: list[Tensor], keys: list[int], bad: list[BadImage]) -> Crops:
-        rows = np.array(keys, dtype=np.int64)
-        return Crops(self.views.crop(images, rows, self.epoch), rows, bad)
-
-
-def batches_ahead(batch_bytes: int, num_workers: int) -> int:
-    """How many batches each of a process's loading workers makes ahead: see `BYTES_AHEAD`."""
-    return max(1, min(MOST_AHEAD, BYTES_AHEAD // (batch_bytes * num_workers)))
-
-
-def _loader(source: _Source, num_workers: int, *, pinned: bool) -> DataLoader[Crops]:
-    return DataLoader(
-        source,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pinned,
-        prefetch_factor=batches_ahead(source.item_bytes(), num_workers) if num_workers else None,
-        worker_init_fn=ignore_requests,
-    )
-
-
-@contextmanager
-def _loading(loader: DataLoader[Any]) -> Iterator[Any]:
-    """What a loader gives, whose workers end with the context, whatever they wait for.
-
-    They hear no request to end, and one that was killed may leave the others a lock that is never
-    released. To be entered in the main thread, where alone torch hears of what a worker died.
-    """
-    batches: Any = iter(loader)
-    workers: list[Any] = getattr(batches, "_workers", [])
-    try:
-        yield batches
-    except (ConnectionError, EOFError) as error:  # torch has not heard of it yet
-        if (end := _end_of_any(workers)) is None:
-            raise
-        raise LoadingError(_cause_of_death(end)) from error
-    finally:
-        if workers:
-            patience = threading.Timer(WORKER_PATIENCE, _kill, [workers])
-            patience.start()
-            with suppress(RuntimeError):  # torch's, of those that are killed
-                batches._shutdown_workers()
-            patience.cancel()
-            _kill(workers)
-
-
-def _end_of_any(workers: Sequence[Any]) -> str | None:
-    """How one of them ended, if one has by now or does within a second."""
-    until = time.monotonic() + 1
-    while time.monotonic() < until:
-        for status in (worker.exitcode for worker in workers):
-            if status is not None:
-                by = signal.strsignal(-status) if status < 0 else f"exit status {status}"
-                return f"it was ended by {by}"
-        time.sleep(0.01)
-    return None
-
-
-def _kill(workers: Sequence[Any]) -> None:
-    for worker in workers:
-        worker.kill()
 
 
 def training_views(
@@ -301,11 +111,13 @@ def training_views(
             else:
                 if isinstance(images, PairedSplit):
                     assert paired is not None
-                    source = _PairedCrops(images, batches, views, paired, steps)
+                    source = PairedCrops(images, batches, views, paired, steps)
                 else:
-                    source = _Crops(images, batches, views, steps)
+                    source = SplitCrops(images, batches, views, steps)
                 pinned = device.type == "cuda"
-                loaded = stack.enter_context(_loading(_loader(source, num_workers, pinned=pinned)))
+                loaded = stack.enter_context(
+                    loading(crop_loader(source, num_workers, pinned=pinned))
+                )
                 crops = ((batches.batch(s)[0], c) for s, c in zip(steps, loaded, strict=True))
             made = _views_of_crops(crops, views, device, bad, paired)
         yield from prefetch((tuple(map(laid_out, each)) for each in made), device)
@@ -367,9 +179,9 @@ def _crops_of_stream(
     epoch, left = steps.start, len(steps)  # a resumed run goes on with passes not yet seen
     while left:
         count = 0
-        source = _StreamCrops(stream, views, epoch)
+        source = StreamCrops(stream, views, epoch)
         # not the chunks are pinned, but the batches that they are copied to
-        with _loading(_loader(source, num_workers, pinned=False)) as chunks:
+        with loading(crop_loader(source, num_workers, pinned=False)) as chunks:
             for chunk in chunks:
                 count += len(chunk.keys)
                 batch.bad.extend(chunk.bad)
@@ -410,47 +222,6 @@ def _fill(batch: Crops, filled: int, chunk: Crops, taken: int) -> int:
         own[into] = cut[rows]
     batch.keys[into] = chunk.keys[rows]
     return count
-
-
-@contextmanager
-def loading_errors() -> Iterator[None]:
-    """One sentence instead of a worker's traceback, wherever torch raises it.
-
-    Raises:
-        ImageError: as the worker did.
-        LoadingError: the worker died, and from what.
-    """
-    try:
-        yield
-    except ImageError as error:
-        sentence = str(error).strip().splitlines()[-1]
-        raise ImageError(sentence.split("ImageError: ", 1)[-1]) from None
-    except (ConnectionError, EOFError) as error:  # killed in the middle of a batch
-        cause = f"the connection to it was lost: {error}"
-        raise LoadingError(_cause_of_death(cause)) from None
-    except RuntimeError as error:
-        # torch's signal handler knows of what the worker died, and its loader only that it did
-        messages = [str(cause) for cause in (error.__cause__, error) if cause is not None]
-        messages = [message for message in messages if "DataLoader worker" in message]
-        if not messages:
-            raise
-        raise LoadingError(_cause_of_death(messages[0])) from None
-
-
-def _cause_of_death(message: str) -> str:
-    sentence = message.strip().splitlines()[0].rstrip(". ")
-    if "Killed" in message:
-        why = (
-            "Something outside this program killed it, mostly for want of memory: lower "
-            "--num_workers or free some."
-        )
-    elif "Bus error" in message or "shm" in message or "shared memory" in message:
-        why = (
-            "Shared memory is full: enlarge /dev/shm (docker: --shm-size), or lower --num_workers."
-        )
-    else:
-        why = "With --num_workers 0 the main process decodes, and shows what fails."
-    return f"a loading worker died: {sentence}. {why} The last checkpoint is untouched."
 
 
 def centre_crop(image: Tensor, image_size: int, crop_pct: float) -> Tensor:
@@ -512,26 +283,8 @@ def evaluation_batches(
         collate_fn=_stacked,
         worker_init_fn=ignore_requests,
     )
-    with loading_errors(), _loading(loader) as batches:
+    with loading_errors(), loading(loader) as batches:
         for crops, found in batches:
             if bad is not None:
                 bad.add(found)
             yield crops
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    with suppress(AttributeError):  # macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def local_processes(accelerator: Accelerator) -> int:
-    """Processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
-
-
-def default_num_workers(num_processes: int) -> int:
-    """Loading workers for one of the processes on this machine: its share of the cores."""
-    cores = available_cores()
-    return max(1, min(16, cores // num_processes - (1 if cores > 2 * num_processes else 0)))

@@ -23,7 +23,7 @@ from yaml import YAMLError
 
 import vicreg_hf
 from vicreg_hf.cards import CARD_FILE, add_evaluation, hardware, impersonal
-from vicreg_hf.data import available_cores, local_processes
+from vicreg_hf.cores import available_cores, local_processes
 from vicreg_hf.distributed import PATIENCE, failing_together
 from vicreg_hf.earlier import set_aside
 from vicreg_hf.encoders import Encoder, open_encoder

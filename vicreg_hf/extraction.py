@@ -31,12 +31,13 @@ from tqdm import tqdm
 from vicreg_hf.bad_images import BadImages, check_share
 from vicreg_hf.claiming import claim
 from vicreg_hf.columns import BadImage
-from vicreg_hf.data import available_cores, default_num_workers, loading_errors, local_processes
+from vicreg_hf.cores import available_cores, default_num_workers, local_processes
 from vicreg_hf.distributed import PATIENCE, failing_together
 from vicreg_hf.encoders import Encoder, open_encoder
 from vicreg_hf.evaluation.features import normalise_images
 from vicreg_hf.feature_parts import Part, PartError, parts_of, read_part, write_part
 from vicreg_hf.hub import HubError, check_repo_id, open_repository, push_folder
+from vicreg_hf.loading import loading_errors
 from vicreg_hf.opening import open_dataset
 from vicreg_hf.reading import name_in_zip
 from vicreg_hf.sources import ImageSplit, image_split, renumbered

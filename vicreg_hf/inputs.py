@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.bad_images import BadImages
-from vicreg_hf.data import MEMORY_BUDGET, SMALL_IMAGE, default_num_workers, load_in_memory
+from vicreg_hf.cores import default_num_workers
+from vicreg_hf.data import MEMORY_BUDGET, SMALL_IMAGE, load_in_memory
 from vicreg_hf.modalities.audio import SpectrogramColumn, SpectrogramSettings
 from vicreg_hf.opening import open_dataset
 from vicreg_hf.paired_inputs import run_column, spectrogram_settings, takes_waveforms

@@ -22,7 +22,7 @@ from vicreg_hf.branches import check_architecture
 from vicreg_hf.building import build_model
 from vicreg_hf.cards import SECOND, hardware
 from vicreg_hf.compiling import why_not
-from vicreg_hf.data import available_cores, local_processes
+from vicreg_hf.cores import available_cores, local_processes
 from vicreg_hf.distributed import PATIENCE, any_process
 from vicreg_hf.earlier import set_aside
 from vicreg_hf.exporting import check_exportable

@@ -23,7 +23,6 @@ from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.checkpointing import CheckpointError
 from vicreg_hf.claiming import claim
 from vicreg_hf.collapse_watch import CollapseWatch
-from vicreg_hf.data import LoadingError, loading_errors
 from vicreg_hf.distributed import (
     OtherProcessFailed,
     failing_together,
@@ -42,6 +41,7 @@ from vicreg_hf.faults import (
 from vicreg_hf.finishing import finish
 from vicreg_hf.hub import HubError
 from vicreg_hf.liveness import watched
+from vicreg_hf.loading import LoadingError, loading_errors
 from vicreg_hf.preparation import begin, setup
 from vicreg_hf.reporting import Clock
 from vicreg_hf.resuming import state_of

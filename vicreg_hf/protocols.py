@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vicreg_hf.bad_images import BadImages
-from vicreg_hf.data import SMALL_IMAGE, default_num_workers, load_in_memory, local_processes
+from vicreg_hf.cores import default_num_workers, local_processes
+from vicreg_hf.data import SMALL_IMAGE, load_in_memory
 from vicreg_hf.encoders import Encoder
 from vicreg_hf.evaluation.arguments import TRAINED, EvaluationArguments
 from vicreg_hf.evaluation.collapse import collapse_report

@@ -23,7 +23,8 @@ from torchvision.transforms import v2
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.augmentation import PRESETS, ViewRecipe
 from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
-from vicreg_hf.data import available_cores, laid_out
+from vicreg_hf.cores import available_cores
+from vicreg_hf.data import laid_out
 from vicreg_hf.images import decode_image
 from vicreg_hf.pairs import PairedSplit
 from vicreg_hf.preparation import setup

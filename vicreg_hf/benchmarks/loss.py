@@ -33,7 +33,7 @@ from vicreg_hf.benchmarks.measuring import (
     peak_extra_mib,
     table,
 )
-from vicreg_hf.data import available_cores
+from vicreg_hf.cores import available_cores
 from vicreg_hf.distributed import gather_rows, rank, world_size
 from vicreg_hf.loss import vicreg_loss
 

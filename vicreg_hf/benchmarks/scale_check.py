@@ -41,8 +41,8 @@ from vicreg_hf.benchmarks.measuring import MIB, surroundings, table
 from vicreg_hf.benchmarks.scale import BACKWARD, VIEWS, Step, predict
 from vicreg_hf.benchmarks.scale_counts import Work, count_work, our_loss_work
 from vicreg_hf.benchmarks.scale_machine import Machine
+from vicreg_hf.cores import available_cores
 from vicreg_hf.covariance import STRIPE_ROWS
-from vicreg_hf.data import available_cores
 from vicreg_hf.distributed import gather_rows, sum_over_processes
 from vicreg_hf.preparation import setup
 from vicreg_hf.run import Run
