@@ -9,7 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
+import soundfile
 import torch
 from datasets import ClassLabel
 from pictures import photographs, png
@@ -17,6 +19,7 @@ from pictures import photographs, png
 from vicreg_hf.columns import path_of
 from vicreg_hf.folders import split_named
 from vicreg_hf.images import ImageError
+from vicreg_hf.modalities.audio import SpectrogramSettings
 from vicreg_hf.opening import open_dataset
 from vicreg_hf.sources import ImageSplit, image_split
 
@@ -204,10 +207,6 @@ def test_zips_in_a_folder_are_read_if_they_are_all_there_is(tmp_path: Path) -> N
     assert [name for name, _ in seen(opened(folder)["train"])] == ["3.png"]
 
 
-def read_first(place: Path) -> torch.Tensor:
-    return opened(place)["train"].read([0])[0]
-
-
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_processes_read_a_zip_at_once(compression: int, tmp_path: Path) -> None:
     images = photographs(4)
@@ -252,8 +251,37 @@ def test_a_zip_that_is_none_is_named(tmp_path: Path) -> None:
 
 def test_a_zip_without_images_is_named(tmp_path: Path) -> None:
     archive = zipped(write(tmp_path / "source", ["notes.txt"]), tmp_path / "a.zip")
-    with pytest.raises(ValueError, match=r"there are no images in .*a.zip"):
+    with pytest.raises(ValueError, match=r"there are neither images nor sounds in .*a.zip"):
         open_dataset(str(archive))
+
+
+@pytest.mark.parametrize("in_zip", [False, True], ids=["folder", "zip"])
+def test_sounds_are_found_like_images(in_zip: bool, tmp_path: Path) -> None:
+    tone = np.sin(np.arange(8000) / 8)
+    for name in ("train/owl/1.wav", "train/wren/2.flac", "test/owl/3.ogg"):
+        path = tmp_path / "sounds" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, tone, 8000)
+    place = tmp_path / "sounds"
+    if in_zip:
+        place = zipped(place, tmp_path / "sounds.zip")
+    splits = open_dataset(str(place))
+    settings = SpectrogramSettings(sampling_rate=8000)
+    found = {
+        name: image_split(splits, name, dataset_name="x", channels=1, sound=settings)
+        for name in splits
+    }
+    assert {name: seen(split) for name, split in found.items()} == {
+        "train": [("1.wav", "owl"), ("2.flac", "wren")], "test": [("3.ogg", "owl")]
+    }  # fmt: skip
+    one, other = found["train"].read([0, 1])
+    assert one.shape == other.shape
+    assert one.float().std() > 0
+
+
+def test_images_are_seen_where_there_are_sounds_too(tmp_path: Path) -> None:
+    write(tmp_path, ["owl/1.wav", "owl/1.png", "wren/2.png", "wren/2.wav"])
+    assert seen(opened(tmp_path)["train"]) == [("1.png", "owl"), ("2.png", "wren")]
 
 
 def test_a_config_of_image_files_is_refused(tmp_path: Path) -> None:

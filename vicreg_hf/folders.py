@@ -1,4 +1,4 @@
-"""Folders and zips of image files: which image is in which split, and of which class.
+"""Folders and zips of images or sounds: which file is in which split, and of which class.
 
 `datasets` guesses the splits from names of files and folders at any depth, and leaves out, without
 a word, what then belongs to none.
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow as pa
 from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
+from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 
 from vicreg_hf.images import HEIF_SUFFIXES, SUFFIXES
 from vicreg_hf.reading import IN_ZIP, ZIP
@@ -26,13 +27,27 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SPLIT_OF = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 
 
-class ImageFile(NamedTuple):
-    """An image file, in a folder or in a zip."""
+class Kind(NamedTuple):
+    """Of the files that a data set is made of."""
+
+    plural: str
+    column: str
+    """Its name in tables, as `datasets` calls it."""
+    feature: Any
+    suffixes: frozenset[str]
+
+
+IMAGES = Kind("images", "image", datasets.Image(), SUFFIXES | HEIF_SUFFIXES)
+SOUNDS = Kind("sounds", "audio", datasets.Audio(), frozenset(AudioFolder.EXTENSIONS))
+
+
+class MediaFile(NamedTuple):
+    """A file of a data set, in a folder or in a zip."""
 
     parts: tuple[str, ...]
     """Folders between the data set and the file."""
     path: str
-    """The file, as `ImageColumn` reads it."""
+    """The file, as `read_file` takes it."""
 
 
 def list_files(folder: Path) -> Iterator[tuple[str, str]]:
@@ -54,42 +69,43 @@ def list_files(folder: Path) -> Iterator[tuple[str, str]]:
         )
 
 
-def is_image(name: str) -> bool:
+def is_of(kind: Kind, name: str) -> bool:
     """By its ending."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES | HEIF_SUFFIXES
+    return os.path.splitext(name)[1].lower() in kind.suffixes
 
 
-def images_of_folder(folder: Path) -> list[ImageFile]:
-    """The image files in a folder, at any depth; or in its zips, if they are all there is."""
+def files_of_folder(folder: Path, kind: Kind) -> list[MediaFile]:
+    """The files of a kind in a folder, at any depth; or in its zips, if they are all there is."""
     root = os.path.abspath(folder)
-    found: list[ImageFile] = []
+    found: list[MediaFile] = []
     zips: list[Path] = []
     for within, name in list_files(folder):
-        if is_image(name):
-            found.append(ImageFile(Path(within).parts, os.path.join(root, within, name)))
+        if is_of(kind, name):
+            found.append(MediaFile(Path(within).parts, os.path.join(root, within, name)))
         elif name.lower().endswith(".zip"):
             zips.append(Path(root, within, name))
     if not found:
         for archive in zips:
             above = (*archive.relative_to(root).parent.parts, archive.stem)
-            found += [ImageFile((*above, *parts), path) for parts, path in images_of_zip(archive)]
-    return sorted(found, key=lambda image: image.path)
+            inside = files_of_zip(archive, kind)
+            found += [MediaFile((*above, *parts), path) for parts, path in inside]
+    return sorted(found, key=lambda file: file.path)
 
 
-def images_of_zip(archive: Path) -> list[ImageFile]:
-    """The image files in a zip, which stays as it is.
+def files_of_zip(archive: Path, kind: Kind) -> list[MediaFile]:
+    """The files of a kind in a zip, which stays as it is.
 
     Raises:
         zipfile.BadZipFile: it is none.
     """
-    found: list[ImageFile] = []
-    with zipfile.ZipFile(archive) as file:
-        for name in file.namelist():
+    found: list[MediaFile] = []
+    with zipfile.ZipFile(archive) as opened:
+        for name in opened.namelist():
             parts = PurePosixPath(name).parts
             hidden = any(part.startswith((".", "__")) for part in parts)
-            if is_image(name) and not hidden:
-                found.append(ImageFile(parts[:-1], f"{ZIP}{name}{IN_ZIP}{archive.absolute()}"))
-    return sorted(found, key=lambda image: image.path)
+            if is_of(kind, name) and not hidden:
+                found.append(MediaFile(parts[:-1], f"{ZIP}{name}{IN_ZIP}{archive.absolute()}"))
+    return sorted(found, key=lambda file: file.path)
 
 
 def split_named(name: str) -> str | None:
@@ -103,38 +119,38 @@ def split_named(name: str) -> str | None:
 
 
 def splits_of(
-    images: Sequence[ImageFile], *, say: Callable[[str], object]
-) -> dict[str, list[ImageFile]]:
-    """Divide image files into splits.
+    files: Sequence[MediaFile], kind: Kind, *, say: Callable[[str], object]
+) -> dict[str, list[MediaFile]]:
+    """Divide files into splits.
 
     By the outermost folder that is called after a split; but all of them are `train` unless each is
     below such a folder, or some are for training and others to measure on. So a class may be called
     train.
 
     Args:
-        say: told of images that are in no split.
+        say: told of files that are in no split.
 
     Returns:
         The files of each split, without the split's folder among their parts.
     """
-    known = {parts: _split_in(parts) for parts in {image.parts for image in images}}
+    known = {parts: _split_in(parts) for parts in {file.parts for file in files}}
     names = {split for split, _ in known.values() if split is not None}
     complete = all(split is not None for split, _ in known.values())
     if not names or not (complete or ("train" in names and len(names) > 1)):
-        return {"train": list(images)}
-    splits: dict[str, list[ImageFile]] = defaultdict(list)
-    outside: list[ImageFile] = []
-    for image in images:
-        split, rest = known[image.parts]
+        return {"train": list(files)}
+    splits: dict[str, list[MediaFile]] = defaultdict(list)
+    outside: list[MediaFile] = []
+    for file in files:
+        split, rest = known[file.parts]
         if split is None:
-            outside.append(image)
+            outside.append(file)
         else:
-            splits[split].append(image._replace(parts=rest))
+            splits[split].append(file._replace(parts=rest))
     if outside:
         say(
-            f"{len(outside)} images are in no split, as they are below no folder that is called "
-            f"after one, and are left out: {outside[0].path} is the first; move them into a folder "
-            "called train, or name theirs alone."
+            f"{len(outside)} {kind.plural} are in no split, as they are below no folder that is "
+            f"called after one, and are left out: {outside[0].path} is the first; move them into a "
+            "folder called train, or name theirs alone."
         )
     return {name: splits[name] for name in map(str, SPLIT_KEYWORDS) if name in splits}
 
@@ -147,34 +163,33 @@ def _split_in(parts: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
     return None, parts
 
 
-def tables_of(splits: dict[str, list[ImageFile]]) -> dict[str, datasets.Dataset]:
-    """Tables of images that stay where they are, with their classes if they have any.
+def tables_of(splits: dict[str, list[MediaFile]], kind: Kind) -> dict[str, datasets.Dataset]:
+    """Tables of files that stay where they are, with their classes if they have any.
 
-    A class is the folder that an image lies in, where all of a split lie equally deep below the
+    A class is the folder that a file lies in, where all of a split lie equally deep below the
     split's own, and there are several in all.
     """
     named = {
-        name: [image.parts[-1] for image in images]
-        for name, images in splits.items()
-        if len({len(image.parts) for image in images}) == 1 and images[0].parts
+        name: [file.parts[-1] for file in files]
+        for name, files in splits.items()
+        if len({len(file.parts) for file in files}) == 1 and files[0].parts
     }
     classes = sorted(set().union(*named.values()))
-    return {
-        name: _table(images, named.get(name), classes if len(classes) > 1 else [])
-        for name, images in splits.items()
-    }
+    if len(classes) < 2:
+        named = {}
+    return {name: _table(files, kind, named.get(name), classes) for name, files in splits.items()}
 
 
 def _table(
-    images: Sequence[ImageFile], named: list[str] | None, classes: list[str]
+    files: Sequence[MediaFile], kind: Kind, named: list[str] | None, classes: list[str]
 ) -> datasets.Dataset:
-    paths = pa.array([image.path for image in images], pa.string())
+    paths = pa.array([file.path for file in files], pa.string())
     cells = pa.StructArray.from_arrays(
         [pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"]
     )
-    columns: dict[str, Any] = {"image": cells}
-    kinds: dict[str, Any] = {"image": datasets.Image()}
-    if named is not None and classes:
+    columns: dict[str, Any] = {kind.column: cells}
+    kinds: dict[str, Any] = {kind.column: kind.feature}
+    if named is not None:
         numbers = {name: number for number, name in enumerate(classes)}
         columns["label"] = pa.array([numbers[name] for name in named], pa.int64())
         kinds["label"] = datasets.ClassLabel(names=classes)
@@ -204,7 +219,7 @@ def say_what_is_missing(
             if isinstance(inner, datasets.Image):
                 cells = table.select_columns([column]).with_format("arrow")[:][column]
                 listed |= _paths(cells.to_pylist())
-    images = images_of_folder(folder)
+    images = files_of_folder(folder, IMAGES)
     missing = [image.path for image in images if image.path not in listed]
     if missing:
         say(

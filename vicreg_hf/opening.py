@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ from datasets.config import HF_DATASETS_CACHE
 from vicreg_hf.archives import check_archives
 from vicreg_hf.demo import load_demo
 from vicreg_hf.folders import (
+    IMAGES,
     METADATA,
-    ImageFile,
+    SOUNDS,
+    Kind,
+    MediaFile,
+    files_of_folder,
+    files_of_zip,
     has_metadata,
-    images_of_folder,
-    images_of_zip,
-    is_image,
+    is_of,
     list_files,
     say_what_is_missing,
     splits_of,
@@ -35,6 +38,7 @@ UNNAMED = "unnamed"
 """What recipes for data of one's own have in place of a name."""
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 """What a single file is opened as, but for zips; folders of such are recognised by `datasets`."""
+KINDS = (IMAGES, SOUNDS)
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -97,11 +101,11 @@ def _load(name: str, config_name: str | None, streaming: bool) -> Any:
     elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         loaded = datasets.load_from_disk(name)
     elif path.is_file() and path.suffix.lower() == ".zip":
-        loaded = _image_tables(images_of_zip(path), path)
-    elif path.is_dir() and not _lists_files(path) and not _holds_tables(path):
+        loaded = _tables_of_files(path, files_of_zip)
+    elif path.is_dir() and not _lists_files(path) and _is_of_files(path):
         if has_metadata(path):
             return _load_with_metadata(path, streaming)
-        loaded = _image_tables(images_of_folder(path), path)
+        loaded = _tables_of_files(path, files_of_folder)
     else:
         return _load_by_datasets(path, name, config_name, streaming)
     if config_name is not None:
@@ -113,10 +117,12 @@ def _load(name: str, config_name: str | None, streaming: bool) -> Any:
     return {k: table.to_iterable_dataset(num_shards=_shards(table)) for k, table in loaded.items()}
 
 
-def _image_tables(images: Sequence[ImageFile], place: Path) -> Splits:
-    if not images:
-        raise ValueError(f"there are no images in {place}.")
-    return tables_of(splits_of(images, say=_warn))
+def _tables_of_files(place: Path, files_of: Callable[[Path, Kind], list[MediaFile]]) -> Splits:
+    """Of the images in a folder or zip, or of its sounds where there are none."""
+    for kind in KINDS:
+        if files := files_of(place, kind):
+            return tables_of(splits_of(files, kind, say=_warn), kind)
+    raise ValueError(f"there are neither images nor sounds in {place}.")
 
 
 def _load_by_datasets(path: Path, name: str, config_name: str | None, streaming: bool) -> Any:
@@ -132,7 +138,8 @@ def _load_by_datasets(path: Path, name: str, config_name: str | None, streaming:
 
 
 def _load_with_metadata(folder: Path, streaming: bool) -> Any:
-    loaded: Any = datasets.load_dataset("imagefolder", data_dir=str(folder), streaming=streaming)
+    kind = "imagefolder" if files_of_folder(folder, IMAGES) else "audiofolder"
+    loaded: Any = datasets.load_dataset(kind, data_dir=str(folder), streaming=streaming)
     if not streaming and _is_main():
         say_what_is_missing(folder, loaded.values(), say=_warn)
     return loaded
@@ -167,14 +174,15 @@ def _own_cache(folder: Path) -> str:
     return str(Path(HF_DATASETS_CACHE) / f"folder-{digest[:16]}")
 
 
-def _holds_tables(folder: Path) -> bool:
-    """Whether there are files that hold images, and not only image files.
+def _is_of_files(folder: Path) -> bool:
+    """Whether a folder is made of images or sounds, or zips of them, and not of tables.
 
-    `datasets` would take a folder for what most of its files are.
+    `datasets` would take it for what most of its files are.
     """
-    found = list(list_files(folder))
-    tables = any(Path(n).suffix.lower() in BUILDERS and n not in METADATA for _, n in found)
-    return tables or not any(is_image(name) or name.lower().endswith(".zip") for _, name in found)
+    names = [name for _, name in list_files(folder) if name not in METADATA]
+    if any(Path(name).suffix.lower() in BUILDERS for name in names):
+        return False
+    return any(is_of(kind, n) or n.lower().endswith(".zip") for n in names for kind in KINDS)
 
 
 def _shards(table: datasets.Dataset) -> int:

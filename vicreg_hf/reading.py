@@ -1,4 +1,4 @@
-"""The content of an image file: on the disk, in a zip, or where `datasets` reads a stream from."""
+"""The content of a file: on the disk, in a zip, or where `datasets` reads a stream from."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ IN_ZIP = "::"
 """Stands between a file in a zip and that zip: zip://oak/001.jpg::pictures.zip."""
 
 
-def read_file(path: str) -> bytes:
+def read_file(path: str, most: int = MAX_FILE) -> bytes:
     """All of a file.
 
     Args:
         path: local, or as `datasets` writes it: zip://FILE::ZIP, or on the Hub, hf://….
+        most: bytes it may have.
 
     Raises:
-        ValueError: more than `MAX_FILE` bytes.
+        ValueError: it has more.
         Exception: whatever keeps it from being read, such as a damaged or encrypted zip.
     """
     name, _, archive = path.removeprefix(ZIP).rpartition(IN_ZIP)
     if path.startswith(ZIP) and "://" not in archive:
-        return _read_from_zip(name, archive)
+        return _read_from_zip(name, archive, most)
     if (archive or path).startswith(HUB):  # of other addresses in a data set nobody has heard
         with xopen(path, "rb") as file:
-            content = file.read(MAX_FILE + 1)
-        _check_size(len(content))
+            content = file.read(most + 1)
+        _check_size(len(content), most)
         return content
-    _check_size(Path(path).stat().st_size)
+    _check_size(Path(path).stat().st_size, most)
     return Path(path).read_bytes()
 
 
@@ -44,9 +45,9 @@ def name_in_zip(path: str) -> str:
     return path.removeprefix(ZIP).rpartition(IN_ZIP)[0] if path.startswith(ZIP) else path
 
 
-def _read_from_zip(name: str, archive: str) -> bytes:
+def _read_from_zip(name: str, archive: str, most: int) -> bytes:
     file = _opened(archive, os.getpid())  # a process of its own has a position of its own
-    _check_size(file.getinfo(name).file_size)
+    _check_size(file.getinfo(name).file_size, most)
     return file.read(name)
 
 
@@ -55,6 +56,6 @@ def _opened(archive: str, _process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(archive)
 
 
-def _check_size(size: int) -> None:
-    if size > MAX_FILE:
-        raise ValueError(f"it has {size} bytes, more than the {MAX_FILE} allowed.")
+def _check_size(size: int, most: int) -> None:
+    if size > most:
+        raise ValueError(f"it has {size} bytes, more than the {most} allowed.")

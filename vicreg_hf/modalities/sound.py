@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 from math import gcd
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vicreg_hf.images import ImageError
+from vicreg_hf.reading import read_file
 
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "AIFF")
 """Of libsndfile's, those that are found in data sets."""
@@ -82,15 +82,8 @@ def sound_file(cell: Any) -> bytes:
     if cell is None:
         return b""
     try:
-        if cell["bytes"] is not None:
-            return cell["bytes"]
-        path = Path(cell["path"])
-        if path.stat().st_size > MAX_FILE:
-            raise ImageError(f"the file has more than the {MAX_FILE} bytes allowed.")
-        return path.read_bytes()
-    except ImageError:
-        raise
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        return cell["bytes"] if cell["bytes"] is not None else read_file(cell["path"], MAX_FILE)
+    except Exception as error:  # zips raise whatever their parsing meets
         raise ImageError(f"the file cannot be read: {error}") from error
 
 
