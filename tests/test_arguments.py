@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
-from vicreg_hf import PretrainingArguments
+from vicreg_hf import EvaluationArguments, PretrainingArguments
 from vicreg_hf.arguments import parse_arguments, read_recipe, recipe_names
 from vicreg_hf.augmentation import PRESETS
 from vicreg_hf.branches import check_architecture
+from vicreg_hf.extraction import ExtractionArguments
 from vicreg_hf.opening import open_dataset
 from vicreg_hf.optim import default_base_lr
 
@@ -283,3 +286,37 @@ def test_in_python_what_cannot_be_is_an_error_and_ends_nothing(
     with pytest.raises(ValueError, match=said):
         PretrainingArguments.from_recipe("demo", **overrides)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ({"batch_size": "32"}, "batch_size must be a whole number, got '32'."),
+        ({"batch_size": 32.0}, "batch_size must be a whole number, got 32.0."),
+        ({"batch_size": True}, "batch_size must be a whole number, got True."),
+        ({"max_steps": "9"}, "max_steps must be a whole number or None, got '9'."),
+        ({"weight_decay": "1e-4"}, "weight_decay must be a number, got '1e-4'."),
+        ({"base_lr": [0.1]}, r"base_lr must be a number or None, got \[0.1\]."),
+        ({"pretrained": "no"}, "pretrained must be True or False, got 'no'."),
+        ({"compile": 1}, "compile must be True or False or None, got 1."),
+    ],
+)
+def test_values_of_another_kind_are_refused(setting: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        PretrainingArguments(**setting)
+
+
+def test_numbers_of_numpy_and_paths_are_taken() -> None:
+    given: Any = {
+        "batch_size": np.int64(64), "base_lr": np.float32(0.25), "pretrained": np.bool(False),
+        "output_dir": Path("runs") / "a", "num_train_epochs": 3,
+    }  # fmt: skip
+    args = PretrainingArguments(**given)
+    assert yaml.safe_load(args.to_yaml())["base_lr"] == 0.25
+    assert args.output_dir == str(Path("runs") / "a")
+    assert {type(getattr(args, name)) for name in given} == {int, float, bool, str}
+    extraction: Any = {"batch_size": "8"}
+    with pytest.raises(ValueError, match="batch_size must be a whole number, got '8'"):
+        ExtractionArguments("m", "d", "o", **extraction)
+    with pytest.raises(ValueError, match="batch_size must be a whole number, got '8'"):
+        EvaluationArguments("m", "d", **extraction)

@@ -16,7 +16,7 @@ import yaml
 
 from vicreg_hf import recipe_files
 from vicreg_hf.augmentation import PRESETS, describe, find_recipes
-from vicreg_hf.checks import is_whole, read_widths
+from vicreg_hf.checks import is_whole, read_widths, settle_kinds
 from vicreg_hf.configuration_vicreg import MODALITIES
 from vicreg_hf.data import SMALL_IMAGE
 from vicreg_hf.flags import SettingsParser, at_home
@@ -200,6 +200,7 @@ class PretrainingArguments:
     hub_private: bool = _setting(False, "Make the repository private, if it is made.")
 
     def __post_init__(self) -> None:
+        settle_kinds(self)
         self.model_args = _json_object("model_args", self.model_args)
         self.prime_model_args = _json_object("prime_model_args", self.prime_model_args)
         self._join_widths()

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vicreg_hf.bad_images import BadImages, check_share
+from vicreg_hf.checks import settle_kinds
 from vicreg_hf.claiming import claim
 from vicreg_hf.columns import BadImage
 from vicreg_hf.cores import available_cores, default_num_workers, local_processes
@@ -75,6 +76,7 @@ class ExtractionArguments:
     hub_private: bool = _setting(False, "Make the repository private, if it is made.")
 
     def __post_init__(self) -> None:
+        settle_kinds(self)
         for name in ("batch_size", "rows_per_file"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")

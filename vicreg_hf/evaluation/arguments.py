@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HOME
 
+from vicreg_hf.checks import settle_kinds
 from vicreg_hf.evaluation.finetune import LINEAR, ONE_PERCENT, TEN_PERCENT, FinetuneSettings
 from vicreg_hf.flags import SettingsParser, at_home
 from vicreg_hf.recipe_files import as_flags, read_recipe, recipe_names
@@ -94,6 +95,7 @@ class EvaluationArguments:
     update_card: bool = _setting(True, "Add the results to the card of a model in a directory.")
 
     def __post_init__(self) -> None:
+        settle_kinds(self)
         unknown = [name for name in self.protocol_names if name not in PROTOCOLS]
         if unknown or not self.protocol_names:
             raise ValueError(
