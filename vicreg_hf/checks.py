@@ -54,7 +54,7 @@ def settle_kinds(settings: Any) -> None:
         if not right:
             more = " or None" if NoneType in kinds else ""
             raise ValueError(f"{name} must be {rule}{more}, got {value!r}.")
-        setattr(settings, name, kind(value))
+        setattr(settings, name, kind(getattr(settings, name)))
 
 
 def read_widths(name: str, given: Any) -> list[int]:

@@ -64,7 +64,8 @@ class OnlineProbe(nn.Module):
         self.register_buffer("momentum", torch.zeros(len(names), num_features + 1))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.loss = torch.tensor(torch.nan)
-        """Mean cross-entropy of the global batch last learned from, before it was."""
+        """Mean cross-entropy of the global batch last seen, before it was learned from; NaN if none
+        of its images has a class."""
 
     @property
     def has_learned(self) -> bool:
@@ -95,7 +96,7 @@ class OnlineProbe(nn.Module):
         means = sums[:-1] / number.clamp(min=1)
         self.momentum.mul_(MOMENTUM).add_(means[:-1].view_as(self.weight))
         self.weight.sub_(LEARNING_RATE / y.shape[1] * self.momentum)
-        self.loss = torch.where(number > 0, means[-1], self.loss.to(means.device))
+        self.loss = torch.where(number > 0, means[-1], torch.nan)
 
     def leave_out(self, rows: Iterable[int | None]) -> None:
         """Learn no more from rows in the places of whose images are others."""
