@@ -28,6 +28,13 @@ hypothesis.settings.load_profile("vicreg")
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores, as tests wait for clocks and for processes that they start."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return (os.cpu_count() or 1 if affinity is None else len(affinity(0))) + 1
+
+
 def pytest_sessionstart() -> None:
     gc.enable()  # also in the process that only hands tests out
 
