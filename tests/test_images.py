@@ -151,6 +151,23 @@ def test_images_are_turned_upright(
     assert_pixels_close(decode(data), UPRIGHT[orientation](RGB), tolerance=tolerance)
 
 
+def test_a_jpeg_is_turned_upright_wherever_its_exif_stands() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(RGB), "JPEG", quality=95, subsampling=0, exif=exif)
+    comment = b"\xff\xfe" + struct.pack(">H", 60_002) + bytes(60_000)
+    later = data[:2] + 2 * comment + data[2:]
+    assert later.index(b"Exif") > 2**16
+    assert_pixels_close(decode(later), np.rot90(RGB, -1), tolerance=8)
+
+
+def test_a_jpeg_is_turned_upright_by_its_xmp() -> None:
+    """As PIL turns it, and so stock processors see it."""
+    xmp = b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    data = encode(Image.fromarray(RGB), "JPEG", quality=95, subsampling=0, xmp=xmp)
+    assert_pixels_close(decode(data), np.rot90(RGB, -1), tolerance=8)
+
+
 def test_16_bit_images_are_turned_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

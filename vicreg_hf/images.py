@@ -108,7 +108,8 @@ def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
     if not (data.startswith(_JPEG) and data.endswith(_JPEG_END) and image.mode in ("RGB", "L")):
         return False
     with suppress(Exception):
-        return b"Exif\0\0" not in data[:65536] or image.getexif().get(0x0112, 1) == 1
+        tagged = not image.info.keys().isdisjoint(("exif", "xmp"))
+        return not tagged or image.getexif().get(0x0112, 1) == 1
     return False
 
 
