@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterable
 from types import NoneType
@@ -188,9 +189,9 @@ def create_optimizer(
 def _of_timm(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> Optimizer:
     known = [str(other) for other in list_optimizers()]
     if name not in known:
-        raise ValueError(
-            f"optimizer must be lars or one of timm's, got {name!r}; timm has {', '.join(known)}."
-        )
+        near = difflib.get_close_matches(name, ["lars", *known], n=8)
+        hint = f"near are {', '.join(near)}." if near else f"timm has {', '.join(known)}."
+        raise ValueError(f"optimizer must be lars or one of timm's, got {name!r}; {hint}")
     devices = {p.device.type for p in model.parameters() if p.requires_grad}
     can_fuse = get_optimizer_class(name, bind_defaults=False) in FUSED and devices <= {
         "cpu",
