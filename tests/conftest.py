@@ -65,3 +65,11 @@ def one_core() -> Iterator[None]:
     os.sched_setaffinity(0, {sorted(cores)[number % len(cores)]})
     yield
     os.sched_setaffinity(0, cores)
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what `datasets` prepares out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("prepared"))
+        yield

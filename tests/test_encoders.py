@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-import transformers
+from encoders import resnet, vicreg, vit
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 from transformers import AutoImageProcessor, AutoModel
 
-from vicreg_hf import VICRegConfig, VICRegModel
+from vicreg_hf import VICRegModel
 from vicreg_hf.benchmarks.data import photographs
 from vicreg_hf.encoders import Encoder, open_encoder
 from vicreg_hf.evaluation.features import normalise_images
@@ -27,35 +27,6 @@ def features_of(encoder: Encoder, image: Tensor) -> Tensor:
         pixels = normalise_images(pixels, encoder.mean, encoder.std)
     with torch.inference_mode():
         return encoder.module(pixels)
-
-
-def vicreg(**model_args: Any) -> VICRegModel:
-    torch.manual_seed(0)
-    name = model_args.pop("architecture", "test_resnet")
-    config = VICRegConfig(architecture=name, model_args=model_args or None, expander_dims=[8])
-    return VICRegModel(config).eval()
-
-
-def vit(path: Path, *, pooler: bool = True) -> Any:
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        image_size=48, patch_size=16,
-    )  # fmt: skip
-    model = transformers.ViTModel(config, add_pooling_layer=pooler).eval()
-    model.save_pretrained(path)
-    transformers.ViTImageProcessor(
-        size={"height": 48, "width": 48}, image_mean=[0.4] * 3, image_std=[0.2] * 3
-    ).save_pretrained(path)
-    return model
-
-
-def resnet(path: Path) -> None:
-    config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
-    )
-    transformers.ResNetModel(config).save_pretrained(path)
-    transformers.ConvNextImageProcessor(size={"shortest_edge": 64}).save_pretrained(path)
 
 
 @pytest.mark.parametrize(("make", "width"), [(vit, 16), (resnet, 16)])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_evaluate import digits, own_cache, write  # noqa: F401
+from measuring import digits, write
 
 from vicreg_hf.evaluation.arguments import (
     PACKAGE,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
-from test_evaluate import digits, own_cache, write, write_encoder  # noqa: F401
+from measuring import digits, write, write_encoder
 from torch import Tensor
 
 from vicreg_hf import feature_cache

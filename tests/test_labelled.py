@@ -11,7 +11,6 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from pictures import photographs, png
-from test_evaluate import own_cache  # noqa: F401
 
 from vicreg_hf.labelled import LabelledData, open_labelled
 
