@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from families import trained
 from hub import READER, WRITER, running_hub
 from pictures import photographs
 from PIL import Image
-from test_modeling import trained
 from torchvision.transforms.v2 import functional as tv
 from transformers import AutoImageProcessor, AutoModel
 from warm import Script, run_script

@@ -12,10 +12,10 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+from families import FAMILIES, photograph, pixels, same_state, trained
 from hub import DROP, READER, STRANGER, WRITER, Hub, running_hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from test_modeling import FAMILIES, photograph, pixels, same_state, trained
 from torch import nn
 from warm import run_pretraining
 from workflow import ROOT, SMALL, environment, run, write_images
@@ -51,7 +51,7 @@ def python(code: str, *words: str, **extra: str) -> subprocess.CompletedProcess[
 
 PUSH = """
 import torch
-from test_modeling import FAMILIES, trained
+from families import FAMILIES, trained
 torch.set_num_threads(1)
 for architecture in FAMILIES:
     model = trained(architecture)
@@ -172,7 +172,7 @@ def test_a_push_is_one_commit_and_leaves_nothing_stale(hub: Hub, published: Path
 ATTEMPT = """
 import json, sys
 import vicreg_hf.hub
-from test_modeling import trained
+from families import trained
 vicreg_hf.hub.FIRST_WAIT = 0.01
 model, said = trained(), {}
 for repo in sys.argv[1:]:
@@ -426,7 +426,7 @@ def test_publish_writes_the_id_and_the_licence_into_the_card(
 def test_a_hand_edited_card_is_kept_by_a_push_from_python(hub: Hub, tmp_path: Path) -> None:
     code = """
 import sys
-from test_modeling import trained
+from families import trained
 from huggingface_hub import HfApi
 trained().push_to_hub("org/edited")
 HfApi().upload_file(path_or_fileobj=b"---\\nlicense: mit\\n---\\nMine.",
