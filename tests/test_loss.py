@@ -2,80 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import re
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from authors_loss import SHAPES, Terms, authors_loss, embeddings, gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vicreg_hf import VICRegLoss, covariance, vicreg_loss
-from vicreg_hf.loss import VarianceReduction
-
-SHAPES = [(6, 4), (5, 5), (4, 9)]  # N > D, N = D, N < D: both forms of the covariance term
-LARGER_SHAPES = [(64, 32), (16, 16), (32, 64)]
-
-
-class Terms(NamedTuple):
-    """The reference's loss and its terms."""
-
-    loss: Tensor
-    invariance: Tensor
-    variance: Tensor
-    covariance: Tensor
-
-
-def authors_loss(
-    x: Tensor,
-    y: Tensor,
-    *,
-    sim_coeff: float = 25.0,
-    std_coeff: float = 25.0,
-    cov_coeff: float = 1.0,
-    gamma: float = 1.0,
-    eps: float = 1e-4,
-    variance_reduction: VarianceReduction = "mean",
-) -> Terms:
-    """vicreg@4e12602, main_vicreg.py, VICReg.forward, written out; autograd differentiates it."""
-    num_rows, dim = x.shape
-    invariance = F.mse_loss(x, y)
-    hinges, squares = [], []
-    for branch in (x, y):
-        centred = branch - branch.mean(dim=0)
-        deviation = torch.sqrt(centred.var(dim=0) + eps)
-        hinges.append(torch.mean(F.relu(gamma - deviation)))
-        covariance = (centred.T @ centred) / (num_rows - 1)
-        off_diagonal = covariance[~torch.eye(dim, dtype=torch.bool)]
-        squares.append(off_diagonal.pow(2).sum() / dim)
-    variance = hinges[0] + hinges[1]
-    if variance_reduction == "mean":
-        variance = variance / 2
-    covariance = squares[0] + squares[1]
-    total = sim_coeff * invariance + std_coeff * variance + cov_coeff * covariance
-    return Terms(total, invariance, variance, covariance)
-
-
-def embeddings(rows: int, dim: int, *, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    z, z_prime = torch.randn(2, rows, dim, generator=generator, dtype=torch.float64) * scale
-    return z, z_prime
-
-
-def gradients(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(value, inputs)
-
-
-def exact_gradients(inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Of the authors' formula in float64, at the very values of the inputs."""
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    return gradients(authors_loss(*exact).loss, *exact)
+from vicreg_hf import covariance, vicreg_loss
 
 
 def assert_same_loss_and_gradients(z: Tensor, z_prime: Tensor, **settings: Any) -> None:
@@ -202,152 +141,6 @@ def test_work_in_blocks_gives_the_same_loss_and_gradients(
     monkeypatch.setitem(covariance.BLOCK_ELEMENTS, "cpu", block_elements)
     monkeypatch.setitem(covariance.STRIPE_ROWS, "cpu", 1 + block_elements // 8)
     assert_same_loss_and_gradients(*embeddings(rows, dim))
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e3])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "dim"), [(64, 32), (32, 64)])
-def test_half_precision_under_autocast_is_computed_in_float32(
-    rows: int, dim: int, dtype: torch.dtype, scale: float
-) -> None:
-    z, z_prime = (x.to(dtype) for x in embeddings(rows, dim, scale=scale))
-    with torch.autocast("cpu", dtype=dtype):
-        value = vicreg_loss(z, z_prime).loss
-    assert value.dtype == torch.float32
-    expected = authors_loss(z.double(), z_prime.double()).loss
-    torch.testing.assert_close(value, expected.float(), rtol=1e-4, atol=0)
-
-
-def far_embeddings(
-    rows: int, dim: int, dtype: torch.dtype, *, mean: float, scale: float
-) -> list[Tensor]:
-    return [(x + mean).to(dtype).requires_grad_() for x in embeddings(rows, dim, scale=scale)]
-
-
-@pytest.mark.parametrize(("mean", "scale"), [(0.0, 1e3), (1e3, 1e3), (1e3, 1.0)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "dim"), LARGER_SHAPES)
-def test_large_half_precision_embeddings_give_the_loss_and_gradients_of_float64(
-    rows: int, dim: int, dtype: torch.dtype, mean: float, scale: float
-) -> None:
-    inputs = far_embeddings(rows, dim, dtype, mean=mean, scale=scale)
-    value, limit = vicreg_loss(*inputs).loss, torch.finfo(dtype).max
-    expected = authors_loss(*[x.detach().double() for x in inputs]).loss
-    torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=0)
-    # Beyond the largest float16 a gradient is that, and not infinite.
-    for actual, exact in zip(gradients(value, *inputs), exact_gradients(inputs), strict=True):
-        assert actual.isfinite().all()
-        exact = exact.clamp(-limit, limit)
-        eps = torch.finfo(dtype).eps
-        tolerance = 1e-5 * float(exact.abs().max())
-        torch.testing.assert_close(actual.double(), exact, rtol=0.51 * eps, atol=tolerance)
-
-
-@pytest.mark.parametrize(("scale", "infinite"), [(8.0, "some"), (1e3, "all")])
-@pytest.mark.parametrize(("rows", "dim"), LARGER_SHAPES)
-def test_float16_gradients_are_infinite_where_a_loss_scale_takes_them_beyond_float16(
-    rows: int, dim: int, scale: float, infinite: str
-) -> None:
-    inputs = far_embeddings(rows, dim, torch.float16, mean=0.0, scale=scale)
-    scaled = gradients(vicreg_loss(*inputs).loss * 65536, *inputs)
-    for actual, exact in zip(scaled, exact_gradients(inputs), strict=True):
-        expected = (exact * 65536).half()
-        assert expected.isinf().any()
-        assert bool(expected.isfinite().any()) == (infinite == "some")
-        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1.0)
-
-
-def test_a_gradient_scaler_lowers_its_scale_until_the_gradients_fit_and_then_steps() -> None:
-    z, z_prime = (x.float() for x in embeddings(32, 64, scale=8.0))
-    start, z = z.clone().requires_grad_(), z.requires_grad_()
-    optimizer, scaler = torch.optim.SGD([z], lr=0.1), torch.amp.GradScaler("cpu")
-    (exact,) = gradients(vicreg_loss(start.half(), z_prime.half()).loss, start)
-    skipped = 0
-    while torch.equal(z, start):
-        assert scaler.get_scale() == 65536 / 2**skipped
-        optimizer.zero_grad()
-        scaler.scale(vicreg_loss(z.half(), z_prime.half()).loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        skipped += 1
-    skipped -= 1
-    assert 0 < skipped < 16
-    assert scaler.get_scale() == 65536 / 2**skipped
-    torch.testing.assert_close(start - z, 0.1 * exact, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_gradients_have_the_dtype_of_their_input(dtype: torch.dtype) -> None:
-    z, z_prime = (x.to(dtype).requires_grad_() for x in embeddings(8, 16))
-    grads = gradients(vicreg_loss(z, z_prime).loss, z, z_prime)
-    assert [grad.dtype for grad in grads] == [dtype, dtype]
-
-
-@pytest.mark.parametrize(
-    "dtypes",
-    [
-        (torch.float32, torch.bfloat16),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.bfloat16),
-        (torch.float64, torch.float16),
-    ],
-)
-@pytest.mark.parametrize(("rows", "dim"), LARGER_SHAPES)
-def test_branches_of_different_dtypes_get_gradients_of_their_own(
-    rows: int, dim: int, dtypes: tuple[torch.dtype, torch.dtype]
-) -> None:
-    branches = zip(embeddings(rows, dim), dtypes, strict=True)
-    inputs = [x.to(dtype).requires_grad_() for x, dtype in branches]
-    ours, theirs = vicreg_loss(*inputs), authors_loss(*[x.detach().double() for x in inputs])
-    torch.testing.assert_close(ours.loss.double(), theirs.loss, rtol=1e-5, atol=0)
-    for x, actual, exact in zip(
-        inputs, gradients(ours.loss, *inputs), exact_gradients(inputs), strict=True
-    ):
-        assert actual.dtype == x.dtype
-        tolerance = 1e-5 * float(exact.abs().max())
-        eps = torch.finfo(x.dtype).eps
-        torch.testing.assert_close(actual.double(), exact, rtol=0.51 * eps, atol=tolerance)
-
-
-@pytest.mark.parametrize("top", [1.0, 30.0, 1e3])
-@pytest.mark.parametrize(("rows", "dim"), [(64, 48), (64, 256)])
-def test_float32_agrees_with_float64_where_one_dimension_dominates(
-    rows: int, dim: int, top: float
-) -> None:
-    z, z_prime = embeddings(rows, dim)
-    z[:, 0] *= top
-    z_prime[:, 0] *= top
-    value = vicreg_loss(z.float(), z_prime.float()).covariance
-    expected = authors_loss(z, z_prime).covariance
-    torch.testing.assert_close(value, expected.float(), rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize("scale", [0.1, 1.0])  # below the hinge, and around it
-@pytest.mark.parametrize(("rows", "dim"), [(300, 700), (700, 300)])
-def test_float32_agrees_with_float64_beyond_one_stripe_of_the_product(
-    rows: int, dim: int, scale: float
-) -> None:
-    assert min(rows, dim) > covariance.STRIPE_ROWS["cpu"]
-    inputs = [x.float().requires_grad_() for x in embeddings(rows, dim, scale=scale)]
-    ours, theirs = vicreg_loss(*inputs), authors_loss(*[x.detach().double() for x in inputs])
-    for name in Terms._fields:
-        expected = getattr(theirs, name).float()
-        torch.testing.assert_close(getattr(ours, name), expected, rtol=1e-5, atol=0)
-    for actual, exact in zip(gradients(ours.loss, *inputs), exact_gradients(inputs), strict=True):
-        tolerance = 1e-5 * float(exact.abs().max())
-        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=tolerance)
-
-
-@pytest.mark.parametrize("mean", [0.0, 1e3])
-@pytest.mark.parametrize("shape", [(2**11, 2**13), (2**18, 64), (2**24, 1)])
-def test_sums_of_squares_of_many_float32_entries_are_accurate(
-    shape: tuple[int, int], mean: float
-) -> None:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + mean
-    squares = x.double().square()
-    for dim in (None, 0):
-        actual = covariance.sum_of_squares(x, dim).double()
-        torch.testing.assert_close(actual, squares.sum(dim), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("branch", [0, 1])
@@ -498,68 +291,3 @@ def test_second_order_gradients_are_refused_and_not_silently_left_out(rows: int,
 
     with pytest.raises(RuntimeError):
         gradient_of_a_gradient_penalty()
-
-
-@pytest.mark.parametrize(
-    ("z", "z_prime", "message"),
-    [
-        (torch.zeros(4, 3), torch.zeros(4, 2), r"\(4, 3\) and \(4, 2\)"),
-        (torch.zeros(4, 3), torch.zeros(3, 3), r"\(4, 3\) and \(3, 3\)"),
-        (torch.zeros(4), torch.zeros(4), r"\(rows, dimensions\)"),
-        (torch.zeros(4, 3, 2), torch.zeros(4, 3, 2), r"\(rows, dimensions\)"),
-        (torch.zeros(4, 3).long(), torch.zeros(4, 3).long(), "floating point"),
-        (torch.zeros(4, 3), torch.zeros(4, 3).long(), "floating point"),
-        (torch.zeros(1, 3), torch.zeros(1, 3), "at least 2 rows over all processes, got 1"),
-        (torch.zeros(0, 3), torch.zeros(0, 3), "at least 2 rows over all processes, got 0"),
-        (torch.zeros(4, 0), torch.zeros(4, 0), r"at least 1 dimension, got shape \(4, 0\)"),
-        (np.zeros((4, 3)), torch.zeros(4, 3), "must be tensors, got ndarray and Tensor; convert"),
-        ([[0.0], [1.0]], None, "must be tensors, got list and NoneType; convert arrays"),
-        (torch.zeros(4, 3), torch.zeros(4, 3, device="meta"), "same device, got cpu and meta"),
-    ],
-)
-def test_embeddings_that_cannot_be_are_refused(z: Any, z_prime: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        vicreg_loss(z, z_prime)
-
-
-def test_an_unknown_variance_reduction_is_refused() -> None:
-    reduction: Any = "median"
-    with pytest.raises(ValueError, match="mean or sum, got 'median'"):
-        vicreg_loss(*embeddings(4, 3), variance_reduction=reduction)
-    with pytest.raises(ValueError, match="mean or sum, got 'median'"):
-        VICRegLoss(variance_reduction=reduction)
-
-
-@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "1", None, True, torch.ones(())])
-@pytest.mark.parametrize("name", ["sim_coeff", "std_coeff", "cov_coeff", "gamma", "eps"])
-def test_weights_and_constants_that_cannot_be_are_refused(name: str, value: Any) -> None:
-    message = f"^{name} must be a finite number of at least 0, got {re.escape(repr(value))}.$"
-    settings: dict[str, Any] = {name: value}
-    with pytest.raises(ValueError, match=message):
-        VICRegLoss(**settings)
-    with pytest.raises(ValueError, match=message):
-        vicreg_loss(*embeddings(4, 3), **settings)
-
-
-def test_numbers_may_be_integers_and_those_of_numpy() -> None:
-    z, z_prime = embeddings(6, 4)
-    given: Any = {"sim_coeff": np.float32(2), "std_coeff": np.int64(3), "cov_coeff": 5}
-    expected = vicreg_loss(z, z_prime, sim_coeff=2.0, std_coeff=3.0, cov_coeff=5.0)
-    assert torch.equal(vicreg_loss(z, z_prime, **given).loss, expected.loss)
-
-
-def test_the_module_shows_its_settings() -> None:
-    assert repr(VICRegLoss(2.0, variance_reduction="sum")) == (
-        "VICRegLoss(sim_coeff=2.0, std_coeff=25.0, cov_coeff=1.0, gamma=1.0, eps=0.0001, "
-        "variance_reduction=sum)"
-    )
-
-
-def test_the_module_computes_the_function_with_its_settings() -> None:
-    z, z_prime = embeddings(6, 4, scale=0.5)
-    module = VICRegLoss(2.0, 3.0, 5.0, gamma=1.5, eps=1e-3, variance_reduction="sum")
-    expected = authors_loss(
-        z, z_prime, sim_coeff=2.0, std_coeff=3.0, cov_coeff=5.0, gamma=1.5, eps=1e-3,
-        variance_reduction="sum",
-    )  # fmt: skip
-    torch.testing.assert_close(tuple(module(z, z_prime)), tuple(expected))
