@@ -136,7 +136,8 @@ for trial in range(40):
         for step in range(saved + 1, saved + 10_000):
             writer.save(step, model, optimizer, {})
     until = time.monotonic() + 30
-    while not (newest_checkpoint(folder)[0] or saved):  # at least one
+    least = saved + 1 if trial % 2 == 0 else saved  # every second time it gets on
+    while (newest := newest_checkpoint(folder)[0]) is None or read_manifest(newest)["step"] < least:
         assert time.monotonic() < until
         time.sleep(0.01)
     time.sleep(chance.uniform(0, 0.12))
@@ -157,7 +158,7 @@ def test_killed_at_forty_moments_of_saving_the_newest_is_always_whole(tmp_path: 
     assert done.returncode == 0, done.stderr
     in_the_middle, steps = map(int, done.stdout.split())
     assert in_the_middle >= 10
-    assert steps > 40
+    assert steps >= 20
 
 
 def test_a_folder_that_cannot_be_made_is_named(trained: Objects, tmp_path: Path) -> None:
