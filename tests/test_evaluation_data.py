@@ -101,6 +101,20 @@ def test_images_without_a_class_are_left_out(tmp_path: Path) -> None:
     assert "50 of 100 images of whole (test) have no class and are left out." in said
 
 
+def test_classes_that_no_training_image_has_are_told_of(encoder: Path, tmp_path: Path) -> None:
+    images, labels = digits(range(100))
+    known = [row for row in range(100) if labels[row] < 8]
+    train = [images[row] for row in known], [labels[row] for row in known]
+    data = write(tmp_path / "data", train=train, test=digits(range(100, 150)))
+    said: list[str] = []
+    evaluate(arguments(encoder, data, tmp_path, "knn", knn_k="1"), say=said.append)
+    number = sum(label >= 8 for label in digits(range(100, 150))[1])
+    assert said[0] == (
+        f"{number} of 50 images of data (test) are of classes that no image of data (train) has: "
+        "digit 8, digit 9."
+    )
+
+
 def test_one_image_of_each_class_is_enough(encoder: Path, tmp_path: Path) -> None:
     images, _ = digits(range(10))  # 0 to 9
     data = write(tmp_path / "data", train=(images, list(range(10))), test=digits(range(60, 80)))

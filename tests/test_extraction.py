@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from families import trained
 from hub import READER, WRITER, running_hub
-from pictures import photographs
+from pictures import photographs, png
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 from transformers import AutoImageProcessor, AutoModel
@@ -421,3 +422,24 @@ def test_features_that_are_not_finite_are_refused() -> None:
     images = torch.ones(4, 3, 2, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match="must give finite features, and some are not"):
         _encode(encoder, images, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_images_in_zips_are_named_as_in_a_folder(
+    several: bool, encoder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    names = ["a.zip", "b.zip"] if several else ["a.zip"]
+    for name in names:
+        with zipfile.ZipFile(tmp_path / "data" / name, "w") as file:
+            for row, image in enumerate(photographs(2, 40, 40)):
+                file.writestr(f"{row}.png", png(image))
+    args = ExtractionArguments(
+        model=str(encoder), dataset_name=str(tmp_path / "data" / ("" if several else "a.zip")),
+        num_workers=0, output_dir=str(tmp_path / "features"),
+    )  # fmt: skip
+    extract_dataset(args)
+    found = load(tmp_path / "features", tmp_path)["train"]["image_id"][:]
+    inside = ["0.png", "1.png"]
+    assert found == ([f"{zipped}/{name}" for zipped in names for name in inside] if several
+                     else inside)  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 from datasets import ClassLabel
-from pictures import photographs, png
+from pictures import photographs, png, table_of
 
 from vicreg_hf.columns import path_of
 from vicreg_hf.folders import split_named
@@ -194,7 +194,9 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     assert seen(opened(tmp_path / "pictures")["train"]) == [("1.png", None)]
 
 
-def test_zips_in_a_folder_are_read_if_they_are_all_there_is(tmp_path: Path) -> None:
+def test_zips_in_a_folder_are_read_if_they_are_all_there_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = write(tmp_path / "source", ["oak/1.png", "elm/2.png"])
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -203,8 +205,33 @@ def test_zips_in_a_folder_are_read_if_they_are_all_there_is(tmp_path: Path) -> N
     assert {name: seen(split) for name, split in opened(folder).items()} == {
         name: [("2.png", "elm"), ("1.png", "oak")] for name in ("train", "test")
     }
+    assert not capsys.readouterr().err
     write(folder, ["3.png"])  # as what was unpacked stands beside its zip
     assert [name for name, _ in seen(opened(folder)["train"])] == ["3.png"]
+    assert "warning: 2 zips in " in (warning := capsys.readouterr().err)
+    assert f"{folder / 'test.zip'} is the first" in warning
+
+
+def test_images_beside_tables_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path / "mixed", ["oak/1.png", "elm/2.png"])
+    table_of([PNG] * 3).to_parquet(folder / "train.parquet")
+    assert len(open_dataset(str(folder))["train"]) == 3
+    assert "warning: 2 images in " in (warning := capsys.readouterr().err)
+    assert f"{folder / 'elm' / '2.png'} is the first" in warning
+
+
+def test_a_metadata_file_above_the_splits_is_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path / "pictures", ["train/1.png", "test/2.png"])
+    line = '{"file_name": "train/1.png", "caption": "an oak"}'
+    (folder / "metadata.jsonl").write_text(line)
+    assert {name: len(table) for name, table in open_dataset(str(folder)).items()} == {
+        "train": 1, "test": 1
+    }  # fmt: skip
+    assert "warning: metadata.jsonl in " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -245,8 +272,9 @@ def test_a_file_in_a_zip_that_would_be_huge_is_not_unpacked(tmp_path: Path) -> N
 
 def test_a_zip_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(PNG)
-    with pytest.raises(ValueError, match=r"got '.*a.zip': File is not a zip file"):
-        open_dataset(str(tmp_path / "a.zip"))
+    for place in (tmp_path, tmp_path / "a.zip"):
+        with pytest.raises(ValueError, match=r"must be whole, and .*a.zip is not: File is not a"):
+            open_dataset(str(place))
 
 
 def test_a_zip_without_images_is_named(tmp_path: Path) -> None:

@@ -323,7 +323,7 @@ def test_labels_and_a_held_out_split_are_needed(images: Path, tmp_path: Path) ->
     unlabelled = relabelled(images, tmp_path / "unlabelled", None, "test")
     shutil.copy(images / "train.parquet", unlabelled)
     cases: list[tuple[Path, list[str], str]] = [
-        (without, [], "without (train) has no labels; name their column with --label_column"),
+        (without, [], "without (train) has no labels; if it has classes, name their column"),
         (alone, [], "there is no labelled split beside the one trained on"),
         (unlabelled, ["--eval_split=test"], "unlabelled (test) has no labels"),
         (few, [], "few (train) has 18 labelled images, fewer than the 20 of the kNN monitor"),

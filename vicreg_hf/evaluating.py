@@ -31,7 +31,7 @@ from vicreg_hf.evaluation.arguments import TRAINED, EvaluationArguments
 from vicreg_hf.evaluation.gallery import Gallery
 from vicreg_hf.evaluation.results import Measurement
 from vicreg_hf.feature_cache import Features, cached_features
-from vicreg_hf.labelled import Labelled, LabelledData, open_labelled
+from vicreg_hf.labelled import Labelled, LabelledData, few, open_labelled
 from vicreg_hf.opening import open_dataset
 from vicreg_hf.pair_embeddings import Pairs, open_pairs
 from vicreg_hf.protocols import (
@@ -111,10 +111,12 @@ def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print)
         accelerator, batch_size=args.batch_size, num_workers=args.num_workers, bf16=args.bf16,
         max_bad_fraction=args.max_bad_fraction,
     )  # fmt: skip
+    tell = say if accelerator.is_main_process else lambda _: None
     found.features = {
-        "train": _labelled(data.train, features["train"], say),
-        "test": _labelled(data.test, features["test"], say),
+        "train": _labelled(data.train, features["train"], tell),
+        "test": _labelled(data.test, features["test"], tell),
     }
+    _say_what_is_unlearnt(found, tell)
     _check_neighbours(args, len(found.features["train"].rows), data.train.split.name)
     for protocol in args.protocol_names:
         measured = Measured()
@@ -136,6 +138,23 @@ def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print)
             _write(found, results, output_dir, say)
     accelerator.end_training()
     return results
+
+
+def _say_what_is_unlearnt(found: Evaluation, say: Callable[[str], object]) -> None:
+    """Tell of test images that nothing can classify rightly."""
+    train, test = (
+        _used(part, found.features[name])
+        for name, part in (("train", found.data.train), ("test", found.data.test))
+    )
+    if train is None or test is None:
+        return
+    strange = ~torch.isin(test, train)
+    if bool(strange.any()):
+        names = [found.data.names[k] for k in test[strange].unique().tolist()]
+        say(
+            f"{int(strange.sum())} of {len(test)} images of {found.data.test.split.name} are of "
+            f"classes that no image of {found.data.train.split.name} has: {few(names)}."
+        )
 
 
 def _labelled(part: Labelled, features: Features, say: Callable[[str], object]) -> Features:

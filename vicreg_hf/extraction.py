@@ -40,7 +40,7 @@ from vicreg_hf.feature_parts import Part, PartError, parts_of, read_part, write_
 from vicreg_hf.hub import HubError, check_repo_id, open_repository, push_folder
 from vicreg_hf.loading import loading_errors
 from vicreg_hf.opening import open_dataset
-from vicreg_hf.reading import name_in_zip
+from vicreg_hf.reading import zip_and_name
 from vicreg_hf.sources import ImageSplit, image_split, renumbered
 from vicreg_hf.whole_files import replacing
 
@@ -343,7 +343,10 @@ def _image_id(row: int, path: str | None, root: str) -> str:
     """Never a path of this machine."""
     if path is None:
         return str(row)
-    path = name_in_zip(path)
+    archive, path = zip_and_name(path)
+    if archive is not None:
+        several = Path(root).is_dir()
+        return f"{_image_id(row, archive, root)}/{path}" if several else path
     if Path(path).is_absolute():
         folder = Path(root).resolve()
         inside = Path(path).is_relative_to(folder)

@@ -10,7 +10,7 @@ import os
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -74,8 +74,17 @@ def is_of(kind: Kind, name: str) -> bool:
     return os.path.splitext(name)[1].lower() in kind.suffixes
 
 
-def files_of_folder(folder: Path, kind: Kind) -> list[MediaFile]:
-    """The files of a kind in a folder, at any depth; or in its zips, if they are all there is."""
+def files_of_folder(
+    folder: Path, kind: Kind, *, say: Callable[[str], object] = lambda _: None
+) -> list[MediaFile]:
+    """The files of a kind in a folder, at any depth; or in its zips, if they are all there is.
+
+    Args:
+        say: told of zips that are not read.
+
+    Raises:
+        ValueError: a damaged zip.
+    """
     root = os.path.abspath(folder)
     found: list[MediaFile] = []
     zips: list[Path] = []
@@ -84,27 +93,40 @@ def files_of_folder(folder: Path, kind: Kind) -> list[MediaFile]:
             found.append(MediaFile(Path(within).parts, os.path.join(root, within, name)))
         elif name.lower().endswith(".zip"):
             zips.append(Path(root, within, name))
-    if not found:
-        for archive in zips:
-            above = (*archive.relative_to(root).parent.parts, archive.stem)
-            inside = files_of_zip(archive, kind)
-            found += [MediaFile((*above, *parts), path) for parts, path in inside]
-    return sorted(found, key=lambda file: file.path)
+    zips.sort()
+    if found and zips:
+        say(
+            f"{len(zips)} zips in {folder} are not read, as there are {kind.plural} beside them: "
+            f"{zips[0]} is the first; unpack them, if these are not what was in them."
+        )
+    if found:
+        return sorted(found, key=lambda file: file.path)
+    for archive in zips:
+        above = (*archive.relative_to(root).parent.parts, archive.stem)
+        inside = files_of_zip(archive, kind)
+        found += [MediaFile((*above, *parts), path) for parts, path in inside]
+    return found
 
 
 def files_of_zip(archive: Path, kind: Kind) -> list[MediaFile]:
     """The files of a kind in a zip, which stays as it is.
 
     Raises:
-        zipfile.BadZipFile: it is none.
+        ValueError: it is damaged, or none.
     """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            names = opened.namelist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"an archive must be whole, and {archive} is not: {error}; get it once more."
+        ) from error
     found: list[MediaFile] = []
-    with zipfile.ZipFile(archive) as opened:
-        for name in opened.namelist():
-            parts = PurePosixPath(name).parts
-            hidden = any(part.startswith((".", "__")) for part in parts)
-            if is_of(kind, name) and not hidden:
-                found.append(MediaFile(parts[:-1], f"{ZIP}{name}{IN_ZIP}{archive.absolute()}"))
+    for name in names:
+        parts = PurePosixPath(name).parts
+        hidden = any(part.startswith((".", "__")) for part in parts)
+        if is_of(kind, name) and not hidden:
+            found.append(MediaFile(parts[:-1], f"{ZIP}{name}{IN_ZIP}{archive.absolute()}"))
     return sorted(found, key=lambda file: file.path)
 
 
@@ -204,9 +226,9 @@ def has_metadata(folder: Path) -> bool:
 
 
 def say_what_is_missing(
-    folder: Path, loaded: Iterable[datasets.Dataset], *, say: Callable[[str], object]
+    folder: Path, loaded: Collection[datasets.Dataset], *, say: Callable[[str], object]
 ) -> None:
-    """Tell of images in a folder that no metadata file lists, and `datasets` leaves out.
+    """Tell of images in a folder that no metadata file lists, and of such files that are not read.
 
     Args:
         loaded: its splits.
@@ -225,6 +247,13 @@ def say_what_is_missing(
         say(
             f"{len(missing)} of {len(images)} images in {folder} are left out, as no "
             f"metadata file lists them: {missing[0]} is the first."
+        )
+    columns = {column for table in loaded for column in table.features}
+    if columns <= {IMAGES.column, SOUNDS.column, "label"}:
+        unread = next(f"{w}/{n}".lstrip("/") for w, n in list_files(folder) if n in METADATA)
+        say(
+            f"{unread} in {folder} is not read: with splits, each has a metadata file of its own, "
+            "in its folder."
         )
 
 

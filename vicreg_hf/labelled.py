@@ -182,15 +182,16 @@ def _check_names(
     strange = [name for name in test if name not in set(train)]
     absent = sorted(set(train) - set(test)) if exact else []
     if strange or absent:
-        parts = [f"only {splits[1]} has {_few(strange)}"] if strange else []
-        parts += [f"only {splits[0]} has {_few(absent)}"] if absent else []
+        parts = [f"only {splits[1]} has {few(strange)}"] if strange else []
+        parts += [f"only {splits[0]} has {few(absent)}"] if absent else []
         raise ValueError(
             f"class names must be the same in both splits, and {' and '.join(parts)}; choose "
             "another --eval_split or --label_column."
         )
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """Five names, and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
 

@@ -191,9 +191,15 @@ def missing_for_knn(train: ImageSplit | ImageStream, held_out: ImageSplit | None
     if isinstance(train, ImageStream):
         return "streams have neither; use --streaming false"
     if train.labels is None:
-        return f"{train.name} has no labels; name their column with --label_column"
+        return (
+            f"{train.name} has no labels; if it has classes, name their column with "
+            "--label_column, or put the files of each into a folder"
+        )
     if held_out is None:
-        return "there is no labelled split beside the one trained on; name one with --eval_split"
+        return (
+            "there is no labelled split beside the one trained on; hold some images out, as in a "
+            "folder called test, or name a split with --eval_split"
+        )
     if held_out.labels is None:
         return f"{held_out.name} has no labels; choose another --eval_split"
     if (number := len(_labelled(train))) < K:

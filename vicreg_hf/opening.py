@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ from vicreg_hf.folders import (
     IMAGES,
     METADATA,
     SOUNDS,
-    Kind,
-    MediaFile,
     files_of_folder,
     files_of_zip,
     has_metadata,
@@ -101,11 +99,11 @@ def _load(name: str, config_name: str | None, streaming: bool) -> Any:
     elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         loaded = datasets.load_from_disk(name)
     elif path.is_file() and path.suffix.lower() == ".zip":
-        loaded = _tables_of_files(path, files_of_zip)
+        loaded = _tables_of_files(path)
     elif path.is_dir() and not _lists_files(path) and _is_of_files(path):
         if has_metadata(path):
             return _load_with_metadata(path, streaming)
-        loaded = _tables_of_files(path, files_of_folder)
+        loaded = _tables_of_files(path)
     else:
         return _load_by_datasets(path, name, config_name, streaming)
     if config_name is not None:
@@ -117,10 +115,12 @@ def _load(name: str, config_name: str | None, streaming: bool) -> Any:
     return {k: table.to_iterable_dataset(num_shards=_shards(table)) for k, table in loaded.items()}
 
 
-def _tables_of_files(place: Path, files_of: Callable[[Path, Kind], list[MediaFile]]) -> Splits:
+def _tables_of_files(place: Path) -> Splits:
     """Of the images in a folder or zip, or of its sounds where there are none."""
     for kind in KINDS:
-        if files := files_of(place, kind):
+        folder = place.is_dir()
+        files = files_of_folder(place, kind, say=_warn) if folder else files_of_zip(place, kind)
+        if files:
             return tables_of(splits_of(files, kind, say=_warn), kind)
     raise ValueError(f"there are neither images nor sounds in {place}.")
 
@@ -133,7 +133,14 @@ def _load_by_datasets(path: Path, name: str, config_name: str | None, streaming:
         if builder is None:
             raise ValueError(f"a file must end in {', '.join(BUILDERS)} or .zip.")
         return datasets.load_dataset(builder, data_files=name, streaming=streaming)
-    own = _own_cache(path) if path.is_dir() and _lists_files(path) else None
+    own = None
+    if path.is_dir() and _lists_files(path):
+        own = _own_cache(path)
+    elif path.is_dir() and (beside := files_of_folder(path, IMAGES)):
+        _warn(
+            f"{len(beside)} images in {path} are left out, as it holds tables or archives too: "
+            f"{beside[0].path} is the first; move one or the other into a folder of its own."
+        )
     return datasets.load_dataset(name, config_name, streaming=streaming, cache_dir=own)
 
 

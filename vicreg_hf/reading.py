@@ -40,9 +40,12 @@ def read_file(path: str, most: int = MAX_FILE) -> bytes:
     return Path(path).read_bytes()
 
 
-def name_in_zip(path: str) -> str:
-    """The name of a file in its zip; any other path as it is."""
-    return path.removeprefix(ZIP).rpartition(IN_ZIP)[0] if path.startswith(ZIP) else path
+def zip_and_name(path: str) -> tuple[str | None, str]:
+    """The zip that a file is in, or None, and its name there, or else its path."""
+    if not path.startswith(ZIP):
+        return None, path
+    name, _, archive = path.removeprefix(ZIP).rpartition(IN_ZIP)
+    return archive, name
 
 
 def _read_from_zip(name: str, archive: str, most: int) -> bytes:
