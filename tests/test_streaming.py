@@ -145,6 +145,15 @@ def test_a_tar_that_is_cut_off_is_named_before_anything_is_read(
         open_dataset(str(tmp_path), streaming=streaming)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_tar_that_is_compressed_in_spite_of_its_name_is_read(
+    streaming: bool, tmp_path: Path
+) -> None:
+    rows = {f"{row}.png": png(image) for row, image in enumerate(photographs(3, 40, 40))}
+    write_tar(tmp_path / "train-0.tar", rows, "w:gz")
+    assert len(list(open_dataset(str(tmp_path), streaming=streaming)["train"])) == 3
+
+
 def test_views_of_a_stream_depend_on_the_image_and_the_pass_alone(tars: Path) -> None:
     def views_of(num_workers: int) -> dict[bytes, torch.Tensor]:
         batches = GlobalBatches(COUNT, 2, seed=0)

@@ -33,11 +33,7 @@ def check_archives(path: Path) -> None:
                 _check_sizes(archive, _files_of_zip(archive))
             elif archive.suffix == ".tar":
                 _check_sizes(archive, _files_of_tar(archive))
-        except (tarfile.TarError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"an archive must be whole, and {archive} is not: {error}; get it once more."
-            ) from error
-        except OSError:  # `datasets` will say so
+        except (OSError, tarfile.TarError, zipfile.BadZipFile):  # `datasets` will say so
             continue
 
 
@@ -59,8 +55,8 @@ def _files_of_zip(archive: Path) -> Iterator[tuple[str, int]]:
 
 
 def _files_of_tar(archive: Path) -> Iterator[tuple[str, int]]:
-    with tarfile.open(archive, "r:") as file:
-        for entry in file:
+    with tarfile.open(archive, "r:") as file:  # fails where it is compressed as a whole
+        for entry in _entries(file, archive):
             file.members = []  # pyright: ignore - tarfile remembers every one
             if entry.name.lower().endswith(COMPRESSED):
                 raise ValueError(
@@ -68,6 +64,15 @@ def _files_of_tar(archive: Path) -> Iterator[tuple[str, int]]:
                     f"{archive}; decompress them first."
                 )
             yield entry.name, entry.size
+
+
+def _entries(file: tarfile.TarFile, archive: Path) -> Iterator[tarfile.TarInfo]:
+    try:
+        yield from file
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"an archive must be whole, and {archive} is not: {error}; get it once more."
+        ) from error
 
 
 def _check_sizes(archive: Path, files: Iterator[tuple[str, int]]) -> None:
