@@ -89,9 +89,9 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     compiled = accelerator.device.type == "cuda" if args.compile is None else args.compile
     views, paired = run_views(args, model.config, inputs.pairs, compiled=compiled)
     if views.left_out:
+        channels = "1 channel" if args.in_chans == 1 else f"{args.in_chans} channels"
         accelerator.print(
-            f"Images of {args.in_chans} channels are seen without {', '.join(views.left_out)}, "
-            "which need RGB."
+            f"Images of {channels} are seen without {', '.join(views.left_out)}, which need RGB."
         )
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process)
     fingerprint = inputs.fingerprint()

@@ -94,9 +94,10 @@ def introduction(
     """
     data = impersonal(args.dataset_name)
     of = f"the stream {data}" if images is None else f"{images:,} images of {data}"
-    steps = f"{total_steps:,} steps" if step == 0 else f"steps {step + 1:,} to {total_steps:,}"
+    whole = f"{total_steps:,} steps" if total_steps > 1 else "1 step"
+    steps = whole if step == 0 else f"steps {step + 1:,} to {total_steps:,}"
     if step == total_steps:
-        steps = f"none of {total_steps:,} steps left"
+        steps = f"none of {whole} left"
     return (
         f"Pretraining {args.architecture} ({parameters / 1e6:.3g} million parameters, expander "
         f"{args.expander_dims}) on {of}, {args.image_size} pixels: {steps}, {args.batch_size:,} "
