@@ -6,6 +6,7 @@ Shapes: B images per process, C channels, S side of a view.
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -48,12 +49,12 @@ class Crops(NamedTuple):
     """What belongs to the images, on its way to the second branch."""
 
 
-class CropSource(Dataset[Crops]):
+class CropSource(Dataset[Crops], ABC):
     """What loading workers make crops from."""
 
+    @abstractmethod
     def item_bytes(self) -> int:
         """Of what a worker hands over at once."""
-        raise NotImplementedError
 
 
 def _crop_bytes(views: RandomViews) -> int:
