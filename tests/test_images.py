@@ -393,11 +393,18 @@ def test_heic_is_read() -> None:
     assert_pixels_close(below, np.full_like(below, [40, 40, 200]), tolerance=24)
 
 
-def test_heic_without_its_plugin_is_answered_with_its_name() -> None:
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (HEIC, b"it looks like HEIF, which needs `pip install pi-heif`."),
+        (HEIC.replace(b"heic", b"isom", 1), b"it is of no known format."),  # a film
+    ],
+)
+def test_heic_without_its_plugin_is_answered_with_its_name(data: bytes, sentence: bytes) -> None:
     program = (
         "import sys; sys.modules['pi_heif'] = None\n"
         "from vicreg_hf.images import decode_image\n"
         "decode_image(sys.stdin.buffer.read())"
     )
-    done = subprocess.run([sys.executable, "-c", program], input=HEIC, capture_output=True)
-    assert b"it looks like HEIF, which needs `pip install pi-heif`." in done.stderr
+    done = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True)
+    assert sentence in done.stderr

@@ -36,6 +36,8 @@ SUFFIXES = frozenset(s for s, name in Image.registered_extensions().items() if n
 """Endings of the names of image files."""
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 """Of those that need a plugin, and are found without it, too."""
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+"""By which it tells itself from films and AVIF."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """PIL's mode of an encoded image of so many channels."""
 BLOCK = 2**20
@@ -95,7 +97,7 @@ def decode_image(data: bytes, channels: int = 3) -> Tensor:
 
 
 def _unknown(data: bytes) -> str:
-    if data[4:8] == b"ftyp" and "HEIF" not in FORMATS:
+    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and "HEIF" not in FORMATS:
         return "it looks like HEIF, which needs `pip install pi-heif`"
     return "it is of no known format"
 
