@@ -220,11 +220,6 @@ def _table(
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
 
-def has_metadata(folder: Path) -> bool:
-    """Whether files beside the images say what belongs to them."""
-    return any(name in METADATA for _, name in list_files(folder))
-
-
 def say_what_is_missing(
     folder: Path, loaded: Collection[datasets.Dataset], *, say: Callable[[str], object]
 ) -> None:

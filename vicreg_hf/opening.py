@@ -22,7 +22,6 @@ from vicreg_hf.folders import (
     SOUNDS,
     files_of_folder,
     files_of_zip,
-    has_metadata,
     is_of,
     list_files,
     say_what_is_missing,
@@ -100,8 +99,8 @@ def _load(name: str, config_name: str | None, streaming: bool) -> Any:
         loaded = datasets.load_from_disk(name)
     elif path.is_file() and path.suffix.lower() == ".zip":
         loaded = _tables_of_files(path)
-    elif path.is_dir() and not _lists_files(path) and _is_of_files(path):
-        if has_metadata(path):
+    elif path.is_dir() and not _lists_files(path) and (names := _names_of_files(path)):
+        if not names.isdisjoint(METADATA):
             return _load_with_metadata(path, streaming)
         loaded = _tables_of_files(path)
     else:
@@ -181,15 +180,16 @@ def _own_cache(folder: Path) -> str:
     return str(Path(HF_DATASETS_CACHE) / f"folder-{digest[:16]}")
 
 
-def _is_of_files(folder: Path) -> bool:
-    """Whether a folder is made of images or sounds, or zips of them, and not of tables.
+def _names_of_files(folder: Path) -> set[str]:
+    """The names in a folder of images or sounds, or of zips of them; none in one of tables.
 
     `datasets` would take it for what most of its files are.
     """
-    names = [name for _, name in list_files(folder) if name not in METADATA]
-    if any(Path(name).suffix.lower() in BUILDERS for name in names):
-        return False
-    return any(is_of(kind, n) or n.lower().endswith(".zip") for n in names for kind in KINDS)
+    names = {name for _, name in list_files(folder)}
+    if any(Path(name).suffix.lower() in BUILDERS for name in names.difference(METADATA)):
+        return set()
+    found = any(is_of(kind, n) or n.lower().endswith(".zip") for n in names for kind in KINDS)
+    return names if found else set()
 
 
 def _shards(table: datasets.Dataset) -> int:
