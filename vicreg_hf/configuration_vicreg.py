@@ -226,9 +226,8 @@ class VICRegConfig(PreTrainedConfig):
                 )
             found = {**backbone, **found.get(NESTED_KEY, {}), "model_type": cls.model_type}
         if folder.is_dir() and not (folder / INDEX_FILE).is_file():
-            found.pop(
-                "transformers_weights", None
-            )  # saved anew by stock loaders, the encoder alone
+            # stock loaders have saved the encoder anew, and it alone
+            found.pop("transformers_weights", None)
         return found, kwargs
 
     def to_encoder_dict(self, num_features: int, *, include_expander: bool) -> dict[str, Any]:
