@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,3 +48,21 @@ def table_of(cells: list[bytes | None], **columns: list[Any]) -> Dataset:
 def split_of(images: Tensor | list[Tensor]) -> ImageSplit:
     table = table_of([png(image) for image in images])
     return image_split(DatasetDict({"train": table}), "train", dataset_name="photographs")
+
+
+PNG = png(photographs(1)[0])
+
+
+def write(folder: Path, names: Sequence[str], content: bytes = PNG) -> Path:
+    """The same file under several names."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def zipped(folder: Path, archive: Path, *, compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(archive, "w", compression) as file:
+        for path in sorted(folder.rglob("*")):
+            file.write(path, path.relative_to(folder))
+    return archive

@@ -125,6 +125,21 @@ def test_one_image_of_each_class_is_enough(encoder: Path, tmp_path: Path) -> Non
     assert tuned["settings"]["training_images"] == 10
 
 
+def test_a_small_split_has_as_many_neighbours_as_it_can(
+    encoder: Path, few: Path, tmp_path: Path
+) -> None:
+    def names(**given: Any) -> set[str]:
+        args = arguments(encoder, few, tmp_path, "knn,retrieval", **given)
+        args.knn_k = args.retrieval_k = None
+        found = evaluate(args, say=lambda _: None)["results"]
+        return {each["name"] for each in found if "precision" not in each["name"]}
+
+    recall = {f"recall at {k}" for k in (1, 5, 10)}
+    assert names() == {"20-NN top-1 accuracy"} | recall
+    small = {"train_split": "test[:8]", "eval_split": "test[8:]"}
+    assert names(**small) == {"8-NN top-1 accuracy", "recall at 1", "recall at 5"}
+
+
 @pytest.mark.parametrize("named", [False, True], ids=["numbers", "names"])
 def test_images_of_several_classes_are_measured_by_svms(
     named: bool, encoder: Path, tmp_path: Path
@@ -216,8 +231,9 @@ REFUSALS: list[tuple[str, str, dict[str, Any], str]] = [
     ("few", "knn", {"knn_k": "5,41"}, "knn_k must be at most the number of training images, got 4"),
     ("few", "retrieval", {"retrieval_k": "100"}, "retrieval_k must be at most the number of"),
     ("one split", "knn", {}, "eval_split must be given where none is called test, validation"),
-    ("few", "knn", {"eval_split": "dev"}, "split must be one of train, test, got 'dev'"),
-    ("few", "knn", {"train_split": "dev"}, "split must be one of train, test, got 'dev'"),
+    ("few", "knn", {"eval_split": "dev"}, "eval_split must be one of train, test, part of one "),
+    ("few", "knn", {"eval_split": "train[:9]"}, "eval_split must hold other images than train_spl"),
+    ("few", "knn", {"train_split": "dev"}, "train_split must be one of train, test, part of "),
     ("few", "svm", {}, "protocol svm needs lists of classes, and .* has one class an image"),
     ("lists", "knn", {}, "protocol knn needs one class an image, and .* has lists of classes"),
     ("lists", "knn,svm", {}, "protocol knn needs one class an image"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 import soundfile
 import torch
 from datasets import ClassLabel
-from pictures import photographs, png, table_of
+from pictures import PNG, photographs, png, table_of, write, zipped
 
 from vicreg_hf.columns import path_of
 from vicreg_hf.folders import split_named
@@ -23,24 +22,9 @@ from vicreg_hf.modalities.audio import SpectrogramSettings
 from vicreg_hf.opening import open_dataset
 from vicreg_hf.sources import ImageSplit, image_split
 
-PNG = png(photographs(1)[0])
 ALIKE = [
     "train/oak/1.png", "train/elm/2.png", "test/oak/3.png", "test/elm/4.png", "test/elm/5.jpg"
 ]  # fmt: skip
-
-
-def write(folder: Path, names: Sequence[str], content: bytes = PNG) -> Path:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
-
-
-def zipped(folder: Path, archive: Path, *, compression: int = zipfile.ZIP_STORED) -> Path:
-    with zipfile.ZipFile(archive, "w", compression) as file:
-        for path in sorted(folder.rglob("*")):
-            file.write(path, path.relative_to(folder))
-    return archive
 
 
 def opened(place: Path) -> dict[str, ImageSplit]:
@@ -154,22 +138,6 @@ def test_images_in_no_split_are_told_of(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"{folder / '7.png'} is the first" in warning
 
 
-def test_images_that_no_metadata_lists_are_told_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = write(tmp_path, ["a/1.png", "a/2.png", "b/3.png"])
-    lines = ['{"file_name": "1.png", "caption": "an oak"}', '{"file_name": "2.png"}']
-    (folder / "a" / "metadata.jsonl").write_text("\n".join(lines))
-    table = open_dataset(str(folder))["train"]
-    assert table["caption"][:] == ["an oak", None]
-    warning = capsys.readouterr().err
-    assert "warning: 1 of 3 images in " in warning
-    assert f"{folder / 'b' / '3.png'} is the first" in warning
-    (folder / "b" / "metadata.jsonl").write_text('{"file_name": "3.png", "caption": "an ash"}')
-    assert len(open_dataset(str(folder))["train"]) == 3
-    assert "warning" not in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("names", [["1.png", "2.png"], ["oak/1.png", "elm/2.png"], ALIKE])
 def test_images_come_in_the_order_of_datasets(names: list[str], tmp_path: Path) -> None:
     """So that a run goes on with the rows it began with."""
@@ -220,18 +188,6 @@ def test_images_beside_tables_are_told_of(
     assert len(open_dataset(str(folder))["train"]) == 3
     assert "warning: 2 images in " in (warning := capsys.readouterr().err)
     assert f"{folder / 'elm' / '2.png'} is the first" in warning
-
-
-def test_a_metadata_file_above_the_splits_is_told_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = write(tmp_path / "pictures", ["train/1.png", "test/2.png"])
-    line = '{"file_name": "train/1.png", "caption": "an oak"}'
-    (folder / "metadata.jsonl").write_text(line)
-    assert {name: len(table) for name, table in open_dataset(str(folder)).items()} == {
-        "train": 1, "test": 1
-    }  # fmt: skip
-    assert "warning: metadata.jsonl in " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])

@@ -75,10 +75,12 @@ def test_lists_of_classes_are_numbered_alike(how: str, tmp_path: Path) -> None:
 
 
 def test_plain_values_are_classes_when_their_column_is_named(tmp_path: Path) -> None:
-    train = table(Value("string"), ["cow", "ant", "bee", "ant"])
-    test = table(Value("string"), ["cow", "cow", "bee"])  # that no ant is there is no fault
+    train = table(Value("string"), ["cow", "ant", "bee", "ant"], "kind")
+    test = table(
+        Value("string"), ["cow", "cow", "bee"], "kind"
+    )  # without an ant, which is no fault
     folder = save(tmp_path / "strings", "parquet", train=train, test=test)
-    data = opened(folder, label_column="label")
+    data = opened(folder, label_column="kind")
     assert data.names == ("ant", "bee", "cow")
     assert data.test.classes is not None
     assert data.test.classes.tolist() == [2, 2, 1]
@@ -185,9 +187,25 @@ def test_the_split_to_measure_on_is_found_or_named(tmp_path: Path) -> None:
     ):
         opened(folder, train_split="validation")
     with pytest.raises(
-        ValueError, match="split must be one of train, validation, extra, got 'dev'"
+        ValueError, match=r"eval_split must be one of train, validation, extra, part .* got 'dev'"
     ):
         opened(folder, eval_split="dev")
+
+
+def test_parts_of_one_split_are_learnt_from_and_measured_on(tmp_path: Path) -> None:
+    one, other = (ClassLabel(names=names) for names in (ANIMALS, REVERSED))
+    folder = save(
+        tmp_path / "d", "parquet", train=table(one, [0, 1, 2, 2]), test=table(other, [0, 0, 1, 2])
+    )
+    data = opened(folder, train_split="train[:3]", eval_split="train[3:]")
+    assert (len(data.train.split), len(data.test.split)) == (3, 1)
+    data = opened(folder, train_split="train", eval_split="test[75%:]")
+    assert data.test.classes is not None
+    assert data.test.classes.tolist() == [0]  # the ant, which is 2 in this file
+    with pytest.raises(ValueError, match=r"eval_split must hold other images than train_split, "):
+        opened(folder, train_split="train[:3]", eval_split="train[2:]")
+    with pytest.raises(ValueError, match="class names must be the same in all files of a split"):
+        opened(folder, train_split="train+test[:1]", eval_split="test[1:]")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pictures import photographs, png, table_of
 from vicreg_hf.columns import find_image_column, find_label_column
 from vicreg_hf.images import ImageError
 from vicreg_hf.sources import held_out_split, image_split
+from vicreg_hf.splits import add_parts
 
 # --- columns and splits
 
@@ -62,6 +63,11 @@ def test_an_unclear_image_column_is_answered_with_all_columns(
         (FEATURES, "author", "author"),
         (without("kind"), None, None),
         (Features({**FEATURES, "other": ClassLabel(names=["c"])}), None, None),
+        (Features({**FEATURES, "label": Value("string")}), None, "kind"),
+        (Features({**without("kind"), "label": Value("string")}), None, "label"),
+        (Features({**without("kind"), "label": Value("int64")}), None, "label"),
+        (Features({**without("kind"), "label": Value("float32")}), None, None),
+        (Features({**without("kind"), "label": List(Value("int64"))}), None, None),
     ],
 )
 def test_the_label_column_is_the_one_asked_for_or_the_only_one(
@@ -95,6 +101,7 @@ def test_a_missing_or_empty_split_is_named(name: str, message: str) -> None:
         (["tulip", "china", "tulip"], [1, 0, 1], ("china", "tulip")),
         ([7, 3, 40], [1, 0, 2], ("3", "7", "40")),
         ([-1, 1, -1], [0, 1, 0], ("-1", "1")),
+        ([7, -1, 3], [1, -1, 0], ("3", "7")),
     ],
 )
 def test_labels_of_any_kind_become_classes_from_0(
@@ -107,6 +114,26 @@ def test_labels_of_any_kind_become_classes_from_0(
     assert split.labels is not None
     torch.testing.assert_close(split.labels, torch.tensor(classes))
     assert split.label_names == names
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["tulip", "china", "tulip", "china"], ("china", "tulip")),
+        (["cup", "sea", "tulip"], ("cup", "sea", "tulip")),
+        ([f"{number}" for number in range(10, 70)] * 2, tuple(map(str, range(10, 70)))),
+        ([f"tulip {number}" for number in range(60)], ()),
+        ([-1, -1, -1, -1], ()),
+    ],
+    ids=["classes", "few", "sixty-classes", "captions", "no-class"],
+)
+def test_a_column_called_label_is_taken_for_classes_if_it_looks_like_them(
+    labels: list[Any], names: tuple[str, ...]
+) -> None:
+    table = table_of([png(photographs(1)[0])] * len(labels), label=labels)
+    split = image_split({"train": table}, "train", dataset_name="flowers")
+    assert split.label_names == names
+    assert (split.labels is not None) == bool(names)
 
 
 CLASSES = ClassLabel(names=["china", "tulip"])
@@ -180,6 +207,14 @@ def test_the_held_out_split_is_never_the_training_split(
     found, name = held_out_split(splits, wanted, names[0], dataset_name="flowers")
     assert name == expected
     assert (found is None) == (expected is None)
+
+
+def test_what_is_trained_on_is_not_held_out() -> None:
+    splits = DatasetDict(dict.fromkeys(["train", "validation", "test"], labelled()))
+    splits = add_parts(splits, train_split="train+test", eval_split="test[1:]")
+    assert held_out_split(splits, None, "train+test", dataset_name="flowers")[1] == "validation"
+    with pytest.raises(ValueError, match=r"eval_split must hold other images than train_split, "):
+        held_out_split(splits, "test[1:]", "train+test", dataset_name="flowers")
 
 
 def test_an_unlabelled_test_split_does_not_hide_the_validation_split() -> None:

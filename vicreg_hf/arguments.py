@@ -59,13 +59,15 @@ class PretrainingArguments:
         DEMO, "Hub id, local folder or file, or demo, the embedded digits."
     )
     dataset_config_name: str | None = _setting(None, "Configuration of a Hub data set.")
-    train_split: str = _setting("train", "Split to train on; its labels are never used for that.")
+    train_split: str = _setting(
+        "train", "Split to train on, or part such as train[:90%%]; labels are never used for that."
+    )
     eval_split: str | None = _setting(
         None, "Held-out split of the kNN monitor; by default test or validation, if there."
     )
     image_column: str | None = _setting(None, "Column of images; found by its type if only one.")
     label_column: str | None = _setting(
-        None, "Column of classes for kNN monitor and probe; labels never reach the encoder."
+        None, "Column of classes for kNN monitor and probe; by default the only one, or label."
     )
     streaming: bool = _setting(
         False, "Read the data as they are needed, for what does not fit on the disk."

@@ -15,6 +15,13 @@ from torch import Tensor
 from vicreg_hf.images import ImageError, decode_image, image_of_array
 from vicreg_hf.reading import read_file
 
+LABEL = "label"
+"""The column that is taken for classes where none is declared."""
+CLASS_TYPES = frozenset(
+    ["string", "large_string", "bool"]
+    + [f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)]
+)
+
 
 class BadImage(NamedTuple):
     """An image that cannot be used."""
@@ -131,7 +138,10 @@ def _holds_images(kind: Any) -> bool:
 
 
 def find_label_column(features: datasets.Features, wanted: str | None) -> str | None:
-    """The column of classes: the one asked for, else the only ClassLabel, else none."""
+    """The column of classes: the one asked for, else the only ClassLabel, else `label`, else none.
+
+    Tables without declared classes, as pandas writes them, have theirs in words or numbers.
+    """
     if wanted is not None:
         if wanted in features:
             return wanted
@@ -139,4 +149,6 @@ def find_label_column(features: datasets.Features, wanted: str | None) -> str | 
             f"label_column must name a column, got {wanted!r}; columns: {', '.join(features)}."
         )
     found = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    if not found and getattr(features.get(LABEL), "dtype", None) in CLASS_TYPES:
+        return LABEL
     return found[0] if len(found) == 1 else None

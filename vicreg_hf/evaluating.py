@@ -31,7 +31,7 @@ from vicreg_hf.evaluation.arguments import TRAINED, EvaluationArguments
 from vicreg_hf.evaluation.gallery import Gallery
 from vicreg_hf.evaluation.results import Measurement
 from vicreg_hf.feature_cache import Features, cached_features
-from vicreg_hf.labelled import Labelled, LabelledData, few, open_labelled
+from vicreg_hf.labelled import Labelled, LabelledData, open_labelled, unlearnt
 from vicreg_hf.opening import open_dataset
 from vicreg_hf.pair_embeddings import Pairs, open_pairs
 from vicreg_hf.protocols import (
@@ -43,6 +43,7 @@ from vicreg_hf.protocols import (
     training_rows,
 )
 from vicreg_hf.sampler import GlobalBatches
+from vicreg_hf.splits import add_parts
 from vicreg_hf.whole_files import replacing
 
 RESULTS, REPORT = "results.json", "report.html"
@@ -148,13 +149,10 @@ def _say_what_is_unlearnt(found: Evaluation, say: Callable[[str], object]) -> No
     )
     if train is None or test is None:
         return
-    strange = ~torch.isin(test, train)
-    if bool(strange.any()):
-        names = [found.data.names[k] for k in test[strange].unique().tolist()]
-        say(
-            f"{int(strange.sum())} of {len(test)} images of {found.data.test.split.name} are of "
-            f"classes that no image of {found.data.train.split.name} has: {few(names)}."
-        )
+    splits = found.data.train.split.name, found.data.test.split.name
+    sentence = unlearnt(train, test, found.data.names, splits)
+    if sentence is not None:
+        say(sentence)
 
 
 def _labelled(part: Labelled, features: Features, say: Callable[[str], object]) -> Features:
@@ -171,9 +169,10 @@ def _labelled(part: Labelled, features: Features, say: Callable[[str], object]) 
 
 
 def _pairs(args: EvaluationArguments, data: LabelledData) -> Pairs:
-    table = open_dataset(args.dataset_name, args.dataset_config_name)[data.test_name]
+    splits = open_dataset(args.dataset_name, args.dataset_config_name)
+    splits = add_parts(splits, eval_split=data.test_name)
     return open_pairs(
-        args.model, table, data.test.split, column=args.prime_column,
+        args.model, splits[data.test_name], data.test.split, column=args.prime_column,
         tokenizer=args.prime_tokenizer,
     )  # fmt: skip
 
@@ -250,7 +249,7 @@ def check_labels(args: EvaluationArguments, data: LabelledData, *, num_processes
 
 def _check_neighbours(args: EvaluationArguments, num_images: int, name: str) -> None:
     for protocol, setting in (("knn", "knn_k"), ("retrieval", "retrieval_k")):
-        most = max(args.numbers(setting))
+        most = max(args.numbers(setting, num_images))
         if protocol in args.protocol_names and num_images < most:
             raise ValueError(
                 f"{setting} must be at most the number of training images, got {most} and "

@@ -63,7 +63,9 @@ class ExtractionArguments:
     dataset_config_name: str | None = _setting(None, "Configuration of a Hub data set.")
     split: str | None = _setting(None, "One split; by default all.")
     image_column: str | None = _setting(None, "Column of images; found by its type if only one.")
-    label_column: str | None = _setting(None, "Column of classes to copy; by default the only one.")
+    label_column: str | None = _setting(
+        None, "Column of classes to copy; by default the only one, or label."
+    )
     revision: str | None = _setting(None, "Branch or commit of a model on the Hub.")
     batch_size: int = _setting(256, "Images at once in each process.")
     bf16: bool = _setting(False, "Compute in bfloat16; about twice as fast on recent hardware.")

@@ -10,7 +10,7 @@ import os
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -19,11 +19,10 @@ import pyarrow as pa
 from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 
+from vicreg_hf.columns import LABEL
 from vicreg_hf.images import HEIF_SUFFIXES, SUFFIXES
 from vicreg_hf.reading import IN_ZIP, ZIP
 
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""Files in which `datasets` looks for what belongs to the images."""
 SPLIT_OF = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 
 
@@ -35,6 +34,10 @@ class Kind(NamedTuple):
     """Its name in tables, as `datasets` calls it."""
     feature: Any
     suffixes: frozenset[str]
+
+    def has(self, name: str) -> bool:
+        """Whether a file is of it, by its ending."""
+        return os.path.splitext(name)[1].lower() in self.suffixes
 
 
 IMAGES = Kind("images", "image", datasets.Image(), SUFFIXES | HEIF_SUFFIXES)
@@ -48,6 +51,13 @@ class MediaFile(NamedTuple):
     """Folders between the data set and the file."""
     path: str
     """The file, as `read_file` takes it."""
+
+
+class Rows(NamedTuple):
+    """What a table holds of some files, one row each."""
+
+    table: pa.Table
+    features: dict[str, Any]
 
 
 def list_files(folder: Path) -> Iterator[tuple[str, str]]:
@@ -69,17 +79,16 @@ def list_files(folder: Path) -> Iterator[tuple[str, str]]:
         )
 
 
-def is_of(kind: Kind, name: str) -> bool:
-    """By its ending."""
-    return os.path.splitext(name)[1].lower() in kind.suffixes
-
-
 def files_of_folder(
-    folder: Path, kind: Kind, *, say: Callable[[str], object] = lambda _: None
+    folder: Path,
+    belongs: Callable[[str], bool],
+    *,
+    say: Callable[[str], object] = lambda _: None,
 ) -> list[MediaFile]:
-    """The files of a kind in a folder, at any depth; or in its zips, if they are all there is.
+    """Files in a folder, at any depth; or in its zips, if they are all there is.
 
     Args:
+        belongs: which, by their names.
         say: told of zips that are not read.
 
     Raises:
@@ -89,27 +98,30 @@ def files_of_folder(
     found: list[MediaFile] = []
     zips: list[Path] = []
     for within, name in list_files(folder):
-        if is_of(kind, name):
+        if belongs(name):
             found.append(MediaFile(Path(within).parts, os.path.join(root, within, name)))
         elif name.lower().endswith(".zip"):
             zips.append(Path(root, within, name))
     zips.sort()
     if found and zips:
         say(
-            f"{len(zips)} zips in {folder} are not read, as there are {kind.plural} beside them: "
+            f"{len(zips)} zips in {folder} are not read, as there are other files beside them: "
             f"{zips[0]} is the first; unpack them, if these are not what was in them."
         )
     if found:
         return sorted(found, key=lambda file: file.path)
     for archive in zips:
         above = (*archive.relative_to(root).parent.parts, archive.stem)
-        inside = files_of_zip(archive, kind)
+        inside = files_of_zip(archive, belongs)
         found += [MediaFile((*above, *parts), path) for parts, path in inside]
     return found
 
 
-def files_of_zip(archive: Path, kind: Kind) -> list[MediaFile]:
-    """The files of a kind in a zip, which stays as it is.
+def files_of_zip(archive: Path, belongs: Callable[[str], bool]) -> list[MediaFile]:
+    """Files in a zip, which stays as it is.
+
+    Args:
+        belongs: which, by their names.
 
     Raises:
         ValueError: it is damaged, or none.
@@ -125,7 +137,7 @@ def files_of_zip(archive: Path, kind: Kind) -> list[MediaFile]:
     for name in names:
         parts = PurePosixPath(name).parts
         hidden = any(part.startswith((".", "__")) for part in parts)
-        if is_of(kind, name) and not hidden:
+        if parts and belongs(parts[-1]) and not hidden:
             found.append(MediaFile(parts[:-1], f"{ZIP}{name}{IN_ZIP}{archive.absolute()}"))
     return sorted(found, key=lambda file: file.path)
 
@@ -140,34 +152,31 @@ def split_named(name: str) -> str | None:
     return named.pop() if len(named) == 1 else None
 
 
-def splits_of(
-    files: Sequence[MediaFile], kind: Kind, *, say: Callable[[str], object]
-) -> dict[str, list[MediaFile]]:
+def _splits_of(
+    files: Sequence[MediaFile], kind: Kind, say: Callable[[str], object]
+) -> dict[str, dict[int, tuple[str, ...]]]:
     """Divide files into splits.
 
     By the outermost folder that is called after a split; but all of them are `train` unless each is
     below such a folder, or some are for training and others to measure on. So a class may be called
     train.
 
-    Args:
-        say: told of files that are in no split.
-
     Returns:
-        The files of each split, without the split's folder among their parts.
+        The numbers of the files of each split, and the folders each is in but for the split's own.
     """
     known = {parts: _split_in(parts) for parts in {file.parts for file in files}}
     names = {split for split, _ in known.values() if split is not None}
     complete = all(split is not None for split, _ in known.values())
     if not names or not (complete or ("train" in names and len(names) > 1)):
-        return {"train": list(files)}
-    splits: dict[str, list[MediaFile]] = defaultdict(list)
+        return {"train": {number: file.parts for number, file in enumerate(files)}}
+    splits: dict[str, dict[int, tuple[str, ...]]] = defaultdict(dict)
     outside: list[MediaFile] = []
-    for file in files:
+    for number, file in enumerate(files):
         split, rest = known[file.parts]
         if split is None:
             outside.append(file)
         else:
-            splits[split].append(file._replace(parts=rest))
+            splits[split][number] = rest
     if outside:
         say(
             f"{len(outside)} {kind.plural} are in no split, as they are below no folder that is "
@@ -185,73 +194,50 @@ def _split_in(parts: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
     return None, parts
 
 
-def tables_of(splits: dict[str, list[MediaFile]], kind: Kind) -> dict[str, datasets.Dataset]:
-    """Tables of files that stay where they are, with their classes if they have any.
+def tables_of(
+    files: Sequence[MediaFile],
+    kind: Kind,
+    *,
+    rows: Rows | None = None,
+    say: Callable[[str], object],
+) -> dict[str, datasets.Dataset]:
+    """Tables of the splits of files that stay where they are, with their classes if they have any.
 
     A class is the folder that a file lies in, where all of a split lie equally deep below the
     split's own, and there are several in all.
-    """
-    named = {
-        name: [file.parts[-1] for file in files]
-        for name, files in splits.items()
-        if len({len(file.parts) for file in files}) == 1 and files[0].parts
-    }
-    classes = sorted(set().union(*named.values()))
-    if len(classes) < 2:
-        named = {}
-    return {name: _table(files, kind, named.get(name), classes) for name, files in splits.items()}
-
-
-def _table(
-    files: Sequence[MediaFile], kind: Kind, named: list[str] | None, classes: list[str]
-) -> datasets.Dataset:
-    paths = pa.array([file.path for file in files], pa.string())
-    cells = pa.StructArray.from_arrays(
-        [pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"]
-    )
-    columns: dict[str, Any] = {kind.column: cells}
-    kinds: dict[str, Any] = {kind.column: kind.feature}
-    if named is not None:
-        numbers = {name: number for number, name in enumerate(classes)}
-        columns["label"] = pa.array([numbers[name] for name in named], pa.int64())
-        kinds["label"] = datasets.ClassLabel(names=classes)
-    features = datasets.Features(kinds)
-    table = pa.table(columns).cast(features.arrow_schema)
-    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
-
-
-def say_what_is_missing(
-    folder: Path, loaded: Collection[datasets.Dataset], *, say: Callable[[str], object]
-) -> None:
-    """Tell of images in a folder that no metadata file lists, and of such files that are not read.
 
     Args:
-        loaded: its splits.
-        say: told what is missing.
+        rows: what the tables hold of each file; by default the file alone.
+        say: told of files that are in no split.
     """
-    listed: set[str] = set()
-    for table in loaded:
-        for column, kind in table.features.items():
-            inner = kind.feature if isinstance(kind, (datasets.List, datasets.LargeList)) else kind
-            if isinstance(inner, datasets.Image):
-                cells = table.select_columns([column]).with_format("arrow")[:][column]
-                listed |= _paths(cells.to_pylist())
-    images = files_of_folder(folder, IMAGES)
-    missing = [image.path for image in images if image.path not in listed]
-    if missing:
-        say(
-            f"{len(missing)} of {len(images)} images in {folder} are left out, as no "
-            f"metadata file lists them: {missing[0]} is the first."
-        )
-    columns = {column for table in loaded for column in table.features}
-    if columns <= {IMAGES.column, SOUNDS.column, "label"}:
-        unread = next(f"{w}/{n}".lstrip("/") for w, n in list_files(folder) if n in METADATA)
-        say(
-            f"{unread} in {folder} is not read: with splits, each has a metadata file of its own, "
-            "in its folder."
-        )
+    if rows is None:
+        cells = cells_of([file.path for file in files])
+        rows = Rows(pa.table({kind.column: cells}), {kind.column: kind.feature})
+    splits = _splits_of(files, kind, say)
+    named = {
+        name: [parts[-1] for parts in places.values()]
+        for name, places in splits.items()
+        if len({len(parts) for parts in places.values()}) == 1 and all(places.values())
+    }
+    classes = sorted(set().union(*named.values()))
+    if len(classes) < 2 or LABEL in rows.features:
+        named = {}
+    numbers = {name: number for number, name in enumerate(classes)}
+    tables: dict[str, datasets.Dataset] = {}
+    for name, places in splits.items():
+        table, features = rows.table.take(list(places)), datasets.Features(rows.features)
+        if name in named:
+            column = pa.array([numbers[each] for each in named[name]], pa.int64())
+            table = table.append_column(LABEL, column)
+            features[LABEL] = datasets.ClassLabel(names=classes)
+        table = table.cast(features.arrow_schema)
+        tables[name] = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+    return tables
 
 
-def _paths(cells: list[Any]) -> set[str]:
-    flat = (each for cell in cells for each in (cell if isinstance(cell, list) else [cell]))
-    return {os.path.abspath(each["path"]) for each in flat if each and each["path"]}
+def cells_of(paths: Sequence[str | None]) -> pa.StructArray:
+    """Files as a column of images or sounds holds them."""
+    column = pa.array(paths, pa.string())
+    return pa.StructArray.from_arrays(
+        [pa.nulls(len(column), pa.binary()), column], ["bytes", "path"], mask=column.is_null()
+    )

@@ -21,6 +21,7 @@ from vicreg_hf.paired_inputs import run_column, spectrogram_settings, takes_wave
 from vicreg_hf.pairs import PairedSplit
 from vicreg_hf.sampler import GlobalBatches
 from vicreg_hf.sources import ImageSplit, held_out_split, image_split
+from vicreg_hf.splits import add_parts
 from vicreg_hf.streaming import ImageStream, image_stream
 
 LOCAL_SHARE = 96 / 224
@@ -132,12 +133,13 @@ def _open_splits(
     """The training split, the held-out one if there is any, and the samples of two columns."""
     with main_first():
         splits = open_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
+    splits = add_parts(splits, train_split=args.train_split, eval_split=args.eval_split)
     columns: Any = {
         "dataset_name": Path(args.dataset_name).name or args.dataset_name,
         "image_column": args.image_column,
         "channels": args.in_chans,
     }
-    features = getattr(splits.get(args.train_split), "features", None) or {}
+    features = getattr(splits[args.train_split], "features", None) or {}
     if holds_sound(features, args.image_column):
         assert not isinstance(args.model_args, str)
         args.model_args = {"in_chans": 1} | (args.model_args or {})

@@ -5,7 +5,7 @@ Shapes: N images of a split, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,16 @@ from torch import Tensor
 from vicreg_hf.columns import find_label_column
 from vicreg_hf.modalities.audio import SpectrogramSettings
 from vicreg_hf.opening import open_dataset
-from vicreg_hf.sources import EVAL_SPLITS, ImageSplit, Splits, image_split, renumbered
+from vicreg_hf.sources import ImageSplit, image_split, renumbered
+from vicreg_hf.splits import (
+    EVAL_SPLITS,
+    Splits,
+    add_parts,
+    check_held_out,
+    list_splits,
+    share_images,
+    whole_splits,
+)
 
 CLASSES = (datasets.ClassLabel, datasets.Value)
 
@@ -68,20 +77,15 @@ def open_labelled(
         ValueError: no such split or column, or classes that differ between the splits.
     """
     splits = open_dataset(dataset_name, config_name)
+    splits = add_parts(splits, train_split=train_split, eval_split=eval_split)
     test_name = eval_split or _held_out(splits, train_split, dataset_name)
-    if test_name == train_split:
-        raise ValueError(
-            f"eval_split must be another than train_split, got {test_name!r} for both; an image "
-            "finds itself."
-        )
+    check_held_out(splits, test_name, train_split)
     common: Any = {
         "dataset_name": Path(dataset_name).name or dataset_name, "image_column": image_column,
         "channels": channels, "sound": sound,
     }  # fmt: skip
     for name in (train_split, test_name):
-        if name not in splits:
-            raise ValueError(f"split must be one of {', '.join(map(str, splits))}, got {name!r}.")
-        _restore_names(splits[name], name, dataset_name, config_name)
+        _restore_names(splits[name], whole_splits(splits, name), dataset_name, config_name)
     tables = [splits[name] for name in (train_split, test_name)]
     column = _label_column(tables[0], label_column)
     several = column is not None and _is_list(tables[0].features[column])
@@ -104,8 +108,10 @@ def open_labelled(
     return LabelledData(parts[0], parts[1], names, train_split, test_name)
 
 
-def _restore_names(table: Any, split: str, dataset_name: str, config_name: str | None) -> None:
-    """Give a split the class names of its own parquet files.
+def _restore_names(
+    table: Any, splits: Collection[str], dataset_name: str, config_name: str | None
+) -> None:
+    """Give a table the class names in the parquet files of the splits that it is of.
 
     Of a local folder `datasets` takes those of the first split for all, whatever the others'
     numbers mean.
@@ -114,7 +120,7 @@ def _restore_names(table: Any, split: str, dataset_name: str, config_name: str |
         return
     files = datasets.load_dataset_builder(dataset_name, config_name).config.data_files or {}
     declared: dict[str, Any] = {}
-    for file in map(str, files.get(split, ())):
+    for file in (str(each) for split in splits for each in files.get(split, ())):
         if not file.endswith(".parquet"):
             continue
         own = datasets.Features.from_arrow_schema(pq.read_schema(file))
@@ -125,18 +131,18 @@ def _restore_names(table: Any, split: str, dataset_name: str, config_name: str |
             if declared.setdefault(column, kind) != kind:
                 raise ValueError(
                     f"class names must be the same in all files of a split, and {file} declares "
-                    f"others for {column!r} than the first of {split}."
+                    f"others for {column!r} than the first of {' and '.join(splits)}."
                 )
     table.info.features.update(declared)
 
 
 def _held_out(splits: Splits, train: str, dataset_name: str) -> str:
     for name in EVAL_SPLITS:
-        if name in splits and name != train:
+        if name in splits and not share_images(splits, name, train):
             return name
     raise ValueError(
         f"eval_split must be given where none is called {', '.join(EVAL_SPLITS)}; {dataset_name} "
-        f"has {', '.join(map(str, splits))}."
+        f"has {list_splits(splits)}."
     )
 
 
@@ -188,6 +194,27 @@ def _check_names(
             f"class names must be the same in both splits, and {' and '.join(parts)}; choose "
             "another --eval_split or --label_column."
         )
+
+
+def unlearnt(
+    train: Tensor, test: Tensor, names: Sequence[str], splits: Sequence[str]
+) -> str | None:
+    """A sentence on test images that nothing can classify rightly, if there are any.
+
+    Args:
+        train: (N,) classes that are learnt from.
+        test: (M,) classes that are measured on.
+        names: of the classes.
+        splits: the names of both.
+    """
+    strange = ~torch.isin(test, train)
+    if not bool(strange.any()):
+        return None
+    found = [names[int(k)] for k in test[strange].unique()]
+    return (
+        f"{int(strange.sum())} of {len(test)} images of {splits[1]} are of classes that no image "
+        f"of {splits[0]} has: {few(found)}."
+    )
 
 
 def few(names: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from vicreg_hf.data import MEMORY_BUDGET, SMALL_IMAGE, evaluation_batches, load_
 from vicreg_hf.evaluation import extract_features
 from vicreg_hf.evaluation.knn import vote
 from vicreg_hf.inputs import common_side
-from vicreg_hf.labelled import matched_labels
+from vicreg_hf.labelled import matched_labels, unlearnt
 from vicreg_hf.randomness import Stream, drawn
 from vicreg_hf.sources import ImageSplit
 from vicreg_hf.streaming import ImageStream
@@ -88,6 +88,12 @@ class KNNMonitor:
             f"{len(used[1])}" + (f", without {left_out} that cannot be used" if left_out else "")
         )
 
+    @property
+    def unlearnt(self) -> str | None:
+        """A sentence on held-out images of classes without a training image, if there are any."""
+        train, test = (_labels_of(part, _labelled(part)) for part in (self.train, self.held_out))
+        return unlearnt(train, test, self.train.label_names, (self.train.name, self.held_out.name))
+
     def measure(
         self,
         encoder: nn.Module,
@@ -108,8 +114,6 @@ class KNNMonitor:
         """
         train_rows = self._rows(self.train, MAX_TRAIN)
         test_rows = self._rows(self.held_out, MAX_TEST)
-        assert self.train.labels is not None
-        assert self.held_out.labels is not None
         settings = {"device": device, "autocast": autocast}
         kept = self._kept
         if kept is None:
@@ -137,8 +141,7 @@ class KNNMonitor:
     ) -> tuple[Tensor, Tensor]:
         """Features and classes of the rows that could be used; in the others' places are others."""
         usable = torch.from_numpy(self._usable(split, rows))
-        assert split.labels is not None
-        labels = split.labels[torch.from_numpy(rows)][usable].to(features.device)
+        labels = _labels_of(split, rows)[usable].to(features.device)
         if len(usable) < len(rows):
             features = features[usable.to(features.device)]
         return features, labels
@@ -211,3 +214,8 @@ def _labelled(split: ImageSplit) -> NDArray[np.int64]:
     """Rows that have a class."""
     assert split.labels is not None
     return np.flatnonzero(split.labels.numpy() >= 0)
+
+
+def _labels_of(split: ImageSplit, rows: NDArray[np.int64]) -> Tensor:
+    assert split.labels is not None
+    return split.labels[torch.from_numpy(rows)]

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,16 @@ from vicreg_hf.archives import check_archives
 from vicreg_hf.demo import load_demo
 from vicreg_hf.folders import (
     IMAGES,
-    METADATA,
     SOUNDS,
+    MediaFile,
     files_of_folder,
     files_of_zip,
-    is_of,
     list_files,
-    say_what_is_missing,
-    splits_of,
     tables_of,
 )
-from vicreg_hf.sources import Splits
+from vicreg_hf.metadata import METADATA, read_metadata
+from vicreg_hf.reading import zip_and_name
+from vicreg_hf.splits import Splits
 
 DEMO = "demo"
 UNNAMED = "unnamed"
@@ -97,11 +96,7 @@ def _load(name: str, config_name: str | None, streaming: bool) -> Any:
         loaded = load_demo()
     elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         loaded = datasets.load_from_disk(name)
-    elif path.is_file() and path.suffix.lower() == ".zip":
-        loaded = _tables_of_files(path)
-    elif path.is_dir() and not _lists_files(path) and (names := _names_of_files(path)):
-        if not names.isdisjoint(METADATA):
-            return _load_with_metadata(path, streaming)
+    elif _holds_files(path):
         loaded = _tables_of_files(path)
     else:
         return _load_by_datasets(path, name, config_name, streaming)
@@ -117,11 +112,39 @@ def _load(name: str, config_name: str | None, streaming: bool) -> Any:
 def _tables_of_files(place: Path) -> Splits:
     """Of the images in a folder or zip, or of its sounds where there are none."""
     for kind in KINDS:
-        folder = place.is_dir()
-        files = files_of_folder(place, kind, say=_warn) if folder else files_of_zip(place, kind)
-        if files:
-            return tables_of(splits_of(files, kind, say=_warn), kind)
-    raise ValueError(f"there are neither images nor sounds in {place}.")
+        if files := _files(place, kind.has, say=_warn):
+            break
+    else:
+        raise ValueError(f"there are neither images nor sounds in {place}.")
+    metadata = _files(place, METADATA.__contains__)
+    if metadata and _in_zip(metadata[0]) != _in_zip(files[0]):
+        _warn(f"{metadata[0].path} is not read, as the {kind.plural} are not where it is.")
+        metadata = []
+    if not metadata:
+        return tables_of(files, kind, say=_warn)
+    listed = read_metadata(metadata, kind)
+    missing = [file.path for file in files if file.path not in listed.paths]
+    if missing:
+        _warn(
+            f"{len(missing)} of {len(files)} {kind.plural} in {place} are left out, as no metadata "
+            f"file lists them: {missing[0]} is the first."
+        )
+    return tables_of(listed.files, kind, rows=listed.rows, say=_warn)
+
+
+def _in_zip(file: MediaFile) -> bool:
+    return zip_and_name(file.path)[0] is not None
+
+
+def _files(
+    place: Path,
+    belongs: Callable[[str], bool],
+    *,
+    say: Callable[[str], object] = lambda _: None,
+) -> list[MediaFile]:
+    if place.is_dir():
+        return files_of_folder(place, belongs, say=say)
+    return files_of_zip(place, belongs)
 
 
 def _load_by_datasets(path: Path, name: str, config_name: str | None, streaming: bool) -> Any:
@@ -135,20 +158,12 @@ def _load_by_datasets(path: Path, name: str, config_name: str | None, streaming:
     own = None
     if path.is_dir() and _lists_files(path):
         own = _own_cache(path)
-    elif path.is_dir() and (beside := files_of_folder(path, IMAGES)):
+    elif path.is_dir() and (beside := files_of_folder(path, IMAGES.has)):
         _warn(
             f"{len(beside)} images in {path} are left out, as it holds tables or archives too: "
             f"{beside[0].path} is the first; move one or the other into a folder of its own."
         )
     return datasets.load_dataset(name, config_name, streaming=streaming, cache_dir=own)
-
-
-def _load_with_metadata(folder: Path, streaming: bool) -> Any:
-    kind = "imagefolder" if files_of_folder(folder, IMAGES) else "audiofolder"
-    loaded: Any = datasets.load_dataset(kind, data_dir=str(folder), streaming=streaming)
-    if not streaming and _is_main():
-        say_what_is_missing(folder, loaded.values(), say=_warn)
-    return loaded
 
 
 def _is_main() -> bool:
@@ -180,16 +195,19 @@ def _own_cache(folder: Path) -> str:
     return str(Path(HF_DATASETS_CACHE) / f"folder-{digest[:16]}")
 
 
-def _names_of_files(folder: Path) -> set[str]:
-    """The names in a folder of images or sounds, or of zips of them; none in one of tables.
+def _holds_files(place: Path) -> bool:
+    """Whether it is a zip, or a folder of images or sounds, or of zips of them, without tables.
 
-    `datasets` would take it for what most of its files are.
+    `datasets` would take a folder for what most of its files are.
     """
-    names = {name for _, name in list_files(folder)}
-    if any(Path(name).suffix.lower() in BUILDERS for name in names.difference(METADATA)):
-        return set()
-    found = any(is_of(kind, n) or n.lower().endswith(".zip") for n in names for kind in KINDS)
-    return names if found else set()
+    if not place.is_dir():
+        return place.is_file() and place.suffix.lower() == ".zip"
+    names = {name for _, name in list_files(place)}
+    if _lists_files(place) or any(
+        Path(name).suffix.lower() in BUILDERS for name in names.difference(METADATA)
+    ):
+        return False
+    return any(kind.has(n) or n.lower().endswith(".zip") for n in names for kind in KINDS)
 
 
 def _shards(table: datasets.Dataset) -> int:

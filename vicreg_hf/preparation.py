@@ -144,9 +144,11 @@ def _introduce(run: Run) -> None:
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
     )  # fmt: skip
     run.accelerator.print(sentence, flush=True)
-    missing = missing_for_knn(run.inputs.train, run.inputs.held_out)
-    if run.monitor is None and missing is not None:
+    if run.monitor is None:
+        missing = missing_for_knn(run.inputs.train, run.inputs.held_out)
         run.accelerator.print(f"kNN needs labels and a held-out split, but {missing}.", flush=True)
+    elif (sentence := run.monitor.unlearnt) is not None:
+        run.accelerator.print(sentence, flush=True)
 
 
 def _set_aside(run: Run) -> None:

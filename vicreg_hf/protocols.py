@@ -128,7 +128,7 @@ def run_protocol(name: str, task: Task) -> Measured:
 
 def _knn(protocol: str, task: Task, measured: Measured) -> None:
     args = task.args
-    for k in args.numbers("knn_k"):
+    for k in args.numbers("knn_k", len(task.x("train"))):
         found = knn_predict(
             task.x("train"), task.labels("train"), task.x("test"), k=k,
             temperature=args.temperature,
@@ -259,7 +259,7 @@ def _svm(protocol: str, task: Task, measured: Measured) -> None:
 
 def _retrieval(protocol: str, task: Task, measured: Measured) -> None:
     train, labels, wanted = task.x("train"), task.labels("train"), task.labels("test")
-    numbers = task.args.numbers("retrieval_k")
+    numbers = task.args.numbers("retrieval_k", len(train))
     nearest = nearest_neighbours(train, task.x("test"), max(numbers))
     relevant = labels[nearest] == wanted[:, None]
     how_many = labels.bincount(minlength=int(wanted.max()) + 1)[wanted]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from datasets.utils.file_utils import xopen
 
@@ -46,6 +46,14 @@ def zip_and_name(path: str) -> tuple[str | None, str]:
         return None, path
     name, _, archive = path.removeprefix(ZIP).rpartition(IN_ZIP)
     return archive, name
+
+
+def beside(path: str, name: str) -> str:
+    """A file by its path from the folder of another, on the disk or in the same zip."""
+    archive, within = zip_and_name(path)
+    if archive is None:
+        return os.path.join(os.path.dirname(path), name)
+    return f"{ZIP}{PurePosixPath(within).parent / name}{IN_ZIP}{archive}"
 
 
 def _read_from_zip(name: str, archive: str, most: int) -> bytes:

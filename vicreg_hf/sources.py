@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vicreg_hf.columns import (
@@ -27,12 +28,12 @@ from vicreg_hf.columns import (
 from vicreg_hf.images import ImageError
 from vicreg_hf.modalities.audio import SpectrogramColumn, SpectrogramSettings
 from vicreg_hf.replacement import read_or_replace
+from vicreg_hf.splits import EVAL_SPLITS, Splits, check_held_out, list_splits, share_images
 
-EVAL_SPLITS = ("test", "validation", "valid", "val")
+MANY_CLASSES = 50
+"""Names from which on a column that most images have another in holds no classes."""
 FINGERPRINTED = 64
 """Images of a split by which it is known again."""
-Splits = dict[Any, Any]
-"""A DatasetDict, or an IterableDatasetDict."""
 
 
 @dataclass
@@ -143,13 +144,16 @@ def image_split(
         ValueError: no such split, no rows, no such column.
     """
     if name not in splits:
-        raise ValueError(f"split must be one of {', '.join(map(str, splits))}, got {name!r}.")
+        raise ValueError(f"split must be one of {list_splits(splits)}, got {name!r}.")
     table = splits[name]
     if len(table) == 0:
         raise ValueError(f"a split must have rows, got none in split {name!r} of {dataset_name}.")
     column = open_column(table.features, image_column, channels=channels, sound=sound)
     label = find_label_column(table.features, label_column)
     labels, names = (None, ()) if label is None else _labels(table, label)
+    declared = label is not None and isinstance(table.features[label], datasets.ClassLabel)
+    if labels is not None and label_column is None and not declared:
+        labels, names = _unless_each_is_another(labels, names)
     if label_column is not None and labels is None:
         raise ValueError(
             f"label_column must hold a class in some row, got none in {label_column!r} of "
@@ -191,16 +195,31 @@ def _labels(table: datasets.Dataset, column: str) -> tuple[Tensor | None, tuple[
     column_values = table.select_columns([column]).with_format("arrow")[:][column]
     known = ~column_values.is_null(nan_is_null=True).to_numpy()
     rows, values = np.flatnonzero(known), column_values.filter(pa.array(known)).to_numpy()
-    if isinstance(feature, datasets.ClassLabel):
-        rows, values = rows[values >= 0], values[values >= 0]
+    names = getattr(feature, "names", None)
+    has_class = values >= 0 if names is not None else _classes_among(values)
+    rows, values = rows[has_class], values[has_class]
     if not len(rows):
         return None, ()
-    names = getattr(feature, "names", None)
     if names is None:
         names, values = np.unique(values, return_inverse=True)
     labels = torch.full((len(table),), -1)
     labels[torch.from_numpy(rows)] = torch.from_numpy(values.astype(np.int64))
     return labels, tuple(map(str, names))
+
+
+def _classes_among(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which undeclared numbers are classes: -1 is none, unless it is one of two."""
+    if values.dtype.kind != "i" or len(np.unique(values)) == 2:
+        return np.full(len(values), True)
+    return values != -1
+
+
+def _unless_each_is_another(
+    labels: Tensor, names: tuple[str, ...]
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Classes that nobody asked for, unless they look like captions or numbers of the images."""
+    looks_so = len(names) > MANY_CLASSES and 2 * len(names) > int((labels >= 0).sum())
+    return (None, ()) if looks_so else (labels, names)
 
 
 def renumbered(labels: Tensor, numbers: Sequence[int]) -> Tensor:
@@ -214,7 +233,8 @@ def held_out_split(
     """The split to measure on, and its name.
 
     Args:
-        wanted: None takes the first of `EVAL_SPLITS` that has rows, the columns and labels.
+        wanted: None takes the first of `EVAL_SPLITS` that has rows, the columns and labels, and
+            none of the images that are trained on.
         train: the split that is trained on.
         **columns: as for `image_split`.
 
@@ -222,9 +242,10 @@ def held_out_split(
         ValueError: the split asked for cannot be used.
     """
     if wanted is not None:
+        check_held_out(splits, wanted, train)
         return image_split(splits, wanted, **columns), wanted
     for name in EVAL_SPLITS:
-        if name in splits and name != train:
+        if name in splits and not share_images(splits, name, train):
             with suppress(ValueError):
                 found = image_split(splits, name, **columns)
                 if found.labels is not None:

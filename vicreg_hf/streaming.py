@@ -14,7 +14,8 @@ from datasets.distributed import split_dataset_by_node
 from vicreg_hf.columns import ImageColumn
 from vicreg_hf.images import ImageError
 from vicreg_hf.modalities.audio import SpectrogramColumn, SpectrogramSettings
-from vicreg_hf.sources import Splits, open_column
+from vicreg_hf.sources import open_column
+from vicreg_hf.splits import Splits
 
 SHUFFLE_BUFFER = 1000
 """Images of a stream that wait, encoded, to be drawn in random order."""

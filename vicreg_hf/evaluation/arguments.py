@@ -32,6 +32,9 @@ def _setting(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
 
 
+USUAL_NEIGHBOURS = {"knn_k": [20, 200], "retrieval_k": [1, 5, 10, 100]}
+
+
 @dataclass
 class EvaluationArguments:
     """Settings of `evaluate`."""
@@ -46,18 +49,22 @@ class EvaluationArguments:
     )
     revision: str | None = _setting(None, "Branch or commit of a model on the Hub.")
     dataset_config_name: str | None = _setting(None, "Configuration of a Hub data set.")
-    train_split: str = _setting("train", "Split to learn from.")
+    train_split: str = _setting("train", "Split to learn from, or part such as train[:90%%].")
     eval_split: str | None = _setting(
         None, "Split to measure on; by default test or validation, if there."
     )
     image_column: str | None = _setting(None, "Column of images; found by its type if only one.")
     label_column: str | None = _setting(
-        None, "Column of classes, or of lists of classes; by default the only one."
+        None, "Column of classes, or of lists of classes; by default the only one, or label."
     )
     seed: int = _setting(0, "Of subsets, classifiers, crops and resampling.")
-    knn_k: str = _setting("20,200", "Neighbours of knn, joined by commas.")
+    knn_k: str | None = _setting(
+        None, "Neighbours of knn, joined by commas; by default 20,200, or what a small split has."
+    )
     temperature: float = _setting(0.07, "Of the votes of knn; smaller trusts the nearest more.")
-    retrieval_k: str = _setting("1,5,10,100", "Neighbours of retrieval, joined by commas.")
+    retrieval_k: str | None = _setting(
+        None, "Neighbours of retrieval; by default 1,5,10,100, or what a small split has."
+    )
     cross_k: str = _setting("1,5,10", "Neighbours of cross-retrieval, joined by commas.")
     prime_column: str | None = _setting(
         None, "Column of what the second branch takes; found by its type if only one."
@@ -146,16 +153,23 @@ class EvaluationArguments:
         given = [name.strip() for name in self.protocols.split(",")]
         return list(dict.fromkeys(name for name in given if name))
 
-    def numbers(self, name: str) -> list[int]:
-        """A setting of whole numbers joined by commas."""
+    def numbers(self, name: str, most: int | None = None) -> list[int]:
+        """A setting of whole numbers joined by commas.
+
+        Args:
+            most: what those of a default may be; by default anything.
+        """
+        given = getattr(self, name)
+        if given is None:
+            usual = USUAL_NEIGHBOURS[name]
+            return usual if most is None else [k for k in usual if k <= most] or [most]
         try:
-            found = [int(number) for number in str(getattr(self, name)).split(",")]
+            found = [int(number) for number in str(given).split(",")]
         except ValueError:
             found = []
         if not found or min(found) < 1:
             raise ValueError(
-                f"{name} must be positive whole numbers joined by commas, got "
-                f"{getattr(self, name)!r}."
+                f"{name} must be positive whole numbers joined by commas, got {given!r}."
             )
         return sorted(set(found))
 
