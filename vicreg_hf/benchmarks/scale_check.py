@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import resource
 import socket
 import tempfile
 import time
@@ -138,18 +137,18 @@ def check(
         _write(setting)
         lines = []
         for world in processes:
-            alone = Alone(*_in_processes(min(world, cores), _alone, setting, world))
-            gap = alone.backbone / (NORM_MESSAGES * VIEWS * work.norms)
-            loopback = Loopback(*_in_processes(max(2, world), _loopback, gap))
+            alone = Alone(*_in_processes(min(world, cores), _alone, setting, world)[0])
+            loopback, network = Loopback(0.0, WITHOUT_LIMIT), ["-", "-"]
+            if world > 1:
+                gap = alone.backbone / (NORM_MESSAGES * VIEWS * work.norms)
+                loopback = Loopback(*_in_processes(world, _loopback, gap)[0])
+                network = [f"{1e6 * loopback.message:.0f}", f"{loopback.rate / 1e9:.2f}"]
             step = expected(work, alone, loopback, world, batch_size, cores)
             others = _others()
-            measured, on_core = _in_processes(world, _step, setting)
-            network = ["-", "-"]
-            if world > 1:
-                network = [f"{1e6 * loopback.message:.0f}", f"{loopback.rate / 1e9:.2f}"]
-            lines.append(
-                [*_line(world, step, measured), f"{1000 * on_core:.1f}", *network, others()]
-            )
+            answers = _in_processes(world, _step, setting)
+            measured, on_core, _ = answers[0]
+            busy = others(sum(total for *_, total in answers))
+            lines.append([*_line(world, step, measured), f"{1000 * on_core:.1f}", *network, busy])
     torch.set_num_threads(cores)
     head = (
         f"{architecture}, {batch_size} images of {image_size} pixels, expander "
@@ -214,52 +213,65 @@ def _line(world: int, step: Step, measured: float) -> list[str]:
     return [str(world), *figures, f"{step.seconds / measured:.2f}"]
 
 
-def _others() -> Callable[[], str]:
-    """From now on: how many cores programs that are none of ours keep busy, on average."""
+def _others() -> Callable[[float], str]:
+    """From now on: how many cores programs that are none of ours keep busy, on average.
+
+    Asked with the seconds of a core that our other processes have had.
+    """
     begun, before = time.perf_counter(), _busy()
 
-    def so_far() -> str:
+    def so_far(ours: float) -> str:
         now = _busy()
         if before is None or now is None:
             return "?"
-        return f"{max(0.0, now - before) / (time.perf_counter() - begun):.1f}"
+        return f"{max(0.0, now - before - ours) / (time.perf_counter() - begun):.1f}"
 
     return so_far
 
 
 def _busy() -> float | None:
-    """Seconds of all cores that programs but ours have had; None where the kernel does not say."""
+    """Seconds of all cores that processes but this have had; None where the kernel is silent."""
     with suppress(OSError):
         user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
-        own = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        mine = sum(usage.ru_utime + usage.ru_stime for usage in own)
-        return (user + nice + system) / os.sysconf("SC_CLK_TCK") - mine
+        return (user + nice + system) / os.sysconf("SC_CLK_TCK") - time.process_time()
     return None
 
 
 # What processes do
 
 
-def _in_processes(world: int, function: Callable[..., Sequence[float]], *args: Any) -> list[float]:
-    """What a function answers in the first of several processes.
+def _in_processes(
+    world: int, function: Callable[..., Sequence[float]], *args: Any
+) -> list[list[float]]:
+    """What a function answers in each of several processes.
+
+    They are forked, where the system can, from one that has imported this module.
 
     Args:
         function: gets `args`, and an event that is set when the first process has its answer.
     """
+    method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
+    context = mp.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
         free.close()
-        answer, done = f"{folder}/answer", mp.get_context("spawn").Event()
-        mp.spawn(_start, (world, port, answer, function, (*args, done), done), nprocs=world)
-        return [float(line) for line in Path(answer).read_text().splitlines()]
+        done = context.Event()
+        mp.start_processes(
+            _start, (world, port, folder, function, (*args, done), done), nprocs=world,
+            start_method=method,
+        )  # fmt: skip
+        answers = [Path(folder, str(rank)).read_text().splitlines() for rank in range(world)]
+        return [[float(line) for line in answer] for answer in answers]
 
 
 def _start(
     rank: int,
     world: int,
     port: int,
-    answer: str,
+    folder: str,
     function: Callable[..., Any],
     args: Any,
     done: Event,
@@ -272,8 +284,8 @@ def _start(
     warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")
     torch.set_num_threads(1)
     values = function(*args)
+    Path(folder, str(rank)).write_text("\n".join(str(value) for value in values))
     if rank == 0:
-        Path(answer).write_text("\n".join(str(value) for value in values))
         done.set()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -351,13 +363,14 @@ def _loopback(gap: float, _: Event) -> Loopback:
 
 
 def _step(setting: Setting, _: Event) -> list[float]:
-    """Seconds of a step of training, views included; and of the core that one process had of it."""
+    """Seconds of a step of training, views included; of a core that it took; and in all."""
     contender = ours(setting.run(), "fp32")
     with closing(contender.views()) as views:
         contender.step(*next(views))
         before = time.process_time()
         took = _typical({"": lambda: contender.step(*next(views))}, setting.steps)[""]
-        return [took, (time.process_time() - before) / (setting.steps + WARM_UP)]
+        of_step = (time.process_time() - before) / (setting.steps + WARM_UP)
+        return [took, of_step, time.process_time()]
 
 
 def _typical(alternatives: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
