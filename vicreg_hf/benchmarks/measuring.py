@@ -13,8 +13,10 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 
 MIB = 2**20
 _MAP_FROM = "MALLOC_MMAP_THRESHOLD_"
@@ -43,6 +45,18 @@ def median_seconds(
         if time.perf_counter() - begun > seconds:
             break
     return {name: statistics.median(all_[1:] or all_) for name, all_ in times.items()}
+
+
+def run_processes(worker: Callable[..., object], args: tuple[Any, ...], count: int) -> None:
+    """Run a function in several processes to its end; it gets the number of its own, and `args`.
+
+    Where the system can, they are forked from one that has imported the function's module, which
+    takes seconds; not from this one, whose threads and memory they would have.
+    """
+    method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
+    if method == "forkserver":
+        mp.get_context(method).set_forkserver_preload([worker.__module__])
+    mp.start_processes(worker, args, nprocs=count, start_method=method)
 
 
 @contextmanager

@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -28,7 +27,6 @@ from typing import Any, NamedTuple
 import datasets
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from vicreg_hf.arguments import parse_arguments
@@ -36,7 +34,7 @@ from vicreg_hf.batch_norm import SyncBatchNorm
 from vicreg_hf.benchmarks.contenders import ours
 from vicreg_hf.benchmarks.data import photographs
 from vicreg_hf.benchmarks.loss import embeddings, forward_backward, our_loss
-from vicreg_hf.benchmarks.measuring import MIB, surroundings, table
+from vicreg_hf.benchmarks.measuring import MIB, run_processes, surroundings, table
 from vicreg_hf.benchmarks.scale import BACKWARD, VIEWS, Step, predict
 from vicreg_hf.benchmarks.scale_counts import Work, count_work, our_loss_work
 from vicreg_hf.benchmarks.scale_machine import Machine
@@ -245,24 +243,14 @@ def _in_processes(
 ) -> list[list[float]]:
     """What a function answers in each of several processes.
 
-    They are forked, where the system can, from one that has imported this module.
-
     Args:
-        function: gets `args`, and an event that is set when the first process has its answer.
+        function: gets `args`, and a path that exists when the first process has its answer.
     """
-    method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
-    context = mp.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
         free.close()
-        done = context.Event()
-        mp.start_processes(
-            _start, (world, port, folder, function, (*args, done), done), nprocs=world,
-            start_method=method,
-        )  # fmt: skip
+        run_processes(_start, (world, port, folder, function, args), world)
         answers = [Path(folder, str(rank)).read_text().splitlines() for rank in range(world)]
         return [[float(line) for line in answer] for answer in answers]
 
@@ -274,7 +262,6 @@ def _start(
     folder: str,
     function: Callable[..., Any],
     args: Any,
-    done: Event,
 ) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
@@ -283,15 +270,13 @@ def _start(
     }  # fmt: skip
     warnings.filterwarnings("ignore", category=FutureWarning, module="accelerate")
     torch.set_num_threads(1)
-    values = function(*args)
+    values = function(*args, Path(folder, "0"))
     Path(folder, str(rank)).write_text("\n".join(str(value) for value in values))
-    if rank == 0:
-        done.set()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _alone(setting: Setting, world: int, done: Event) -> Sequence[float]:
+def _alone(setting: Setting, world: int, done: Path) -> Sequence[float]:
     """Measure an `Alone` of W processes; all but the first go on until that has."""
     first = os.environ["RANK"] == "0"
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
@@ -326,7 +311,7 @@ def _alone(setting: Setting, world: int, done: Event) -> Sequence[float]:
             if world > 1:
                 SyncBatchNorm.convert(own)
             runs[name] = lambda own=own, x=x: _pass(own, x)
-        while not first and not done.is_set():
+        while not first and not done.exists():
             _typical(runs, 1)
         return Alone(**_typical(runs, setting.steps)) if first else []
 
@@ -337,7 +322,7 @@ def _pass(module: nn.Module, x: Tensor) -> None:
     torch.autograd.grad(total, [p for p in (*module.parameters(), x) if p.requires_grad])
 
 
-def _loopback(gap: float, _: Event) -> Loopback:
+def _loopback(gap: float, _: Path) -> Loopback:
     """Measure the network.
 
     Args:
@@ -362,7 +347,7 @@ def _loopback(gap: float, _: Event) -> Loopback:
     return Loopback(message, received / max(took["gathered"] - message / 2, 1e-9))
 
 
-def _step(setting: Setting, _: Event) -> list[float]:
+def _step(setting: Setting, _: Path) -> list[float]:
     """Seconds of a step of training, views included; of a core that it took; and in all."""
     contender = ours(setting.run(), "fp32")
     with closing(contender.views()) as views:
