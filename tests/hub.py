@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -84,6 +85,13 @@ class Hub:
                     return fault
         return None
 
+    def forget(self) -> None:
+        """Be as new."""
+        with self.lock:
+            self.repositories.clear()
+            self.faults.clear()
+            self.requests.clear()
+
     def count(self, method: str, path: str) -> int:
         return sum(m == method and re.search(path, p) is not None for m, p in self.requests)
 
@@ -104,6 +112,12 @@ def running_hub() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def online(hub: Hub, home: Path, token: str | None = WRITER) -> dict[str, str]:
+    """The environment of a client of this Hub, with a cache of its own."""
+    variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    return variables | ({"HF_TOKEN": token} if token else {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"})
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
 import torch
 from families import FAMILIES, photograph, pixels, same_state, trained
-from hub import DROP, READER, STRANGER, WRITER, Hub, running_hub
+from hub import READER, STRANGER, Hub, online, running_hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,7 +22,6 @@ from workflow import ROOT, SMALL, environment, run, write_images
 from vicreg_hf import VICRegModel, export_encoder
 from vicreg_hf.exporting import ExportError
 from vicreg_hf.hub import check_repo_id, check_revision, without_tokens
-from vicreg_hf.onnx import export_onnx
 from vicreg_hf.publishing import find_encoder, publish
 
 
@@ -31,12 +29,6 @@ from vicreg_hf.publishing import find_encoder, publish
 def hub() -> Iterator[Hub]:
     with running_hub() as hub:
         yield hub
-
-
-def online(hub: Hub, home: Path, token: str | None = WRITER) -> dict[str, str]:
-    """The environment of a client of this Hub, with a cache of its own."""
-    variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    return variables | ({"HF_TOKEN": token} if token else {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"})
 
 
 def python(code: str, *words: str, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -167,204 +159,9 @@ def test_a_push_is_one_commit_and_leaves_nothing_stale(hub: Hub, published: Path
     assert "expander" not in json.loads(repository.files("v1")["config.json"]).get("vicreg", {})
 
 
-# Faults
-
-ATTEMPT = """
-import json, sys
-import vicreg_hf.hub
-from families import trained
-vicreg_hf.hub.FIRST_WAIT = 0.01
-model, said = trained(), {}
-for repo in sys.argv[1:]:
-    try:
-        model.push_to_hub(repo)
-        said[repo] = "pushed"
-    except vicreg_hf.hub.HubError as error:
-        said[repo] = str(error)
-print(json.dumps(said))
-"""
-
-
-def attempts(hub: Hub, home: Path, token: str | None, *repos: str) -> dict[str, str]:
-    done = python(ATTEMPT, *repos, **online(hub, home, token))
-    assert done.returncode == 0, done.stderr
-    assert not token or token not in done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_what_will_not_pass_is_said_once_and_with_the_remedy(tmp_path: Path) -> None:
-    with running_hub() as hub:
-        said = {
-            "bad": attempts(hub, tmp_path, "hf_notATokenAtAll", "org/name"),
-            "none": attempts(hub, tmp_path, None, "org/name"),
-            "reader": attempts(hub, tmp_path, READER, "org/name"),
-        }
-        assert "(401)" in said["bad"]["org/name"]
-        assert "hf auth login" in said["bad"]["org/name"]
-        assert "(401)" in said["none"]["org/name"]
-        assert "(403)" in said["reader"]["org/name"]
-        assert "may write" in said["reader"]["org/name"]
-        assert not hub.repositories
-        assert hub.count("POST", "/api/repos/create") == 3
-
-
-def test_what_may_pass_is_tried_again_and_given_up_in_the_end(tmp_path: Path) -> None:
-    with running_hub() as hub:
-        hub.fail("POST", "^/api/models/org/once/commit/", 503, times=1)
-        hub.fail("POST", "^/api/models/org/dropped/commit/", DROP, times=1)
-        hub.fail("POST", "^/api/models/org/down/commit/", 500)
-        hub.fail("POST", "^/api/models/org/busy/commit/", 429)
-        hub.fail("POST", "^/api/models/org/odd/commit/", 418)
-        names = ("once", "dropped", "down", "busy", "odd")
-        said = attempts(hub, tmp_path, WRITER, *(f"org/{name}" for name in names))
-        assert said["org/once"] == said["org/dropped"] == "pushed"
-        assert "could not be reached" in said["org/down"]
-        assert "(429)" in said["org/busy"]
-        assert "(418)" in said["org/odd"]
-        assert hub.count("POST", "org/odd/commit") == 1
-        for name in ("down", "busy"):
-            assert hub.count("POST", f"org/{name}/commit") == 3
-            assert len(hub.repositories[f"models/org/{name}"].commits) == 1
-
-
-PAGE = b"<!doctype html><title>Log in to this network</title>"
-
-
-def test_what_answers_in_place_of_the_hub_is_tried_again_and_named(tmp_path: Path) -> None:
-    with running_hub() as hub:
-        hub.fail("POST", "^/api/repos/create", 200, times=3, content=PAGE)
-        hub.fail("POST", "^/api/repos/create", 200, times=3, content=b"{}")
-        places = {
-            "org/asking": ("POST", "^/api/models/org/asking/preupload/"),
-            "org/reading": ("GET", "^/api/models/org/reading"),
-            "org/writing": ("POST", "^/api/models/org/writing/commit/"),
-        }
-        names = ["org/made", "org/made-otherwise"]
-        for repo, (method, path) in places.items():
-            for what, content in {
-                "page": PAGE,
-                "empty": b"",
-                "keys": b"{}",
-                "null": b"null",
-            }.items():
-                name = f"{repo}-{what}"
-                hub.fail(method, path.replace(repo, name), 200, content=content)
-                names.append(name)
-        hub.fail("POST", "^/api/models/org/once/commit/", 200, times=1, content=PAGE)
-        said = attempts(hub, tmp_path, WRITER, *names, "org/once")
-        assert said.pop("org/once") == "pushed"
-        for name, sentence in said.items():
-            begin = f"{hub.endpoint} must answer for {name} as the Hub does, and did not, asked 3"
-            assert sentence.startswith(begin), sentence
-            assert sentence.endswith("or check HF_ENDPOINT and HTTPS_PROXY.")
-            assert "\n" not in sentence
-            assert "log-in page" in sentence
-        assert hub.count("POST", "org/writing-page/commit/") == 3
-        assert hub.count("POST", "org/asking-keys/preupload/") == 3
-
-
-def test_a_commit_that_another_overtakes_is_tried_again(tmp_path: Path) -> None:
-    with running_hub() as hub:
-        for status in (409, 412):
-            hub.fail("POST", f"^/api/models/org/once-{status}/commit/", status, times=1)
-            hub.fail("POST", f"^/api/models/org/always-{status}/commit/", status)
-        names = [f"org/{when}-{status}" for when in ("once", "always") for status in (409, 412)]
-        said = attempts(hub, tmp_path, WRITER, *names)
-        for status in (409, 412):
-            assert said[f"org/once-{status}"] == "pushed"
-            sentence = said[f"org/always-{status}"]
-            assert sentence.startswith(
-                f"a commit to org/always-{status} must follow its newest one, and another came "
-                f"first ({status}), tried 3 times; push again when nothing else does: "
-            )
-            assert f"fault {status}" in sentence
-            assert "developer.mozilla.org" not in sentence
-            assert hub.count("POST", f"org/always-{status}/commit") == 3
-
-
-def test_what_the_hub_takes_in_no_form_is_said_once(tmp_path: Path) -> None:
-    with running_hub() as hub:
-        hub.fail("POST", "^/api/models/org/large/commit/", 413, content=PAGE)
-        metadata = b'{"errors": [{"message": "\\"license\\" must be one of those known"}]}'
-        hub.fail("POST", "^/api/validate-yaml", 400, content=metadata)
-        said = attempts(hub, tmp_path, WRITER, "org/card")
-        hub.faults.pop()
-        said |= attempts(hub, tmp_path, WRITER, "org/large")
-        assert said["org/large"] == (
-            "the Hub, or a proxy before it, takes no upload of this size for org/large (413); push "
-            "from a network without the proxy, or less at once: no expander, no ONNX."
-        )
-        assert said["org/card"] == (
-            "the Hub refuses org/card (400): Invalid metadata in README.md. "
-            '- "license" must be one of those known'
-        )
-        assert hub.count("POST", "org/large/commit") == 1
-        assert hub.count("POST", "/api/validate-yaml") == 2  # once for each
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("data") / "jane_does_images")
-
-
-def test_a_run_that_may_not_push_stops_before_it_trains(images: Path, tmp_path: Path) -> None:
-    with running_hub() as hub:
-        flags = [f"--output_dir={tmp_path / 'run'}", f"--dataset_name={images}", "--max_steps=2"]
-        command = [sys.executable, "scripts/pretrain.py", *SMALL, *flags]
-        done = run(
-            [*command, "--push_to_hub=true", "--hub_model_id=org/name"],
-            **online(hub, tmp_path, READER),
-        )
-        assert done.returncode != 0
-        assert "error: pushing to org/name needs an access token that may write" in done.stderr
-        assert "Traceback" not in done.stderr.split("error:")[0]
-        assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def test_a_push_cut_off_midway_leaves_the_earlier_revision_and_says_how_to_retry(
-    images: Path, tmp_path: Path
-) -> None:
-    with running_hub() as hub:
-        online_here = online(hub, tmp_path / "home")
-        flags = [f"--output_dir={tmp_path / 'run'}", f"--dataset_name={images}", "--max_steps=2"]
-        command = [sys.executable, "scripts/pretrain.py", *SMALL, *flags]
-        command += ["--push_to_hub=true", "--hub_model_id=org/name", "--hub_private=true"]
-        first = run([*command, "--save_steps=1"], **online_here)
-        assert first.returncode == 0, first.stderr
-        repository = hub.repositories["models/org/name"]
-        earlier = dict(repository.files())
-        assert repository.private
-        assert len(repository.commits) == 2
-        assert earlier.keys() == {
-            "README.md", "config.json", "model.safetensors", "pictures/loss_terms.png",
-            "pictures/retrievals.png", "pictures/singular_values.png",
-        }  # fmt: skip
-        card = earlier["README.md"].decode()
-        assert 'AutoModel.from_pretrained("org/name")' in card
-        assert "hf-hub:org/name" in card
-
-        hub.fail("POST", "^/api/models/org/name/commit/", DROP)
-        again = [*command, "--resume=never", "--seed=1"]
-        second = run(again, **online_here)
-        assert second.returncode != 0
-        assert repository.files() == earlier
-        retry = second.stderr.split("Push it again with")[1].split("\n")[1].split()
-        assert retry[1:] == [
-            "scripts/publish.py", str(tmp_path / "run"), "--repo_id", "org/name", "--private",
-        ]  # fmt: skip
-        hub.faults.clear()
-        hub.fail("POST", "^/api/models/org/name/commit/", 200, content=PAGE)
-        behind = run(retry, **online_here)
-        assert behind.returncode == 1
-        assert behind.stderr.splitlines()[-1].startswith(f"error: {hub.endpoint} must answer for")
-        assert "Traceback" not in behind.stderr
-        hub.faults.clear()
-        third = run(retry, **online_here)
-        assert third.returncode == 0, third.stderr
-        assert repository.files()["model.safetensors"] != earlier["model.safetensors"]
-        assert repository.files().keys() == earlier.keys()
-        for result in (first, second, third):
-            assert WRITER not in result.stdout + result.stderr
 
 
 # The card of a run
@@ -567,21 +364,3 @@ def test_a_run_that_was_killed_is_published_from_its_newest_checkpoint(
 def test_nothing_that_looks_like_a_token_is_shown() -> None:
     text = f"header 'Bearer {STRANGER}' and my-own-secret"
     assert without_tokens(text, "my-own-secret") == "header 'Bearer [token]' and [token]"
-
-
-# ONNX
-
-
-@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "test_convnext"])
-def test_onnx_gives_the_features_of_any_number_of_images(architecture: str, tmp_path: Path) -> None:
-    model = trained(architecture)
-    path = export_onnx(model, tmp_path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    cfg = model.config.pretrained_cfg
-    assert cfg is not None
-    for batch in (1, 5):
-        x = torch.randn(batch, *cfg["input_size"])
-        (features,) = session.run(None, {"pixel_values": x.numpy()})
-        with torch.no_grad():
-            expected = model.encoder(x)
-        torch.testing.assert_close(torch.from_numpy(features), expected, rtol=1e-3, atol=1e-4)

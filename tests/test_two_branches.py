@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from hub import running_hub
+from hub import online, running_hub
 from paired import write_captions, write_clips, write_text_encoder, write_vectors
-from test_publishing import online
 from warm import run_pretraining, run_script
 from workflow import ROOT, SMALL, environment, run, write_images
 
