@@ -92,7 +92,7 @@ def test_images_and_captions_find_each_other(tmp_path: Path) -> None:
     done = run_pretraining(
         *LEARNING, f"--dataset_name={data}", "--prime_modality=text",
         f"--prime_architecture={bert}", "--prime_column=captions", f"--output_dir={out}",
-        "--max_steps=150",
+        "--max_steps=80",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "That of the second branch is in" in done.stdout
