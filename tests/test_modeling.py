@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,13 @@ WIDTHS = (
 def test_a_field_that_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         config(**settings)
+
+
+def test_a_field_that_is_changed_while_loading_is_checked(tmp_path: Path) -> None:
+    config().save_pretrained(tmp_path)
+    assert VICRegConfig.from_pretrained(tmp_path, std_coeff=3).std_coeff == 3
+    with pytest.raises(ValueError, match=r"^std_coeff must be a finite number .*, got 'x'\."):
+        VICRegConfig.from_pretrained(tmp_path, std_coeff="x")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +169,16 @@ def test_one_view_gives_timms_features_and_no_loss() -> None:
     assert set(output) == {"last_hidden_state", "pooler_output"}
     assert torch.equal(output.last_hidden_state, features)
     assert torch.equal(output.pooler_output, model.encoder(x))
+
+
+def test_outputs_are_a_tuple_where_that_is_asked_for() -> None:
+    model, x, x_prime = trained(), pixels(), pixels(seed=1)
+    output = model(x, x_prime)
+    loss, *_, features, y = model(x, x_prime, return_dict=False)
+    assert torch.equal(loss, output.loss)
+    assert torch.equal(features, output.last_hidden_state)
+    assert torch.equal(y, output.pooler_output)
+    assert model(x, return_dict=True).loss is None
 
 
 @pytest.mark.parametrize("training", [True, False])

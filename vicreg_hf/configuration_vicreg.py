@@ -184,8 +184,6 @@ class VICRegConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is no field of VICRegConfig; did you mean {near[0]}?")
         super().__post_init__(**kwargs)
         self._check_fields()
-        if self.weights not in ("shared", "separate"):
-            raise ValueError(f"weights must be shared or separate, got {self.weights!r}.")
         if self.prime is not None or self.weights == "separate":
             self.weights = "separate"
             self.prime = complete_prime(self.prime or {}, self)
@@ -204,9 +202,18 @@ class VICRegConfig(PreTrainedConfig):
             raise ValueError(
                 f"variance_reduction must be mean or sum, got {self.variance_reduction!r}."
             )
+        if self.weights not in ("shared", "separate"):
+            raise ValueError(f"weights must be shared or separate, got {self.weights!r}.")
         widths = read_widths("expander_dims", self.expander_dims)
         if not isinstance(self.expander_dims, (list, tuple)):
             self.expander_dims = widths
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of any configuration; fields that are given beside it are checked too."""
+        loaded = super().from_dict(config_dict, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._check_fields()
+        return loaded
 
     @classmethod
     def get_config_dict(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils.generic import ModelOutput
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from vicreg_hf.batch_norm import count_once
 from vicreg_hf.branches import (
@@ -183,6 +183,7 @@ class VICRegModel(PreTrainedModel):
         model.expander, settings.expander_dims = self.prime.expander, prime["expander_dims"]
         return model
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -207,6 +208,7 @@ class VICRegModel(PreTrainedModel):
         Returns:
             last_hidden_state and pooler_output of the first views; with second views also loss,
             invariance, variance, covariance and embeddings. Of second views alone pooler_output.
+            With return_dict=False, a tuple of what there is, in the order of `VICRegOutput`.
 
         Raises:
             ValueError: no views, or further and local ones without the second.
