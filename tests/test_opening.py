@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import resource
 import tarfile
 from pathlib import Path
 
@@ -106,7 +107,24 @@ def test_a_cache_that_cannot_be_written_is_not_the_data_sets_fault(
         open_dataset(str(tmp_path / "train.parquet"))
     sentence = str(caught.value)
     assert sentence.startswith(f"the cache of data sets must be writable, got {cache}: [Errno ")
-    assert sentence.endswith("; set HF_HOME or HF_DATASETS_CACHE to a folder that is.")
+    assert sentence.endswith(
+        "; free some space, or set HF_HOME or HF_DATASETS_CACHE to another folder."
+    )
+
+
+def test_a_cache_that_is_full_is_not_the_data_sets_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table_of([png(image) for image in photographs(20, 200, 200)])
+    table.to_parquet(tmp_path / "train.parquet")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    _, most = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, most))  # bytes of a file
+    try:
+        with pytest.raises(ValueError, match=r"^the cache of data sets must be writable, got .*27"):
+            open_dataset(str(tmp_path / "train.parquet"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("name", ["missing", "."])

@@ -36,6 +36,7 @@ BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 """What a single file is opened as, but for zips; folders of such are recognised by `datasets`."""
 KINDS = (IMAGES, SOUNDS)
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_dataset(name: str, config_name: str | None = None, *, streaming: bool = False) -> Splits:
@@ -59,7 +60,7 @@ def open_dataset(name: str, config_name: str | None = None, *, streaming: bool =
         if (fault := _cache_fault(e)) is not None:
             raise ValueError(
                 f"the cache of data sets must be writable, got {config.HF_DATASETS_CACHE}: "
-                f"{fault}; set HF_HOME or HF_DATASETS_CACHE to a folder that is."
+                f"{fault}; free some space, or set HF_HOME or HF_DATASETS_CACHE to another folder."
             ) from e
         told = [next(iter(str(x).strip().splitlines()), type(x).__name__)
                 for x in (e, e.__cause__) if x is not None]  # fmt: skip
@@ -77,6 +78,8 @@ def _cache_fault(error: BaseException) -> OSError | None:
     """What kept `datasets` from writing to its cache, if that is what an error comes from."""
     caches = [Path(cache) for cache in (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE)]
     for each in _causes(error):
+        if isinstance(each, OSError) and (each.errno in FULL or "disk space" in str(each)):
+            return each  # reading takes no room
         if isinstance(each, OSError) and each.errno in NOT_WRITABLE and each.filename is not None:
             place = Path(os.fsdecode(each.filename))
             if any(place.is_relative_to(c) or c.is_relative_to(place) for c in caches):

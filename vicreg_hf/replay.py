@@ -32,7 +32,8 @@ def replay(args: PretrainingArguments, step: int) -> Path:
         raise ValueError(f"replay must be a step from 1 to {run.total_steps}, got {step}.")
     if args.streaming:
         raise ValueError("replay needs data on disk; a stream comes in another order each time.")
-    if run.step == 0 and any((run.output_dir / "checkpoints").glob("step-*")):
+    saved = {path.name for path in (run.output_dir / "checkpoints").glob("step-*")}
+    if run.step == 0 and saved and "step-0" not in saved:
         run.accelerator.print("No checkpoint from before that step is left: it is taken from 0.")
     path = run.output_dir / f"replay-step-{step}.json"
     run.wrapped.train()
