@@ -14,11 +14,15 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 gc.disable()
 
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from gloo import GlooPool
+from sklearn.datasets import load_sample_images
+from torch import Tensor
 
 # The same examples in every run, and no limit on the time one takes.
 hypothesis.settings.register_profile("vicreg", deadline=None, database=None, derandomize=True)
@@ -73,3 +77,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("prepared"))
         yield
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Tensor:
+    """(16, 3, 80, 120) uint8 pieces of two photographs."""
+    bundle: Any = load_sample_images()
+    pieces = [
+        image[y : y + 80, x : x + 120]
+        for image in bundle.images
+        for y in (0, 160, 320)
+        for x in (0, 240, 480)
+    ]
+    return torch.from_numpy(np.stack(pieces[:16])).permute(0, 3, 1, 2).contiguous()
