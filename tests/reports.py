@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -118,3 +119,8 @@ ONLY_CLASSES: dict[str, Any] = {"train": None, "test": None}
 
 def written(directory: Path, **given: Any) -> Page:
     return Page(write_report(directory / "report.html", **given))
+
+
+def decoded(uri: str) -> bytes:
+    """The picture in a data URI."""
+    return base64.b64decode(uri.partition("base64,")[2], validate=True)
