@@ -278,7 +278,7 @@ BAD_SETTINGS = {
     "architecture": ({"architecture": "resnet5O"}, "got 'resnet5O'; close to it are resnet50"),
     "image column": ({"image_column": "img"}, "got 'img'; columns of images: picture"),
     "label column": ({"label_column": "label"}, "got 'label'; columns: picture, kind"),
-    "split": ({"train_split": "training"}, "train_split must be one of train, test, part of one such"),
+    "split": ({"train_split": "training"}, "train_split must be one of train, test, part of one"),
     "too few images": ({"batch_size": 100}, "batch_size=100 and 64 images; use at most 64"),
     "one image in the last micro-batch": (
         {"micro_batch_size": 5},
