@@ -27,7 +27,8 @@ from workflow import run
 
 from vicreg_hf.claiming import claim
 from vicreg_hf.encoders import Encoder
-from vicreg_hf.extraction import ExtractionArguments, _encode, extract_dataset
+from vicreg_hf.encoding import encode
+from vicreg_hf.extraction import ExtractionArguments, extract_dataset
 from vicreg_hf.images import ImageError
 
 SIZES = [(40, 60), (64, 64), (33, 90), (120, 50)]
@@ -421,7 +422,7 @@ def test_features_that_are_not_finite_are_refused() -> None:
     encoder = Encoder(module, 2, lambda image: image, config, {})
     images = torch.ones(4, 3, 2, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match="must give finite features, and some are not"):
-        _encode(encoder, images, torch.device("cpu"))
+        encode(encoder, images, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -2,31 +2,22 @@
 
 A split is cut into parts of a fixed number of rows, each a parquet file that is whole or not there.
 The parts are shared out over the processes, and those that are whole are not made again.
-
-Shapes: B images, C channels, S side in pixels, F features.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
-import numpy as np
-import pyarrow as pa
 import torch
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from vicreg_hf.bad_images import BadImages, check_share
 from vicreg_hf.checks import settle_kinds
@@ -35,12 +26,11 @@ from vicreg_hf.columns import BadImage
 from vicreg_hf.cores import available_cores, default_num_workers, local_processes
 from vicreg_hf.distributed import PATIENCE, failing_together
 from vicreg_hf.encoders import Encoder, open_encoder
-from vicreg_hf.evaluation.features import normalise_images
-from vicreg_hf.feature_parts import Part, PartError, parts_of, read_part, write_part
+from vicreg_hf.encoding import features_of
+from vicreg_hf.feature_parts import Part, PartError, parts_of, read_part
 from vicreg_hf.hub import HubError, check_repo_id, open_repository, push_folder
 from vicreg_hf.loading import loading_errors
 from vicreg_hf.opening import open_dataset
-from vicreg_hf.reading import zip_and_name
 from vicreg_hf.sources import ImageSplit, image_split, renumbered
 from vicreg_hf.whole_files import replacing
 
@@ -92,16 +82,6 @@ class ExtractionArguments:
             check_repo_id(self.hub_dataset_id, "hub_dataset_id")
         elif self.push_to_hub:
             raise ValueError("push_to_hub needs hub_dataset_id, org/name, and got none.")
-
-
-class Batch(NamedTuple):
-    """What a worker makes of some rows."""
-
-    rows: list[int]
-    paths: list[str | None]
-    images: Tensor | None
-    """(B, C, S, S), of the rows that have one; None if none has."""
-    bad: list[BadImage]
 
 
 def extract_dataset(args: ExtractionArguments) -> Path:
@@ -208,152 +188,6 @@ def _lacking(part: Part, split: ImageSplit, num_features: int) -> list[BadImage]
     if len(bad) < len(rows):
         raise PartError(f"it lacks {len(rows) - len(bad)} images that can be used")
     return bad
-
-
-def features_of(
-    encoder: Encoder,
-    splits: dict[str, ImageSplit],
-    parts: Sequence[Part],
-    *,
-    device: torch.device,
-    batch_size: int,
-    num_workers: int,
-    dtype: str = "float32",
-    root: str = "",
-    show: bool = False,
-) -> Iterator[list[BadImage]]:
-    """Write the features of some parts, and yield for each the images that could not be used.
-
-    Args:
-        encoder: its module on the device.
-        parts: of the splits, in the order in which they are made.
-        root: folder of the data, of which paths are shown as parts.
-        show: a progress bar.
-    """
-    encoder.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    pinned = device.type == "cuda"
-    batches = [
-        (part, part.rows[start : start + batch_size])
-        for part in parts
-        for start in range(0, len(part.rows), batch_size)
-    ]
-    loader = DataLoader(
-        _Views(splits, batches, encoder), batch_size=None, num_workers=num_workers,
-        pin_memory=pinned, prefetch_factor=4 if num_workers else None,
-    )  # fmt: skip
-    bar = tqdm(total=sum(len(part.rows) for part in parts), unit="image", disable=not show)
-    # should all images of a part be bad, its column is as wide as the others'
-    empty = torch.empty(0, encoder.num_features, device=device)
-    made: list[Batch] = []
-    features: list[Tensor] = []
-    written: tuple[Future[None], list[BadImage]] | None = None
-    with bar, ThreadPoolExecutor(1) as writer:
-        for (part, rows), batch in zip(batches, loader, strict=True):
-            made.append(batch)
-            if batch.images is not None:
-                features.append(_encode(encoder, batch.images, device))
-            bar.update(len(rows))
-            if rows[-1] != part.rows[-1]:
-                continue
-            if written is not None:
-                written[0].result()
-                yield written[1]
-            found = torch.cat([empty, *features]).cpu().numpy()
-            bad = [image for batch in made for image in batch.bad]
-            # written while the next part is made
-            done = writer.submit(_write, part, splits[part.split], made, found.astype(dtype), root)
-            written, made, features = (done, bad), [], []
-        if written is not None:
-            written[0].result()
-            yield written[1]
-
-
-@torch.inference_mode()
-def _encode(encoder: Encoder, images: Tensor, device: torch.device) -> Tensor:
-    """(B, F) float32 on the device."""
-    images = images.to(device, non_blocking=True)
-    if images.dtype == torch.uint8:
-        images = normalise_images(images, encoder.mean, encoder.std)
-    features = encoder.module(images.to(memory_format=torch.channels_last)).float()
-    if features.ndim != 2:
-        raise ValueError(
-            "the encoder must pool to shape (batch, features), got "
-            f"{tuple(features.shape)}; remove global_pool from its model_args."
-        )
-    if not bool(features.isfinite().all()):
-        raise ValueError(
-            "the encoder must give finite features, and some are not; compute in float32, without "
-            "--bf16 and --mixed_precision, or choose another checkpoint."
-        )
-    return features
-
-
-class _Views(Dataset[Batch]):
-    """Batches of rows as the encoder's own evaluation views."""
-
-    def __init__(
-        self, splits: dict[str, ImageSplit], batches: list[tuple[Part, range]], encoder: Encoder
-    ) -> None:
-        self.splits, self.batches, self.prepare = splits, batches, encoder.prepare
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Batch:
-        part, wanted = self.batches[index]
-        rows, paths, images, bad = [], [], [], []
-        found = self.splits[part.split].try_read(wanted)
-        for row, (image, path) in zip(wanted, found, strict=True):
-            if isinstance(image, BadImage):
-                bad.append(image)
-                continue
-            rows.append(row)
-            paths.append(path)
-            images.append(self.prepare(image))
-        return Batch(rows, paths, torch.stack(images) if images else None, bad)
-
-
-def _write(
-    part: Part,
-    split: ImageSplit,
-    batches: list[Batch],
-    features: NDArray[np.floating[Any]],
-    root: str,
-) -> None:
-    """The features of a part as parquet, whole or not at all."""
-    rows = [row for batch in batches for row in batch.rows]
-    paths = [path for batch in batches for path in batch.paths]
-    width = features.shape[1]
-    ids = [_image_id(row, path, root) for row, path in zip(rows, paths, strict=True)]
-    # from_dict would take each number by itself
-    embedding = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), width)
-    arrays = [pa.array(rows, pa.int64()), pa.array(ids, pa.string()), embedding]
-    kinds: dict[str, Any] = {
-        "row": datasets.Value("int64"),
-        "image_id": datasets.Value("string"),
-        "embedding": datasets.List(datasets.Value(str(features.dtype)), length=width),
-    }
-    if split.labels is not None:
-        arrays.append(pa.array(split.labels[torch.tensor(rows, dtype=torch.long)].numpy()))
-        names = list(split.label_names)
-        kinds["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
-    table = pa.Table.from_arrays(arrays, schema=datasets.Features(kinds).arrow_schema)
-    write_part(part.file, table)
-
-
-def _image_id(row: int, path: str | None, root: str) -> str:
-    """Never a path of this machine."""
-    if path is None:
-        return str(row)
-    archive, path = zip_and_name(path)
-    if archive is not None:
-        several = Path(root).is_dir()
-        return f"{_image_id(row, archive, root)}/{path}" if several else path
-    if Path(path).is_absolute():
-        folder = Path(root).resolve()
-        inside = Path(path).is_relative_to(folder)
-        return Path(path).relative_to(folder).as_posix() if inside else Path(path).name
-    return path
 
 
 def _open_splits(args: ExtractionArguments, encoder: Encoder) -> dict[str, ImageSplit]:

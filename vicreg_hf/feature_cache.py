@@ -22,7 +22,7 @@ from vicreg_hf.bad_images import BadImages, check_share
 from vicreg_hf.cores import default_num_workers, local_processes
 from vicreg_hf.distributed import failing_together
 from vicreg_hf.encoders import Encoder
-from vicreg_hf.extraction import features_of
+from vicreg_hf.encoding import features_of
 from vicreg_hf.feature_parts import Contents, Part, PartError, parts_of, read_part
 from vicreg_hf.loading import loading_errors
 from vicreg_hf.sources import ImageSplit
