@@ -1,28 +1,21 @@
-"""Model cards: what a run knows of itself, and the card rendered from it."""
+"""Model cards, rendered from what a run knows of itself."""
 
 from __future__ import annotations
 
 import os
-import platform
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-import transformers
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
 
-import vicreg_hf
 from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.backbones import is_ours
 from vicreg_hf.configuration_vicreg import VICRegConfig
-from vicreg_hf.evaluation.results import Measurement
-from vicreg_hf.opening import DEMO
+from vicreg_hf.records import TrainingRecord, impersonal
 from vicreg_hf.whole_files import replacing
 
 CARD_FILE = "README.md"
@@ -36,117 +29,6 @@ SECOND = "-prime"
 """What the repository of a second branch's encoder is called after the first's name: timm opens
 repositories at their root alone, so each encoder has its own."""
 TAGS = ["timm", "vicreg", "self-supervised-learning", "arxiv:2105.04906"]
-WHERE_ONLY = {"output_dir", "resume", "push_to_hub", "hub_model_id", "hub_private"}
-"""Settings that say nothing of how the model was made."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A measurement."""
-
-    name: str
-    value: float
-    measured: str
-    """How, in a few words."""
-    percent: bool = False
-    of_model: bool = True
-    """And not of what it is compared with, which stays out of the metadata."""
-
-    @property
-    def shown(self) -> str:
-        return f"{100 * self.value:.1f} %" if self.percent else f"{self.value:.3g}"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture beside the card."""
-
-    file: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class TrainingRecord:
-    """What a run knows of itself."""
-
-    args: PretrainingArguments
-    images: int | None
-    """None for a stream of unknown length."""
-    steps: int
-    seconds: float
-    """Of all the sessions of the run together."""
-    hardware: str
-    results: Sequence[Result]
-    pictures: Sequence[Picture] = ()
-    energy: str | None = None
-    held_out: str | None = None
-
-    @property
-    def views(self) -> int:
-        return self.args.num_views * self.steps * self.args.batch_size
-
-    @property
-    def hub_id(self) -> str | None:
-        """The data set on the Hub, if it is one."""
-        name = self.args.dataset_name
-        return None if name == DEMO or os.path.exists(name) else name
-
-    @property
-    def data(self) -> str:
-        if self.args.dataset_name == DEMO:
-            return "`demo`, scikit-learn's handwritten digits at random places and angles"
-        if self.hub_id is not None:
-            return f"[{self.hub_id}](https://huggingface.co/datasets/{self.hub_id})"
-        return f"the local data set `{impersonal(self.args.dataset_name)}`"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        given = {k: v for k, v in asdict(self.args).items() if k not in WHERE_ONLY}
-        return impersonal(given)
-
-    @property
-    def settings_yaml(self) -> str:
-        return yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
-
-    @property
-    def wall_time(self) -> str:
-        minutes, seconds = divmod(round(self.seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-
-    @property
-    def software(self) -> str:
-        versions = {
-            "vicreg_hf": vicreg_hf.__version__, "torch": torch.__version__,
-            "timm": timm.__version__, "transformers": transformers.__version__,
-        }  # fmt: skip
-        return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def impersonal(value: Any) -> Any:
-    """The value with every path of this machine cut to its last part."""
-    if isinstance(value, dict):
-        return {key: impersonal(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [impersonal(entry) for entry in value]
-    if isinstance(value, str) and (
-        value.startswith(("/", "~", "../", "./")) or (os.sep in value and os.path.exists(value))
-    ):
-        return Path(value).resolve().name
-    return value
-
-
-def hardware(device: torch.device, processes: int) -> str:
-    """The machine, as a card names it."""
-    if device.type == "cuda":
-        return f"{processes} x {torch.cuda.get_device_name(device)}"
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        name = found[1].strip() if found else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {name}, {processes} process{'es' if processes > 1 else ''}"
 
 
 def model_card(
@@ -307,72 +189,10 @@ def personalise(text: str, repo_id: str, licence: str | None = None) -> str:
     return re.sub(rf'(["/:`]){re.escape(MODEL_ID)}\b', lambda found: found[1] + repo_id, text)
 
 
-def add_evaluation(
-    path: Path, measurements: Sequence[Measurement], *, dataset: str, split: str
-) -> None:
-    """Add results of an evaluation to a card, in the place of earlier ones of the same data.
-
-    Args:
-        path: of the card.
-        dataset: id on the Hub, or a name; likewise split.
-
-    Raises:
-        ValueError, YAMLError: metadata that cannot be read, which would be lost.
-    """
-    card: Any = ModelCard(path.read_text(encoding="utf-8"))
-    shares = [m for m in measurements if m.percent]
-    kept = [
-        result for result in card.data.eval_results or []
-        if (result.dataset_name, result.dataset_split) != (dataset, split)
-        or result.metric_name not in {m.name for m in shares}
-    ]  # fmt: skip
-    if shares:
-        card.data.model_name = card.data.model_name or path.resolve().parent.name
-        card.data.eval_results = kept + [
-            EvalResult(
-                task_type="image-classification", dataset_type=dataset, dataset_name=dataset,
-                dataset_split=split, metric_type=_metric_type(m.name), metric_name=m.name,
-                metric_value=round(100 * m.value, 2),
-            )
-            for m in shares
-        ]  # fmt: skip
-        types = {_metric_type(m.name) for m in shares} | set(card.data.metrics or [])
-        card.data.metrics = sorted(types)
-    card.text = _with_section(card.text, dataset, split, measurements)
-    write_card(path, card)
-
-
 def write_card(path: Path, card: ModelCard) -> None:
     """Write a card that is there whole or, after a crash, not at all."""
     with replacing(path) as aside:
         aside.write_text(str(card), encoding="utf-8")
-
-
-def _metric_type(name: str) -> str:
-    kinds = {"recall": "recall", "precision": "mean_average_precision"}
-    return next((kind for word, kind in kinds.items() if word in name), "accuracy")
-
-
-def _with_section(text: str, dataset: str, split: str, measurements: Sequence[Measurement]) -> str:
-    """A card's text with a table for one data set, before its training or at its end."""
-    begin, end = f"<!-- evaluation: {dataset} ({split}) -->", "<!-- end of evaluation -->"
-    rows = {m.name: f"| {m.name} | {m.shown} | {m.num_images:,} |" for m in measurements}
-    if begin in text and end not in text.partition(begin)[2]:
-        raise ValueError(f"a card's table must end with {end}, got none after {begin}.")
-    if begin in text:
-        before, _, rest = text.partition(begin)
-        old, _, after = rest.partition(end)
-        earlier = [line for line in old.splitlines() if line.startswith("| ")][1:]
-        rows = {line.split("|")[1].strip(): line for line in earlier} | rows
-    else:
-        place = text.find("\n## Training\n") + 1 or len(text)
-        before, after = text[:place].rstrip() + "\n\n", "\n\n" + text[place:].lstrip()
-    lines = [
-        begin, f"## Evaluation on {dataset} ({split})", "",
-        "| measure | value, 95 % interval over resampled images | images |", "|---|---|---|",
-        *rows.values(), end,
-    ]  # fmt: skip
-    return before + "\n".join(lines) + after
 
 
 def _base_model(record: TrainingRecord, licence: str | None) -> tuple[str | None, str | None]:

@@ -22,12 +22,13 @@ from torch import Tensor
 from yaml import YAMLError
 
 import vicreg_hf
-from vicreg_hf.cards import CARD_FILE, add_evaluation, hardware, impersonal
+from vicreg_hf.cards import CARD_FILE
 from vicreg_hf.cores import available_cores, local_processes
 from vicreg_hf.distributed import PATIENCE, failing_together
 from vicreg_hf.earlier import set_aside
 from vicreg_hf.encoders import Encoder, open_encoder
 from vicreg_hf.evaluation.arguments import TRAINED, EvaluationArguments
+from vicreg_hf.evaluation.card import add_evaluation
 from vicreg_hf.evaluation.gallery import Gallery
 from vicreg_hf.evaluation.results import Measurement
 from vicreg_hf.feature_cache import Features, cached_features
@@ -42,6 +43,7 @@ from vicreg_hf.protocols import (
     run_protocol,
     training_rows,
 )
+from vicreg_hf.records import hardware, impersonal
 from vicreg_hf.sampler import GlobalBatches
 from vicreg_hf.splits import add_parts
 from vicreg_hf.whole_files import replacing

@@ -10,8 +10,6 @@ from safetensors import SafetensorError
 from vicreg_hf.cards import (
     CARD_FILE,
     SECOND,
-    TrainingRecord,
-    hardware,
     model_card,
     second_card,
     write_card,
@@ -21,6 +19,7 @@ from vicreg_hf.exporting import export_encoder, load_model
 from vicreg_hf.hub import HubError
 from vicreg_hf.modalities.text_encoder import TextEncoder
 from vicreg_hf.publishing import push_model, retry_command
+from vicreg_hf.records import TrainingRecord, hardware
 from vicreg_hf.reporting import results, summary
 from vicreg_hf.run import Run
 from vicreg_hf.second_encoder import (

@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from vicreg_hf.cards import LOSS_PICTURE, RETRIEVAL_PICTURE, SPECTRUM_PICTURE, Picture
+from vicreg_hf.cards import LOSS_PICTURE, RETRIEVAL_PICTURE, SPECTRUM_PICTURE
 from vicreg_hf.data import evaluation_batches
 from vicreg_hf.evaluation import extract_features
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.randomness import Stream, drawn
+from vicreg_hf.records import Picture
 from vicreg_hf.sources import ImageSplit
 
 TERMS = ("loss", "invariance", "variance", "covariance")

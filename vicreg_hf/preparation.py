@@ -20,7 +20,7 @@ from vicreg_hf.arguments import PretrainingArguments
 from vicreg_hf.batch_norm import synchronize
 from vicreg_hf.branches import check_architecture
 from vicreg_hf.building import build_model
-from vicreg_hf.cards import SECOND, hardware
+from vicreg_hf.cards import SECOND
 from vicreg_hf.compiling import why_not
 from vicreg_hf.cores import available_cores, local_processes
 from vicreg_hf.distributed import PATIENCE, any_process
@@ -34,6 +34,7 @@ from vicreg_hf.online_probe import create_probe
 from vicreg_hf.optim import create_optimizer
 from vicreg_hf.paired_inputs import run_views
 from vicreg_hf.pairs import PairedSplit
+from vicreg_hf.records import hardware
 from vicreg_hf.reporting import MetricsLog, introduction
 from vicreg_hf.resuming import resume
 from vicreg_hf.run import Run

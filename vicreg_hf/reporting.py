@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vicreg_hf.arguments import PretrainingArguments
-from vicreg_hf.cards import Result, impersonal
 from vicreg_hf.monitor import KNNMonitor
+from vicreg_hf.records import Result, impersonal
 from vicreg_hf.whole_files import replacing
 
 

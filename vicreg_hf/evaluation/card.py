@@ -1,0 +1,74 @@
+"""Results of evaluations in a model's card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard
+
+from vicreg_hf.cards import write_card
+from vicreg_hf.evaluation.results import Measurement
+
+
+def add_evaluation(
+    path: Path, measurements: Sequence[Measurement], *, dataset: str, split: str
+) -> None:
+    """Add results of an evaluation to a card, in the place of earlier ones of the same data.
+
+    Args:
+        path: of the card.
+        dataset: id on the Hub, or a name; likewise split.
+
+    Raises:
+        ValueError, YAMLError: metadata that cannot be read, which would be lost.
+    """
+    card: Any = ModelCard(path.read_text(encoding="utf-8"))
+    shares = [m for m in measurements if m.percent]
+    kept = [
+        result for result in card.data.eval_results or []
+        if (result.dataset_name, result.dataset_split) != (dataset, split)
+        or result.metric_name not in {m.name for m in shares}
+    ]  # fmt: skip
+    if shares:
+        card.data.model_name = card.data.model_name or path.resolve().parent.name
+        card.data.eval_results = kept + [
+            EvalResult(
+                task_type="image-classification", dataset_type=dataset, dataset_name=dataset,
+                dataset_split=split, metric_type=_metric_type(m.name), metric_name=m.name,
+                metric_value=round(100 * m.value, 2),
+            )
+            for m in shares
+        ]  # fmt: skip
+        types = {_metric_type(m.name) for m in shares} | set(card.data.metrics or [])
+        card.data.metrics = sorted(types)
+    card.text = _with_section(card.text, dataset, split, measurements)
+    write_card(path, card)
+
+
+def _metric_type(name: str) -> str:
+    kinds = {"recall": "recall", "precision": "mean_average_precision"}
+    return next((kind for word, kind in kinds.items() if word in name), "accuracy")
+
+
+def _with_section(text: str, dataset: str, split: str, measurements: Sequence[Measurement]) -> str:
+    """A card's text with a table for one data set, before its training or at its end."""
+    begin, end = f"<!-- evaluation: {dataset} ({split}) -->", "<!-- end of evaluation -->"
+    rows = {m.name: f"| {m.name} | {m.shown} | {m.num_images:,} |" for m in measurements}
+    if begin in text and end not in text.partition(begin)[2]:
+        raise ValueError(f"a card's table must end with {end}, got none after {begin}.")
+    if begin in text:
+        before, _, rest = text.partition(begin)
+        old, _, after = rest.partition(end)
+        earlier = [line for line in old.splitlines() if line.startswith("| ")][1:]
+        rows = {line.split("|")[1].strip(): line for line in earlier} | rows
+    else:
+        place = text.find("\n## Training\n") + 1 or len(text)
+        before, after = text[:place].rstrip() + "\n\n", "\n\n" + text[place:].lstrip()
+    lines = [
+        begin, f"## Evaluation on {dataset} ({split})", "",
+        "| measure | value, 95 % interval over resampled images | images |", "|---|---|---|",
+        *rows.values(), end,
+    ]  # fmt: skip
+    return before + "\n".join(lines) + after
