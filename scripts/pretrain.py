@@ -14,7 +14,9 @@ def _stop_before_the_run(*_: object) -> None:
 
 
 def _handle_requests(handler: Any) -> None:
-    for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):
+    for name in {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} & set(dir(signal)):
+        if name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            continue  # by nohup
         signal.signal(getattr(signal, name), handler)
 
 

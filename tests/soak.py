@@ -30,7 +30,7 @@ from workflow import ROOT, SMALL, descendants, environment, kill_all, metrics, w
 
 LONGEST = 20.0
 """Seconds a run is left alone at most before its next fault."""
-REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 EXPECTED = {75, 1, -signal.SIGKILL, *(128 + number for number in REQUESTS),
             *(-number for number in REQUESTS)}  # fmt: skip
 """Statuses of a run that met a fault; the last of one that Python had hardly begun."""

@@ -288,7 +288,7 @@ def test_a_worker_goes_on_when_its_process_group_is_told_to_end(split: ImageSpli
     (worker,) = set(multiprocessing.active_children()) - others
     status = Path(f"/proc/{worker.pid}/status").read_text()
     ignored = int(status.split("SigIgn:")[1].split()[0], 16)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         assert ignored >> (number - 1) & 1
         os.kill(worker.pid or 0, number)
     assert len([*made, *batches]) == 10

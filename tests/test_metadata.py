@@ -133,6 +133,48 @@ def test_folders_are_classes_unless_the_metadata_has_some(
     assert [split.label_names[k] for k in split.labels] == labels
 
 
+def test_values_of_a_csv_stay_what_they_are(tmp_path: Path) -> None:
+    folder = write(tmp_path, ["a/1.png", "a/2.png", "3.png"])
+    (folder / "metadata.csv").write_text(
+        "\ufefffile_name, label,code,number,share,right,image,\n"
+        ".\\a\\1.png, NA,007,3,0.5,True,x,\n"
+        "a\\2.png, None,010,,1e-3,False,y,\n"
+        "3.png,,100,-1,2,True,z,\n"
+    )
+    (table,) = open_dataset(str(folder)).values()
+    assert rows_of(folder)["train"] == [
+        {
+            "image": name,
+            "label": label,
+            "code": code,
+            "number": number,
+            "share": share,
+            "right": right,
+        }
+        | ({"Unnamed: 7": None} if "Unnamed: 7" in table.features else {})
+        for name, label, code, number, share, right in (
+            ("1.png", "NA", "007", 3, 0.5, True),
+            ("2.png", "None", "010", None, 0.001, False),
+            ("3.png", None, "100", -1, 2.0, True),
+        )
+    ]
+    split = image_split({"train": table}, "train", dataset_name="pictures")
+    torch.testing.assert_close(split.read([0, 1, 2])[1], photographs(1)[0])
+
+
+def test_files_that_are_named_twice_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path, ["train/1.png"])
+    write_metadata(folder / "metadata.csv", file_name=["train/1.png"], caption=["an oak"])
+    write_metadata(folder / "train" / "metadata.csv", file_name=["1.png"], caption=["an elm"])
+    assert len(open_dataset(str(folder))["train"]) == 2
+    assert (
+        "warning: 1 of 2 rows of metadata name images that others name too"
+        in capsys.readouterr().err
+    )
+
+
 def test_images_that_no_metadata_lists_are_told_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,9 +218,15 @@ REFUSALS = {
         "name,caption\n1.png,x\n",
         r"must name its files in a column file_name of text, got n",
     ),
-    "numbers": ("file_name\n1\n", r"must name its files in a column file_name of text, got file"),
+    "none": ("file_name\n1\n", r"must name files that are there, .* none of the 1 images in "),
+    "header": (
+        "file_name,caption\n",
+        r"a metadata file must have rows, got none in .*metadata\.csv",
+    ),
     "empty": ("", r"a metadata file must be readable, and .*metadata\.csv is not: No columns"),
     "above": ("file_name\n../1.png\n", r"paths from its own folder, and .* names '\.\./1\.png'"),
+    "above, further on": ("file_name\na\\..\\..\\1.png\n", r"paths from its own folder, and "),
+    "drive": ("file_name\nC:\\1.png\n", r"paths from its own folder, and .* names 'C:"),
     "absolute": ("file_name\n/1.png\n", r"paths from its own folder, and .* names '/1\.png'"),
     "address": (
         "file_name\nhttp://x/1.png\n",

@@ -112,7 +112,7 @@ def test_labels_change_the_probe_alone(images: Path, probed: Path, tmp_path: Pat
     other = train(relabelled(images, tmp_path / "other", labels), tmp_path / "run")
     file = Path("checkpoints", f"step-{STEPS}", "model.safetensors")
     assert_same_bits(other / file, probed / file)
-    knn = {"knn", "knn_pixels"}
+    knn = {"knn", "knn_pixels", "knn_images"}
     assert rows_of(other, OWN | knn) == rows_of(probed, OWN | knn)
     losses = [[row.get("probe_loss") for row in metrics(run)[2:]] for run in (other, probed)]
     assert losses[0] != losses[1]

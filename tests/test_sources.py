@@ -44,6 +44,12 @@ def test_the_image_column_asked_for_is_taken() -> None:
     ("features", "wanted", "message"),
     [
         (FEATURES, None, "got 2; columns of images: photo, mask; all: photo, mask, kind, author"),
+        (
+            Features({**without("photo", "mask"), "jpg": Value("binary")}),
+            None,
+            "got 0; columns of images: none; all: kind, author, jpg. Bytes of files may be images: "
+            "--image_column jpg.",
+        ),
         (without("photo", "mask"), None, "got 0; columns of images: none; all: kind, author"),
         (FEATURES, "img", "got 'img'; columns of images: photo, mask; all: photo, mask, kind"),
         (FEATURES, "author", "got 'author'; columns of images: photo, mask; all: photo"),
@@ -66,7 +72,7 @@ def test_an_unclear_image_column_is_answered_with_all_columns(
         (Features({**FEATURES, "label": Value("string")}), None, "kind"),
         (Features({**without("kind"), "label": Value("string")}), None, "label"),
         (Features({**without("kind"), "label": Value("int64")}), None, "label"),
-        (Features({**without("kind"), "label": Value("float32")}), None, None),
+        (Features({**without("kind"), "label": Value("float32")}), None, "label"),
         (Features({**without("kind"), "label": List(Value("int64"))}), None, None),
     ],
 )
@@ -116,6 +122,10 @@ def test_labels_of_any_kind_become_classes_from_0(
     assert split.label_names == names
 
 
+def kind_of(labels: list[Any]) -> str:
+    return {str: "string", int: "int64", float: "float64"}[type(labels[0])]
+
+
 @pytest.mark.parametrize(
     ("labels", "names"),
     [
@@ -124,16 +134,42 @@ def test_labels_of_any_kind_become_classes_from_0(
         ([f"{number}" for number in range(10, 70)] * 2, tuple(map(str, range(10, 70)))),
         ([f"tulip {number}" for number in range(60)], ()),
         ([-1, -1, -1, -1], ()),
+        ([2.0, None, 10.0, 2.0], ("2", "10")),
+        ([0.5, 1.0, 2.0, 1.0], ()),
+        (["tulip", "", "china", "tulip"], ("china", "tulip")),
     ],
-    ids=["classes", "few", "sixty-classes", "captions", "no-class"],
+    ids=[
+        "classes",
+        "few",
+        "sixty-classes",
+        "captions",
+        "no-class",
+        "gaps",
+        "scores",
+        "empty-words",
+    ],
 )
 def test_a_column_called_label_is_taken_for_classes_if_it_looks_like_them(
     labels: list[Any], names: tuple[str, ...]
 ) -> None:
-    table = table_of([png(photographs(1)[0])] * len(labels), label=labels)
+    features = Features({"image": ImageFeature(), "label": Value(kind_of(labels))})
+    cells = [{"bytes": png(photographs(1)[0]), "path": None}] * len(labels)
+    table = Dataset.from_dict({"image": cells, "label": labels}, features=features)
     split = image_split({"train": table}, "train", dataset_name="flowers")
     assert split.label_names == names
     assert (split.labels is not None) == bool(names)
+
+
+def test_a_split_has_classes_if_the_largest_has_them() -> None:
+    cell = png(photographs(1)[0])
+    words = [f"tulip {number}" for number in range(60)]
+    captioned = {
+        "train": table_of([cell] * 60, label=words),
+        "test": table_of([cell] * 2, label=words[:2]),
+    }
+    assert image_split(captioned, "test", dataset_name="flowers").labels is None
+    many = {"train": table_of([cell] * 180, label=words * 3), "test": captioned["train"]}
+    assert len(image_split(many, "test", dataset_name="flowers").label_names) == 60
 
 
 CLASSES = ClassLabel(names=["china", "tulip"])

@@ -60,6 +60,12 @@ def test_only_splits_of_the_same_columns_are_joined() -> None:
         add_parts({"train": one, "test": other}, train_split="train+test")
 
 
+@pytest.mark.parametrize("wanted", ["train+train", "train[:5]+test+train[4:]"])
+def test_a_part_has_no_image_twice(wanted: str) -> None:
+    with pytest.raises(ValueError, match="train_split must name each image once, got 'train"):
+        add_parts(TABLES, train_split=wanted)
+
+
 def test_a_stream_has_no_parts() -> None:
     streams = {name: table.to_iterable_dataset() for name, table in TABLES.items()}
     assert add_parts(streams, train_split="train")["train"] is streams["train"]

@@ -22,6 +22,7 @@ from workflow import ROOT, SMALL, descendants, environment, kill_all, metrics, w
 from vicreg_hf import pretrain
 from vicreg_hf.arguments import parse_arguments
 from vicreg_hf.checkpointing import newest_checkpoint
+from vicreg_hf.signals import Signals
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -68,7 +69,7 @@ def ended(process: subprocess.Popen[str] | Script, within: float = 60) -> str:
 # Asked to stop
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_asked_to_stop_saves_and_goes_on_to_the_same_end(
     number: signal.Signals, flags: list[str], whole: Path, tmp_path: Path
 ) -> None:
@@ -135,6 +136,20 @@ def test_what_is_measured_before_the_first_step_is_there_after_a_stop_in_it(
     assert second.returncode == 0, second.stderr
     assert "encoder at step 0" in second.stdout
     assert_same_end(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_what_nohup_has_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            while signals.received is None:
+                time.sleep(0.01)
+        assert signals.received == signal.SIGUSR1
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_asked_to_stop_before_it_begins_says_so(flags: list[str], tmp_path: Path) -> None:

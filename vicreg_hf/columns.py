@@ -18,7 +18,7 @@ from vicreg_hf.reading import read_file
 LABEL = "label"
 """The column that is taken for classes where none is declared."""
 CLASS_TYPES = frozenset(
-    ["string", "large_string", "bool"]
+    ["string", "large_string", "bool", "float32", "float64"]
     + [f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)]
 )
 
@@ -119,14 +119,23 @@ def find_image_column(features: datasets.Features, wanted: str | None) -> str:
             return found[0]
         raise ValueError(
             "image_column must be given unless exactly one column holds images, got "
-            f"{len(found)}; {listed}"
+            f"{len(found)}; {listed}{_hint(features)}"
         )
     kind = features.get(wanted)
     if _holds_images(kind) or isinstance(kind, (datasets.Array3D, datasets.Audio)):
         return wanted
-    if isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary"):
+    if _holds_bytes(kind):
         return wanted
     raise ValueError(f"image_column must name a column of images, got {wanted!r}; {listed}")
+
+
+def _hint(features: datasets.Features) -> str:
+    held = [n for n, kind in features.items() if _holds_bytes(kind)]
+    return f" Bytes of files may be images: --image_column {held[0]}." if held else ""
+
+
+def _holds_bytes(kind: Any) -> bool:
+    return isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary")
 
 
 def _holds_images(kind: Any) -> bool:

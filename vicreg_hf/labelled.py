@@ -77,8 +77,9 @@ def open_labelled(
         ValueError: no such split or column, or classes that differ between the splits.
     """
     splits = open_dataset(dataset_name, config_name)
+    whole = splits
     splits = add_parts(splits, train_split=train_split, eval_split=eval_split)
-    test_name = eval_split or _held_out(splits, train_split, dataset_name)
+    test_name = eval_split or _held_out(whole, train_split, dataset_name)
     check_held_out(splits, test_name, train_split)
     common: Any = {
         "dataset_name": Path(dataset_name).name or dataset_name, "image_column": image_column,
@@ -199,7 +200,7 @@ def _check_names(
 def unlearnt(
     train: Tensor, test: Tensor, names: Sequence[str], splits: Sequence[str]
 ) -> str | None:
-    """A sentence on test images that nothing can classify rightly, if there are any.
+    """A sentence on test images that nothing can classify rightly, or anything, if there are any.
 
     Args:
         train: (N,) classes that are learnt from.
@@ -209,7 +210,13 @@ def unlearnt(
     """
     strange = ~torch.isin(test, train)
     if not bool(strange.any()):
-        return None
+        shown = test.unique()
+        if len(shown) > 1 or len(train.unique()) == 1:
+            return None
+        return (
+            f"All {len(test)} images of {splits[1]} are of one class, {names[int(shown[0])]}, as a "
+            "part of data that are sorted by class may be; accuracy says little then."
+        )
     found = [names[int(k)] for k in test[strange].unique()]
     return (
         f"{int(strange.sum())} of {len(test)} images of {splits[1]} are of classes that no image "

@@ -7,6 +7,8 @@ or as a list in `file_names`, by their paths from the folder that the metadata f
 from __future__ import annotations
 
 import os
+import posixpath
+import re
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import PurePosixPath
@@ -47,6 +49,8 @@ def read_metadata(metadata: Sequence[MediaFile], kind: Kind) -> Listed:
     _check_places(metadata)
     tables = [_parse(file) for file in metadata]
     table = _joined(tables, metadata)
+    if not len(table):
+        raise ValueError(f"a metadata file must have rows, got none in {metadata[0].path}.")
     features = datasets.Features.from_arrow_schema(table.schema)
     naming = [name for name, feature in features.items() if _names_files(name, feature)]
     if not naming:
@@ -79,17 +83,27 @@ def _rows(
     """The columns, of which those that name files hold these instead."""
     columns: dict[str, Any] = {}
     kinds: dict[str, Any] = {}
+    taken = {_own_name(name, kind) for name in named} - named.keys()
     for name, feature in features.items():
+        if name in taken or name == "__index_level_0__":  # as pandas leaves behind
+            continue
         if name not in named:
             columns[name], kinds[name] = table[name], feature
         elif name.endswith(SEVERAL):
-            own = name.removesuffix(SEVERAL).removesuffix("_") or f"{kind.column}s"
+            own = _own_name(name, kind)
             columns[own], kinds[own] = _lists(named[name]), datasets.List(kind.feature)
         else:
-            own = name.removesuffix(ONE).removesuffix("_") or kind.column
+            own = _own_name(name, kind)
             columns[own] = cells_of([files[0].path if files else None for files in named[name]])
             kinds[own] = kind.feature
     return Rows(pa.table(columns), kinds)
+
+
+def _own_name(name: str, kind: Kind) -> str:
+    """Of the column of files that are named in this one."""
+    if name.endswith(SEVERAL):
+        return name.removesuffix(SEVERAL).removesuffix("_") or f"{kind.column}s"
+    return name.removesuffix(ONE).removesuffix("_") or kind.column
 
 
 def _check_places(metadata: Sequence[MediaFile]) -> None:
@@ -108,7 +122,7 @@ def _parse(file: MediaFile) -> pa.Table:
     try:
         content = BytesIO(read_file(file.path))
         if name.endswith(".csv"):
-            return pa.Table.from_pandas(pd.read_csv(content), preserve_index=False)
+            return _parse_csv(content)
         if name.endswith(".jsonl"):
             options = pj.ReadOptions(block_size=max(1, content.getbuffer().nbytes))
             return pj.read_json(content, read_options=options)
@@ -118,6 +132,30 @@ def _parse(file: MediaFile) -> pa.Table:
         raise ValueError(
             f"a metadata file must be readable, and {file.path} is not: {told}"
         ) from error
+
+
+def _parse_csv(content: BytesIO) -> pa.Table:
+    """Columns of the narrowest type that gives each value back: 007 and NA are words."""
+    words = pd.read_csv(
+        content, dtype=str, keep_default_na=False, na_values=[""], index_col=False,
+        skipinitialspace=True,
+    )  # fmt: skip
+    columns = {name: _typed(name, words[name]) for name in words.columns}
+    return pa.table(columns)
+
+
+def _typed(name: str, words: Any) -> pa.Array:
+    column = pa.array(words, pa.large_string(), from_pandas=True)  # as `datasets` has them
+    known = column.drop_null().to_pylist()
+    if not known or name.endswith((ONE, SEVERAL)):
+        return column
+    if all(re.fullmatch(r"0|-?[1-9]\d{0,17}", word) for word in known):
+        return column.cast(pa.int64())
+    if all(re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", word) for word in known):
+        return column.cast(pa.float64())
+    if set(known) <= {"True", "False"}:
+        return column.cast(pa.bool_())
+    return column
 
 
 def _joined(tables: Sequence[pa.Table], metadata: Sequence[MediaFile]) -> pa.Table:
@@ -145,8 +183,8 @@ def _located(cell: str | list[str | None] | None, source: MediaFile) -> list[Med
 
 
 def _file(name: str, source: MediaFile) -> MediaFile:
-    within = os.path.normpath(name).replace("\\", "/")
-    if "://" in name or os.path.isabs(within) or within.split("/")[0] == "..":
+    within = posixpath.normpath(name.replace("\\", "/"))  # as Windows has them too
+    if "://" in name or re.match(r"/|\.\.(/|$)|[A-Za-z]:", within):
         raise ValueError(
             f"a metadata file must name files by their paths from its own folder, and "
             f"{source.path} names {name!r}."

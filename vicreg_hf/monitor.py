@@ -89,6 +89,11 @@ class KNNMonitor:
         )
 
     @property
+    def subject(self) -> str:
+        """Which images are measured, by their names."""
+        return f"{self.held_out.name}, neighbours from {self.train.name}"
+
+    @property
     def unlearnt(self) -> str | None:
         """A sentence on held-out images of classes without a training image, if there are any."""
         train, test = (_labels_of(part, _labelled(part)) for part in (self.train, self.held_out))

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def open_dataset(name: str, config_name: str | None = None, *, streaming: bool =
             ) from e
         told = [next(iter(str(x).strip().splitlines()), type(x).__name__)
                 for x in (e, e.__cause__) if x is not None]  # fmt: skip
-        reason = " ".join(told)
+        reason = told[0] if told[-1] in told[0] else " ".join(told)
         raise ValueError(
             f"dataset_name must be {DEMO}, a data set on the Hub, or a local folder or file that "
             f"datasets.load_dataset takes, got {name!r}: {reason}"
@@ -127,6 +128,19 @@ def _tables_of_files(place: Path) -> Splits:
         return tables_of(files, kind, say=_warn)
     listed = read_metadata(metadata, kind)
     missing = [file.path for file in files if file.path not in listed.paths]
+    if len(missing) == len(files):
+        raise ValueError(
+            f"metadata must name files that are there, by their paths from its folder, and "
+            f"{metadata[0].path} names none of the {len(files)} {kind.plural} in {place}; it has "
+            f"{listed.files[0].path}, and {files[0].path} is there."
+        )
+    places = [file.path for file in listed.files]
+    if (again := len(places) - len(set(places))) > 0:
+        twice = next(path for path, times in Counter(places).items() if times > 1)
+        _warn(
+            f"{again} of {len(places)} rows of metadata name {kind.plural} that others name too, "
+            f"as {twice}."
+        )
     if missing:
         _warn(
             f"{len(missing)} of {len(files)} {kind.plural} in {place} are left out, as no metadata "

@@ -70,7 +70,7 @@ def pretrain(args: PretrainingArguments) -> Path:
         ValueError: a setting that cannot be, before any training.
         CheckpointError: resuming was required and nothing valid is there, or the checkpoint is of
             another run, or one could not be written.
-        Stopped: SIGTERM, SIGINT or SIGUSR1 came; what was reached is saved.
+        Stopped: SIGTERM, SIGINT, SIGUSR1 or SIGHUP came; what was reached is saved.
         FloatingPointError: the loss, a gradient or a weight is not finite.
         OutOfMemory: a step needs more memory than there is.
         ProcessLost: another process of the run has ended.
@@ -277,7 +277,7 @@ def _metrics(run: Run, step: Step, clock: Clock) -> dict[str, Any]:
     )
 
 
-def _accuracies(run: Run, signals: Signals | None) -> dict[str, float]:
+def _accuracies(run: Run, signals: Signals | None) -> dict[str, float | str]:
     """Of kNN and probe, measured by the main process while the others wait.
 
     Args:
@@ -290,7 +290,7 @@ def _accuracies(run: Run, signals: Signals | None) -> dict[str, float]:
             row = run.monitor.measure(
                 run.model.encoder, run.accelerator.device, classify,
                 autocast=partial(_encoding, run, signals),
-            )  # fmt: skip
+            ) | {"knn_images": run.monitor.subject}  # fmt: skip
     run.accelerator.wait_for_everyone()
     return row
 

@@ -128,7 +128,7 @@ def summary(
     ]
     if second is not None:
         lines += [f"That of the second branch is in {second}, whose card says how to load it.", ""]
-    measured = [row for row in rows if "knn" in row]
+    measured = _of_these_images(rows, monitor)
     if monitor is None:
         lines.append("No labelled held-out split, so no kNN accuracy was measured.")
     if monitor is None and rows and "embedding_std" in rows[-1]:
@@ -152,10 +152,20 @@ def summary(
     return "\n".join(lines)
 
 
+def _of_these_images(
+    rows: list[dict[str, Any]], monitor: KNNMonitor | None
+) -> list[dict[str, Any]]:
+    """The rows with an accuracy, but of other images, that a run was told to measure before."""
+    found = [row for row in rows if "knn" in row]
+    if monitor is None:
+        return found
+    return [row for row in found if row.get("knn_images", monitor.subject) == monitor.subject]
+
+
 def results(rows: list[dict[str, Any]], monitor: KNNMonitor | None) -> list[Result]:
     """What a run has measured, for its card."""
     found = []
-    measured = [row for row in rows if "knn" in row]
+    measured = _of_these_images(rows, monitor)
     if monitor is not None and measured:
         last, how = measured[-1], monitor.description
         found.append(Result("20-NN top-1 accuracy", last["knn"], f"{how}, at the last step", True))

@@ -28,8 +28,8 @@ from vicreg_hf.run import Run
 
 FREE_TO_CHANGE = {
     "output_dir", "resume", "resume_changed", "num_workers", "compile", "compile_model",
-    "max_bad_fraction", "logging_steps", "save_steps", "knn_steps", "eval_split", "label_column",
-    "online_probe", "push_to_hub", "hub_model_id", "hub_private",
+    "max_bad_fraction", "logging_steps", "save_steps", "knn_steps", "online_probe",
+    "push_to_hub", "hub_model_id", "hub_private",
     "dataset_name",  # a folder may move; the data's fingerprint tells whether it is another
 }  # fmt: skip
 """Settings that say where and how often, not what is computed."""

@@ -16,9 +16,12 @@ from typing import Any
 STOPPED = 75
 """Exit status of a run that was asked to stop and has saved: EX_TEMPFAIL, start it again."""
 REQUESTS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)
 )
-"""SIGUSR1 is what SLURM is asked to send some time before it ends a job."""
+"""SIGUSR1 is what SLURM is asked to send some time before it ends a job, SIGHUP what the end of a
+terminal sends, which nohup has ignored."""
 LAUNCHER_ENDED = getattr(signal, "SIGUSR2", None)
 """Sent by the kernel to a process whose launcher has ended; never counted as a second request."""
 SAME_REQUEST = 0.5
@@ -30,8 +33,12 @@ class Stopped(Exception):  # noqa: N818
     """The run was asked to stop, and has saved what it had reached."""
 
 
+def _ignored_by_nohup(number: signal.Signals) -> bool:
+    return number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+
+
 class Signals:
-    """While entered, SIGTERM, SIGINT and SIGUSR1 are requests to stop; a second one ends at once.
+    """While entered, `REQUESTS` ask for a stop; a second one ends at once.
 
     The signals are seen by a thread, so that a second one is heard during a long operation too.
     Outside the main thread, where Python handles no signals, it does nothing.
@@ -55,7 +62,8 @@ class Signals:
             self._fd_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             self._thread = threading.Thread(target=self._watch, daemon=True, name="signals")
             self._thread.start()
-            heard = [*REQUESTS, *([LAUNCHER_ENDED] if _end_with_launcher() else [])]
+            heard = [number for number in REQUESTS if not _ignored_by_nohup(number)]
+            heard += [LAUNCHER_ENDED] if _end_with_launcher() else []
             self._before = {number: signal.signal(number, _nothing) for number in heard}
         return self
 

@@ -151,9 +151,8 @@ def image_split(
     column = open_column(table.features, image_column, channels=channels, sound=sound)
     label = find_label_column(table.features, label_column)
     labels, names = (None, ()) if label is None else _labels(table, label)
-    declared = label is not None and isinstance(table.features[label], datasets.ClassLabel)
-    if labels is not None and label_column is None and not declared:
-        labels, names = _unless_each_is_another(labels, names)
+    if label is not None and label_column is None and not _holds_classes(splits, label):
+        labels, names = None, ()
     if label_column is not None and labels is None:
         raise ValueError(
             f"label_column must hold a class in some row, got none in {label_column!r} of "
@@ -196,6 +195,8 @@ def _labels(table: datasets.Dataset, column: str) -> tuple[Tensor | None, tuple[
     known = ~column_values.is_null(nan_is_null=True).to_numpy()
     rows, values = np.flatnonzero(known), column_values.filter(pa.array(known)).to_numpy()
     names = getattr(feature, "names", None)
+    if values.dtype.kind == "f" and np.array_equal(values, np.trunc(values)):
+        values = values.astype(np.int64)  # as pandas has whole numbers beside empty cells
     has_class = values >= 0 if names is not None else _classes_among(values)
     rows, values = rows[has_class], values[has_class]
     if not len(rows):
@@ -208,18 +209,30 @@ def _labels(table: datasets.Dataset, column: str) -> tuple[Tensor | None, tuple[
 
 
 def _classes_among(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which undeclared numbers are classes: -1 is none, unless it is one of two."""
+    """Which undeclared values are classes: not -1, unless it is one of two, and no empty word."""
+    if values.dtype.kind == "O":
+        return values != ""
     if values.dtype.kind != "i" or len(np.unique(values)) == 2:
         return np.full(len(values), True)
     return values != -1
 
 
-def _unless_each_is_another(
-    labels: Tensor, names: tuple[str, ...]
-) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Classes that nobody asked for, unless they look like captions or numbers of the images."""
-    looks_so = len(names) > MANY_CLASSES and 2 * len(names) > int((labels >= 0).sum())
-    return (None, ()) if looks_so else (labels, names)
+def _holds_classes(splits: Splits, column: str) -> bool:
+    """Whether a column that nobody asked for does, by the largest split that has it.
+
+    Undeclared ones may be captions, numbers of the images, or scores.
+    """
+    kinds = (datasets.ClassLabel, datasets.Value)
+    having = [t for t in splits.values() if isinstance(t.features.get(column), kinds)]
+    table = max(having, key=len)
+    if isinstance(table.features[column], datasets.ClassLabel):
+        return True
+    labels, names = _labels(table, column)
+    if labels is None:
+        return False
+    whole = not table.features[column].dtype.startswith("float") or all("." not in n for n in names)
+    many = len(names) > MANY_CLASSES and 2 * len(names) > int((labels >= 0).sum())
+    return whole and not many
 
 
 def renumbered(labels: Tensor, numbers: Sequence[int]) -> Tensor:

@@ -37,9 +37,7 @@ def whole_splits(splits: Splits, name: str) -> set[str]:
 def share_images(splits: Splits, one: str, other: str) -> bool:
     """Whether two splits, or parts, have a row in common."""
     return one == other or any(
-        a.splitname == b.splitname and max(a.from_, b.from_) < min(a.to, b.to)
-        for a in _ranges(splits, one)
-        for b in _ranges(splits, other)
+        _overlap(a, b) for a in _ranges(splits, one) for b in _ranges(splits, other)
     )
 
 
@@ -65,6 +63,9 @@ def _part(splits: Splits, name: str, setting: str) -> datasets.Dataset:
             f"{setting} must be one of {list_splits(splits)}, part of one such as "
             f"{next(iter(splits), 'train')}[:90%], or several joined by +, got {name!r}."
         ) from error
+    for number, one in enumerate(ranges):
+        if any(_overlap(one, other) for other in ranges[:number]):
+            raise ValueError(f"{setting} must name each image once, got {name!r}.")
     whole = [splits[each.splitname] for each in ranges]
     if not all(isinstance(table, datasets.Dataset) for table in whole):
         raise ValueError(
@@ -80,6 +81,10 @@ def _part(splits: Splits, name: str, setting: str) -> datasets.Dataset:
         raise ValueError(
             f"{setting} must join splits of the same columns, got {name!r}: {error}"
         ) from error
+
+
+def _overlap(one: Any, other: Any) -> bool:
+    return one.splitname == other.splitname and max(one.from_, other.from_) < min(one.to, other.to)
 
 
 def _ranges(splits: Splits, name: str) -> list[Any]:
