@@ -184,7 +184,7 @@ def _located(cell: str | list[str | None] | None, source: MediaFile) -> list[Med
 
 def _file(name: str, source: MediaFile) -> MediaFile:
     within = posixpath.normpath(name.replace("\\", "/"))  # as Windows has them too
-    if "://" in name or re.match(r"/|\.\.(/|$)|[A-Za-z]:", within):
+    if "://" in name or re.match(r"/|\.\.(/|$)|[A-Za-z]:/", within):
         raise ValueError(
             f"a metadata file must name files by their paths from its own folder, and "
             f"{source.path} names {name!r}."
