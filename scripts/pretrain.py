@@ -15,9 +15,8 @@ def _stop_before_the_run(*_: object) -> None:
 
 def _handle_requests(handler: Any) -> None:
     for name in {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"} & set(dir(signal)):
-        if name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            continue  # by nohup
-        signal.signal(getattr(signal, name), handler)
+        if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup does
+            signal.signal(getattr(signal, name), handler)
 
 
 if __name__ == "__main__":  # what is imported below takes seconds
@@ -37,8 +36,7 @@ def main() -> None:
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags.add_argument("--preview")
     flags.add_argument("--replay", type=int)
-    instead = flags.parse_known_args()[0]
-    if instead.preview is not None or instead.replay is not None:
+    if (instead := flags.parse_known_args()[0]) != argparse.Namespace(preview=None, replay=None):
         _handle_requests(signal.SIG_DFL)  # there is nothing to save
     try:
         args = parse_arguments(sys.argv[1:])

@@ -49,11 +49,11 @@ def test_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> None
     directory, printed = finished
     rows = metrics(directory)
     assert [row["step"] for row in rows] == list(range(9))
-    assert rows[0].keys() == {"step", "epoch", "knn", "knn_pixels"}
+    assert rows[0].keys() == {"step", "epoch", "knn", "knn_images", "knn_pixels"}
     assert rows[-1].keys() == {
         "step", "epoch", "loss", "invariance", "variance", "covariance", "grad_norm", "lr",
         "views_per_second", "embedding_std", "effective_rank", "alignment", "uniformity",
-        "bad_images", "knn",
+        "bad_images", "knn", "knn_images",
     }  # fmt: skip
     last = rows[-1]
     total = 25 * last["invariance"] + 25 * last["variance"] + last["covariance"]
