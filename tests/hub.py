@@ -21,6 +21,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 WRITER, READER, STRANGER = "hf_writerTokenOfOrg", "hf_readerTokenOfOrg", "hf_tokenOfSomebodyElse"
 DROP = -1
 """A fault: the connection is closed in the middle of the request."""
+SILENCE = -2
+"""A fault: the connection stays, and no answer comes."""
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Repository:
 
 @dataclass
 class Fault:
-    """The next `times` requests that match are answered with a status, or dropped."""
+    """The next `times` requests that match get a status, a dropped connection, or no answer."""
 
     method: str
     path: str
@@ -65,6 +67,7 @@ class Hub:
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.Lock()
         self.endpoint = ""
+        self.closed = threading.Event()
 
     def fail(
         self,
@@ -109,6 +112,7 @@ def running_hub() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.closed.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -141,6 +145,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if fault is not None and fault.status == SILENCE:
+            self.hub.closed.wait()
+            self.close_connection = True
+            return
         if fault is not None:
             own = {"error": f"fault {fault.status}"}
             self.say(fault.status, own if fault.content is None else fault.content)

@@ -9,19 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub import DROP, READER, WRITER, Hub, online, running_hub
+from hub import DROP, READER, SILENCE, WRITER, Hub, online, running_hub
 from workflow import ROOT, SMALL, environment, run, write_images
 
 PAGE = b"<!doctype html><title>Log in to this network</title>"
 
 PUSHER = """
-import json, os, sys
+import json, os, sys, time
 import vicreg_hf.hub
 from families import trained
-vicreg_hf.hub.FIRST_WAIT = 0.01
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # before asking again
 model = trained()
 for line in sys.stdin:
-    token, *repos = json.loads(line)
+    vicreg_hf.hub.ANSWERED, token, *repos = json.loads(line)
     os.environ.pop("HF_TOKEN", None)
     if token:
         os.environ["HF_TOKEN"] = token
@@ -48,11 +49,11 @@ class Pusher:
                 stdout=subprocess.PIPE, stderr=errors,
             )  # fmt: skip
 
-    def attempts(self, token: str | None, *repos: str) -> dict[str, str]:
-        """What pushing to each says."""
+    def attempts(self, token: str | None, *repos: str, answered: float = 60) -> dict[str, str]:
+        """What pushing to each says, where the Hub must answer within seconds."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(json.dumps([token, *repos]), file=self.process.stdin, flush=True)
+        print(json.dumps([answered, token, *repos]), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         errors = self._errors.read_text()
         assert answer, errors
@@ -107,6 +108,23 @@ def test_what_may_pass_is_tried_again_and_given_up_in_the_end(pusher: Pusher) ->
     for name in ("down", "busy"):
         assert hub.count("POST", f"org/{name}/commit") == 3
         assert len(hub.repositories[f"models/org/{name}"].commits) == 1
+
+
+def test_a_hub_that_never_answers_is_given_up(pusher: Pusher) -> None:
+    hub = pusher.hub
+    hub.fail("POST", "^/api/repos/create", SILENCE, times=3)
+    hub.fail("POST", "^/api/models/org/asking/preupload/", SILENCE)
+    hub.fail("GET", "^/api/models/org/reading", SILENCE)
+    hub.fail("POST", "^/api/models/org/writing/commit/", SILENCE)
+    hub.fail("POST", "^/api/models/org/once/commit/", SILENCE, times=1)
+    silent = [f"org/{name}" for name in ("made", "asking", "reading", "writing")]
+    said = pusher.attempts(WRITER, *silent, "org/once", answered=1)
+    assert said.pop("org/once") == "pushed"
+    for name, sentence in said.items():
+        assert f"must answer for {name} within 1 seconds, and did not" in sentence
+        assert "timed out" in sentence
+    assert hub.count("POST", "org/writing/commit") == 3
+    assert hub.count("POST", "org/asking/preupload") == 6  # by the client itself
 
 
 def test_what_answers_in_place_of_the_hub_is_tried_again_and_named(pusher: Pusher) -> None:

@@ -100,6 +100,7 @@ def _become(
 ) -> None:
     """In a forked process: be the script."""
     assert "imported" in sys.modules
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup pytest` has ignored
     multiprocessing.set_start_method(None, force=True)  # that of its own processes is Python's
     for number, path in enumerate(outputs, start=1):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -9,7 +9,8 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,12 +22,17 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_token, validate_repo_id
+from huggingface_hub.utils import get_session, get_token, validate_repo_id
 
 ATTEMPTS = 3
 """Tries of a request that failed for a reason that may pass."""
 FIRST_WAIT = 1.0
 """Seconds before the second try, doubled before each later one."""
+CONNECTED = 30.0
+"""Seconds within which a connection must be made."""
+ANSWERED = 60.0
+"""Seconds within which the Hub must go on answering, or taking what is sent, before it is asked
+again; the client's own limit is none."""
 OVERTAKEN = (409, 412)
 """Answers to a commit where another came first."""
 PASSING = (408, 429, 500, 502, 503, 504, *OVERTAKEN)
@@ -156,7 +162,7 @@ def push_folder(
     }
 
     def pushed() -> str:
-        info: Any = api.repo_info(repo_id, **target)
+        info: Any = api.repo_info(repo_id, timeout=ANSWERED, **target)
         there = {file.rfilename for file in info.siblings or ()}
         stale = [name for name in there - files.keys() if removable(name)]
         # upload_folder may make several commits
@@ -206,13 +212,17 @@ def asked(request: Callable[[], T], repo_id: str, token: str | bool | None) -> T
     Raises:
         HubError: says who was asked, what for, and the remedy.
     """
+    begun = time.monotonic()
     for attempt in range(ATTEMPTS):
         try:
-            return request()
+            with _limited():
+                return request()
         except (*STRANGE, HTTPError, ValueError, OSError) as error:
             if not _is_of_the_hub(error):
                 raise
-            if not _may_pass(error) or attempt == ATTEMPTS - 1:
+            # the client may have asked several times itself
+            late = _is_silence(error) and time.monotonic() - begun > ATTEMPTS * ANSWERED
+            if not _may_pass(error) or late or attempt == ATTEMPTS - 1:
                 raise HubError(without_tokens(_sentence(error, repo_id), token)) from None
             time.sleep(FIRST_WAIT * 2**attempt)
     raise AssertionError
@@ -224,6 +234,18 @@ def without_tokens(text: str, token: str | bool | None = None) -> str:
         if isinstance(secret, str) and secret.strip():
             text = text.replace(secret.strip(), "[token]")
     return re.sub(r"\b(hf|api_org)_[A-Za-z0-9_.-]{4,}", "[token]", text)
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Wait for no answer without end."""
+    client = get_session()
+    before = client.timeout
+    client.timeout = (CONNECTED, ANSWERED, ANSWERED, ANSWERED)
+    try:
+        yield
+    finally:
+        client.timeout = before
 
 
 def _api(token: str | bool | None) -> HfApi:
@@ -239,6 +261,12 @@ def _is_of_the_hub(error: Exception) -> bool:
 def _is_strange(error: Exception) -> bool:
     """Whether something else answers in the Hub's place."""
     return isinstance(error, STRANGE) or "improperly formatted" in str(error)
+
+
+def _is_silence(error: Exception) -> bool:
+    """Whether nothing came in time; the class is httpx's or httpx2's, as the client has it."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return not names.isdisjoint({"TimeoutException", "TimeoutError"})
 
 
 def _may_pass(error: Exception) -> bool:
@@ -283,6 +311,12 @@ def _sentence(error: Exception, repo_id: str) -> str:
             f"{constants.ENDPOINT} must answer for {repo_id} as the Hub does, and did not, asked "
             f"{ATTEMPTS} times ({type(error).__name__}: {reason}); probably a proxy or a network's "
             "log-in page answers in its place: open that address in a browser, or check "
+            "HF_ENDPOINT and HTTPS_PROXY."
+        )
+    if _is_silence(error):
+        return (
+            f"{constants.ENDPOINT} must answer for {repo_id} within {ANSWERED:.0f} seconds, and "
+            f"did not, asked at least {ATTEMPTS} times ({reason}); try again later, or check "
             "HF_ENDPOINT and HTTPS_PROXY."
         )
     if status in OVERTAKEN:
