@@ -202,6 +202,19 @@ def test_a_metadata_file_beside_zips_is_told_of(
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["Metadata.csv", "train.csv", "labels.tsv", "in a.zip"])
+def test_a_table_of_another_name_is_told_of(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path / "in", ["1.png"])
+    (folder / name.replace("in a.zip", "labels.csv")).write_text("file_name,label\n1.png,3\n")
+    place = zipped(folder, tmp_path / name) if name == "in a.zip" else folder
+    assert "label" not in open_dataset(str(place))["train"].column_names
+    said = capsys.readouterr().err
+    assert "is not read: what belongs to each of the images must be in a file called" in said
+    assert "metadata.csv, with a column file_name." in said
+
+
 def test_an_image_that_is_listed_and_not_there_is_a_bad_one(tmp_path: Path) -> None:
     folder = write(tmp_path, ["1.png"], png(photographs(2)[1]))
     write_metadata(
@@ -224,6 +237,14 @@ REFUSALS = {
         r"a metadata file must have rows, got none in .*metadata\.csv",
     ),
     "empty": ("", r"a metadata file must be readable, and .*metadata\.csv is not: No columns"),
+    "semicolons": (
+        "file_name;caption\n1.png;a, b\n",
+        r"metadata\.csv is not: columns must be separated by commas, got ';'",
+    ),
+    "another encoding": (
+        "file_name,caption\n1.png,K\xe4tzchen\n".encode("latin-1"),
+        r"metadata\.csv is not: it must be in UTF-8, so save it anew \(.*0xe4",
+    ),
     "above": ("file_name\n../1.png\n", r"paths from its own folder, and .* names '\.\./1\.png'"),
     "above, further on": ("file_name\na\\..\\..\\1.png\n", r"paths from its own folder, and "),
     "drive": ("file_name\nC:\\1.png\n", r"paths from its own folder, and .* names 'C:"),
@@ -237,9 +258,10 @@ REFUSALS = {
 
 @pytest.mark.parametrize(("content", "sentence"), REFUSALS.values(), ids=REFUSALS)
 def test_metadata_that_cannot_be_read_is_refused(
-    content: str, sentence: str, tmp_path: Path
+    content: str | bytes, sentence: str, tmp_path: Path
 ) -> None:
-    (write(tmp_path, ["1.png"]) / "metadata.csv").write_text(content)
+    content = content if isinstance(content, bytes) else content.encode()
+    (write(tmp_path, ["1.png"]) / "metadata.csv").write_bytes(content)
     with pytest.raises(ValueError, match=sentence):
         open_dataset(str(tmp_path))
 

@@ -129,6 +129,8 @@ def _parse(file: MediaFile) -> pa.Table:
         return pq.read_table(content)
     except Exception as error:  # parsers raise whatever they meet
         told = " ".join(str(error).split())
+        if isinstance(error, UnicodeDecodeError):
+            told = f"it must be in UTF-8, so save it anew ({told})"
         raise ValueError(
             f"a metadata file must be readable, and {file.path} is not: {told}"
         ) from error
@@ -136,6 +138,9 @@ def _parse(file: MediaFile) -> pa.Table:
 
 def _parse_csv(content: BytesIO) -> pa.Table:
     """Columns of the narrowest type that gives each value back: 007 and NA are words."""
+    header = content.getvalue().split(b"\n", 1)[0]
+    if b"," not in header and (other := re.search(rb"[;\t|]", header)):
+        raise ValueError(f"columns must be separated by commas, got {other[0].decode()!r}")
     words = pd.read_csv(
         content, dtype=str, keep_default_na=False, na_values=[""], index_col=False,
         skipinitialspace=True,

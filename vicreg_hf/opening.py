@@ -26,7 +26,7 @@ from vicreg_hf.folders import (
     list_files,
     tables_of,
 )
-from vicreg_hf.metadata import METADATA, read_metadata
+from vicreg_hf.metadata import METADATA, ONE, read_metadata
 from vicreg_hf.reading import zip_and_name
 from vicreg_hf.splits import Splits
 
@@ -35,6 +35,8 @@ UNNAMED = "unnamed"
 """What recipes for data of one's own have in place of a name."""
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 """What a single file is opened as, but for zips; folders of such are recognised by `datasets`."""
+LISTS = (".csv", ".tsv", ".jsonl")
+"""What may belong to the images of a folder, under another name than that of metadata."""
 KINDS = (IMAGES, SOUNDS)
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -120,7 +122,13 @@ def _tables_of_files(place: Path) -> Splits:
             break
     else:
         raise ValueError(f"there are neither images nor sounds in {place}.")
-    metadata = _files(place, METADATA.__contains__)
+    tables = _files(place, _may_be_metadata)
+    metadata = [file for file in tables if _name_of(file) in METADATA]
+    if tables and not metadata:
+        _warn(
+            f"{tables[0].path} is not read: what belongs to each of the {kind.plural} must be in a "
+            f"file called {METADATA[0]}, with a column {ONE}."
+        )
     if metadata and _in_zip(metadata[0]) != _in_zip(files[0]):
         _warn(f"{metadata[0].path} is not read, as the {kind.plural} are not where it is.")
         metadata = []
@@ -147,6 +155,14 @@ def _tables_of_files(place: Path) -> Splits:
             f"file lists them: {missing[0]} is the first."
         )
     return tables_of(listed.files, kind, rows=listed.rows, say=_warn)
+
+
+def _may_be_metadata(name: str) -> bool:
+    return name in METADATA or Path(name).suffix.lower() in LISTS
+
+
+def _name_of(file: MediaFile) -> str:
+    return os.path.basename(zip_and_name(file.path)[1])
 
 
 def _in_zip(file: MediaFile) -> bool:
