@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from measuring import arguments, digits, measure, strict, write, write_encoder, write_few
-from workflow import SMALL
+from workflow import SMALL, leave_behind
 
 from vicreg_hf import pretrain
 from vicreg_hf.arguments import parse_arguments
@@ -40,9 +40,11 @@ def test_results_that_are_not_measured_anew_are_kept(few: Path, tmp_path: Path) 
 
     model = write_encoder(tmp_path / "model")
     first = again(model, "collapse,retrieval")
+    left = leave_behind(out, hours=2)
     again(model, "retrieval,collapse")  # the same, so that one is enough
     again(model, "collapse,knn,retrieval", knn_k="5")
     assert [path.name for path in out.iterdir() if path.is_dir()] == []
+    assert not left.exists()
     wide = strict(out / "results.json")
     assert {m["name"] for m in first["results"]} < {m["name"] for m in wide["results"]}
     report = (out / "report.html").read_bytes()

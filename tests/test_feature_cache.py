@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
 from measuring import digits, write, write_encoder
 from torch import Tensor
+from workflow import leave_behind
 
 from vicreg_hf import feature_cache
 from vicreg_hf.encoders import Encoder, open_encoder
@@ -233,8 +234,10 @@ def test_what_was_finished_before_a_stop_is_used(
     assert len(parts) == 3 + 2
     (lost,) = (path for path in parts if path.name == "train-00001-of-00003.parquet")
     lost.unlink()
+    left = leave_behind(lost.parent, hours=2)
     again, seen = features(directory, folder, tmp_path / "cache", batch_size=4)
     assert seen == 10
+    assert not left.exists()
     for name in ("train", "test"):
         torch.testing.assert_close(again[name].x, whole[name].x, rtol=1e-4, atol=1e-5)
         assert torch.equal(again[name].rows, whole[name].rows)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
 import pytest
+from workflow import leave_behind
 
-from vicreg_hf.whole_files import replacing
+from vicreg_hf.whole_files import clear_leftovers, replacing
 
 
 def test_a_file_is_replaced_once_it_is_written(tmp_path: Path) -> None:
@@ -41,3 +43,12 @@ def test_another_failure_is_raised_as_it_is(tmp_path: Path) -> None:
         aside.write_text("half")
         raise LookupError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_left_long_ago_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    old, young = leave_behind(tmp_path, hours=2), leave_behind(tmp_path, hours=0)
+    (tmp_path / "results.json").touch()
+    os.utime(tmp_path / "results.json", (0, 0))
+    clear_leftovers(tmp_path)
+    assert not old.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", young.name}

@@ -46,7 +46,7 @@ from vicreg_hf.protocols import (
 from vicreg_hf.records import hardware, impersonal
 from vicreg_hf.sampler import GlobalBatches
 from vicreg_hf.splits import add_parts
-from vicreg_hf.whole_files import replacing
+from vicreg_hf.whole_files import clear_leftovers, replacing
 
 RESULTS, REPORT = "results.json", "report.html"
 SUBJECT = ("encoder_sha256", "dataset", "train_split", "eval_split", "preprocessing", "bf16")
@@ -182,6 +182,7 @@ def _pairs(args: EvaluationArguments, data: LabelledData) -> Pairs:
 def _write(
     found: Evaluation, results: dict[str, Any], output_dir: Path, say: Callable[[str], object]
 ) -> None:
+    clear_leftovers(output_dir)
     try:
         with replacing(output_dir / RESULTS) as aside:
             aside.write_text(json.dumps(results, indent=2) + "\n")

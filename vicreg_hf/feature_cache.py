@@ -26,6 +26,7 @@ from vicreg_hf.encoding import features_of
 from vicreg_hf.feature_parts import Contents, Part, PartError, parts_of, read_part
 from vicreg_hf.loading import loading_errors
 from vicreg_hf.sources import ImageSplit
+from vicreg_hf.whole_files import clear_leftovers
 
 ROWS_PER_FILE = 10_000
 ABSENT = "it is not there"
@@ -75,6 +76,8 @@ def cached_features(
     parts: list[Part] = []
     for name, split in splits.items():
         place = cache_dir / _key(digest, precision, split)
+        if accelerator.is_main_process:
+            clear_leftovers(place)
         parts += parts_of({name: split}, place, ROWS_PER_FILE)
     contents: dict[int, Contents] = {}
     width = encoder.num_features

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+ABANDONED = 3600.0
+"""Seconds without a change after which nothing is writing a file any more."""
 
 
 @contextmanager
@@ -28,6 +32,14 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write in a folder that others share."""
+    for left in folder.glob(".*.partial"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
 
 
 def sync(path: Path) -> None:
