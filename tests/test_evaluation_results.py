@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 from measuring import arguments, digits, measure, strict, write, write_encoder, write_few
-from workflow import SMALL, leave_behind
+from workflow import SMALL, leave_behind, small_files
 
 from vicreg_hf import pretrain
 from vicreg_hf.arguments import parse_arguments
@@ -67,13 +66,9 @@ def test_results_that_cannot_be_written_leave_those_before(
     model, out = write_encoder(tmp_path / "model"), tmp_path / "out"
     measure(model, few, tmp_path, "collapse,retrieval")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[name]) // 2, most))
-    try:
-        with pytest.raises(ValueError, match=rf"must be a directory .*large: '{out / name}'. What"):
-            measure(model, few, tmp_path, "collapse")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = rf"must be a directory .*large: '{out / name}'. What"
+    with small_files(len(before[name]) // 2), pytest.raises(ValueError, match=message):
+        measure(model, few, tmp_path, "collapse")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 

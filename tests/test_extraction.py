@@ -23,7 +23,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 from transformers import AutoImageProcessor, AutoModel
 from warm import Script, run_script
-from workflow import run
+from workflow import run, small_files
 
 from vicreg_hf.claiming import claim
 from vicreg_hf.encoders import Encoder
@@ -187,6 +187,19 @@ def test_killed_at_any_moment_it_ends_with_the_same_features(
     done = run_script(*words)
     assert done.returncode == 0, done.stderr
     assert files(extracted).items() <= files(output).items()
+
+
+def test_a_full_disk_costs_nothing_that_is_finished(
+    encoder: Path, folder: Path, extracted: Path, tmp_path: Path
+) -> None:
+    words = [str(encoder), str(folder), str(tmp_path / "out")]
+    args = ExtractionArguments(*words, rows_per_file=10, batch_size=5, num_workers=0)
+    most = max(map(len, files(extracted).values())) - 1
+    sentence = r"output_dir must be .* written, got .*too large.* kept; free some space and start"
+    with small_files(most), pytest.raises(ValueError, match=sentence):
+        extract_dataset(args)
+    extract_dataset(args)
+    assert files(tmp_path / "out") == files(extracted)
 
 
 def test_a_damaged_part_is_said_and_made_again(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import resource
 import tarfile
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 import yaml
 from datasets import Dataset, DatasetDict
 from pictures import photographs, png, table_of
+from workflow import small_files
 
 from vicreg_hf.opening import open_dataset
 from vicreg_hf.sources import image_split
@@ -118,13 +118,9 @@ def test_a_cache_that_is_full_is_not_the_data_sets_fault(
     table = table_of([png(image) for image in photographs(20, 200, 200)])
     table.to_parquet(tmp_path / "train.parquet")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    _, most = before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, most))  # bytes of a file
-    try:
-        with pytest.raises(ValueError, match=r"^the cache of data sets must be writable, got .*27"):
-            open_dataset(str(tmp_path / "train.parquet"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    sentence = r"^the cache of data sets must be writable, got .*27"
+    with small_files(2**19), pytest.raises(ValueError, match=sentence):
+        open_dataset(str(tmp_path / "train.parquet"))
 
 
 @pytest.mark.parametrize("name", ["missing", "."])

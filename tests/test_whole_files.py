@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-import resource
 from pathlib import Path
 
 import pytest
-from workflow import leave_behind
+from families import config
+from workflow import leave_behind, small_files
 
+from vicreg_hf import VICRegModel
+from vicreg_hf.exporting import check_exportable
 from vicreg_hf.whole_files import clear_leftovers, replacing
 
 
@@ -25,13 +27,9 @@ def test_a_file_is_replaced_once_it_is_written(tmp_path: Path) -> None:
 def test_a_write_that_fails_leaves_the_file_and_names_it(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
-    _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
-    try:
-        with pytest.raises(OSError, match=rf"File too large: '{path}'"), replacing(path) as aside:
-            aside.write_text("after" * 4096)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = rf"File too large: '{path}'"
+    with small_files(4096), pytest.raises(OSError, match=message), replacing(path) as aside:
+        aside.write_text("after" * 4096)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -52,3 +50,10 @@ def test_what_was_left_long_ago_is_removed_and_nothing_else(tmp_path: Path) -> N
     clear_leftovers(tmp_path)
     assert not old.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", young.name}
+
+
+@pytest.mark.parametrize("most", [4096, 100_000])  # of the config, of the weights
+def test_a_temporary_folder_without_room_is_named(most: int) -> None:
+    sentence = r"temporary folder .* must have room for an encoder, .*large.* set TMPDIR"
+    with small_files(most), pytest.raises(OSError, match=sentence):
+        check_exportable(VICRegModel(config()))

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from vicreg_hf.whole_files import writing
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -32,13 +34,9 @@ def claim(directory: Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    try:
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / LOCK).open("a")
-    except OSError as error:
-        raise ValueError(
-            f"output_dir must be a directory that can be written, got {directory}: {error}."
-        ) from error
     with file:
         _take(file, directory)
         yield

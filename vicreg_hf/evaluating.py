@@ -46,7 +46,7 @@ from vicreg_hf.protocols import (
 from vicreg_hf.records import hardware, impersonal
 from vicreg_hf.sampler import GlobalBatches
 from vicreg_hf.splits import add_parts
-from vicreg_hf.whole_files import clear_leftovers, replacing
+from vicreg_hf.whole_files import clear_leftovers, replacing, writing
 
 RESULTS, REPORT = "results.json", "report.html"
 SUBJECT = ("encoder_sha256", "dataset", "train_split", "eval_split", "preprocessing", "bf16")
@@ -183,18 +183,13 @@ def _write(
     found: Evaluation, results: dict[str, Any], output_dir: Path, say: Callable[[str], object]
 ) -> None:
     clear_leftovers(output_dir)
-    try:
-        with replacing(output_dir / RESULTS) as aside:
-            aside.write_text(json.dumps(results, indent=2) + "\n")
-            with replacing(output_dir / REPORT) as report:
-                _write_report(found, results, report)
-                if not _measured_anew(output_dir / RESULTS, results):
-                    set_aside(output_dir, (RESULTS, REPORT), say)
-    except OSError as error:
-        raise ValueError(
-            f"output_dir must be a directory that can be written, got {output_dir}: {error}. What "
-            "was in it is as it was; free some space or choose another."
-        ) from error
+    remedy = "What was in it is as it was; free some space or choose another."
+    with writing(output_dir, remedy=remedy), replacing(output_dir / RESULTS) as aside:
+        aside.write_text(json.dumps(results, indent=2) + "\n")
+        with replacing(output_dir / REPORT) as report:
+            _write_report(found, results, report)
+            if not _measured_anew(output_dir / RESULTS, results):
+                set_aside(output_dir, (RESULTS, REPORT), say)
     say(f"In {output_dir}: {RESULTS}, and {REPORT} to open in a browser.")
     if found.args.update_card:
         _update_card(found, say)
@@ -290,13 +285,9 @@ def _check_targets(data: LabelledData) -> None:
 
 
 def _claim(output_dir: Path) -> None:
-    try:
+    with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=output_dir).close()
-    except OSError as error:
-        raise ValueError(
-            f"output_dir must be a directory that can be written, got {output_dir}: {error}."
-        ) from error
 
 
 def summary(found: Evaluation) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from transformers import AutoModel
 
 from vicreg_hf.layout import TRAINING_ONLY
 from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.whole_files import temporary_folder
 
 
 class ExportError(RuntimeError):
@@ -67,7 +68,7 @@ def check_exportable(model: VICRegModel) -> None:
     Raises:
         ExportError: it will not.
     """
-    with tempfile.TemporaryDirectory() as aside:
+    with temporary_folder() as aside:
         try:
             export_encoder(model, aside)
         except RuntimeError as error:  # safetensors on tensors that share memory, or an ExportError

@@ -32,7 +32,7 @@ from vicreg_hf.hub import HubError, check_repo_id, open_repository, push_folder
 from vicreg_hf.loading import loading_errors
 from vicreg_hf.opening import open_dataset
 from vicreg_hf.sources import ImageSplit, image_split, renumbered
-from vicreg_hf.whole_files import replacing
+from vicreg_hf.whole_files import replacing, writing
 
 RECORD, BAD_IMAGES = "extraction.json", "bad_images.jsonl"
 
@@ -131,7 +131,8 @@ def _extract(args: ExtractionArguments) -> Path:
     if workers is None:
         workers = default_num_workers(local_processes(accelerator))
     bf16 = torch.autocast(accelerator.device.type, torch.bfloat16) if args.bf16 else nullcontext()
-    with loading_errors(), bf16, accelerator.autocast():
+    remedy = "What is finished is kept; free some space and start again."
+    with writing(output_dir, remedy=remedy), loading_errors(), bf16, accelerator.autocast():
         for part in features_of(
             encoder, splits, mine, device=accelerator.device,
             batch_size=args.batch_size, num_workers=workers, dtype=args.dtype,
@@ -245,14 +246,10 @@ def _remember(
                 f"{output_dir} holds others ({', '.join(other)} differ); choose another."
             )
     elif write:
-        try:
+        with writing(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
             with replacing(path) as aside:
                 aside.write_text(json.dumps(record, indent=2) + "\n")
-        except OSError as error:
-            raise ValueError(
-                f"output_dir must be a directory that can be written, got {output_dir}: {error}."
-            ) from error
 
 
 def _recorded(path: Path) -> dict[str, Any] | None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from vicreg_hf.encoding import features_of
 from vicreg_hf.feature_parts import Contents, Part, PartError, parts_of, read_part
 from vicreg_hf.loading import loading_errors
 from vicreg_hf.sources import ImageSplit
-from vicreg_hf.whole_files import clear_leftovers
+from vicreg_hf.whole_files import clear_leftovers, writing
 
 ROWS_PER_FILE = 10_000
 ABSENT = "it is not there"
@@ -98,7 +97,7 @@ def cached_features(
         device = accelerator.device
         halved = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         with (
-            failing_together(device), _writing(cache_dir), loading_errors(), halved,
+            failing_together(device), writing(cache_dir, "cache_dir"), loading_errors(), halved,
             accelerator.autocast(),
         ):  # fmt: skip
             for found in features_of(
@@ -132,16 +131,6 @@ def _key(encoder: str, precision: str, split: ImageSplit) -> str:
     data = {"table": split.table._fingerprint, "column": split.column.name} | split.fingerprint()
     text = json.dumps([LAYOUT, encoder, precision, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-@contextmanager
-def _writing(cache_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"cache_dir must be a directory that can be written, got {cache_dir}: {error}."
-        ) from error
 
 
 def _load(

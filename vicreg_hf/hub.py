@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import get_session, get_token, validate_repo_id
+
+from vicreg_hf.whole_files import temporary_folder
 
 ATTEMPTS = 3
 """Tries of a request that failed for a reason that may pass."""
@@ -198,7 +199,7 @@ def read_text(
         HubError: the Hub refuses, or cannot be reached.
     """
     api = _api(token)
-    with tempfile.TemporaryDirectory() as aside:
+    with temporary_folder() as aside:
         path = asked(
             lambda: api.hf_hub_download(repo_id, name, revision=revision, local_dir=aside),
             repo_id, token,

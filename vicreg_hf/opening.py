@@ -29,6 +29,7 @@ from vicreg_hf.folders import (
 from vicreg_hf.metadata import METADATA, ONE, read_metadata
 from vicreg_hf.reading import zip_and_name
 from vicreg_hf.splits import Splits
+from vicreg_hf.whole_files import FULL
 
 DEMO = "demo"
 UNNAMED = "unnamed"
@@ -39,7 +40,6 @@ LISTS = (".csv", ".tsv", ".jsonl")
 """What may belong to the images of a folder, under another name than that of metadata."""
 KINDS = (IMAGES, SOUNDS)
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_dataset(name: str, config_name: str | None = None, *, streaming: bool = False) -> Splits:

@@ -41,7 +41,7 @@ from vicreg_hf.run import Run
 from vicreg_hf.sampler import GlobalBatches
 from vicreg_hf.second_encoder import DIRECTORY, check_second_exportable
 from vicreg_hf.streaming import ImageStream
-from vicreg_hf.whole_files import replacing
+from vicreg_hf.whole_files import replacing, writing
 
 ENCODERS = ("encoder", DIRECTORY)
 BESIDE = ("metrics.jsonl", "config.yaml", "bad_images.jsonl")
@@ -113,7 +113,8 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
 def begin(run: Run) -> None:
     """Make output_dir as the checkpoint left it, and say what begins."""
     main, bad, directory = run.accelerator.is_main_process, run.inputs.bad, run.output_dir
-    try:
+    remedy = "Nothing in it is lost; free some space or choose another."
+    with writing(directory, remedy=remedy):
         if main:
             _set_aside(run)
         if run.step:
@@ -130,11 +131,6 @@ def begin(run: Run) -> None:
                 aside.write_text(settings.to_yaml())
             (directory / "checkpoints").mkdir(exist_ok=True)
             tempfile.TemporaryFile(dir=directory / "checkpoints").close()
-    except OSError as error:
-        raise ValueError(
-            f"output_dir must be a directory that can be written, got {directory}: {error}. "
-            "Nothing in it is lost; free some space or choose another."
-        ) from error
     _introduce(run)
 
 

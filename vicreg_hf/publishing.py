@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from vicreg_hf.layout import ENCODER_FILE
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.onnx import export_onnx
 from vicreg_hf.second_encoder import DIRECTORY, REMOVABLE, UPLOAD, push_second_encoder
+from vicreg_hf.whole_files import temporary_folder
 
 
 def publish(
@@ -68,7 +68,7 @@ def publish(
             f"include_expander needs an expander, and {directory} holds none; publish the "
             "output_dir of the run, or leave it out."
         )
-    with tempfile.TemporaryDirectory() as aside:
+    with temporary_folder() as aside:
         # before there are repositories, which nothing would come to if this failed
         folder = _exported(model, aside, include_expander=include_expander, onnx=onnx)
         where: Any = {"token": token, "revision": revision}
@@ -102,7 +102,7 @@ def push_model(
         card: a directory with README.md and pictures; without one the repository keeps its card,
             or gets one that says what the model alone can say.
     """
-    with tempfile.TemporaryDirectory() as aside:
+    with temporary_folder() as aside:
         folder = _exported(model, aside, include_expander=include_expander, onnx=onnx)
         return _push(
             folder, model, repo_id, license=license, card=card, commit_message=commit_message,
@@ -110,7 +110,7 @@ def push_model(
         )  # fmt: skip
 
 
-def _exported(model: VICRegModel, directory: str, *, include_expander: bool, onnx: bool) -> Path:
+def _exported(model: VICRegModel, directory: Path, *, include_expander: bool, onnx: bool) -> Path:
     folder = export_encoder(model, directory, include_expander=include_expander)
     if onnx:
         export_onnx(model, folder)

@@ -27,6 +27,7 @@ from vicreg_hf.modalities.waveform_encoder import create_waveform_encoder, save_
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.onnx import ONNX_FILE
 from vicreg_hf.pairs import PairedSplit
+from vicreg_hf.whole_files import temporary_folder
 
 UPLOAD = "Upload a VICReg encoder"
 """Of commits, unless told otherwise."""
@@ -120,7 +121,7 @@ def check_second_exportable(model: VICRegModel, pairs: PairedSplit | None) -> No
     """
     if not has_second_encoder(model):
         return
-    with tempfile.TemporaryDirectory() as aside:
+    with temporary_folder() as aside:
         try:
             export_second_encoder(model, aside, column=None if pairs is None else pairs.column)
         except RuntimeError as error:  # of safetensors, or an ExportError
@@ -149,8 +150,7 @@ def push_second_encoder(
     Returns:
         Address of the commit.
     """
-    with tempfile.TemporaryDirectory() as aside:
-        folder = Path(aside)
+    with temporary_folder() as folder:
         if is_timm_directory(directory):
             export_encoder(load_model(directory)[0], folder, include_expander=include_expander)
         else:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 ABANDONED = 3600.0
 """Seconds without a change after which nothing is writing a file any more."""
@@ -40,6 +47,49 @@ def clear_leftovers(folder: Path) -> None:
         with suppress(OSError):
             if time.time() - left.stat().st_mtime > ABANDONED:
                 left.unlink()
+
+
+@contextmanager
+def writing(directory: Path, setting: str = "output_dir", *, remedy: str = "") -> Iterator[None]:
+    """While files are written to a directory that a setting names.
+
+    Args:
+        remedy: a sentence on what is lost and what to do.
+
+    Raises:
+        ValueError: they cannot be.
+    """
+    try:
+        yield
+    except OSError as error:
+        sentence = f"{setting} must be a directory that can be written, got {directory}: {error}."
+        raise ValueError(f"{sentence} {remedy}".rstrip()) from error
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder that is there for a while.
+
+    Raises:
+        OSError: there is no room for what is written to it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield Path(folder)
+        except (OSError, SafetensorError) as error:
+            if not _has_no_room(error):
+                raise
+            raise OSError(
+                f"the temporary folder {tempfile.gettempdir()} must have room for an "
+                f"encoder, and has not: {error}; free some space there, or set TMPDIR to another."
+            ) from error
+
+
+def _has_no_room(error: OSError | SafetensorError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    found = re.search(r"os error (\d+)", str(error))
+    return found is not None and int(found[1]) in FULL
 
 
 def sync(path: Path) -> None:
