@@ -113,18 +113,16 @@ def test_what_may_pass_is_tried_again_and_given_up_in_the_end(pusher: Pusher) ->
 def test_a_hub_that_never_answers_is_given_up(pusher: Pusher) -> None:
     hub = pusher.hub
     hub.fail("POST", "^/api/repos/create", SILENCE, times=3)
-    hub.fail("POST", "^/api/models/org/asking/preupload/", SILENCE)
     hub.fail("GET", "^/api/models/org/reading", SILENCE)
     hub.fail("POST", "^/api/models/org/writing/commit/", SILENCE)
     hub.fail("POST", "^/api/models/org/once/commit/", SILENCE, times=1)
-    silent = [f"org/{name}" for name in ("made", "asking", "reading", "writing")]
+    silent = [f"org/{name}" for name in ("made", "reading", "writing")]
     said = pusher.attempts(WRITER, *silent, "org/once", answered=1)
     assert said.pop("org/once") == "pushed"
     for name, sentence in said.items():
         assert f"must answer for {name} within 1 seconds, and did not" in sentence
         assert "timed out" in sentence
     assert hub.count("POST", "org/writing/commit") == 3
-    assert hub.count("POST", "org/asking/preupload") == 6  # by the client itself
 
 
 def test_what_answers_in_place_of_the_hub_is_tried_again_and_named(pusher: Pusher) -> None:

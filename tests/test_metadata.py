@@ -151,7 +151,6 @@ def test_values_of_a_csv_stay_what_they_are(tmp_path: Path) -> None:
             "share": share,
             "right": right,
         }
-        | ({"Unnamed: 7": None} if "Unnamed: 7" in table.features else {})
         for name, label, code, number, share, right in (
             ("1.png", "NA", "007", 3, 0.5, True),
             ("2.png", "None", "010", None, 0.001, False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from workflow import leave_behind, small_files
 
 from vicreg_hf import VICRegModel
 from vicreg_hf.exporting import check_exportable
-from vicreg_hf.whole_files import clear_leftovers, replacing
+from vicreg_hf.whole_files import clear_leftovers, replacing, writing
 
 
 def test_a_file_is_replaced_once_it_is_written(tmp_path: Path) -> None:
@@ -50,6 +51,21 @@ def test_what_was_left_long_ago_is_removed_and_nothing_else(tmp_path: Path) -> N
     clear_leftovers(tmp_path)
     assert not old.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", young.name}
+
+
+def test_only_what_concerns_a_directory_is_blamed_on_it(tmp_path: Path) -> None:
+    directory = tmp_path / "out"
+    sentence = rf"cache_dir must be a directory that can be written, got {directory}: .* Free it."
+    cache = writing(directory, "cache_dir", remedy="Free it.")
+    with pytest.raises(ValueError, match=sentence), cache:
+        (directory / "file").open("w")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="must be a directory"), writing(tmp_path / "file" / "out"):
+        (tmp_path / "file" / "out").mkdir()
+    with pytest.raises(FileNotFoundError), writing(directory):
+        (tmp_path / "data").read_text()
+    with pytest.raises(OSError, match="Too many"), writing(directory):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 @pytest.mark.parametrize("most", [4096, 100_000])  # of the config, of the weights

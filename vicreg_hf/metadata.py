@@ -138,7 +138,8 @@ def _parse(file: MediaFile) -> pa.Table:
 
 def _parse_csv(content: BytesIO) -> pa.Table:
     """Columns of the narrowest type that gives each value back: 007 and NA are words."""
-    header = content.getvalue().split(b"\n", 1)[0]
+    header = content.readline()
+    content.seek(0)
     if b"," not in header and (other := re.search(rb"[;\t|]", header)):
         raise ValueError(f"columns must be separated by commas, got {other[0].decode()!r}")
     words = pd.read_csv(
@@ -146,6 +147,9 @@ def _parse_csv(content: BytesIO) -> pa.Table:
         skipinitialspace=True,
     )  # fmt: skip
     columns = {name: _typed(name, words[name]) for name in words.columns}
+    for name, column in list(columns.items()):
+        if name.startswith("Unnamed: ") and column.null_count == len(column):
+            del columns[name]  # a comma at the end of each line
     return pa.table(columns)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
+"""Numbers of errors of a disk, a quota or a file that takes no more."""
 ABANDONED = 3600.0
 """Seconds without a change after which nothing is writing a file any more."""
 
@@ -57,13 +57,24 @@ def writing(directory: Path, setting: str = "output_dir", *, remedy: str = "") -
         remedy: a sentence on what is lost and what to do.
 
     Raises:
-        ValueError: they cannot be.
+        ValueError: they cannot be. An OSError about a file elsewhere, or about none, is raised as
+            it is: replacing names the file that could not be written.
     """
     try:
         yield
     except OSError as error:
+        if not _concerns(error, directory):
+            raise
         sentence = f"{setting} must be a directory that can be written, got {directory}: {error}."
         raise ValueError(f"{sentence} {remedy}".rstrip()) from error
+
+
+def _concerns(error: OSError, directory: Path) -> bool:
+    """Whether it is about a file in a directory, that itself, or one it is in."""
+    if not isinstance(error.filename, (str, os.PathLike)):
+        return False
+    file, place = Path(error.filename).absolute(), directory.absolute()
+    return file.is_relative_to(place) or place.is_relative_to(file)
 
 
 @contextmanager
