@@ -7,7 +7,7 @@ import re
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from vicreg_hf.splits import add_parts, share_images, whole_splits
+from vicreg_hf.splits import add_parts, share_images
 
 TABLES = {
     "train": Dataset.from_dict({"row": list(range(10))}),
@@ -91,7 +91,3 @@ def test_parts_that_overlap_share_images(one: str, other: str, expected: bool) -
     assert (
         share_images(add_parts(TABLES, train_split=one, eval_split=other), one, other) is expected
     )
-
-
-def test_a_part_is_known_to_be_of_its_splits() -> None:
-    assert whole_splits(TABLES, "train[:3]+test") == {"train", "test"}

@@ -5,16 +5,16 @@ Shapes: N images of a split, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from vicreg_hf.class_names import is_list, names_classes
 from vicreg_hf.columns import find_label_column
 from vicreg_hf.modalities.audio import SpectrogramSettings
 from vicreg_hf.opening import open_dataset
@@ -26,7 +26,6 @@ from vicreg_hf.splits import (
     check_held_out,
     list_splits,
     share_images,
-    whole_splits,
 )
 
 CLASSES = (datasets.ClassLabel, datasets.Value)
@@ -85,11 +84,9 @@ def open_labelled(
         "dataset_name": Path(dataset_name).name or dataset_name, "image_column": image_column,
         "channels": channels, "sound": sound,
     }  # fmt: skip
-    for name in (train_split, test_name):
-        _restore_names(splits[name], whole_splits(splits, name), dataset_name, config_name)
     tables = [splits[name] for name in (train_split, test_name)]
     column = _label_column(tables[0], label_column)
-    several = column is not None and _is_list(tables[0].features[column])
+    several = column is not None and is_list(tables[0].features[column])
     train, test = (
         image_split(splits, name, label_column=None if several else label_column, **common)
         for name in (train_split, test_name)
@@ -109,34 +106,6 @@ def open_labelled(
     return LabelledData(parts[0], parts[1], names, train_split, test_name)
 
 
-def _restore_names(
-    table: Any, splits: Collection[str], dataset_name: str, config_name: str | None
-) -> None:
-    """Give a table the class names in the parquet files of the splits that it is of.
-
-    Of a local folder `datasets` takes those of the first split for all, whatever the others'
-    numbers mean.
-    """
-    if not any(Path(dataset_name).glob("**/*.parquet")):
-        return
-    files = datasets.load_dataset_builder(dataset_name, config_name).config.data_files or {}
-    declared: dict[str, Any] = {}
-    for file in (str(each) for split in splits for each in files.get(split, ())):
-        if not file.endswith(".parquet"):
-            continue
-        own = datasets.Features.from_arrow_schema(pq.read_schema(file))
-        for column, kind in own.items():
-            inner = kind.feature if _is_list(kind) else kind
-            if not isinstance(inner, datasets.ClassLabel):
-                continue
-            if declared.setdefault(column, kind) != kind:
-                raise ValueError(
-                    f"class names must be the same in all files of a split, and {file} declares "
-                    f"others for {column!r} than the first of {' and '.join(splits)}."
-                )
-    table.info.features.update(declared)
-
-
 def _held_out(splits: Splits, train: str, dataset_name: str) -> str:
     for name in EVAL_SPLITS:
         if name in splits and not share_images(splits, name, train):
@@ -151,7 +120,7 @@ def _label_column(table: Any, wanted: str | None) -> str | None:
     found = find_label_column(table.features, wanted)
     if found is not None:
         kind = table.features[found]
-        if isinstance(kind.feature if _is_list(kind) else kind, CLASSES):
+        if isinstance(kind.feature if is_list(kind) else kind, CLASSES):
             return found
         raise ValueError(
             f"label_column must hold classes, or lists of them, got {found!r} of type "
@@ -159,13 +128,9 @@ def _label_column(table: Any, wanted: str | None) -> str | None:
         )
     lists = [
         name for name, kind in table.features.items()
-        if _is_list(kind) and isinstance(kind.feature, datasets.ClassLabel)
+        if is_list(kind) and names_classes(kind)
     ]  # fmt: skip
     return lists[0] if len(lists) == 1 else None
-
-
-def _is_list(kind: Any) -> bool:
-    return isinstance(kind, (datasets.List, datasets.LargeList))
 
 
 def matched_labels(train: ImageSplit, test: ImageSplit, exact: bool) -> Tensor:
@@ -263,7 +228,7 @@ def _targets(
 def _listed(table: Any, column: str) -> tuple[tuple[str, ...], list[list[str]]] | None:
     """The names that are declared, or occur, and those of each image; None where some lack them."""
     kind = table.features.get(column)
-    if not _is_list(kind):
+    if not is_list(kind):
         return None
     rows = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
     if any(row is None or None in row for row in rows):

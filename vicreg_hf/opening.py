@@ -16,6 +16,7 @@ from datasets import config
 from datasets.config import HF_DATASETS_CACHE
 
 from vicreg_hf.archives import check_archives
+from vicreg_hf.class_names import restore_class_names
 from vicreg_hf.demo import load_demo
 from vicreg_hf.folders import (
     IMAGES,
@@ -196,7 +197,11 @@ def _load_by_datasets(path: Path, name: str, config_name: str | None, streaming:
             f"{len(beside)} images in {path} are left out, as it holds tables or archives too: "
             f"{beside[0].path} is the first; move one or the other into a folder of its own."
         )
-    return datasets.load_dataset(name, config_name, streaming=streaming, cache_dir=own)
+    loaded = datasets.load_dataset(name, config_name, streaming=streaming, cache_dir=own)
+    if path.is_dir() and isinstance(loaded, datasets.DatasetDict):
+        builder = datasets.load_dataset_builder(name, config_name, cache_dir=own)
+        restore_class_names(loaded, builder.config.data_files or {})
+    return loaded
 
 
 def _is_main() -> bool:

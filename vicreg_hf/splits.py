@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
+
+from vicreg_hf.class_names import names_classes
 
 EVAL_SPLITS = ("test", "validation", "valid", "val")
 """Splits to measure on, where none is given; the first is preferred."""
@@ -27,11 +29,6 @@ def add_parts(splits: Splits, **wanted: str | None) -> Splits:
         if name is not None and name not in found:
             found[name] = _part(splits, name, setting)
     return found
-
-
-def whole_splits(splits: Splits, name: str) -> set[str]:
-    """The splits that a part is of."""
-    return {each.splitname for each in _ranges(splits, name)}
 
 
 def share_images(splits: Splits, one: str, other: str) -> bool:
@@ -75,12 +72,25 @@ def _part(splits: Splits, name: str, setting: str) -> datasets.Dataset:
     parts = [t.select(range(r.from_, r.to)) for t, r in zip(whole, ranges, strict=True)]
     if len(parts) == 1:
         return parts[0]
+    _check_class_names(parts, [r.splitname for r in ranges], name)
     try:
         return datasets.concatenate_datasets(parts)
     except ValueError as error:
         raise ValueError(
             f"{setting} must join splits of the same columns, got {name!r}: {error}"
         ) from error
+
+
+def _check_class_names(parts: Sequence[Any], splits: Sequence[str], name: str) -> None:
+    for other, part in zip(splits[1:], parts[1:], strict=True):
+        for column, kind in parts[0].features.items():
+            own = part.features.get(column)
+            if names_classes(kind) and names_classes(own) and own != kind:
+                raise ValueError(
+                    "class names must be the same in all files of a split, and in splits joined "
+                    f"by +, got {name!r}, where {other} declares others for {column!r} than "
+                    f"{splits[0]}; write them again with the same names."
+                )
 
 
 def _overlap(one: Any, other: Any) -> bool:
