@@ -162,6 +162,21 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     assert seen(opened(tmp_path / "pictures")["train"]) == [("1.png", None)]
 
 
+@pytest.mark.parametrize("name", ["caf\udce9/1.png", "oak/\udce9t\udce9.png"])
+@pytest.mark.parametrize("in_zip", [False, True])
+def test_names_that_are_not_utf_8_are_named(name: str, in_zip: bool, tmp_path: Path) -> None:
+    """As archives of other systems leave them behind."""
+    if in_zip:
+        pictures = write(tmp_path / "e", ["1.png"])
+        (tmp_path / "d" / name).parent.mkdir(parents=True)
+        zipped(pictures, tmp_path / "d" / name.replace(".png", ".zip"))
+    else:
+        write(tmp_path / "d", ["ash/1.png", "ash/2.png", name])
+    count = "1 of 1" if in_zip else "1 of 3"
+    with pytest.raises(ValueError, match=rf"UTF-8, and {count} are not: b.*\\xe9.* is the first"):
+        open_dataset(str(tmp_path / "d"))
+
+
 def test_zips_in_a_folder_are_read_if_they_are_all_there_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -236,8 +236,26 @@ def tables_of(
 
 
 def cells_of(paths: Sequence[str | None]) -> pa.StructArray:
-    """Files as a column of images or sounds holds them."""
+    """Files as a column of images or sounds holds them.
+
+    Raises:
+        ValueError: names that are not UTF-8, as all text in tables is.
+    """
+    strange = sorted(os.fsencode(path) for path in paths if path is not None and not _is_utf8(path))
+    if strange:
+        raise ValueError(
+            f"names of files and of their folders must be UTF-8, and {len(strange)} of "
+            f"{len(paths)} are not: {strange[0]!r} is the first; rename them, as convmv does."
+        )
     column = pa.array(paths, pa.string())
     return pa.StructArray.from_arrays(
         [pa.nulls(len(column), pa.binary()), column], ["bytes", "path"], mask=column.is_null()
     )
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
