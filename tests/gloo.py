@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 MAX_PROCESSES = 4
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT = timedelta(minutes=3)
+"""That a rank waits for others, whose processes may be starting on a busy machine."""
 
 
 class GlooPool:

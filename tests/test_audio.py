@@ -21,6 +21,7 @@ from scipy.signal import find_peaks
 from sklearn.linear_model import RidgeClassifier
 from transformers import AutoModel, Wav2Vec2FeatureExtractor
 from transformers.audio_utils import mel_filter_bank, spectrogram
+from workflow import LIMIT
 
 from vicreg_hf.columns import ImageColumn
 from vicreg_hf.images import ImageError
@@ -425,7 +426,7 @@ def test_stock_loaders_give_the_same_features(tmp_path: Path) -> None:
     files = [str(tmp_path / "clip.npy"), json.dumps(folders), str(tmp_path / "features.json")]
     done = subprocess.run(
         [sys.executable, "-c", STOCK, *files], capture_output=True, text=True, cwd=tmp_path,
-        timeout=240,
+        timeout=LIMIT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "features.json").read_text())

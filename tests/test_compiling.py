@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
@@ -35,6 +37,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
 DROPPING = {"drop_rate": 0.3, "drop_path_rate": 0.3}
+default_cfgs = generate_default_cfgs(
+    {"two_stages": {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}}
+)
+
+
+@register_model
+def two_stages(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """Two residual blocks, compiled in half the time that timm's smallest ResNet takes."""
+    stage = ByoBlockCfg(type="basic", d=1, c=8, s=2)
+    layers = ByoModelCfg(blocks=(stage, stage), stem_chs=8, stem_type="3x3", stem_pool="")
+    return build_model_with_cfg(ByobNet, "two_stages", pretrained, model_cfg=layers, **kwargs)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +60,7 @@ def nothing_compiled_before() -> Iterator[None]:
 def twins(**settings: Any) -> tuple[VICRegModel, VICRegModel]:
     """The same model plainly and compiled, in the layout of training, in double precision."""
     torch.manual_seed(0)
-    config = VICRegConfig(architecture="test_resnet", expander_dims=[16, 16], **settings)
+    config = VICRegConfig(architecture="two_stages", expander_dims=[16, 16], **settings)
     plain = VICRegModel(config).double().train()
     plain.to(memory_format=torch.channels_last)  # pyright: ignore
     fused = copy.deepcopy(plain)

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
 from warm import run_pretraining
-from workflow import ROOT, SMALL, environment, run, write_images
+from workflow import LIMIT, ROOT, SMALL, environment, run, write_images
 
 from vicreg_hf import VICRegModel, export_encoder
 from vicreg_hf.exporting import ExportError
@@ -35,7 +35,7 @@ def python(code: str, *words: str, **extra: str) -> subprocess.CompletedProcess[
     command = [sys.executable, "-c", code, *words]
     return subprocess.run(
         command, cwd=ROOT / "tests", env=environment(**extra), capture_output=True, text=True,
-        timeout=240, check=False,
+        timeout=LIMIT, check=False,
     )  # fmt: skip
 
 

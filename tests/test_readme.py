@@ -1,4 +1,4 @@
-"""The README's own commands and Python, run as written but for few steps."""
+"""The README's own commands and Python, run as written but for few steps and images."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from vicreg_hf.augmentation import PRESETS, find_recipes
 README = (ROOT / "README.md").read_text()
 CIFAR10 = ROOT / "../shared/data/cifar10"
 SHORT = "--max_steps=2 --batch_size=16 --expander_dims=32-32"
+FEW = {"train_split": "train[:1000]", "eval_split": "test[:200]"}
+"""Of the 24,000 images of demo, all of which the kNN accuracy would see."""
 
 
 def blocks(language: str) -> list[str]:
@@ -52,6 +54,8 @@ def test_training_commands_run(command: str, tmp_path: Path) -> None:
         command = command.replace("path/or/hub-id", str(folder)) + " --image_size=64"
         command = command.replace("resnet50", "test_resnet")
     environment, words = {}, shlex.split(command)
+    if not any(word.startswith(("--dataset_name", "--config")) for word in words):
+        words += [f"--{setting}={part}" for setting, part in FEW.items()]
     while "=" in words[0]:
         name, _, environment[name] = words.pop(0).partition("=")
     words += [*SHORT.split(), f"--output_dir={tmp_path / 'run'}"]
@@ -152,7 +156,8 @@ def test_measures_work_in_python_as_shown() -> None:
 def test_python_interface_works_as_shown(tmp_path: Path) -> None:
     (block,) = [block for block in blocks("python") if "PretrainingArguments" in block]
     script = block.replace(
-        'output_dir="runs/demo"', f"output_dir={str(tmp_path)!r}, max_steps=2, batch_size=16"
+        'output_dir="runs/demo"',
+        f"output_dir={str(tmp_path)!r}, max_steps=2, batch_size=16, **{FEW!r}",
     )
     script = script.replace("image_size=224", "image_size=64")
     result = run([sys.executable, "-c", script])

@@ -24,6 +24,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from workflow import LIMIT
 
 from vicreg_hf.images import ImageError
 from vicreg_hf.modalities import BatchColumn
@@ -258,7 +259,7 @@ def test_stock_loaders_give_the_same_features(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, json.dumps(CAPTIONS), json.dumps(folders)]
     result = tmp_path / "features.json"
     done = subprocess.run(
-        [*command, str(result)], capture_output=True, text=True, cwd=tmp_path, timeout=240
+        [*command, str(result)], capture_output=True, text=True, cwd=tmp_path, timeout=LIMIT
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(result.read_text())

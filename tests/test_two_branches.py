@@ -13,7 +13,7 @@ import torch
 from hub import online, running_hub
 from paired import write_captions, write_clips, write_text_encoder, write_vectors
 from warm import run_pretraining, run_script
-from workflow import ROOT, SMALL, environment, run, write_images
+from workflow import LIMIT, ROOT, SMALL, environment, run, write_images
 
 from vicreg_hf import VICRegModel
 
@@ -80,7 +80,7 @@ def stock(first: Path | str, second: Path | str, kind: str, **extra: str) -> int
     """Load both encoders where vicreg_hf cannot be imported; features of the second."""
     done = subprocess.run(
         [sys.executable, "-c", STOCK, str(first), str(second), kind], env=environment(**extra),
-        capture_output=True, text=True, timeout=240, check=False, cwd=ROOT / "tests",
+        capture_output=True, text=True, timeout=LIMIT, check=False, cwd=ROOT / "tests",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return int(done.stdout)

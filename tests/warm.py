@@ -27,7 +27,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from workflow import ROOT, environment
+from workflow import LIMIT, ROOT, environment
 
 
 class Script:
@@ -141,7 +141,7 @@ def run_script(
     alone = processes == 1
     scripts = [Script(words, **variables)] if alone else ranks(words, processes, **variables)
     try:
-        printed = [script.communicate(timeout=240) for script in scripts]
+        printed = [script.communicate(timeout=LIMIT) for script in scripts]
     finally:
         for script in scripts:
             script.kill()

@@ -26,6 +26,8 @@ SMALL = [
     "--batch_size=16", "--logging_steps=1", "--num_workers=0",
 ]  # fmt: skip
 """Settings with which a step takes milliseconds."""
+LIMIT = 900
+"""Seconds after which a process counts as hung, also on a busy machine."""
 
 
 def write_images(folder: Path, *, rows: int = 64, size: tuple[int, int] = (32, 32)) -> Path:
@@ -57,7 +59,7 @@ def environment(**extra: str) -> dict[str, str]:
 def run(command: list[str], **extra: str) -> subprocess.CompletedProcess[str]:
     """Run a command in the repository's root."""
     return subprocess.run(
-        command, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=240
+        command, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=LIMIT
     )
 
 
