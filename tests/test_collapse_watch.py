@@ -49,7 +49,8 @@ def settings(images: Path, output_dir: Path, *flags: str) -> PretrainingArgument
     return parse_arguments(
         [
             *SMALL, f"--dataset_name={images}", f"--output_dir={output_dir}", "--batch_size=32",
-            "--optimizer=adamw", "--base_lr=4e-2", "--max_steps=200", "--logging_steps=10", *flags,
+            "--image_size=16", "--optimizer=adamw", "--base_lr=4e-2", "--max_steps=200",
+            "--logging_steps=10", *flags,
         ]
     )  # fmt: skip
 
