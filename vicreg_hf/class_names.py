@@ -34,14 +34,17 @@ def _declared(split: str, files: Iterable[str]) -> dict[str, Any]:
     for file in files:
         if not file.endswith(".parquet"):
             continue
-        for column, kind in datasets.Features.from_arrow_schema(pq.read_schema(file)).items():
+        schema = pq.read_schema(file)
+        if b"huggingface" not in (schema.metadata or {}):  # it declares no classes
+            continue
+        for column, kind in datasets.Features.from_arrow_schema(schema).items():
             if not names_classes(kind):
                 continue
             if found.setdefault(column, kind) != kind:
                 raise ValueError(
                     f"class names must be the same in all files of a split, and {file} declares "
                     f"others for {column!r} than the first of {split}; write them again with the "
-                    "same names, or list them as splits of their own."
+                    "same names, or as splits of their own."
                 )
     return found
 
