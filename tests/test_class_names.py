@@ -76,7 +76,9 @@ def test_extracted_classes_are_of_the_same_names(tmp_path: Path) -> None:
         "--label_column=label",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for file in sorted((tmp_path / "out").rglob("*.parquet")):
+    files = sorted((tmp_path / "out").rglob("*.parquet"))
+    assert len(files) == 2
+    for file in files:
         table = Dataset(pq.read_table(file))
         kind = Features.from_arrow_schema(pq.read_schema(file))["label"]
         assert isinstance(kind, ClassLabel)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hub import DROP, READER, SILENCE, WRITER, Hub, online, running_hub
-from workflow import LIMIT, ROOT, SMALL, environment, run, write_images
+from workflow import ROOT, SMALL, environment, run, write_images
 
 PAGE = b"<!doctype html><title>Log in to this network</title>"
 
@@ -66,7 +66,7 @@ def pushing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pusher]:
     with running_hub() as hub:
         pusher = Pusher(hub, tmp_path_factory.mktemp("pusher"))
         yield pusher
-        pusher.process.communicate(timeout=LIMIT)
+        pusher.process.communicate(timeout=60)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from warm import Script, ranks
-from workflow import LIMIT, SMALL, metrics, write_images
+from workflow import SMALL, metrics, write_images
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -59,7 +59,7 @@ def start(how: str, images: Path, folder: Path, steps: int) -> list[Script]:
 
 def test_a_process_that_ends_slowly_does_not_miss_the_others(images: Path, tmp_path: Path) -> None:
     for process in start("ends slowly", images, tmp_path, steps=4):
-        printed = "".join(process.communicate(timeout=LIMIT))
+        printed = "".join(process.communicate(timeout=120))
         assert process.returncode == 0, printed
         assert "error" not in printed
     assert metrics(tmp_path / "run")[-1]["step"] == 4
@@ -75,7 +75,7 @@ def test_of_a_run_that_is_stopped_each_process_says_so_by_its_status(
         time.sleep(0.05)
     processes[0].send_signal(signal.SIGUSR1)
     for process in processes:
-        printed = "".join(process.communicate(timeout=LIMIT))
+        printed = "".join(process.communicate(timeout=120))
         assert process.returncode == 75, printed
         assert "error" not in printed
 
@@ -83,7 +83,7 @@ def test_of_a_run_that_is_stopped_each_process_says_so_by_its_status(
 def test_a_process_that_fails_alone_ends_the_run(images: Path, tmp_path: Path) -> None:
     first, failing = start("fails", images, tmp_path, steps=10_000)
     try:
-        printed = "".join(first.communicate(timeout=LIMIT))
+        printed = "".join(first.communicate(timeout=120))
         assert first.returncode not in (0, None), printed
         assert "process 1 of 2 has failed, as its own message says; the run ends" in printed
     finally:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from warm import ranks, run_script
-from workflow import LIMIT, SMALL, metrics, write_images
+from workflow import SMALL, metrics, write_images
 
 from vicreg_hf import TwoViews, pretrain, pretraining, verdicts
 from vicreg_hf.arguments import parse_arguments
@@ -259,7 +259,7 @@ def test_two_processes_end_together_where_votes_are_read_later(
         time.sleep(0.01)
     both[1].terminate()
     for rank in both:
-        rank.communicate(timeout=LIMIT)
+        rank.communicate(timeout=120)
         assert rank.returncode == 75
     assert run_script(str(script), *flags, processes=2).returncode == 0
     assert without_rates(stopped) == without_rates(whole)
