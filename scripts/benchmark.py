@@ -11,10 +11,10 @@ if __name__ == "__main__":
 import torch
 
 from vicreg_hf.benchmarks.commands import COMMANDS
-from vicreg_hf.console import begin
-from vicreg_hf.cores import available_cores
-from vicreg_hf.flags import FlagsParser
-from vicreg_hf.pretraining import ERRORS
+from vicreg_hf.runtime.console import begin
+from vicreg_hf.runtime.machine import available_cores
+from vicreg_hf.settings.parser import FlagsParser
+from vicreg_hf.training.pretrain import ERRORS
 
 
 def main(argv: list[str]) -> None:

@@ -8,9 +8,9 @@ if __name__ == "__main__":
 
 from safetensors import SafetensorError
 
-from vicreg_hf.console import begin
-from vicreg_hf.conversion import convert_checkpoint
-from vicreg_hf.flags import FlagsParser
+from vicreg_hf.publishing.conversion import convert_checkpoint
+from vicreg_hf.runtime.console import begin
+from vicreg_hf.settings.parser import FlagsParser
 
 
 def main() -> None:

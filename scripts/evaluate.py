@@ -6,11 +6,11 @@ import sys
 if __name__ == "__main__":
     gc.disable()  # a third of the time of the imports below
 
-from vicreg_hf.console import begin
-from vicreg_hf.evaluating import evaluate
-from vicreg_hf.evaluation.arguments import parse_evaluation_arguments
-from vicreg_hf.hub import without_tokens
-from vicreg_hf.pretraining import ERRORS
+from vicreg_hf.evaluation.evaluate import evaluate
+from vicreg_hf.hub.api import without_tokens
+from vicreg_hf.runtime.console import begin
+from vicreg_hf.settings.command_line import parse_evaluation_arguments
+from vicreg_hf.training.pretrain import ERRORS
 
 
 def main() -> None:

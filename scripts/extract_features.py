@@ -6,11 +6,12 @@ import sys
 if __name__ == "__main__":
     gc.disable()  # a third of the time of the imports below
 
-from vicreg_hf.console import begin
-from vicreg_hf.extraction import ExtractionArguments, extract_dataset
-from vicreg_hf.flags import SettingsParser
-from vicreg_hf.hub import without_tokens
-from vicreg_hf.loading import LoadingError
+from vicreg_hf.data.workers import LoadingError
+from vicreg_hf.features.extract import extract_dataset
+from vicreg_hf.hub.api import without_tokens
+from vicreg_hf.runtime.console import begin
+from vicreg_hf.settings.extraction import ExtractionArguments
+from vicreg_hf.settings.parser import SettingsParser
 
 
 def main() -> None:

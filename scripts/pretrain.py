@@ -23,13 +23,13 @@ if __name__ == "__main__":  # what is imported below takes seconds
     _handle_requests(_stop_before_the_run)
     gc.disable()  # a third of that time
 
-from vicreg_hf.arguments import parse_arguments
-from vicreg_hf.console import begin
-from vicreg_hf.hub import without_tokens
-from vicreg_hf.pretraining import ERRORS, pretrain
-from vicreg_hf.preview import draw_preview
-from vicreg_hf.replay import replay
-from vicreg_hf.signals import STOPPED, Stopped
+from vicreg_hf.hub.api import without_tokens
+from vicreg_hf.runtime.console import begin
+from vicreg_hf.runtime.signals import STOPPED, Stopped
+from vicreg_hf.settings.command_line import parse_arguments
+from vicreg_hf.training.monitoring.preview import draw_preview
+from vicreg_hf.training.pretrain import ERRORS, pretrain
+from vicreg_hf.training.replay import replay
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ if __name__ == "__main__":
 from safetensors import SafetensorError
 from yaml import YAMLError
 
-from vicreg_hf.console import begin
-from vicreg_hf.flags import FlagsParser
-from vicreg_hf.hub import without_tokens
-from vicreg_hf.publishing import publish
+from vicreg_hf.hub.api import without_tokens
+from vicreg_hf.publishing.publish import publish
+from vicreg_hf.runtime.console import begin
+from vicreg_hf.settings.parser import FlagsParser
 
 
 def main() -> None:

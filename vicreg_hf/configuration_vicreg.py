@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from timm.models import filter_pretrained_cfg
 from transformers import PreTrainedConfig
 
-from vicreg_hf.backbones import published_name
-from vicreg_hf.checks import check_number, read_widths
+from vicreg_hf.models.resnets import published_name
+from vicreg_hf.runtime.checks import check_number, read_widths
 
 INDEX_FILE = "vicreg.safetensors.index.json"
 NESTED_KEY = "vicreg"
@@ -30,41 +28,6 @@ OWN_FIELDS = (
     "architecture", "model_args", "pretrained_cfg", *METHOD_FIELDS, "weights", "prime",
 )  # fmt: skip
 """Beside these a config holds whatever transformers keeps in one."""
-
-# Facts about the weights a timm registry entry was made for; those published here are others.
-_PROVENANCE = (
-    "tag", "origin_url", "paper_ids", "paper_name", "license", "notes", "description",
-    "label_offset", "label_names", "label_descriptions", "architecture", "min_input_size",
-    "test_input_size", "test_crop_pct", "test_pool_size",
-)  # fmt: skip
-
-
-def encoder_pretrained_cfg(
-    registry: Mapping[str, Any], model_args: Mapping[str, Any], image_size: int | None = None
-) -> dict[str, Any]:
-    """The `pretrained_cfg` of a published encoder: what timm and AutoImageProcessor need.
-
-    Args:
-        registry: the backbone's own pretrained_cfg.
-        model_args: keyword arguments the backbone was built with.
-        image_size: side in pixels of the training views; None takes the backbone's own.
-    """
-    cfg = filter_pretrained_cfg(dict(registry), remove_source=True, remove_null=True)
-    cfg = {key: value for key, value in cfg.items() if key not in _PROVENANCE}
-    channels, height, width = cfg["input_size"]
-    size = model_args.get("img_size", image_size or (height, width))
-    height, width = (size, size) if isinstance(size, int) else size
-    channels = model_args.get("in_chans", channels)
-    cfg |= {
-        "num_classes": 0,
-        "custom_load": False,
-        "pool_size": None,
-        "input_size": (channels, height, width),
-    }
-    for key in ("mean", "std"):  # AutoImageProcessor wants one value per input channel
-        if len(cfg[key]) != channels:
-            cfg[key] = [sum(cfg[key]) / len(cfg[key])] * channels
-    return json.loads(json.dumps(cfg))  # tuples become lists, as they will when read back
 
 
 def complete_prime(given: Mapping[str, Any], config: VICRegConfig) -> dict[str, Any]:

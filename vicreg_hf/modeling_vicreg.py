@@ -18,21 +18,21 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from vicreg_hf.batch_norm import count_once
-from vicreg_hf.branches import (
-    Inputs,
+from vicreg_hf.configuration_vicreg import METHOD_FIELDS, VICRegConfig
+from vicreg_hf.hub.layout import write_layout
+from vicreg_hf.loss.multi_view import multi_view_loss
+from vicreg_hf.models.batch_norm import count_once
+from vicreg_hf.models.branch import Inputs, create_branch
+from vicreg_hf.models.compiling import Compiled, plainly
+from vicreg_hf.models.expander import expander
+from vicreg_hf.models.timm_models import (
     check_architecture,
     create_backbone,
-    create_branch,
+    encoder_pretrained_cfg,
     is_timm,
     pooled,
     width_of,
 )
-from vicreg_hf.compiling import Compiled, plainly
-from vicreg_hf.configuration_vicreg import METHOD_FIELDS, VICRegConfig, encoder_pretrained_cfg
-from vicreg_hf.expander import expander
-from vicreg_hf.layout import write_layout
-from vicreg_hf.multi_view import multi_view_loss
 
 _ALIKE = ("max_shard_size", "save_function", "safe_serialization")
 """Arguments of transformers' save_pretrained that change nothing where there is one file."""
@@ -362,8 +362,8 @@ class VICRegModel(PreTrainedModel):
             ExportError: what was written does not load as this model.
             HubError: the Hub refuses, or cannot be reached; the earlier revision is as it was.
         """
-        from vicreg_hf.hub import open_repository
-        from vicreg_hf.publishing import push_model
+        from vicreg_hf.hub.api import open_repository
+        from vicreg_hf.hub.push import push_model
 
         repo_id = open_repository(
             repo_id, private=private, token=token, revision=revision, create_pr=create_pr

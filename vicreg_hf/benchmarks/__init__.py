@@ -1,1 +1,1 @@
-"""What `scripts/benchmark.py` measures: ratios, side by side in one run."""
+"""Measurements of speed and memory for `scripts/benchmark.py`, side by side with others."""

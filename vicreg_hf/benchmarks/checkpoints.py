@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from vicreg_hf.benchmarks.measuring import MIB, surroundings, table
-from vicreg_hf.checkpointing import CheckpointWriter, save_checkpoint
+from vicreg_hf.checkpoints.writing import CheckpointWriter, save_checkpoint
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.modeling_vicreg import VICRegModel
-from vicreg_hf.optim import create_optimizer
+from vicreg_hf.training.building.optimizers import create_optimizer
 
 
 def checkpoints(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from vicreg_hf.arguments import parse_arguments
 from vicreg_hf.benchmarks.checkpoints import checkpoints
 from vicreg_hf.benchmarks.data import against_others, bottleneck
 from vicreg_hf.benchmarks.features import extraction
@@ -19,6 +18,7 @@ from vicreg_hf.benchmarks.scale_check import check
 from vicreg_hf.benchmarks.scale_data import billion
 from vicreg_hf.benchmarks.scale_machine import add_machine_flags, machine_from
 from vicreg_hf.benchmarks.train import NAMES, training
+from vicreg_hf.settings.command_line import parse_arguments
 
 
 @dataclass

@@ -26,10 +26,9 @@ from vicreg_hf.benchmarks.peers import (
     plain_step,
     projector,
 )
-from vicreg_hf.compiling import Compiled, plainly
-from vicreg_hf.run import Run
-from vicreg_hf.stepping import take_gradients, take_step, views_from_here
-from vicreg_hf.verdicts import Verdicts
+from vicreg_hf.models.compiling import Compiled, plainly
+from vicreg_hf.training.run import Run
+from vicreg_hf.training.step import Verdicts, take_gradients, take_step, views_from_here
 
 WITHOUT_END = 10**6
 """Steps of a run that is never finished."""

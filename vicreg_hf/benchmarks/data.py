@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from torchvision import transforms as tv
 from torchvision.transforms import v2
 
-from vicreg_hf.arguments import PretrainingArguments
-from vicreg_hf.augmentation import PRESETS, ViewRecipe
 from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
-from vicreg_hf.cores import available_cores
-from vicreg_hf.data import laid_out
-from vicreg_hf.images import decode_image
-from vicreg_hf.pairs import PairedSplit
-from vicreg_hf.preparation import setup
-from vicreg_hf.run import Run
-from vicreg_hf.sources import ImageSplit
-from vicreg_hf.stepping import backward
-from vicreg_hf.streaming import ImageStream
-from vicreg_hf.views import TwoViews
+from vicreg_hf.data.batches import laid_out
+from vicreg_hf.data.columns.image_files import decode_image
+from vicreg_hf.data.pairs import PairedSplit
+from vicreg_hf.data.splits import ImageSplit
+from vicreg_hf.data.streams import ImageStream
+from vicreg_hf.runtime.machine import available_cores
+from vicreg_hf.settings.pretraining import PretrainingArguments
+from vicreg_hf.training.run import Run
+from vicreg_hf.training.setup import setup
+from vicreg_hf.training.step import backward
+from vicreg_hf.views.presets import PRESETS, ViewRecipe
+from vicreg_hf.views.two_views import TwoViews
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ import torch
 
 from vicreg_hf.benchmarks.data import jpeg, photographs
 from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
-from vicreg_hf.cores import default_num_workers
-from vicreg_hf.encoders import timm_encoder
-from vicreg_hf.encoding import features_of
-from vicreg_hf.feature_parts import Part
-from vicreg_hf.sources import image_split
+from vicreg_hf.data.splits import image_split
+from vicreg_hf.features.encode import features_of
+from vicreg_hf.features.encoders import timm_encoder
+from vicreg_hf.features.parts import Part
+from vicreg_hf.runtime.machine import default_num_workers
 
 
 def extraction(

@@ -33,9 +33,9 @@ from vicreg_hf.benchmarks.measuring import (
     run_processes,
     table,
 )
-from vicreg_hf.cores import available_cores
-from vicreg_hf.distributed import gather_rows, rank, world_size
-from vicreg_hf.loss import vicreg_loss
+from vicreg_hf.loss.vicreg import vicreg_loss
+from vicreg_hf.runtime.distributed import gather_rows, rank, world_size
+from vicreg_hf.runtime.machine import available_cores
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

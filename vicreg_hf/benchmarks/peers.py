@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from vicreg_hf.augmentation import ViewRecipe
 from vicreg_hf.benchmarks.data import pil_view
+from vicreg_hf.views.presets import ViewRecipe
 
 Pair = tuple[Tensor, Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

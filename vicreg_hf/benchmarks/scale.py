@@ -23,7 +23,7 @@ from vicreg_hf.benchmarks.scale_counts import (
     our_loss_work,
 )
 from vicreg_hf.benchmarks.scale_machine import Machine, assumptions
-from vicreg_hf.pretraining import RUN_AHEAD
+from vicreg_hf.training.pretrain import RUN_AHEAD
 
 BACKWARD = 2
 """Backward in multiples of forward: a gradient for the input, and one for the weights."""

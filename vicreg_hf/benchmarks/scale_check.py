@@ -29,8 +29,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vicreg_hf.arguments import parse_arguments
-from vicreg_hf.batch_norm import SyncBatchNorm
 from vicreg_hf.benchmarks.contenders import ours
 from vicreg_hf.benchmarks.data import photographs
 from vicreg_hf.benchmarks.loss import embeddings, forward_backward, our_loss
@@ -38,12 +36,14 @@ from vicreg_hf.benchmarks.measuring import MIB, run_processes, surroundings, tab
 from vicreg_hf.benchmarks.scale import BACKWARD, VIEWS, Step, predict
 from vicreg_hf.benchmarks.scale_counts import Work, count_work, our_loss_work
 from vicreg_hf.benchmarks.scale_machine import Machine
-from vicreg_hf.cores import available_cores
-from vicreg_hf.covariance import STRIPE_ROWS
-from vicreg_hf.distributed import gather_rows, sum_over_processes
-from vicreg_hf.preparation import setup
-from vicreg_hf.run import Run
-from vicreg_hf.stepping import gradient_norms, take_gradients, take_step
+from vicreg_hf.loss.covariance import STRIPE_ROWS
+from vicreg_hf.models.batch_norm import SyncBatchNorm
+from vicreg_hf.runtime.distributed import gather_rows, sum_over_processes
+from vicreg_hf.runtime.machine import available_cores
+from vicreg_hf.settings.command_line import parse_arguments
+from vicreg_hf.training.run import Run
+from vicreg_hf.training.setup import setup
+from vicreg_hf.training.step import gradient_norms, take_gradients, take_step
 
 CPU = torch.device("cpu")
 WITHOUT_LIMIT = 1e6
@@ -236,8 +236,6 @@ def _busy() -> float | None:
 
 
 # What processes do
-
-
 def _in_processes(
     world: int, function: Callable[..., Sequence[float]], *args: Any
 ) -> list[list[float]]:

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vicreg_hf.configuration_vicreg import VICRegConfig
-from vicreg_hf.covariance import LEADING, prefers_gram
+from vicreg_hf.loss.covariance import LEADING, prefers_gram
 from vicreg_hf.modeling_vicreg import VICRegModel
-from vicreg_hf.optim import create_optimizer
+from vicreg_hf.training.building.optimizers import create_optimizer
 
 FLOAT32 = 4
 """Bytes of what the loss computes in, of a weight and of its gradient."""

@@ -17,7 +17,7 @@ import torch
 from datasets.data_files import resolve_pattern
 
 from vicreg_hf.benchmarks.measuring import memory_process, peak_extra_mib, surroundings, table
-from vicreg_hf.randomness import permutation, permuted
+from vicreg_hf.runtime.randomness import permutation, permuted
 
 CPU = torch.device("cpu")
 BILLION = 10**9

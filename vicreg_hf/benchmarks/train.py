@@ -22,20 +22,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vicreg_hf.arguments import parse_arguments
-from vicreg_hf.benchmarks.contenders import (
-    WITHOUT_END,
-    Contender,
-    authors,
-    bare,
-    lightly,
-    ours,
-)
+from vicreg_hf.benchmarks.contenders import WITHOUT_END, Contender, authors, bare, lightly, ours
 from vicreg_hf.benchmarks.data import jpeg, photographs
 from vicreg_hf.benchmarks.measuring import MIB, surroundings, table
 from vicreg_hf.benchmarks.peers import Pair
-from vicreg_hf.data import SMALL_IMAGE
-from vicreg_hf.preparation import setup
+from vicreg_hf.data.memory import SMALL_IMAGE
+from vicreg_hf.settings.command_line import parse_arguments
+from vicreg_hf.training.setup import setup
 
 DEFAULTS = ("--architecture=resnet18", "--image_size=32", "--expander_dims=2048-2048-2048")
 NAMES = ("bare", "vicreg_hf", "authors", "lightly")
@@ -112,8 +105,6 @@ def training(
 
 
 # Measuring
-
-
 def _take_turns(
     contenders: Sequence[Contender], steps: int, rounds: int, device: torch.device
 ) -> None:
@@ -190,8 +181,6 @@ def _rows(
 
 
 # What it is measured on
-
-
 def _pictures(side: int, count: int) -> list[Image.Image] | list[bytes]:
     """Images of the views' own side where that is small; else JPEGs of 500 x 375."""
     if side <= SMALL_IMAGE:

@@ -8,8 +8,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
-from vicreg_hf.cards import write_card
-from vicreg_hf.evaluation.results import Measurement
+from vicreg_hf.evaluation.measurements import Measurement
+from vicreg_hf.hub.card import write_card
 
 
 def add_evaluation(

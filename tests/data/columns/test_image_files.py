@@ -1,0 +1,410 @@
+"""What files decode to, and which are refused."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from vicreg_hf.data.columns.image_files import MAX_PIXELS, ImageError, decode_image, image_of_array
+
+Pixels = NDArray[np.uint8]
+
+# Smooth, so that lossy formats keep it; no row, column or channel is another's mirror image.
+ROWS, COLUMNS = np.mgrid[0:40, 0:56]
+RGB: Pixels = np.stack([4 * COLUMNS, 6 * ROWS, 2 * ROWS + 2 * COLUMNS], -1).astype(np.uint8)
+GRAY: Pixels = RGB[..., 2]
+
+
+def encode(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def decode(data: bytes) -> Pixels:
+    """As (H, W, 3)."""
+    decoded = decode_image(data)
+    assert decoded.dtype == torch.uint8
+    return decoded.permute(1, 2, 0).numpy()
+
+
+def assert_pixels_close(actual: Pixels, expected: Pixels, *, tolerance: int) -> None:
+    assert actual.shape == expected.shape
+    assert np.abs(actual.astype(int) - expected.astype(int)).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options", "tolerance"),
+    [
+        ("PNG", {}, 0),
+        ("TIFF", {}, 0),
+        ("BMP", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("WEBP", {"quality": 95}, 8),
+        ("JPEG", {"quality": 95, "subsampling": 0}, 8),
+        ("JPEG", {"quality": 95, "progressive": True}, 8),
+    ],
+)
+def test_colours_survive(file_format: str, options: dict[str, Any], tolerance: int) -> None:
+    data = encode(Image.fromarray(RGB), file_format, **options)
+    assert_pixels_close(decode(data), RGB, tolerance=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("file_format", "tolerance"), [("PNG", 0), ("TIFF", 0), ("GIF", 0), ("JPEG", 4)]
+)
+def test_gray_becomes_three_equal_channels(file_format: str, tolerance: int) -> None:
+    decoded = decode(encode(Image.fromarray(GRAY), file_format))
+    assert_pixels_close(decoded, np.stack([GRAY] * 3, -1), tolerance=tolerance)
+
+
+def test_black_and_white_becomes_0_and_255() -> None:
+    bits = RGB[..., 0] > 100
+    expected = np.stack([bits * np.uint8(255)] * 3, -1)
+    assert_pixels_close(decode(encode(Image.fromarray(bits), "PNG")), expected, tolerance=0)
+
+
+@pytest.mark.parametrize("alpha", [0, 90, 255])
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_alpha_is_dropped_from_colour(file_format: str, alpha: int) -> None:
+    rgba = np.dstack([RGB, np.full_like(GRAY, alpha)])
+    assert_pixels_close(decode(encode(Image.fromarray(rgba), file_format)), RGB, tolerance=0)
+
+
+@pytest.mark.parametrize("alpha", [0, 90, 255])
+def test_alpha_is_dropped_from_gray(alpha: int) -> None:
+    both = Image.merge("LA", [Image.fromarray(GRAY), Image.new("L", (56, 40), alpha)])
+    expected = np.stack([GRAY] * 3, -1)
+    assert_pixels_close(decode(encode(both, "PNG")), expected, tolerance=0)
+
+
+PALETTE: Pixels = np.array([[200, 10, 30], [0, 90, 250], [7, 7, 7], [255, 255, 0]], np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options"),
+    [
+        ("PNG", {}),
+        ("GIF", {}),
+        ("TIFF", {}),
+        pytest.param("PNG", {"transparency": 1}, id="PNG-one-transparent"),
+        pytest.param("GIF", {"transparency": 1}, id="GIF-one-transparent"),
+        pytest.param("PNG", {"transparency": bytes([0, 90, 255, 9])}, id="PNG-opacity-each"),
+    ],
+)
+def test_a_palette_becomes_its_colours(file_format: str, options: dict[str, Any]) -> None:
+    indices = ((ROWS // 10 + COLUMNS // 7) % 4).astype(np.uint8)
+    image = Image.fromarray(indices)
+    image.putpalette(PALETTE.tobytes())
+    data = encode(image, file_format, **options)
+    assert_pixels_close(decode(data), PALETTE[indices], tolerance=0)
+
+
+@pytest.mark.parametrize(("file_format", "tolerance"), [("TIFF", 0), ("JPEG", 10)])
+def test_cmyk_becomes_rgb(file_format: str, tolerance: int) -> None:
+    black = np.zeros_like(GRAY)
+    image = Image.frombytes("CMYK", (56, 40), np.dstack([255 - RGB, black]).tobytes())
+    data = encode(image, file_format, **({"quality": 95} if file_format == "JPEG" else {}))
+    assert_pixels_close(decode(data), RGB, tolerance=tolerance)
+
+
+# What a viewer does with the stored pixels, per value of the EXIF tag Orientation.
+UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize(
+    ("file_format", "options", "tolerance"),
+    [
+        ("PNG", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("JPEG", {"quality": 95, "subsampling": 0}, 8),
+    ],
+)
+def test_images_are_turned_upright(
+    file_format: str, options: dict[str, Any], tolerance: int, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(RGB), file_format, exif=exif, **options)
+    assert_pixels_close(decode(data), UPRIGHT[orientation](RGB), tolerance=tolerance)
+
+
+def test_a_jpeg_is_turned_upright_wherever_its_exif_stands() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(RGB), "JPEG", quality=95, subsampling=0, exif=exif)
+    comment = b"\xff\xfe" + struct.pack(">H", 60_002) + bytes(60_000)
+    later = data[:2] + 2 * comment + data[2:]
+    assert later.index(b"Exif") > 2**16
+    assert_pixels_close(decode(later), np.rot90(RGB, -1), tolerance=8)
+
+
+def test_a_jpeg_is_turned_upright_by_its_xmp() -> None:
+    """As PIL turns it, and so stock processors see it."""
+    xmp = b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    data = encode(Image.fromarray(RGB), "JPEG", quality=95, subsampling=0, xmp=xmp)
+    assert_pixels_close(decode(data), np.rot90(RGB, -1), tolerance=8)
+
+
+def test_16_bit_images_are_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(GRAY.astype(np.uint16) * 257), "PNG", exif=exif)
+    expected = np.stack([np.rot90(GRAY, -1)] * 3, -1)
+    assert_pixels_close(decode(data), expected, tolerance=0)
+
+
+def test_cmyk_jpegs_are_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    image = Image.frombytes("CMYK", (56, 40), np.dstack([255 - RGB, 0 * GRAY]).tobytes())
+    data = encode(image, "JPEG", quality=95, exif=exif)
+    assert_pixels_close(decode(data), np.rot90(RGB, 1), tolerance=10)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_16_bits_are_rescaled_and_not_clipped(file_format: str) -> None:
+    values = np.linspace(0, 65535, 40 * 56).reshape(40, 56).round().astype(np.uint16)
+    expected = np.stack([(values / 257).round().astype(np.uint8)] * 3, -1)
+    decoded = decode(encode(Image.fromarray(values), file_format))
+    assert_pixels_close(decoded, expected, tolerance=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([[-3.0, 0.0, 2.0]], [[0, 153, 255]]),  # 3 / 5 of 255
+        ([[0.0, 0.25, 1.0]], [[0, 64, 255]]),
+        ([[7.0, 7.0, 7.0]], [[0, 0, 0]]),  # constant
+        ([[np.nan, 1.0, 3.0]], [[0, 0, 255]]),
+        ([[-np.inf, 1.0, np.inf]], [[0, 0, 255]]),
+    ],
+)
+def test_float_pixels_are_stretched_over_the_grey_levels(
+    values: list[list[float]], expected: list[list[int]]
+) -> None:
+    data = encode(Image.fromarray(np.array(values, np.float32)), "TIFF")
+    gray = np.array(expected, np.uint8)
+    assert_pixels_close(decode(data), np.stack([gray] * 3, -1), tolerance=0)
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_an_animation_gives_its_first_frame(file_format: str) -> None:
+    first, second = Image.new("RGB", (9, 5), (255, 0, 0)), Image.new("RGB", (9, 5), (0, 0, 255))
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    data = encode(first, file_format, save_all=True, append_images=[second], **options)
+    assert_pixels_close(decode(data), np.array(first), tolerance=0)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (3000, 1), (1, 3000)])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
+def test_extreme_shapes_decode(file_format: str, width: int, height: int) -> None:
+    image = Image.new("RGB", (width, height), (10, 200, 90))
+    assert_pixels_close(decode(encode(image, file_format)), np.array(image), tolerance=4)
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises width x height RGB pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"\x00", id="one-byte"),
+        pytest.param(b"<!DOCTYPE html><html><body>404 Not Found</body></html>", id="html"),
+        pytest.param(b'{"error": "rate limit"}', id="json"),
+        pytest.param(np.arange(256, dtype=np.uint8).tobytes(), id="all-bytes"),
+        pytest.param(png_claiming(10, 10), id="png-without-pixels"),
+    ],
+)
+def test_what_is_not_an_image_is_refused(data: bytes) -> None:
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        decode_image(data)
+
+
+def test_an_empty_file_is_said_to_be_empty() -> None:
+    with pytest.raises(ImageError, match="0 bytes"):
+        decode_image(b"")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_truncated_files_are_refused(file_format: str, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), file_format)
+    with pytest.raises(ImageError):
+        decode_image(data[: int(len(data) * share)])
+
+
+# PIL warns above 89 million pixels, and raises its own error above twice as many.
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("width", "height"), [(60_000, 60_000), (12_000, 10_000), (1, MAX_PIXELS + 1)]
+)
+def test_a_header_that_claims_too_many_pixels_is_refused_before_they_are_read(
+    width: int, height: int
+) -> None:
+    counted = f"{width} x {height} pixels|{width * height} pixels"
+    with pytest.raises(ImageError, match=counted):
+        decode_image(png_claiming(width, height))
+
+
+# --- other numbers of channels
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF"])
+def test_one_channel_is_the_luminance(file_format: str) -> None:
+    options = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}
+    image = Image.fromarray(RGB)
+    decoded = decode_image(encode(image, file_format, **options), 1)
+    assert decoded.shape == (1, 40, 56)
+    assert_pixels_close(decoded[0].numpy(), np.array(image.convert("L")), tolerance=4)
+
+
+def test_one_channel_of_16_bits_is_rescaled() -> None:
+    values = np.linspace(0, 65535, 40 * 56).reshape(40, 56).round().astype(np.uint16)
+    decoded = decode_image(encode(Image.fromarray(values), "PNG"), 1)
+    assert_pixels_close(decoded[0].numpy(), (values / 257).round().astype(np.uint8), tolerance=0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "CMYK"])
+def test_four_channels_are_as_they_are_stored(mode: str) -> None:
+    four = np.dstack([RGB, GRAY])
+    data = encode(Image.frombytes(mode, (56, 40), four.tobytes()), "TIFF")
+    assert_pixels_close(decode_image(data, 4).permute(1, 2, 0).numpy(), four, tolerance=0)
+
+
+@pytest.mark.parametrize("channels", [0, 2, 5])
+def test_encoded_images_of_other_channels_are_refused(channels: int) -> None:
+    with pytest.raises(ValueError, match=f"has 1, 3 or 4 channels, got {channels}"):
+        decode_image(encode(Image.fromarray(RGB), "PNG"), channels)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[[0, 7, 255]]], np.uint8), [[[0, 7, 255]]]),
+        (np.array([[[0, 257, 65535]]], np.uint16), [[[0, 1, 255]]]),
+        (np.array([[[0, 257, 65535]]], np.int32), [[[0, 1, 255]]]),
+        (np.array([[[70000, 170000, 270000]]], np.uint32), [[[0, 128, 255]]]),
+        (np.array([[[-100, 0, 100]]], np.int64), [[[0, 128, 255]]]),
+        (np.array([[[-1.0, 0.0, 1.0]]]), [[[0, 128, 255]]]),
+        (np.array([[[np.nan, 2.0, np.inf]]]), [[[0, 0, 255]]]),
+    ],
+)
+def test_arrays_of_any_number_type_become_grey_levels(
+    values: NDArray[Any], expected: list[list[list[int]]]
+) -> None:
+    assert image_of_array(values, 1).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((4, 5)), r"got \(4, 5\)"),
+        (np.zeros((3, 0, 5)), r"got \(3, 0, 5\)"),
+        (np.array([["a"]]), "an array of numbers"),
+        ([[1, 2], [3]], "is not an image"),
+    ],
+)
+def test_what_is_no_image_array_is_refused(values: Any, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        image_of_array(values, 3)
+
+
+# --- JPEGs, which torchvision decodes
+
+
+@pytest.mark.parametrize("quality", [30, 90])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_has_pils_own_pixels(quality: int, subsampling: int, mode: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    data = encode(image, "JPEG", quality=quality, subsampling=subsampling)
+    expected = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert_pixels_close(decode(data), expected, tolerance=0)
+
+
+def test_what_follows_a_jpegs_end_does_not_matter() -> None:
+    data = encode(Image.fromarray(RGB), "JPEG")
+    assert_pixels_close(decode(data + b"\0" * 7), decode(data), tolerance=0)
+
+
+def test_broken_exif_is_ignored() -> None:
+    data = encode(Image.fromarray(RGB), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    assert_pixels_close(decode(data), decode(encode(Image.fromarray(RGB), "JPEG")), tolerance=0)
+
+
+def test_no_format_is_read_that_runs_a_program() -> None:
+    data = encode(Image.fromarray(RGB), "EPS")
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        decode_image(data)
+
+
+# Red above blue, 16 x 24 pixels, by pillow-heif 1.8.
+HEIC = base64.b64decode(
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAb1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAA"
+    "AAAAAAAAAAAAADRpbG9jAAAAAERAAAIAAQAAAAAB4QABAAAAAAAAAEoAAgAAAAACKwABAAAAAAAAACQAAAA4aWlu"
+    "ZgAAAAAAAgAAABVpbmZlAgAAAAABAABodmMxAAAAABVpbmZlAgAAAQACAABFeGlmAAAAAA5waXRtAAAAAAABAAAA"
+    "/GlwcnAAAADcaXBjbwAAAHVodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMA"
+    "AAMAHroCQGEAAQApQgEBA3AAAAMAkAAAAwAAAwAeoCCBBZbqrprm4CGgwIAAAAyAAAADAIRiAAEABkQBwXPBiQAA"
+    "ABNjb2xybmNseAABAA0ABoAAAAAUaXNwZQAAAAAAAABAAAAAQAAAAChjbGFwAAAAEAAAAAEAAAAYAAAAAf///9AA"
+    "AAAC////2AAAAAIAAAAQcGl4aQAAAAADCAgIAAAAGGlwbWEAAAAAAAAAAQABBYECAwWEAAAAGmlyZWYAAAAAAAAA"
+    "DmNkc2MAAgABAAEAAAB2bWRhdAAAAEYoAa8JyGmJGiObUf8X9/oXoa8W++hWvzVng2sC05L/iBVgV13aaVHcx/Ui"
+    "CXyd9Pkq6PTmW6C5rcnqzSk5O4lgw0+XiTpMAAAABkV4aWYAAE1NACoAAAAIAAEBEgADAAAAAQAGAAAAAAAA"
+)
+
+
+def test_heic_is_read() -> None:
+    pixels = decode(HEIC)
+    assert pixels.shape == (24, 16, 3)
+    above, below = pixels[:10].reshape(-1, 3), pixels[14:].reshape(-1, 3)
+    assert_pixels_close(above, np.full_like(above, [200, 40, 40]), tolerance=24)
+    assert_pixels_close(below, np.full_like(below, [40, 40, 200]), tolerance=24)
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (HEIC, b"it looks like HEIF, which needs `pip install pi-heif`."),
+        (HEIC.replace(b"heic", b"isom", 1), b"it is of no known format."),  # a film
+    ],
+)
+def test_heic_without_its_plugin_is_answered_with_its_name(data: bytes, sentence: bytes) -> None:
+    program = (
+        "import sys; sys.modules['pi_heif'] = None\n"
+        "from vicreg_hf.data.columns.image_files import decode_image\n"
+        "decode_image(sys.stdin.buffer.read())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True)
+    assert sentence in done.stderr

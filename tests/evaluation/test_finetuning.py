@@ -1,0 +1,425 @@
+"""Linear evaluation and fine-tuning: the authors' recipe, on one process and on several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from datasets import DatasetDict
+from gloo import GlooPool
+from pictures import png, table_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from workflow import write_images
+
+from vicreg_hf.data.memory import load_in_memory
+from vicreg_hf.data.opening.dataset import open_dataset
+from vicreg_hf.data.sampler import GlobalBatches
+from vicreg_hf.data.splits import ImageSplit, image_split
+from vicreg_hf.evaluation.finetuning import FinetuneResult, create_head, finetune
+from vicreg_hf.settings.finetuning import LINEAR, ONE_PERCENT, TEN_PERCENT, FinetuneSettings
+from vicreg_hf.views.presets import ViewRecipe
+from vicreg_hf.views.random_views import RandomViews
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+QUICK = FinetuneSettings(epochs=4, batch_size=12, lr_head=0.5, weight_decay=0.01, seed=3)
+TUNED = replace(QUICK, lr_backbone=0.1)
+
+
+class Encoder(nn.Module):
+    """Four features of edges and colours; it notes in which mode it was used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 4, 3, bias=False)
+            self.norm = nn.BatchNorm2d(4)
+            self.drop = nn.Dropout(0.0)
+            self.unused = nn.Linear(2, 2)
+        self.modes: list[tuple[bool, bool]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes.append((self.norm.training, torch.is_grad_enabled()))
+        return self.drop(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def two_classes(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Noise that is dark or light, (count, 3, 12, 12), and which."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = torch.randint(2, (count,), generator=generator)
+    noise = torch.randint(128, (count, 3, 12, 12), generator=generator)
+    return (noise + 127 * kinds.view(-1, 1, 1, 1)).byte(), kinds
+
+
+TRAIN, LABELS = two_classes(40)
+TEST, TEST_LABELS = two_classes(21, seed=1)
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    forget_accelerator()
+    yield Accelerator(cpu=True)
+    forget_accelerator()
+
+
+def forget_accelerator() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def trained(
+    accelerator: Accelerator, settings: FinetuneSettings = QUICK, **changes: Any
+) -> FinetuneResult:
+    given: dict[str, Any] = {
+        "encoder": Encoder(), "train": TRAIN, "train_labels": LABELS, "test": TEST,
+        "num_classes": 2, "num_features": 4, "image_size": 12, "crop_pct": 1.0,
+        "mean": MEAN, "std": STD,
+    }  # fmt: skip
+    return finetune(**given | changes, settings=settings, accelerator=accelerator)
+
+
+def accuracy(result: FinetuneResult) -> float:
+    return (result.predictions == TEST_LABELS).float().mean().item()
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """The names of equal tensors."""
+    assert one.keys() == other.keys()
+    return [name for name in one if torch.equal(one[name], other[name])]
+
+
+# --- what is learned, and what is left alone
+
+
+@pytest.mark.parametrize("was_training", [True, False])
+def test_a_frozen_encoder_is_classified_as_it_is(
+    accelerator: Accelerator, was_training: bool
+) -> None:
+    encoder = Encoder().train(was_training)
+    before = state_of(encoder)
+    result = trained(accelerator, encoder=encoder)
+    assert accuracy(result) > 0.9
+    used: Any = result.model
+    assert same(state_of(used.encoder), before) == list(before)  # BatchNorm's statistics too
+    assert set(used.encoder.modes) == {(False, False)}  # in eval mode, without gradients
+    assert same(state_of(encoder), before) == list(before)
+    assert encoder.training == was_training
+    assert all(p.requires_grad and p.grad is None for p in encoder.parameters())
+    assert not encoder.modes
+
+
+def test_fine_tuning_changes_a_copy_of_the_encoder(accelerator: Accelerator) -> None:
+    encoder = Encoder().eval()
+    before = state_of(encoder)
+    result = trained(accelerator, TUNED, encoder=encoder)
+    assert accuracy(result) > 0.9
+    used: Any = result.model
+    # the first is a look at the shape of the features
+    assert set(used.encoder.modes[1:]) == {(True, True), (False, False)}
+    assert same(state_of(used.encoder), before) == ["unused.weight", "unused.bias"]
+    assert same(state_of(encoder), before) == list(before)
+    assert not encoder.training
+
+
+def test_a_split_of_files_is_learned_by_workers_as_from_memory(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    splits = open_dataset(str(write_images(tmp_path / "images", rows=40)))
+    train, test = (image_split(splits, name, dataset_name="noise") for name in ("train", "test"))
+    assert test.labels is not None
+    given: Any = {"image_size": 32, "train_labels": train.labels}
+    by_workers = trained(accelerator, train=train, test=test, num_workers=1, **given)
+    assert (by_workers.predictions == test.labels).float().mean() > 0.9
+    memory = trained(accelerator, train=load_in_memory(train), test=load_in_memory(test), **given)
+    assert by_workers.losses == pytest.approx(memory.losses, abs=1e-3)  # crops differ by a level
+    torch.testing.assert_close(by_workers.logits, memory.logits, rtol=0, atol=1e-2)
+
+
+def test_an_encoder_without_weights_can_be_classified(accelerator: Accelerator) -> None:
+    given: dict[str, Any] = {"encoder": nn.Flatten(), "num_features": 3 * 12 * 12}
+    for settings in (QUICK, TUNED):
+        assert accuracy(trained(accelerator, replace(settings, lr_head=0.01), **given)) > 0.9
+
+
+@pytest.mark.parametrize("settings", [QUICK, TUNED], ids=["frozen", "tuned"])
+def test_bfloat16_is_of_the_encoder_and_not_of_the_classifier(
+    accelerator: Accelerator, settings: FinetuneSettings
+) -> None:
+    exact, coarse = (trained(accelerator, settings, bf16=bf16) for bf16 in (False, True))
+    assert coarse.losses != exact.losses
+    assert coarse.losses == pytest.approx(exact.losses, rel=0.05)
+    assert coarse.logits.dtype == torch.float32
+    assert not torch.equal(coarse.logits.bfloat16().float(), coarse.logits)
+
+
+# --- the authors' recipe
+
+
+def test_settings_are_the_authors() -> None:
+    common = {"batch_size": 256, "scale": (0.08, 1.0), "flip": 0.5}
+    linear = {"epochs": 100, "lr_head": 0.02, "lr_backbone": 0.0, "weight_decay": 1e-6}
+    few = {"epochs": 20, "weight_decay": 0.0}
+    for settings, expected in (
+        (LINEAR, linear),
+        (ONE_PERCENT, few | {"lr_backbone": 0.03, "lr_head": 0.08}),
+        (TEN_PERCENT, few | {"lr_backbone": 0.01, "lr_head": 0.1}),
+    ):
+        for name, value in (common | expected).items():
+            assert getattr(settings, name) == value
+
+
+@pytest.mark.parametrize("settings", [LINEAR, TEN_PERCENT, QUICK], ids=["100", "20", "4"])
+def test_learning_rates_are_those_of_torchs_scheduler(settings: FinetuneSettings) -> None:
+    head, backbone = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    groups = [
+        {"params": [head], "lr": settings.lr_head},
+        {"params": [backbone], "lr": settings.lr_backbone},
+    ]
+    optimizer = torch.optim.SGD(groups, 0)
+    scheduler = CosineAnnealingLR(optimizer, settings.epochs)
+    for epoch in range(settings.epochs):
+        expected = [group["lr"] for group in optimizer.param_groups]
+        assert settings.learning_rates(epoch) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_classifier_begins_as_the_authors() -> None:
+    head = create_head(200, 100, seed=0)
+    assert head.bias.count_nonzero() == 0
+    assert head.weight.mean().item() == pytest.approx(0, abs=4e-4)  # five standard errors
+    assert head.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    kurtosis = (head.weight / 0.01).pow(4).mean().item()
+    assert kurtosis == pytest.approx(3, abs=0.2)  # normal; 1.8 if uniform
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        assert torch.equal(create_head(200, 100, seed=0).weight, head.weight)
+    assert not torch.equal(create_head(200, 100, seed=1).weight, head.weight)
+
+
+def reference(settings: FinetuneSettings, rows: Tensor) -> tuple[list[float], Tensor]:
+    """The authors' evaluate.py on the same crops: losses of epochs, logits of test images."""
+    backbone, head = Encoder(), create_head(4, 2, seed=settings.seed)
+    model = nn.Sequential(backbone, head)
+    parameters: list[dict[str, Any]] = [{"params": head.parameters(), "lr": settings.lr_head}]
+    if settings.lr_backbone:
+        parameters.append({"params": backbone.parameters(), "lr": settings.lr_backbone})
+    optimizer = torch.optim.SGD(parameters, 0, momentum=0.9, weight_decay=settings.weight_decay)
+    scheduler = CosineAnnealingLR(optimizer, settings.epochs)
+    batches = GlobalBatches(len(rows), settings.batch_size, seed=settings.seed)
+    recipe = ViewRecipe(jitter=0, grayscale=0)
+    views = RandomViews[tuple[Tensor]](12, (recipe,), mean=MEAN, std=STD, seed=settings.seed)
+    losses, step = [], 0
+    for epoch in range(settings.epochs):
+        backbone.train(settings.lr_backbone > 0)
+        total = 0.0
+        for _ in range(batches.steps_per_epoch):
+            chosen = rows[torch.from_numpy(batches.batch(step)[1])]
+            (x,) = views(TRAIN[chosen], chosen.numpy(), epoch)
+            loss = nn.CrossEntropyLoss()(model(x), LABELS[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() / batches.steps_per_epoch
+            step += 1
+        scheduler.step()
+        losses.append(total)
+    normal = (TEST / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    with torch.no_grad():
+        return losses, model.eval()(normal)
+
+
+@pytest.mark.parametrize("settings", [QUICK, TUNED], ids=["frozen", "tuned"])
+@pytest.mark.parametrize("part", [slice(None), slice(3, 31)], ids=["all rows", "some"])
+def test_training_is_the_authors_on_the_same_crops(
+    accelerator: Accelerator, settings: FinetuneSettings, part: slice
+) -> None:
+    rows = torch.arange(len(TRAIN))[part]
+    losses, logits = reference(settings, rows)
+    result = trained(accelerator, settings, rows=rows.numpy())
+    assert result.losses == pytest.approx(losses, rel=2e-5)
+    torch.testing.assert_close(result.logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_crops_and_order_follow_the_seed_alone(accelerator: Accelerator) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = torch.get_rng_state()
+        first = trained(accelerator, TUNED)
+        assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is left alone
+        torch.manual_seed(1)
+        assert trained(accelerator, TUNED).losses == first.losses
+    assert trained(accelerator, replace(TUNED, seed=4)).losses != first.losses
+
+
+def test_dropout_follows_the_seed(accelerator: Accelerator) -> None:
+    encoder = Encoder()
+    encoder.drop.p = 0.5
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first = trained(accelerator, TUNED, encoder=encoder)
+        torch.manual_seed(1)
+        assert trained(accelerator, TUNED, encoder=encoder).losses == first.losses
+    assert first.losses != trained(accelerator, TUNED).losses
+    plain, frozen = trained(accelerator), trained(accelerator, encoder=encoder)
+    assert frozen.losses == plain.losses  # a frozen encoder has none
+
+
+# --- subsets and images that cannot be used
+
+
+def test_a_subset_smaller_than_a_batch_is_the_batch(accelerator: Accelerator) -> None:
+    rows = np.flatnonzero(np.arange(40) % 4 == 0)
+    labels = torch.full_like(LABELS, -1)
+    labels[rows] = LABELS[rows]  # nothing else is known, or looked at
+    result = trained(accelerator, replace(QUICK, epochs=40), rows=rows, train_labels=labels)
+    assert result.batch_size == 10
+    assert len(result.losses) == 40
+    assert accuracy(result) > 0.9
+    assert trained(accelerator).batch_size == 12
+
+
+def test_what_replaces_a_bad_image_is_not_taken_for_its_class(
+    accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells: list[bytes | None] = [png(image) for image in TRAIN]
+    labels = LABELS.clone()
+    for row in range(0, 40, 3):
+        cells[row], labels[row] = b"<html>404</html>", 2  # a class that no other image has
+    table = DatasetDict({"train": table_of(cells)})
+    split = image_split(table, "train", dataset_name="noise")
+    given: Any = {"train_labels": labels, "num_classes": 3}
+    left_out: Any = trained(accelerator, train=split, **given).model
+    # the gradient of a class that is never right only lowers it
+    assert left_out.head.bias[2] < -0.1
+    assert "14 images could not be used and were left out" in capsys.readouterr().out
+    learned: Any = trained(accelerator, train=load_in_memory(split), **given).model
+    assert learned.head.bias[2] > left_out.head.bias[2] + 0.1
+
+
+# --- several processes
+
+
+@contextmanager
+def accelerator_of_rank() -> Iterator[Accelerator]:
+    """What `accelerate launch` gives a process, in one of the pool."""
+    rank, world_size = str(torch.distributed.get_rank()), str(torch.distributed.get_world_size())
+    launched = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size, "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    forget_accelerator()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in launched.items():
+            patch.setenv(name, value)
+        accelerator = Accelerator(cpu=True)
+        assert accelerator.num_processes == int(world_size)
+        yield accelerator
+    forget_accelerator()
+
+
+def as_rank(settings: FinetuneSettings, encoded: bool) -> dict[str, Any]:
+    with accelerator_of_rank() as accelerator:
+        train = split_with_a_bad_image() if encoded else TRAIN
+        result = trained(accelerator, settings, train=train)
+    model: Any = result.model
+    return {
+        "losses": result.losses, "logits": result.logits, "state": state_of(model.encoder),
+        "modes": set(model.encoder.modes[1:]),
+    }  # fmt: skip
+
+
+def split_with_a_bad_image() -> ImageSplit:
+    cells: list[bytes | None] = [png(image) for image in TRAIN]
+    cells[7] = b""
+    return image_split(DatasetDict({"train": table_of(cells)}), "train", dataset_name="noise")
+
+
+@pytest.mark.parametrize("encoded", [False, True], ids=["memory", "files"])
+@pytest.mark.parametrize("settings", [QUICK, TUNED], ids=["frozen", "tuned"])
+def test_two_processes_do_what_one_does(
+    accelerator: Accelerator, gloo: GlooPool, settings: FinetuneSettings, encoded: bool
+) -> None:
+    train = split_with_a_bad_image() if encoded else TRAIN
+    alone = trained(accelerator, settings, train=train)
+    model: Any = alone.model
+    for together in gloo.run(2, as_rank, settings, encoded):
+        assert together["losses"] == pytest.approx(alone.losses, rel=2e-5)
+        torch.testing.assert_close(together["logits"], alone.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together["state"], state_of(model.encoder), rtol=1e-4, atol=1e-5)
+        assert together["modes"] == set(model.encoder.modes[1:])
+
+
+def logits_of_one_test_image() -> Tensor:
+    with accelerator_of_rank() as accelerator:
+        return trained(accelerator, test=TEST[:1]).logits
+
+
+def test_a_process_may_have_no_test_image(gloo: GlooPool) -> None:
+    first, second = gloo.run(2, logits_of_one_test_image)
+    assert first.shape == (1, 2)
+    assert torch.equal(first, second)
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_labels": LABELS[:3]}, "one label, got 40 images and 3 labels"),
+        ({"train_labels": LABELS + 1}, "labels must be from 0 to 1, got 2"),
+        ({"train_labels": LABELS - 1}, "labels must be from 0 to 1, got -1"),
+        ({"rows": [0, 40]}, "rows must be from 0 to 39, got 40"),
+        ({"rows": [0, -1]}, "rows must be from 0 to 39, got -1"),
+        ({"rows": []}, r"rows must be a list of numbers, got shape \(0,\)"),
+        ({"rows": [3]}, "at least 2 images per process, got 1 images"),
+        ({"num_features": 5}, r"shape \(2, 5\) for images of .*\(2, 3, 12, 12\), got \(2, 4\)"),
+        ({"encoder": nn.Conv2d(3, 4, 3)}, r"got \(2, 4, 10, 10\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    accelerator: Accelerator, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trained(accelerator, **changes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"epochs": 0}, "epochs must be positive, got 0"),
+        ({"batch_size": 0}, "batch_size must be positive, got 0"),
+        ({"lr_head": 0.0}, "lr_head must be a positive number, got 0.0"),
+        ({"lr_backbone": -1.0}, "lr_backbone must be a number from 0, got -1.0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number from 0, got nan"),
+        ({"scale": (0.5, 0.1)}, "scale must be two positive numbers"),
+        ({"flip": 2.0}, "flip must be a number between 0 and 1, got 2.0"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FinetuneSettings(**setting)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(accelerator: Accelerator) -> None:
+    with pytest.raises(FloatingPointError, match=r"in epoch 1 of 4; lower lr_head=1e\+30\.$"):
+        trained(accelerator, replace(QUICK, lr_head=1e30))
+    broken = Encoder()
+    nn.init.constant_(broken.conv.weight, float("nan"))
+    with pytest.raises(FloatingPointError, match=r"got nan .*lr_head=0\.5 or lr_backbone=0\.1"):
+        trained(accelerator, TUNED, encoder=broken)

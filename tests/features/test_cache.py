@@ -1,0 +1,275 @@
+"""Features are computed once, and anew whenever anything they depend on is another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, DatasetDict
+from measuring import digits, write, write_encoder
+from torch import Tensor
+from workflow import leave_behind
+
+from vicreg_hf.data.columns.image_files import ImageError
+from vicreg_hf.data.labelled import open_labelled
+from vicreg_hf.features import cache as feature_cache
+from vicreg_hf.features.cache import Features, cached_features
+from vicreg_hf.features.encoders import Encoder, open_encoder
+
+pytestmark = pytest.mark.usefixtures("one_core", "own_cache")
+
+
+def write_folder(root: Path) -> Path:
+    for split, rows in {"train": range(24), "test": range(24, 40)}.items():
+        for image in digits(rows)[0]:
+            path = root / split / ("left" if int(image["path"][:-4]) % 3 else "right")
+            path.mkdir(parents=True, exist_ok=True)
+            (path / image["path"].zfill(8)).write_bytes(image["bytes"])
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Image files."""
+    return write_folder(tmp_path / "folder")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@contextmanager
+def counted(encoder: Encoder) -> Any:
+    """The number of images that an encoder sees."""
+    seen: list[int] = []
+
+    def count(_: Any, inputs: tuple[Tensor, ...], __: Any) -> None:
+        seen.append(len(inputs[0]))
+
+    hook = encoder.module.register_forward_hook(count)
+    yield seen
+    hook.remove()
+
+
+def features(
+    directory: Path, data: Path, cache: Path, *, test: str | None = None,
+    label_column: str | None = None, **given: Any,
+) -> tuple[dict[str, Features], int]:  # fmt: skip
+    """The features, and how many images were encoded for them."""
+    encoder = open_encoder(str(directory))
+    opened = open_labelled(
+        str(data), train_split="train", eval_split=test, label_column=label_column
+    )
+    splits = {"train": opened.train.split, "test": opened.test.split}
+    with counted(encoder) as seen:
+        found = cached_features(encoder, splits, cache, Accelerator(), num_workers=0, **given)
+    return found, sum(seen)
+
+
+def files(cache: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+
+
+def same(found: dict[str, Features], expected: dict[str, Features]) -> bool:
+    return all(
+        torch.equal(found[name].x, expected[name].x)
+        and torch.equal(found[name].rows, expected[name].rows)
+        for name in expected
+    )
+
+
+def test_features_are_those_of_the_encoder_and_are_computed_once(
+    directory: Path, folder: Path, tmp_path: Path
+) -> None:
+    first, seen = features(directory, folder, tmp_path / "cache")
+    assert seen == 24 + 16
+    before = files(tmp_path / "cache")
+    assert len(before) == 2
+    encoder = open_encoder(str(directory))
+    split = open_labelled(str(folder), train_split="train", eval_split=None).test.split
+    for row, image in enumerate(split.read(range(16))):
+        x = (encoder.prepare(image)[None].float() / 255 - 0.5) / 0.5
+        with torch.inference_mode():
+            expected = encoder.module(x)[0]
+        torch.testing.assert_close(first["test"].x[row], expected, rtol=1e-4, atol=1e-5)
+    assert first["test"].x.dtype == torch.float32
+    assert first["test"].rows.tolist() == list(range(16))
+    again, seen = features(directory, folder, tmp_path / "cache")
+    assert seen == 0
+    assert files(tmp_path / "cache") == before
+    assert same(again, first)
+
+
+def test_weights_and_preprocessing_and_precision_have_places_of_their_own(
+    directory: Path, folder: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    first, _ = features(directory, folder, cache)
+    others: list[tuple[Path, dict[str, Any]]] = [
+        (write_encoder(tmp_path / "weights", seed=1), {}),
+        (write_encoder(tmp_path / "crop", crop_pct=0.5), {}),
+        (write_encoder(tmp_path / "mean", mean=[0.4, 0.5, 0.5]), {}),
+        (directory, {"bf16": True}),
+    ]
+    for number, (model, given) in enumerate(others, 2):
+        found, seen = features(model, folder, cache, **given)
+        assert seen == 40
+        assert len(list(cache.iterdir())) == 2 * number
+        assert not torch.equal(found["test"].x, first["test"].x)
+    again, seen = features(write_encoder(tmp_path / "copy"), folder, cache)
+    assert seen == 0  # the same encoder elsewhere
+    assert same(again, first)
+
+
+def as_parquet(images: list[Any], root: Path) -> Path:
+    return write(root, train=(images, [0, 1] * 12), test=digits(range(24, 40)))
+
+
+def as_saved(images: list[Any], root: Path) -> Path:
+    as_parquet(images, root.with_suffix(".parquets"))
+    names = ("train", "test")
+    tables = {n: Dataset.from_parquet(f"{root}.parquets/{n}.parquet") for n in names}
+    saved: Any = DatasetDict
+    saved(tables).save_to_disk(root)
+    return root
+
+
+def as_files(images: list[Any], root: Path) -> Path:
+    if not root.exists():
+        write_folder(root)
+    for path, image in zip(sorted(root.glob("train/*/*.png")), images, strict=True):
+        if path.read_bytes() != image["bytes"]:
+            path.write_bytes(image["bytes"])
+    return root
+
+
+@pytest.mark.parametrize("row", [0, 23], ids=["first", "late"])
+@pytest.mark.parametrize("save", [as_parquet, as_saved, as_files])
+def test_an_image_that_is_replaced_is_seen(
+    save: Callable[[list[Any], Path], Path], row: int, directory: Path, tmp_path: Path
+) -> None:
+    images, _ = digits(range(24))
+    data = save(images, tmp_path / "data")
+    first, _ = features(directory, data, tmp_path / "cache")
+    (images[row],), _ = digits(range(50, 51))
+    again, seen = features(directory, save(images, tmp_path / "data"), tmp_path / "cache")
+    assert seen >= 24
+    changed = (again["train"].x != first["train"].x).any(1)
+    assert changed.nonzero().flatten().tolist() == [row]
+    assert torch.equal(again["test"].x, first["test"].x)
+
+
+def test_a_file_that_a_table_only_names_is_seen_when_it_is_replaced(
+    directory: Path, tmp_path: Path
+) -> None:
+    images, numbers = digits(range(12))
+    paths = [tmp_path / image["path"] for image in images]
+    for path, image in zip(paths, images, strict=True):
+        path.write_bytes(image["bytes"])
+    cells = [{"bytes": None, "path": str(path)} for path in paths]
+    data = write(tmp_path / "data", train=(cells, numbers), test=digits(range(12, 20)))
+    first, _ = features(directory, data, tmp_path / "cache")
+    paths[9].write_bytes(images[3]["bytes"])
+    again, seen = features(directory, data, tmp_path / "cache")
+    assert seen == 12
+    assert torch.equal(again["train"].x[9], first["train"].x[3])
+
+
+def test_a_split_has_its_own_place_and_labels_have_none(directory: Path, tmp_path: Path) -> None:
+    images, numbers = digits(range(24))
+    others = digits(range(24, 40))
+    data = write(tmp_path / "data", train=(images, numbers), test=others, validation=others)
+    first, _ = features(directory, data, tmp_path / "cache")
+    _, seen = features(directory, data, tmp_path / "cache", label_column="label")
+    assert seen == 0
+    other, seen = features(directory, data, tmp_path / "cache", test="validation")
+    assert seen == 16
+    assert same(other, first)
+
+
+def cut(whole: bytes, left: int) -> bytes:
+    return whole[:left]
+
+
+def flip(whole: bytes, place: int) -> bytes:
+    content = bytearray(whole)
+    for k in range(place, place + 8):
+        content[k] ^= 0xFF
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "place"), [(cut, 0), (cut, 4), (cut, 200), (flip, 8), (flip, 3000), (flip, -300)]
+)
+def test_a_damaged_file_is_said_and_made_anew(
+    damage: Callable[[bytes, int], bytes], place: int, directory: Path, folder: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    first, _ = features(directory, folder, tmp_path / "cache")
+    (damaged,) = (tmp_path / "cache").glob("*/test-*.parquet")
+    whole = damaged.read_bytes()
+    damaged.write_bytes(damage(whole, place))
+    again, seen = features(directory, folder, tmp_path / "cache")
+    assert f"warning: {damaged} is damaged and is computed again: " in capsys.readouterr().out
+    assert seen == 16
+    assert same(again, first)
+    assert damaged.read_bytes() == whole
+    again, seen = features(directory, folder, tmp_path / "cache")
+    assert (seen, capsys.readouterr().out) == (0, "")
+
+
+def test_what_was_finished_before_a_stop_is_used(
+    directory: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = features(directory, folder, tmp_path / "whole")
+    monkeypatch.setattr(feature_cache, "ROWS_PER_FILE", 10)
+    features(directory, folder, tmp_path / "cache")
+    parts = sorted((tmp_path / "cache").glob("*/*.parquet"))
+    assert len(parts) == 3 + 2
+    (lost,) = (path for path in parts if path.name == "train-00001-of-00003.parquet")
+    lost.unlink()
+    left = leave_behind(lost.parent, hours=2)
+    again, seen = features(directory, folder, tmp_path / "cache", batch_size=4)
+    assert seen == 10
+    assert not left.exists()
+    for name in ("train", "test"):
+        torch.testing.assert_close(again[name].x, whole[name].x, rtol=1e-4, atol=1e-5)
+        assert torch.equal(again[name].rows, whole[name].rows)
+
+
+def test_bad_images_are_left_out_and_counted_when_they_are_cached_too(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_cache, "ROWS_PER_FILE", 4)
+    images, numbers = digits(range(20))
+    for row in (0, 4, 5, 6, 7, 19):  # a whole file of them
+        images[row] = {"bytes": b"<html>", "path": None}
+    data = write(tmp_path / "data", train=(images, numbers), test=digits(range(20, 40)))
+    found, seen = features(directory, data, tmp_path / "cache", max_bad_fraction=0.15)
+    assert seen == 34
+    assert found["train"].rows.tolist() == [1, 2, 3, *range(8, 19)]
+    assert found["train"].x.shape == (14, 96)
+    again, seen = features(directory, data, tmp_path / "cache", max_bad_fraction=0.15)
+    assert seen == 0
+    assert same(again, found)
+    with pytest.raises(ImageError, match=r"max_bad_fraction=0.14 .* got 6 of 40; .*raise --max"):
+        features(directory, data, tmp_path / "cache", max_bad_fraction=0.14)
+    (lost,) = (tmp_path / "cache").glob("*/train-00001-*.parquet")
+    lost.unlink()  # that of bad images alone, whose share is still of all
+    again, seen = features(directory, data, tmp_path / "cache", max_bad_fraction=0.15)
+    assert seen == 0
+    assert same(again, found)
+
+
+def test_a_cache_that_cannot_be_written_is_said(
+    directory: Path, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cache_dir must be a directory that can be written, got"):
+        features(directory, folder, tmp_path / "file")

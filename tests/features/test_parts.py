@@ -1,0 +1,81 @@
+"""Parts of features are read as they were written, or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vicreg_hf.features.parts import Part, PartError, parts_of, read_part, write_part
+
+ROWS = [10, 11, 13]
+
+
+def table(rows: list[int]) -> pa.Table:
+    values = pa.array(np.arange(4 * len(rows), dtype=np.float32) / 7)
+    embedding = pa.FixedSizeListArray.from_arrays(values, 4)
+    return pa.Table.from_arrays([pa.array(rows, pa.int64()), embedding], names=["row", "embedding"])
+
+
+@pytest.fixture
+def part(tmp_path: Path) -> Part:
+    part = Part("train", range(10, 14), tmp_path / "data" / "train.parquet")
+    write_part(part.file, table(ROWS))
+    return part
+
+
+def test_a_part_is_read_as_it_was_written(part: Part) -> None:
+    contents = read_part(part, 4)
+    assert contents.rows.tolist() == ROWS
+    np.testing.assert_array_equal(
+        contents.features, np.arange(12, dtype=np.float32).reshape(3, 4) / np.float32(7)
+    )
+    assert read_part(part, 4, with_features=False).features.shape == (0, 4)
+    assert [path.name for path in part.file.parent.iterdir()] == ["train.parquet"]
+    assert pq.read_table(part.file).num_rows == 3
+
+
+def test_whatever_byte_is_damaged_other_features_are_never_read(part: Part) -> None:
+    whole = part.file.read_bytes()
+    expected = read_part(part, 4)
+    found = 0
+    for place in range(len(whole)):
+        torn = bytearray(whole)
+        torn[place] ^= 0x55
+        part.file.write_bytes(torn)
+        try:
+            contents = read_part(part, 4)
+        except PartError:
+            found += 1
+            continue
+        np.testing.assert_array_equal(contents.rows, expected.rows)
+        np.testing.assert_array_equal(contents.features, expected.features)
+    assert found > len(whole) // 3  # the rest are names, statistics and the like
+
+
+@pytest.mark.parametrize("left", [0, 4, 300, -1])
+def test_a_part_that_is_cut_off_is_damaged(left: int, part: Part) -> None:
+    part.file.write_bytes(part.file.read_bytes()[:left])
+    with pytest.raises(PartError, match=r"Parquet file size is 0|too small|magic|footer"):
+        read_part(part, 4)
+
+
+@pytest.mark.parametrize("rows", [[9, 10], [13, 14], [11, 10], [11, 11]])
+def test_rows_of_another_part_are_damage(rows: list[int], part: Part) -> None:
+    write_part(part.file, table(rows))
+    with pytest.raises(PartError, match="its rows are not of 10 to 13"):
+        read_part(part, 4)
+
+
+def test_features_of_another_width_are_damage(part: Part) -> None:
+    with pytest.raises(PartError, match="cannot reshape"):
+        read_part(part, 5)
+
+
+def test_what_is_not_there_is_not_damaged(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_part(Part("train", range(4), tmp_path / "absent.parquet"), 4)
+    assert parts_of({}, tmp_path, 10) == []

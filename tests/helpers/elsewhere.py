@@ -1,0 +1,141 @@
+"""A device that is the CPU under another name, for what can be known of a GPU without one.
+
+    python tests/elsewhere.py RUNS.json
+
+Its tensors mix with the CPU's as little as a GPU's do, and whoever asks for their values is
+noted: on a GPU he waits there until all that was asked for before is done. Numbers are the CPU's,
+bit for bit. RUNS.json holds flags of pretrain.py, run by run; printed is for each where it waited.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "elsewhere"
+PACKAGE = "vicreg_hf"
+aten = torch.ops.aten
+ASKS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select}
+"""Operations whose answer, or its size, the host must know."""
+CROSSES = {aten.copy_, aten._to_copy, aten.set_, aten._has_compatible_shallow_copy_type}
+"""Operations that may have tensors of both devices."""
+waits: collections.Counter[str] = collections.Counter()
+
+
+class Backend:
+    """What torch asks of a device's module."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        answers = {"is_available": True, "is_initialized": True, "device_count": 1,
+                   "current_device": 0, "_is_in_bad_fork": False,
+                   "get_rng_state": torch.get_rng_state()}  # fmt: skip
+        return lambda *_: answers.get(name)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor of that device, around one of the CPU."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Elsewhere:
+        made = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
+            dtype=inner.dtype, device=torch.device(NAME, 0),
+        )  # fmt: skip
+        made.inner = inner
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    def tolist(self) -> Any:
+        note()
+        return self.inner.tolist()
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(f"a tensor is {NAME} and no array")
+
+    def numpy(self, **_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.__array__()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return call(func, args, kwargs or {})
+
+
+class Pretend(TorchDispatchMode):
+    """Where tensors may be made on that device."""
+
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return call(func, args, kwargs or {})
+
+
+def note() -> None:
+    """Remember which function of the package waits."""
+    own = [frame for frame in traceback.extract_stack() if f"/{PACKAGE}/" in frame.filename]
+    waits[f"{Path(own[-1].filename).stem}.{own[-1].name}" if own else "outside"] += 1
+
+
+def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    given, name = tree_leaves((args, kwargs)), func.overloadpacket
+    away = [x for x in given if isinstance(x, Elsewhere)]
+    here = [x for x in given if isinstance(x, torch.Tensor) and not isinstance(x, Elsewhere)]
+    wanted = kwargs.get("device")
+    there = torch.device(wanted).type == NAME if wanted is not None else bool(away)
+    if name is aten.copy_ and not isinstance(args[0], Elsewhere):
+        there = False
+    if away and (name in ASKS or (name in CROSSES and not there)):
+        note()
+    if away and name not in CROSSES and any(x.ndim for x in here):
+        raise RuntimeError(f"{func} has tensors of the CPU and of another device")
+    if name is aten._local_scalar_dense:
+        there = False
+    args_here, kwargs_here = tree_map_only(Elsewhere, lambda x: x.inner, (args, kwargs))
+    if wanted is not None:
+        kwargs_here = kwargs_here | {"device": torch.device("cpu")}
+    out = func(*args_here, **kwargs_here)
+    if not there:
+        return out
+    out = tree_map_only(torch.Tensor, Elsewhere, out)
+    return return_and_correct_aliasing(func, args, kwargs, out) if away else out
+
+
+def register() -> None:
+    """Make the device known to torch, and `torch.tensor` able to make its tensors."""
+    _setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
+    for name in ("tensor", "as_tensor"):
+        setattr(torch, name, functools.partial(_made, getattr(torch, name)))
+
+
+def _made(make: Any, values: Any, *args: Any, device: Any = None, **given: Any) -> torch.Tensor:
+    tensor = values if isinstance(values, Elsewhere) else make(values, *args, **given)
+    return tensor if device is None else tensor.to(device)
+
+
+if __name__ == "__main__":
+    os.environ["ACCELERATE_TORCH_DEVICE"] = f"{NAME}:0"
+    register()
+    from vicreg_hf.settings.command_line import parse_arguments
+    from vicreg_hf.training.pretrain import pretrain
+
+    found = []
+    for flags in json.loads(Path(sys.argv[1]).read_text()):
+        waits.clear()
+        with Pretend():
+            pretrain(parse_arguments(flags))
+        found.append(dict(waits))
+    print("\n" + json.dumps(found))

@@ -1,0 +1,27 @@
+"""ONNX: the exported encoder gives the features of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from families import trained
+
+from vicreg_hf.hub.onnx import export_onnx
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "test_convnext"])
+def test_onnx_gives_the_features_of_any_number_of_images(architecture: str, tmp_path: Path) -> None:
+    model = trained(architecture)
+    path = export_onnx(model, tmp_path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    cfg = model.config.pretrained_cfg
+    assert cfg is not None
+    for batch in (1, 5):
+        x = torch.randn(batch, *cfg["input_size"])
+        (features,) = session.run(None, {"pixel_values": x.numpy()})
+        with torch.no_grad():
+            expected = model.encoder(x)
+        torch.testing.assert_close(torch.from_numpy(features), expected, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,271 @@
+"""A model whose branches are compiled: what it gives, and all that it leaves as it is."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
+from torch._inductor import compile_fx
+from torch._inductor import config as inductor_config
+from warm import run_pretraining
+from workflow import SMALL, environment, metrics, write_images
+
+from vicreg_hf import PretrainingArguments, VICRegConfig, VICRegModel, pretrain
+from vicreg_hf.models.compiling import Compiled
+from vicreg_hf.settings.command_line import parse_arguments
+from vicreg_hf.training import setup as preparation
+from vicreg_hf.training.gradcache import backward_in_chunks
+from vicreg_hf.training.setup import WORTH_COMPILING
+
+pytestmark = [
+    pytest.mark.usefixtures("one_core"),
+    # dynamo hides it itself, but not from those who make errors of warnings
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
+DROPPING = {"drop_rate": 0.3, "drop_path_rate": 0.3}
+default_cfgs = generate_default_cfgs(
+    {"two_stages": {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}}
+)
+
+
+@register_model
+def two_stages(pretrained: bool = False, **kwargs: Any) -> ByobNet:
+    """Two residual blocks, compiled in half the time that timm's smallest ResNet takes."""
+    stage = ByoBlockCfg(type="basic", d=1, c=8, s=2)
+    layers = ByoModelCfg(blocks=(stage, stage), stem_chs=8, stem_type="3x3", stem_pool="")
+    return build_model_with_cfg(ByobNet, "two_stages", pretrained, model_cfg=layers, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def twins(**settings: Any) -> tuple[VICRegModel, VICRegModel]:
+    """The same model plainly and compiled, in the layout of training, in double precision."""
+    torch.manual_seed(0)
+    config = VICRegConfig(architecture="two_stages", expander_dims=[16, 16], **settings)
+    plain = VICRegModel(config).double().train()
+    plain.to(memory_format=torch.channels_last)  # pyright: ignore
+    fused = copy.deepcopy(plain)
+    fused.compile_branches()
+    return plain, fused
+
+
+def views(count: int, *, side: int = 32) -> list[Tensor]:
+    pixels = torch.randn(count, 8, 3, side, side, generator=torch.Generator().manual_seed(side))
+    return [view.double().to(memory_format=torch.channels_last) for view in pixels]
+
+
+def assert_same_step(plain: VICRegModel, fused: VICRegModel) -> None:
+    """Gradients and running statistics, to rounding, and in the weights' layout."""
+    for (name, p), q in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        assert p.grad is not None, name
+        assert q.grad is not None, name
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-9, msg=name)
+        assert q.grad.stride() == p.grad.stride() == p.stride(), name
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_local"),
+    [({}, 1), ({"model_args": DROPPING}, 0), ({"weights": "separate"}, 0)],
+    ids=["local views", "dropout", "two branches"],
+)
+def test_loss_and_gradients_are_the_plain_ones(settings: Any, num_local: int) -> None:
+    plain, fused = twins(**settings)
+    losses = []
+    for model in (plain, fused):
+        torch.manual_seed(1)
+        output = model(*views(2), local_views=views(num_local, side=16))
+        assert output.loss is not None
+        output.loss.backward()
+        losses.append(output.loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+    assert_same_step(plain, fused)
+
+
+def test_chunks_drop_the_same_features_both_times() -> None:
+    plain, fused = twins(model_args=DROPPING)
+    losses = []
+    for model in (plain, fused):
+        torch.manual_seed(1)
+        output = backward_in_chunks(model, *views(2), chunk_size=4)
+        assert output.loss is not None
+        losses.append(output.loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+    assert_same_step(plain, fused)
+
+
+def test_copies_and_pickles_are_of_themselves(tmp_path: Path) -> None:
+    plain, fused = twins()
+    x = views(2)
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    fused(*x)
+    plain(*x)
+    copied, file = copy.deepcopy(fused), io.BytesIO()
+    pickle.dump(fused, file)
+    pickled = pickle.loads(file.getvalue())
+    with torch.no_grad():
+        for p in fused.parameters():
+            p.zero_()
+    expected, features = plain(*x).loss, plain.eval().encoder(x[0])
+    for model in (copied, pickled):
+        torch.testing.assert_close(model(*x).loss, expected)
+        torch.testing.assert_close(model.eval().encoder(x[0]), features)
+    copied.save_pretrained(tmp_path)
+    loaded = VICRegModel.from_pretrained(tmp_path).double().eval()
+    torch.testing.assert_close(loaded.encoder(x[0]), features)
+
+
+def test_errors_of_the_function_itself_are_raised() -> None:
+    def refuse(x: Tensor) -> Tensor:
+        return x @ x.new_zeros(7, 7)
+
+    with pytest.raises(RuntimeError):
+        Compiled()(refuse, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("which", ["forward", "backward", "second part"])
+def test_a_part_that_cannot_be_compiled_is_run_as_it_is_and_once(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, seen = compile_fx.fx_codegen_and_compile, []
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        seen.append("backward" if kwargs.get("is_backward") else "forward")
+        if which == seen[-1] or (which == "second part" and len(seen) == 3):
+            raise RuntimeError("no such instruction")
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "fx_codegen_and_compile", fail)
+    norm = torch.nn.BatchNorm1d(4)
+
+    def in_two_parts(norm: torch.nn.Module, x: Tensor) -> Tensor:
+        y = norm(x)
+        torch._dynamo.graph_break()
+        return y.sin() * y
+
+    x = torch.randn(8, 4, requires_grad=True)
+    with (
+        inductor_config.patch(fx_graph_cache=False),
+        functorch_config.patch(enable_autograd_cache=False),
+    ):
+        y = Compiled()(in_two_parts, norm, x)
+        y.square().sum().backward()
+    assert which in ("forward", "second part") or "backward" in seen
+    assert norm.num_batches_tracked == 1
+    grad, x.grad = x.grad, None
+    again = in_two_parts(norm, x)
+    again.square().sum().backward()
+    torch.testing.assert_close(y, again)
+    torch.testing.assert_close(grad, x.grad)
+
+
+def test_every_size_has_a_graph_of_its_own() -> None:
+    def double(x: Tensor) -> Tensor:
+        return 2 * x
+
+    counters.clear()
+    compiled = Compiled()
+    for side in (32, 16, 32, 16):
+        compiled(double, torch.ones(2, side))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "left", "architecture", "expected"),
+    [
+        ("cuda", 1, WORTH_COMPILING, "test_resnet", True),
+        ("cuda", 1, WORTH_COMPILING - 1, "test_resnet", False),
+        ("cuda", 2, WORTH_COMPILING, "test_resnet", False),
+        ("cuda", 2, WORTH_COMPILING, "test_vit", True),
+        ("cpu", 1, WORTH_COMPILING, "test_resnet", False),
+    ],
+)
+def test_by_default_long_runs_on_gpus_are_compiled(
+    device: str, processes: int, left: int, architecture: str, expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(preparation, "why_not", lambda _: None)
+    monkeypatch.setattr(preparation, "any_process", lambda flags, _: flags)
+    accelerator: Any = SimpleNamespace(device=torch.device(device), num_processes=processes)
+    model = VICRegModel(VICRegConfig(architecture=architecture, expander_dims=[8, 8]))
+    args = PretrainingArguments()
+    assert preparation._compiles_model(args, accelerator, model, left) is expected
+    args = PretrainingArguments(compile_model=not expected)
+    assert preparation._compiles_model(args, accelerator, model, left) is not expected
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+def flags_of(images: Path, output_dir: Path, *more: str) -> list[str]:
+    return [*SMALL, f"--dataset_name={images}", "--optimizer=sgd", "--base_lr=1e-2",
+            "--max_steps=4", f"--output_dir={output_dir}", *more]  # fmt: skip
+
+
+def losses(directory: Path) -> list[float]:
+    return [row["loss"] for row in metrics(directory) if "loss" in row]
+
+
+def test_a_compiled_run_goes_as_a_plain_one_and_either_resumes_the_other(
+    images: Path, tmp_path: Path
+) -> None:
+    expected: list[float] = []
+    for name, first, then in (("plain", "false", "true"), ("compiled", "true", "false")):
+        flags = flags_of(images, tmp_path / name, "--save_steps=2")
+        encoder = pretrain(parse_arguments([*flags, f"--compile_model={first}"]))
+        assert (encoder / "model.safetensors").exists()
+        assert "knn" in metrics(tmp_path / name)[-1]
+        expected = expected or losses(tmp_path / name)
+        assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-4)
+        shutil.rmtree(tmp_path / name / "checkpoints" / "step-4")
+        pretrain(parse_arguments([*flags, f"--compile_model={then}"]))
+        assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_compiled_run_of_two_processes_goes_as_a_plain_one(images: Path, tmp_path: Path) -> None:
+    # in a ResNet each synchronised normalisation ends a graph: the same, in minutes
+    small = ["--architecture=test_vit", "--image_size=32"]
+    pretrain(parse_arguments(flags_of(images, tmp_path / "plain", *small)))
+    flags = flags_of(images, tmp_path / "two", *small, "--compile_model=true")
+    result = run_pretraining(*flags, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert "without torch.compile" not in result.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
+
+
+def test_without_a_compiler_a_run_says_so_once_and_goes_on(images: Path, tmp_path: Path) -> None:
+    pretrain(parse_arguments(flags_of(images, tmp_path / "plain")))
+    nowhere = environment(
+        CXX=str(tmp_path / "no-compiler"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")
+    )
+    command = [sys.executable, "scripts/pretrain.py",
+               *flags_of(images, tmp_path / "run", "--compile_model=true")]  # fmt: skip
+    result = subprocess.run(command, env=nowhere, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stderr.count("the model is trained without torch.compile") == 1
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")

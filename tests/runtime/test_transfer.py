@@ -1,0 +1,45 @@
+"""Arrays arrive as they were, in few copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from vicreg_hf.runtime import transfer
+
+CPU = torch.device("cpu")
+ARRAYS: list[NDArray[Any]] = [
+    np.arange(5),
+    np.linspace(0, 1, 7, dtype=np.float32),
+    np.zeros(0, np.float32),
+    np.arange(12, dtype=np.float32).reshape(3, 4)[:, 1:],  # rows that are not contiguous
+    np.arange(8).reshape(2, 4),
+    np.array([[[3.0]], [[4.0]]], np.float32),
+]
+
+
+@pytest.mark.parametrize("send", [transfer.send_together, transfer._packed])
+def test_arrays_arrive_as_they_were(send: Any) -> None:
+    for sent, array in zip(send(ARRAYS, CPU), ARRAYS, strict=True):
+        np.testing.assert_array_equal(sent.numpy(), array)
+        assert sent.numpy().dtype == array.dtype
+
+
+def test_what_is_packed_starts_where_compiled_kernels_expect_it() -> None:
+    for sent in transfer._packed(ARRAYS, CPU):
+        assert sent.storage_offset() * sent.itemsize % transfer.ALIGNMENT == 0
+        assert sent.is_contiguous()
+
+
+def test_every_call_has_memory_of_its_own() -> None:
+    first, second = (transfer._packed([np.arange(4)], CPU)[0] for _ in range(2))
+    second.zero_()
+    assert first.tolist() == [0, 1, 2, 3]
+
+
+def test_nothing_is_nothing() -> None:
+    assert transfer.send_together([], torch.device("meta")) == []

@@ -1,0 +1,268 @@
+"""Two branches that share nothing: what they compute, what is written, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, BertConfig, T5Config, Wav2Vec2Config
+
+from vicreg_hf import VICRegConfig, VICRegModel, vicreg_loss
+from vicreg_hf.hub.export import export_encoder
+from vicreg_hf.loss.multi_view import multi_view_loss
+from vicreg_hf.models.branch import Inputs
+from vicreg_hf.training.gradcache import backward_in_chunks
+
+ROWS = 12
+TEXT = BertConfig(
+    vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+    intermediate_size=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+SOUND: Any = Wav2Vec2Config(
+    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+    conv_dim=(8, 8), conv_stride=(5, 4), conv_kernel=(10, 8), num_feat_extract_layers=2,  # pyright: ignore[reportCallIssue]
+    num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, hidden_dropout=0.0,
+    attention_dropout=0.0, feat_proj_dropout=0.0, activation_dropout=0.0,
+)  # fmt: skip
+T5 = T5Config(
+    vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
+)
+SECOND: dict[str, dict[str, Any]] = {
+    "separate": {"weights": "separate"},
+    "another architecture": {
+        "prime": {
+            "architecture": "test_vit", "model_args": {"img_size": 48, "patch_size": 8},
+            "expander_dims": [20, 16],
+        }
+    },
+    "text": {"prime": {"modality": "text", "encoder_config": TEXT.to_dict()}},
+    "text, tied weights": {"prime": {"modality": "text", "encoder_config": T5.to_dict()}},
+    "waveforms": {"prime": {"modality": "audio", "encoder_config": SOUND.to_dict()}},
+    "spectrograms": {
+        "prime": {
+            "modality": "audio", "architecture": "test_resnet", "model_args": {"in_chans": 1}
+        }
+    },
+    "embedding": {"prime": {"modality": "embedding", "num_features": 6}},
+}  # fmt: skip
+
+
+def build(kind: str, *, dims: tuple[int, ...] = (24, 16)) -> VICRegModel:
+    torch.manual_seed(0)
+    config = VICRegConfig(architecture="test_resnet", expander_dims=list(dims), **SECOND[kind])
+    return VICRegModel(config).train()
+
+
+def random(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def taken_by(kind: str) -> Inputs:
+    """What the second branch takes of each sample."""
+    if kind.startswith("text"):
+        tokens = torch.randint(50, (ROWS, 7), generator=torch.Generator().manual_seed(2))
+        mask = (torch.arange(7) < torch.arange(ROWS)[:, None] % 6 + 2).long()
+        return {"input_ids": tokens, "attention_mask": mask}
+    shapes = {
+        "separate": (3, 32, 32), "another architecture": (3, 48, 48), "waveforms": (2000,),
+        "spectrograms": (1, 32, 32), "embedding": (6,),
+    }  # fmt: skip
+    return random(ROWS, *shapes[kind], seed=3)
+
+
+def gradients(model: VICRegModel) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", SECOND)
+def test_each_view_goes_to_its_own_branch(kind: str) -> None:
+    model, x, other = build(kind), random(ROWS, 3, 32, 32), taken_by(kind)
+    output = model(x, other)
+    assert model.prime is not None
+    z = model.expander(model.backbone(x))
+    z_prime = model.prime.expander(model.prime.represent(other))
+    torch.testing.assert_close(output.loss, vicreg_loss(z, z_prime).loss)
+    torch.testing.assert_close(output.embeddings[1], z_prime)
+    torch.testing.assert_close(
+        model(pixel_values_prime=other).pooler_output, model.prime.represent(other)
+    )
+    assert output.embeddings[0].shape == output.embeddings[1].shape == (ROWS, 16)
+
+
+@pytest.mark.parametrize("kind", SECOND)
+def test_every_parameter_of_both_branches_gets_a_gradient(kind: str) -> None:
+    model = build(kind)
+    model(random(ROWS, 3, 32, 32), taken_by(kind)).loss.backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    assert any(name.startswith("prime.") for name in gradients(model))
+
+
+def test_weights_that_are_separate_begin_apart_and_those_shared_are_one() -> None:
+    model = build("separate")
+    assert model.prime is not None
+    ours, others = model.backbone.state_dict(), model.prime.backbone.state_dict()
+    assert ours.keys() == others.keys()
+    assert any(not torch.equal(ours[name], others[name]) for name in ours)
+    assert VICRegModel(VICRegConfig(architecture="test_resnet", expander_dims=[4])).prime is None
+
+
+@pytest.mark.parametrize("kind", SECOND)
+def test_a_model_of_two_branches_comes_back_whole(kind: str, tmp_path: Path) -> None:
+    model, x, other = build(kind).eval(), random(ROWS, 3, 32, 32), taken_by(kind)
+    model.save_pretrained(tmp_path)
+    loaded: Any = VICRegModel.from_pretrained(tmp_path, output_loading_info=True)
+    again, found = loaded
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
+    torch.testing.assert_close(again.eval()(x, other).loss, model(x, other).loss)
+
+
+def test_the_encoder_alone_knows_nothing_of_the_second_branch(tmp_path: Path) -> None:
+    model = build("another architecture").eval()
+    export_encoder(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert not {"prime", "weights"} & config["vicreg"].keys()
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert VICRegModel.from_pretrained(tmp_path).prime is None
+    x = random(2, 3, 32, 32)
+    stock: Any = AutoModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(stock(x).pooler_output, model.encoder(x))
+
+
+def test_the_second_encoder_loads_with_the_stock_loaders(tmp_path: Path) -> None:
+    model = build("another architecture").eval()
+    assert model.prime is not None
+    export_encoder(model.second_model(), tmp_path, include_expander=True)
+    x = random(2, 3, 48, 48)
+    stock: Any = AutoModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(stock(x).pooler_output, model.prime.represent(x))
+    again = VICRegModel.from_pretrained(tmp_path).eval()
+    expected = model.prime.expander(model.prime.represent(x))
+    torch.testing.assert_close(again.expander(again.encoder(x)), expected)
+
+
+@pytest.mark.parametrize("kind", ["separate", "text", "waveforms", "embedding"])
+@pytest.mark.parametrize("chunk_size", [5, 12])
+def test_chunks_give_the_gradients_of_one_pass(kind: str, chunk_size: int) -> None:
+    whole, model = build(kind).eval(), build(kind).eval()  # batch statistics would be a chunk's
+    x, other = random(ROWS, 3, 32, 32), taken_by(kind)
+    expected = whole(x, other)
+    expected.loss.backward()
+    output = backward_in_chunks(model, x, other, chunk_size=chunk_size)
+    torch.testing.assert_close(output.loss, expected.loss.detach())
+    assert gradients(model).keys() == gradients(whole).keys()
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_dropout_in_both_branches_is_drawn_alike_in_both_passes() -> None:
+    def made() -> VICRegModel:
+        torch.manual_seed(0)
+        text = copy.deepcopy(TEXT)
+        text.hidden_dropout_prob = 0.4
+        config = VICRegConfig(
+            architecture="test_vit", model_args={"img_size": 32, "drop_rate": 0.4},
+            expander_dims=[24, 16], prime={"modality": "text", "encoder_config": text.to_dict()},
+        )  # fmt: skip
+        return VICRegModel(config).train()
+
+    whole, model = made(), made()
+    x, other = random(ROWS, 3, 32, 32), taken_by("text")
+    torch.manual_seed(5)
+    expected = whole(x, other)
+    expected.loss.backward()
+    torch.manual_seed(5)
+    output = backward_in_chunks(model, x, other, chunk_size=ROWS)
+    torch.testing.assert_close(output.loss, expected.loss.detach())
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_further_views_go_to_the_first_branch_in_chunks_too(kind: str) -> None:
+    def made() -> VICRegModel:
+        torch.manual_seed(0)
+        config = VICRegConfig(architecture="test_resnet", expander_dims=[24, 16], weights=kind)
+        return VICRegModel(config).eval()
+
+    whole, model = made(), made()
+    x, x_prime, further = (random(ROWS, 3, 32, 32, seed=seed) for seed in range(3))
+    local = [random(ROWS, 3, 16, 16, seed=seed) for seed in (5, 6)]
+    expected = whole(x, x_prime, further_views=[further], local_views=local)
+    second = whole.prime if whole.prime is not None else whole
+    global_z = [whole.expander(whole.backbone(x)), second.expander(second.backbone(x_prime)),
+                whole.expander(whole.backbone(further))]  # fmt: skip
+    local_z = [whole.expander(whole.backbone(view)) for view in local]
+    torch.testing.assert_close(expected.loss, multi_view_loss(global_z, local_z).loss)
+    assert len(expected.embeddings) == 5
+    expected.loss.backward()
+    output = backward_in_chunks(
+        model, x, x_prime, further_views=[further], local_views=local, chunk_size=5
+    )
+    torch.testing.assert_close(output.loss, expected.loss.detach())
+    for name, gradient in gradients(whole).items():
+        torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"weights": "tied"}, "weights must be shared or separate, got 'tied'"),
+        ({"prime": {"modality": "smell"}}, "modality must be one of image, text, audio, embedding"),
+        ({"prime": {"wings": 2}}, "prime must hold some of modality, .*, got wings"),
+        ({"prime": {"modality": "text"}}, "must hold encoder_config for the modality text"),
+        ({"prime": {"modality": "embedding"}}, "must hold num_features for the modality embedding"),
+        ({"prime": {"modality": "audio"}}, "must hold architecture for the modality audio"),
+        ({"prime": {"expander_dims": [8, 4]}}, "both expanders must end in the same width"),
+    ],
+)
+def test_a_second_branch_that_cannot_be_is_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        VICRegConfig(architecture="test_resnet", expander_dims=[8, 6], **settings)
+
+
+def test_without_views_there_is_nothing_to_encode() -> None:
+    with pytest.raises(ValueError, match="needs pixel_values or pixel_values_prime, got neither"):
+        build("separate")()
+
+
+def test_a_config_survives_json(tmp_path: Path) -> None:
+    config = VICRegConfig(architecture="test_resnet", expander_dims=[8, 6], **SECOND["text"])
+    config.save_pretrained(tmp_path)
+    again = VICRegConfig.from_pretrained(tmp_path)
+    assert isinstance(again.prime, Mapping)
+    assert (again.weights, again.prime) == ("separate", json.loads(json.dumps(config.prime)))
+
+
+def test_a_second_branch_of_the_same_architecture_takes_over_how_it_sees() -> None:
+    first = VICRegModel(VICRegConfig(architecture="test_resnet.r160_in1k", expander_dims=[8]))
+    cfg = dict(first.config.pretrained_cfg or {}) | {"mean": [0.1] * 3, "input_size": [3, 32, 32]}
+    config = VICRegConfig(
+        architecture="test_resnet.r160_in1k", expander_dims=[8], pretrained_cfg=cfg,
+        model_args={"num_classes": 5}, weights="separate",
+    )  # fmt: skip
+    prime = config.prime
+    assert prime is not None
+    assert (prime["architecture"], prime["model_args"]) == ("test_resnet", None)
+    assert prime["pretrained_cfg"] == cfg
+    assert prime["pretrained_cfg"] is not config.pretrained_cfg
+
+
+def test_what_is_no_vicreg_model_is_not_taken_for_one(tmp_path: Path) -> None:
+    TEXT.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"must be in a training checkpoint, .* got 'bert'"):
+        VICRegModel.from_pretrained(tmp_path)
+
+
+def test_only_encoders_of_timm_become_models_of_their_own() -> None:
+    with pytest.raises(ValueError, match="needs a second branch with an encoder of timm"):
+        build("text").second_model()

@@ -1,0 +1,91 @@
+"""The picture of what the model will see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from workflow import run, write_images
+
+from vicreg_hf.settings.pretraining import PretrainingArguments
+from vicreg_hf.training.monitoring.preview import GAP, draw_preview, picture_of_views
+
+
+def tiles(path: Path, side: int) -> np.ndarray:
+    """(rows, 3, side, side, 3) uint8."""
+    sheet = np.array(Image.open(path))[GAP:, GAP:]
+    rows, columns = sheet.shape[0] // (side + GAP), sheet.shape[1] // (side + GAP)
+    cut = sheet[: rows * (side + GAP), : columns * (side + GAP)]
+    cut = cut.reshape(rows, side + GAP, columns, side + GAP, 3).transpose(0, 2, 1, 3, 4)
+    return cut[:, :, :side, :side]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images", rows=24, size=(60, 40))
+
+
+def test_a_command_draws_images_beside_their_views_and_leaves_nothing_else(
+    folder: Path, tmp_path: Path
+) -> None:
+    path, output = tmp_path / "new" / "views.png", tmp_path / "run"
+    result = run(
+        ["accelerate", "launch", "scripts/pretrain.py", f"--preview={path}", "--image_size=96",
+         f"--dataset_name={folder}", "--batch_size=16", f"--output_dir={output}"]
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert str(path) in result.stdout
+    assert not output.exists()
+    drawn = tiles(path, 96)
+    assert drawn.shape[:2] == (8, 3)
+    assert (drawn[:, 0, :10] == 255).all()  # 60 x 40 in a square: white above and below
+    assert (drawn[:, 1:].reshape(16, -1).std(1) > 0).all()
+
+
+def test_views_without_operations_are_the_images(folder: Path, tmp_path: Path) -> None:
+    nothing = {"scale": [1, 1], "ratio": [1, 1], "flip": 0, "jitter": 0, "grayscale": 0}
+    still = nothing | {"blur": 0, "solarize": 0}
+    square = write_images(tmp_path / "square", rows=24, size=(128, 128))
+    args = PretrainingArguments(
+        dataset_name=str(square), image_size=128, augmentation=still, batch_size=16,
+        output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    drawn = tiles(draw_preview(args, tmp_path / "views.png"), 128)
+    assert np.abs(drawn[:, 1:].astype(int) - drawn[:, :1]).max() <= 1
+    assert len({tile.tobytes() for tile in drawn[:, 0]}) == 8
+    assert folder.is_dir()
+
+
+def test_any_views_stand_in_a_row_and_smaller_ones_in_the_middle(tmp_path: Path) -> None:
+    image = torch.full((3, 50, 100), 9, dtype=torch.uint8)
+    views = [torch.full((2, 3, side, side), side / 255) for side in (100, 100, 40, 120)]
+    picture_of_views([image, image[:, :, :50]], views).save(tmp_path / "views.png")
+    drawn = tiles(tmp_path / "views.png", 120)
+    assert drawn.shape[:2] == (2, 5)
+    for column, (side, shown) in enumerate([(100, 100), (100, 100), (40, 120), (120, 120)], 1):
+        edge = (120 - shown) // 2
+        expected = np.full((2, 120, 120, 3), 255)
+        expected[:, edge : 120 - edge, edge : 120 - edge] = side
+        np.testing.assert_array_equal(drawn[:, column], expected)
+    assert (drawn[0, 0, :30] == 255).all()
+    assert (drawn[0, 0, 30:90] == 9).all()
+
+
+def test_rows_of_small_gray_views_are_large_enough_to_see(tmp_path: Path) -> None:
+    image = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    views = [torch.eye(side).view(1, 1, side, side) for side in (32, 16)]
+    picture_of_views([image], views).save(tmp_path / "views.png")
+    drawn = tiles(tmp_path / "views.png", 96)
+    assert drawn.shape[:2] == (1, 3)
+    for column, factor in ((1, 3), (2, 6)):
+        eye = np.kron(np.eye(96 // factor), np.ones((factor, factor))) * 255
+        np.testing.assert_array_equal(drawn[0, column], np.repeat(eye[..., None], 3, 2))
+
+
+@pytest.mark.parametrize("name", ["views", "views.txt"])
+def test_a_file_that_is_no_picture_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"preview must be a file such as views.png, got"):
+        draw_preview(PretrainingArguments(), tmp_path / name)

@@ -1,0 +1,255 @@
+"""Chunks against one pass whose batch normalisation is cut in the same chunks."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo import GlooPool
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vicreg_hf import VICRegConfig, VICRegModel
+from vicreg_hf.benchmarks.measuring import peak_extra_mib
+from vicreg_hf.models.batch_norm import SyncBatchNorm
+from vicreg_hf.runtime.distributed import rank, world_size
+from vicreg_hf.training.gradcache import backward_in_chunks
+
+ROWS = 12
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "batch norm": ("test_resnet", {}),
+    "layer norm": ("test_vit", {}),
+    "dropout": ("test_vit", {"drop_rate": 0.3, "attn_drop_rate": 0.2, "drop_path_rate": 0.3}),
+    "batch norm and drop path": ("test_efficientnet", {"drop_path_rate": 0.5}),
+}  # fmt: skip
+Results = dict[str, Tensor]
+
+
+def build(kind: str) -> VICRegModel:
+    torch.manual_seed(0)
+    name, args = MODELS[kind]
+    size = {"img_size": 32} if name == "test_vit" else {}
+    config = VICRegConfig(architecture=name, model_args=args | size, expander_dims=[24, 40])
+    return VICRegModel(config).double().train()
+
+
+def views() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, noise = torch.randn(2, ROWS, 3, 32, 32, generator=generator, dtype=torch.float64)
+    return x, 0.7 * x + 0.7 * noise
+
+
+def one_pass(model: VICRegModel, x: Tensor, x_prime: Tensor, chunk_size: int) -> Tensor:
+    """Loss of all representations, of which the backbone makes a chunk at a time; one graph."""
+    y, y_prime = (
+        torch.cat([model.backbone(chunk) for chunk in view.split(chunk_size)])
+        for view in (x, x_prime)
+    )
+    loss = model.compare(y, y_prime).loss
+    assert loss is not None
+    return loss
+
+
+def state(model: nn.Module, loss: Tensor | None) -> Results:
+    assert loss is not None
+    grads = {f"gradient of {k}": p.grad for k, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **grads, **dict(model.named_buffers())}
+
+
+def assert_all_close(actual: Results, expected: Results, tolerance: float = 1e-11) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            actual[name], value, rtol=tolerance, atol=tolerance,
+            msg=lambda message, name=name: f"{name}: {message}",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk_size", [2, 4, 5, 12])
+@pytest.mark.parametrize("kind", MODELS)
+def test_chunks_give_loss_gradients_statistics_and_random_numbers_of_one_pass(
+    kind: str, chunk_size: int
+) -> None:
+    x, x_prime = views()
+    whole, model = build(kind), build(kind)
+    torch.manual_seed(2)
+    loss = one_pass(whole, x, x_prime, chunk_size)
+    loss.backward()
+    after = torch.rand(3)
+    torch.manual_seed(2)
+    output = backward_in_chunks(model, x, x_prime, chunk_size=chunk_size)
+    assert_all_close(state(model, output.loss), state(whole, loss))
+    assert torch.equal(torch.rand(3), after)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 6, 20])
+def test_without_batch_norm_in_the_backbone_any_chunks_give_what_the_model_gives(
+    chunk_size: int,
+) -> None:
+    x, x_prime = views()
+    whole, model = build("layer norm"), build("layer norm")
+    expected = whole(x, x_prime)
+    expected.loss.backward()
+    output = backward_in_chunks(model, x, x_prime, chunk_size=chunk_size)
+    assert_all_close(state(model, output.loss), state(whole, expected.loss))
+    for name in ("invariance", "variance", "covariance", "pooler_output"):
+        torch.testing.assert_close(output[name], expected[name])
+    torch.testing.assert_close(output.embeddings, expected.embeddings)
+
+
+def test_gradients_are_added_to_those_already_there() -> None:
+    once, twice = build("batch norm"), build("batch norm")
+    output = backward_in_chunks(once, *views(), chunk_size=4)
+    for _ in range(2):
+        backward_in_chunks(twice, *views(), chunk_size=4)
+    for one, two in zip(once.parameters(), twice.parameters(), strict=True):
+        assert one.grad is not None
+        assert two.grad is not None
+        torch.testing.assert_close(two.grad, 2 * one.grad)
+    assert output.loss is not None
+    assert not output.loss.requires_grad
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    model, whole = build("batch norm"), build("batch norm")
+    for m in (model, whole):
+        m.expander[0].requires_grad_(False)
+        for parameter in list(m.backbone.parameters())[:4]:
+            parameter.requires_grad_(False)
+    loss = one_pass(whole, *views(), 4)
+    loss.backward()
+    output = backward_in_chunks(model, *views(), chunk_size=4)
+    assert_all_close(state(model, output.loss), state(whole, loss))
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1, 2.5, 2.0, True, "2", None])
+def test_a_chunk_of_no_whole_number_of_images_is_refused(chunk_size: Any) -> None:
+    message = f"^chunk_size must be a whole number of at least 1, got {chunk_size!r}.$"
+    with pytest.raises(ValueError, match=message):
+        backward_in_chunks(build("batch norm"), *views(), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("scale", [None, 2.0**10])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_loss_scaling_give_gradients_of_one_pass(
+    dtype: torch.dtype, scale: float | None
+) -> None:
+    # Rounding at the chunks' seams is that of one pass: exact but for the order of sums.
+    autocast = partial(torch.autocast, "cpu", dtype)
+    factor = scale or 1.0
+    whole, model = (build("batch norm and drop path").float() for _ in range(2))
+    x, x_prime = (view.float() for view in views())
+    torch.manual_seed(2)
+    with autocast():
+        loss = one_pass(whole, x, x_prime, 4)
+    (loss * factor).backward()
+    torch.manual_seed(2)
+    model.forward = autocast()(model.forward)  # as accelerate prepares a model
+    output = backward_in_chunks(
+        model, x, x_prime, chunk_size=4, autocast=autocast,
+        backward=lambda loss: (loss * factor).backward(),
+    )  # fmt: skip
+    torch.testing.assert_close(output.loss, loss.detach())
+    for (name, p), q in zip(whole.named_parameters(), model.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        cosine = torch.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0)
+        assert cosine > 0.999, (name, cosine)
+        assert q.grad.norm().item() == pytest.approx(p.grad.norm().item(), rel=1e-2), name
+
+
+def test_every_parameter_gets_its_gradient_inside_an_autocast_of_the_caller() -> None:
+    model = build("batch norm").float()
+    x, x_prime = (view.float() for view in views())
+    with torch.autocast("cpu", torch.bfloat16):
+        backward_in_chunks(model, x, x_prime, chunk_size=4)
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+# Under DistributedDataParallel
+
+
+def own_chunks(x: Tensor, micro_batch_size: int) -> Tensor:
+    """This process's part of every micro-batch, as `GlobalBatches` deals them."""
+    return torch.cat([part.chunk(world_size())[rank()] for part in x.split(micro_batch_size)])
+
+
+class Reductions:
+    """A communication hook that counts gradient reductions, and when they happened."""
+
+    def __init__(self) -> None:
+        self.forwards, self.at = 0, []
+
+    def forward(self, *_: Any) -> None:
+        self.forwards += 1
+
+    def hook(self, _, bucket):  # torch refuses annotations that are strings
+        self.at.append(self.forwards)
+        buffer = bucket.buffer().div_(world_size())
+        work = dist.all_reduce(buffer, async_op=True)
+        assert work is not None
+        return work.get_future().then(lambda future: future.value()[0])
+
+
+def chunks_under_ddp(kind: str, micro_batch_size: int, steps: int) -> tuple[Results, list[int]]:
+    model = build(kind)
+    SyncBatchNorm.convert(model)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    reductions = Reductions()
+    wrapped.register_comm_hook(None, reductions.hook)
+    model.register_forward_pre_hook(reductions.forward)
+    x, x_prime = (own_chunks(view, micro_batch_size) for view in views())
+    result: Results = {}
+    for _ in range(steps):
+        model.zero_grad()
+        reductions.at.clear()
+        reductions.forwards = 0
+        output = backward_in_chunks(
+            model, x, x_prime, chunk_size=micro_batch_size // world_size(), wrapped=wrapped
+        )
+        result = state(model, output.loss)
+    return result, reductions.at
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 6])
+@pytest.mark.parametrize("kind", ["batch norm", "layer norm"])
+def test_two_processes_give_the_gradients_of_one_and_reduce_them_with_the_last_chunk(
+    gloo: GlooPool, kind: str, micro_batch_size: int
+) -> None:
+    model, steps = build(kind), 2
+    for _ in range(steps):
+        model.zero_grad()
+        loss = one_pass(model, *views(), micro_batch_size)
+        loss.backward()
+    expected = state(model, loss)  # pyright: ignore[reportPossiblyUnboundVariable]
+    num_chunks = ROWS // micro_batch_size
+    for actual, reduced_at in gloo.run(2, chunks_under_ddp, kind, micro_batch_size, steps):
+        assert_all_close(actual, expected)
+        assert set(reduced_at) == {4 * num_chunks}  # after two views of all chunks, twice
+
+
+# Memory
+
+
+def test_memory_follows_the_chunk_and_not_the_batch() -> None:
+    if not Path("/proc/self/clear_refs").is_file():
+        pytest.skip("peak memory is read from Linux's /proc")
+    model = build("batch norm").float()
+    x, x_prime = torch.randn(2, 256, 3, 96, 96)
+    cpu = torch.device("cpu")
+
+    def whole() -> None:
+        model(x, x_prime).loss.backward()
+
+    def in_chunks() -> None:
+        backward_in_chunks(model, x, x_prime, chunk_size=16)
+
+    in_chunks()
+    measured, bounded = peak_extra_mib(whole, cpu), peak_extra_mib(in_chunks, cpu)
+    assert measured is not None
+    assert bounded is not None
+    assert bounded < measured / 5

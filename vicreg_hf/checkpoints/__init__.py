@@ -1,0 +1,1 @@
+"""Training checkpoints: written whole or not at all, verified before they are read."""

@@ -1,0 +1,1 @@
+"""From the cells of a column to samples: images, sounds, texts and vectors."""

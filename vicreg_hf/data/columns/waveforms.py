@@ -1,0 +1,109 @@
+"""Columns of sound as waveforms.
+
+Shapes: B clips, L samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from vicreg_hf.data.columns.sound_files import (
+    check_audio_column,
+    decode_sound,
+    prepare_audio,
+    sound_file,
+)
+from vicreg_hf.runtime.randomness import Stream, uniforms
+
+VARIANCE_EPS = 1e-7
+"""As Wav2Vec2FeatureExtractor has it."""
+
+
+@dataclass(frozen=True)
+class WaveformColumn:
+    """Cells of one column, a sound file each, to pieces of one length."""
+
+    name: str
+    sampling_rate: int = 16_000
+    """Samples per second, of the encoder's."""
+    num_samples: int = 80_000
+    """Of a piece."""
+
+    def __post_init__(self) -> None:
+        for name in ("sampling_rate", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+
+    @classmethod
+    def find(
+        cls,
+        features: datasets.Features,
+        name: str,
+        *,
+        sampling_rate: int = 16_000,
+        num_samples: int = 80_000,
+    ) -> WaveformColumn:
+        """The column of this name, which must hold sound files.
+
+        Raises:
+            ValueError: it does not, or soundfile is not installed.
+        """
+        check_audio_column(features, name)
+        return cls(name, sampling_rate, num_samples)
+
+    def prepare(self, table: Any) -> Any:
+        """A table of this column alone, its sound still encoded."""
+        return prepare_audio(table, self.name)
+
+    def decode(self, cell: Any) -> NDArray[np.float32]:
+        """The clip of a cell, (L,) float32.
+
+        Raises:
+            ImageError: it cannot be read or decoded.
+        """
+        return decode_sound(sound_file(cell), self.sampling_rate)
+
+    def batch(
+        self, items: Sequence[NDArray[np.float32]], rows: ArrayLike, epoch: int, seed: int
+    ) -> Tensor:
+        """A keyed piece of each clip, of zero mean and unit variance.
+
+        A longer clip gives a piece about its middle, which is what spectrograms show: where it
+        starts is drawn evenly within a quarter of the piece's length to either side. A clip that is
+        too short is put into zeros at a place drawn evenly. The normalisation is
+        Wav2Vec2FeatureExtractor's; it undoes any gain, so none is drawn.
+
+        Args:
+            items: B clips, (L,) each.
+            rows: (B,), which key the draws.
+
+        Returns:
+            (B, num_samples) float32.
+        """
+        draws = uniforms(rows, 1, seed=seed, epoch=epoch, stream=Stream.VIEW_PRIME)[:, 0]
+        return self._cut(items, draws)
+
+    def middle(self, items: Sequence[NDArray[np.float32]]) -> Tensor:
+        """The middle of each clip, for evaluation; shapes as of `batch`."""
+        return self._cut(items, np.full(len(items), 0.5, np.float32))
+
+    def _cut(self, items: Sequence[NDArray[np.float32]], draws: NDArray[np.float32]) -> Tensor:
+        pieces = np.zeros((len(items), self.num_samples), np.float32)
+        for piece, clip, u in zip(pieces, items, draws, strict=True):
+            spare = len(clip) - self.num_samples
+            moved = min(abs(spare), self.num_samples // 2) if spare > 0 else -spare
+            start = (abs(spare) - moved) // 2 + int(float(u) * (moved + 1))
+            if spare >= 0:
+                piece[:] = clip[start : start + self.num_samples]
+            else:
+                piece[start : start + len(clip)] = clip
+        centred = pieces - pieces.mean(1, keepdims=True)
+        return torch.from_numpy(centred / np.sqrt(pieces.var(1, keepdims=True) + VARIANCE_EPS))

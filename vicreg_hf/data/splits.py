@@ -1,0 +1,209 @@
+"""Splits of data sets of images, and reading them.
+
+Shapes: N images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from vicreg_hf.data.bad_images import read_or_replace
+from vicreg_hf.data.classes import _holds_classes, _labels
+from vicreg_hf.data.columns.base import BadImage, path_of
+from vicreg_hf.data.columns.finding import find_image_column, find_label_column
+from vicreg_hf.data.columns.image_files import ImageError
+from vicreg_hf.data.columns.images import ImageColumn
+from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
+from vicreg_hf.data.opening.slicing import (
+    EVAL_SPLITS,
+    Splits,
+    check_held_out,
+    list_splits,
+    share_images,
+)
+
+FINGERPRINTED = 64
+"""Images of a split by which it is known again."""
+
+
+@dataclass
+class ImageSplit:
+    """One split: encoded images, and labels where the data has them."""
+
+    table: datasets.Dataset
+    column: ImageColumn | SpectrogramColumn
+    name: str
+    labels: Tensor | None = None
+    """(N,) classes from 0; -1 where an image has none. None where none has one."""
+    label_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def num_images(self) -> int:
+        """Its length; that of a stream may be unknown."""
+        return len(self)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells one data set from another: its length, and a digest of images all over it."""
+        digest = hashlib.sha256()
+        for cell in self.cells(self.sampled_rows()):
+            with suppress(ImageError):
+                digest.update(self.column.encoded(cell))
+        return {"images": len(self), "sha256": digest.hexdigest()}
+
+    def sampled_rows(self) -> list[int]:
+        """Rows all over the split, by which it is known again."""
+        return np.unique(np.linspace(0, len(self) - 1, num=FINGERPRINTED).astype(int)).tolist()
+
+    def read(self, rows: Sequence[int]) -> list[Tensor]:
+        """Decode some rows.
+
+        Returns:
+            One (C, H, W) uint8 tensor per row.
+
+        Raises:
+            ImageError: names the row.
+        """
+        images = []
+        for row, cell in zip(rows, self.cells(rows), strict=True):
+            try:
+                images.append(self.column.decode(cell))
+            except ImageError as error:
+                raise ImageError(f"{self.place(row)}: {error}") from None
+        return images
+
+    def try_read(self, rows: Sequence[int]) -> list[tuple[Tensor | BadImage, str | None]]:
+        """Decode some rows.
+
+        Returns:
+            Of each row the (C, H, W) uint8 image, or why there is none; and its path, if known.
+        """
+        found: list[tuple[Tensor | BadImage, str | None]] = []
+        for row, cell in zip(rows, self.cells(rows), strict=True):
+            path = path_of(cell)
+            try:
+                found.append((self.column.decode(cell), path))
+            except ImageError as error:
+                found.append((BadImage(int(row), path, str(error)), path))
+        return found
+
+    def read_or_replace(self, rows: Sequence[int]) -> tuple[list[Tensor], list[BadImage]]:
+        """Decode some rows, and another image in the place of one that cannot be used.
+
+        Which one is a function of the row alone.
+
+        Returns:
+            One (C, H, W) uint8 tensor per row, and what could not be used.
+
+        Raises:
+            ImageError: nor could any of `MAX_REPLACEMENTS` others.
+        """
+        return read_or_replace(self, rows)
+
+    def place(self, row: int) -> str:
+        """A row, as a sentence names it."""
+        return f"row {row} of {self.name}, column {self.column.name}"
+
+    def cells(self, rows: Sequence[int]) -> list[Any]:
+        """The encoded images of some rows."""
+        return self.table[list(rows)][self.column.name]
+
+    def decode(self, cell: Any) -> Tensor:
+        """The (C, H, W) uint8 image of a cell; an ImageError where it cannot be used."""
+        return self.column.decode(cell)
+
+
+def image_split(
+    splits: Splits,
+    name: str,
+    *,
+    dataset_name: str,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    channels: int = 3,
+    sound: SpectrogramSettings | None = None,
+) -> ImageSplit:
+    """Pick a split and its columns.
+
+    Args:
+        sound: how a column of sound is seen, where there are no images.
+
+    Raises:
+        ValueError: no such split, no rows, no such column.
+    """
+    if name not in splits:
+        raise ValueError(f"split must be one of {list_splits(splits)}, got {name!r}.")
+    table = splits[name]
+    if len(table) == 0:
+        raise ValueError(f"a split must have rows, got none in split {name!r} of {dataset_name}.")
+    column = open_column(table.features, image_column, channels=channels, sound=sound)
+    label = find_label_column(table.features, label_column)
+    labels, names = (None, ()) if label is None else _labels(table, label)
+    if label is not None and label_column is None and not _holds_classes(splits, label):
+        labels, names = None, ()
+    if label_column is not None and labels is None:
+        raise ValueError(
+            f"label_column must hold a class in some row, got none in {label_column!r} of "
+            f"{dataset_name} ({name}); choose another or leave it out."
+        )
+    return ImageSplit(column.prepare(table), column, f"{dataset_name} ({name})", labels, names)
+
+
+def open_column(
+    features: datasets.Features,
+    wanted: str | None,
+    *,
+    channels: int = 3,
+    sound: SpectrogramSettings | None = None,
+) -> ImageColumn | SpectrogramColumn:
+    """The column of images, or of sound, which is seen as spectrograms of one channel.
+
+    Raises:
+        ValueError: as `find_image_column`; or soundfile is not installed.
+    """
+    found = find_image_column(features, wanted)
+    if isinstance(features[found], datasets.Audio):
+        return SpectrogramColumn.find(features, found, sound)
+    return ImageColumn(found, features[found], channels)
+
+
+def renumbered(labels: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Each class by its number among other names; -1 remains."""
+    return torch.tensor([*numbers, -1])[labels]
+
+
+def held_out_split(
+    splits: Splits, wanted: str | None, train: str, **columns: Any
+) -> tuple[ImageSplit | None, str | None]:
+    """The split to measure on, and its name.
+
+    Args:
+        wanted: None takes the first of `EVAL_SPLITS` that has rows, the columns and labels, and
+            none of the images that are trained on.
+        train: the split that is trained on.
+        **columns: as for `image_split`.
+
+    Raises:
+        ValueError: the split asked for cannot be used.
+    """
+    if wanted is not None:
+        check_held_out(splits, wanted, train)
+        return image_split(splits, wanted, **columns), wanted
+    for name in EVAL_SPLITS:
+        if name in splits and not share_images(splits, name, train):
+            with suppress(ValueError):
+                found = image_split(splits, name, **columns)
+                if found.labels is not None:
+                    return found, name
+    return None, None

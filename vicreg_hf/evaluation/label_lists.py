@@ -1,0 +1,121 @@
+"""Which of the labels semi-supervised learning may use: a balanced share, or a published list.
+
+Shapes: N images.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+
+from vicreg_hf.data.splits import ImageSplit
+
+SYNSET_TWICE = re.compile(r"^(n\d{8}_\d+)_n\d{8}(\.\w+)$")
+"""n01440764_10026_n01440764.JPEG: how ImageNet on the Hub names n01440764_10026.JPEG."""
+ROWS_AT_ONCE = 1024
+
+
+def listed_subset(
+    path: str | Path, image_paths: Sequence[str | None], num_rows: int
+) -> NDArray[np.int64]:
+    """Rows that a text file names, one a line, as SimCLR's lists of 1 % and 10 % of ImageNet do.
+
+    A line is a row number, or an image's file name or path, of which the name must match. Of
+    several images of one name the one whose path ends like the line's is meant. Empty lines and
+    those that begin with # are passed over; a row that is named twice counts once.
+
+    Args:
+        path: of the file; SimCLR's are imagenet_subsets/1percent.txt and 10percent.txt in
+            google-research/simclr.
+        image_paths: of every row, where known, as `paths_of_images` gives them.
+        num_rows: N.
+
+    Returns:
+        Row numbers, ascending.
+
+    Raises:
+        ValueError: a file that cannot be read or names nothing, a row that is not there, a name
+            that no image has or that several have.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"a list of images must be a text file, got {path}: {error}.") from error
+    rows_by_name = _rows_by_name(image_paths)
+    rows = set()
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if line and not line.startswith("#"):
+            place = f"line {number} of {path}"
+            if line.isdecimal():
+                rows.add(_row_of_number(int(line), num_rows, place))
+            else:
+                rows.add(_row_of_name(line, rows_by_name, image_paths, place))
+    if not rows:
+        raise ValueError(f"a list of images must name some, got none in {path}.")
+    return np.array(sorted(rows), dtype=np.int64)
+
+
+def paths_of_images(split: ImageSplit) -> list[str | None]:
+    """The path of every image of a split, where its data set says; no image is decoded."""
+    if isinstance(split.column.feature, datasets.Array3D):
+        return [None] * len(split)
+    paths: list[str | None] = []
+    for start in range(0, len(split), ROWS_AT_ONCE):
+        rows: Any = split.table.with_format("arrow")[start : start + ROWS_AT_ONCE]
+        for chunk in rows[split.column.name].chunks:
+            paths += chunk.field("path").to_pylist()
+    return paths
+
+
+def _rows_by_name(image_paths: Sequence[str | None]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for row, path in enumerate(image_paths):
+        if path is not None:
+            name = PurePosixPath(path).name
+            for known in {name, SYNSET_TWICE.sub(r"\1\2", name)}:
+                rows.setdefault(known, []).append(row)
+    return rows
+
+
+def _row_of_number(row: int, num_rows: int, place: str) -> int:
+    if row >= num_rows:
+        raise ValueError(f"a row must be one of 0 to {num_rows - 1}, got {row} in {place}.")
+    return row
+
+
+def _row_of_name(
+    line: str,
+    rows_by_name: dict[str, list[int]],
+    image_paths: Sequence[str | None],
+    place: str,
+) -> int:
+    if not rows_by_name:
+        raise ValueError(
+            f"images without file names must be listed by row numbers, got {line!r} in {place}."
+        )
+    parts = PurePosixPath(line).parts
+    rows = rows_by_name.get(parts[-1], [])
+    if not rows:
+        known = next(iter(rows_by_name))
+        raise ValueError(
+            f"every listed name must be an image's, got {line!r} in {place}; the images are named "
+            f"like {known!r}."
+        )
+    if len(rows) > 1:
+        ends = [
+            row for row in rows
+            if PurePosixPath(image_paths[row] or "").parts[-len(parts) :] == parts
+        ]  # fmt: skip
+        rows = ends if len(parts) > 1 and ends else rows
+    if len(rows) > 1:
+        raise ValueError(
+            f"a listed name must be that of one image, got {line!r} in {place}, which rows "
+            f"{rows[0]} and {rows[1]} have; add its folder, or list row numbers."
+        )
+    return rows[0]

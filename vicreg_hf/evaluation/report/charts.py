@@ -1,0 +1,227 @@
+"""What the report shows of features: their spectrum, and a map of them.
+
+Figures hold no text from outside: names of classes stand in the page, which escapes them.
+
+Shapes: n images, F features.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from vicreg_hf.evaluation.report.gallery import Gallery, finite_rows, sample
+from vicreg_hf.metrics.collapse import effective_rank
+
+MAX_NUMBERS = 2**25
+"""Features, rows times columns, that statistics are taken of: all 50,000 rows of ResNet-18."""
+MAX_CORRELATED = 2048
+"""Dimensions whose correlations are drawn."""
+MAX_MAPPED = 2000
+MIN_TSNE = 30
+"""Images below which the map is a PCA."""
+MAX_LEGEND = 20
+INK, ACCENT = "#010203", "#010204"
+"""Stand in figures for the colours of the page, which change with its theme."""
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")
+"""Tol's bright scheme, its grey darkened: distinguishable for the colour-blind, on both themes."""
+MARKERS = ("o", "^", "s")
+"""Three shapes and seven colours, stepped through together, tell 21 classes apart."""
+STYLE: Any = {
+    "svg.hashsalt": "vicreg", "svg.fonttype": "none", "font.size": 11, "text.color": INK,
+    "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
+    "axes.formatter.useoffset": False,
+}  # fmt: skip
+
+
+def to_svg(figure: Figure, name: str, description: str) -> Markup:
+    """A figure as an element of the page, in the page's colours and font.
+
+    Args:
+        name: unlike that of any other figure in the page.
+        description: instead of the figure, for those who do not see it.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    opening = re.search(r"<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", svg)
+    assert opening is not None
+    body = re.sub(r"<metadata>.*?</metadata>", "", svg[opening.end() :], flags=re.DOTALL)
+    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
+    body = re.sub(r"\s*\n\s*", " ", body)
+    body = body.replace(INK, "currentColor").replace(ACCENT, "var(--accent)")
+    label = escape(description)
+    return Markup(f'<svg role="img" aria-label="{label}" {opening[1]}>{body}')
+
+
+# --- the spectrum
+def spectrum(gallery: Gallery, split: str, *, seed: int) -> dict[str, Any] | None:
+    """How features spread over their dimensions; None if fewer than two rows are finite.
+
+    Returns:
+        What the page's section shows: numbers and figures, which are absent if nothing varies.
+    """
+    finite = finite_rows(gallery.features)
+    width = gallery.features.shape[1]
+    rows = sample(finite, max(2, MAX_NUMBERS // max(1, width)), seed)
+    if len(rows) < 2 or width == 0:
+        return None
+    x = gallery.features[torch.from_numpy(rows)].cpu().double()
+    # a feature that is the same everywhere keeps no rounding error of its mean
+    x = torch.where((x == x[0]).all(0), 0.0, x - x.mean(0))
+    std = x.std(0)
+    found: dict[str, Any] = {
+        "split": split, "rows": len(rows), "of": len(gallery.features), "width": width,
+        "not_finite": len(gallery.features) - len(finite), "constant": int((std == 0).sum()),
+        "figures": [],
+    }  # fmt: skip
+    if not bool(std.any()):
+        return found
+    gram = x @ x.T if len(x) < width else x.T @ x
+    singular = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
+    found["effective_rank"] = effective_rank(x).item()
+    found["figures"] = [
+        _draw_singular(singular[: min(len(x) - 1, width)].numpy()),
+        _draw_histogram("std", std.numpy(), "standard deviation of a dimension", "dimensions"),
+    ]
+    varying = sample(std.nonzero().flatten().numpy(), MAX_CORRELATED, seed)
+    if len(varying) > 1:
+        found["figures"].append(_draw_correlations(x[:, torch.from_numpy(varying)]))
+    return found
+
+
+def _draw_singular(singular: NDArray[np.float64]) -> Markup:
+    figure, axes = _figure()
+    relative = singular / singular[0]
+    # what rounding leaves of a zero says nothing
+    shown = np.where(relative > 1e-7, relative, np.nan)
+    axes.semilogy(np.arange(1, len(shown) + 1), shown, ".-", color=ACCENT, lw=1.3, markersize=2)
+    if np.nanmin(shown) > 0.02:  # too few powers of ten for an axis
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.minorticks_off()
+    axes.set(xlabel="rank", ylabel="singular value / largest")
+    return to_svg(
+        figure, "spectrum",
+        f"Singular values of the centred features, {len(singular)} of them, on a logarithmic axis; "
+        f"half way down the ranks the value is {relative[len(relative) // 2]:.2g} of the largest.",
+    )  # fmt: skip
+
+
+def _draw_correlations(x: Tensor) -> Markup:
+    scaled = x / x.norm(dim=0)
+    correlations = (scaled.T @ scaled).numpy()[np.triu_indices(x.shape[1], k=1)]
+    return _draw_histogram(
+        "correlation", correlations.clip(-1, 1), "correlation of two dimensions", "pairs",
+        limits=(-1.0, 1.0),
+    )  # fmt: skip
+
+
+def _draw_histogram(
+    name: str,
+    values: NDArray[np.float64],
+    xlabel: str,
+    ylabel: str,
+    *,
+    limits: tuple[float, float] | None = None,
+) -> Markup:
+    figure, axes = _figure()
+    axes.hist(values, bins=40, range=limits, color=ACCENT, histtype="stepfilled")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.locator_params(nbins=5)
+    axes.ticklabel_format(scilimits=(-3, 4))
+    return to_svg(
+        figure, name,
+        f"Histogram of the {xlabel}: {len(values):,} {ylabel}, from {values.min():.2g} to "
+        f"{values.max():.2g}, median {np.median(values):.2g}.",
+    )  # fmt: skip
+
+
+def _figure() -> tuple[Figure, Axes]:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4, 2.9), layout="constrained")
+        return figure, figure.subplots()
+
+
+# --- the map
+def feature_map(
+    gallery: Gallery, labels: NDArray[np.int64] | None, *, seed: int
+) -> dict[str, Any] | None:
+    """A map of test features; None where there is nothing to lay out.
+
+    Args:
+        labels: (n,) of the gallery's images.
+
+    Returns:
+        What the page's section shows: the figure, the method and the classes of the legend.
+    """
+    rows = sample(finite_rows(gallery.features), MAX_MAPPED, seed)
+    x = gallery.features[torch.from_numpy(rows)].cpu().double()
+    if len(x) < 3:
+        return None
+    method = "PCA" if len(x) < MIN_TSNE else "t-SNE"
+    points = _layout(torch.nn.functional.normalize(x, dim=1).numpy(), method, seed)
+    if points is None:
+        return None
+    shown = np.zeros(len(rows), np.int64) if labels is None else labels[rows]
+    classes = np.unique(shown)
+    return {
+        "method": method, "rows": len(rows), "of": len(gallery.features),
+        "classes": [] if labels is None else classes.tolist(),
+        "legend": labels is not None and len(classes) <= MAX_LEGEND,
+        "figure": _draw_map(points, np.searchsorted(classes, shown), method),
+    }  # fmt: skip
+
+
+def _layout(x: NDArray[np.float64], method: str, seed: int) -> NDArray[np.float64] | None:
+    """Places (n, 2) of rows of length 1; None where all point the same way."""
+    x = np.pad(x, ((0, 0), (0, max(0, 2 - x.shape[1]))))
+    # the order in which threads add up would show in the map
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # PCA divides by the whole variance
+        points = PCA(2, random_state=seed).fit_transform(x)
+        spread = points[:, 0].std()
+        if not spread > 1e-9:  # scikit-learn's own start would divide by it, and crash on NaN
+            return None
+        if method == "PCA":
+            return points
+        start = (1e-4 * points / spread).astype(np.float32)
+        perplexity = min(30.0, (len(x) - 1) / 3)
+        tsne = TSNE(perplexity=perplexity, init=start, metric="cosine", random_state=seed)
+        return tsne.fit_transform(x)
+
+
+def _draw_map(points: NDArray[np.float64], classes: NDArray[np.int64], method: str) -> Markup:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5, 4.4))
+        axes = figure.add_axes((0, 0, 1, 1))
+    size = 14 if len(points) > 500 else 28
+    for index in np.unique(classes):
+        x, y = points[classes == index].T
+        axes.scatter(
+            x, y, s=size, c=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)],
+            linewidths=0, alpha=0.8,
+        )  # fmt: skip
+    axes.set_axis_off()
+    return to_svg(
+        figure, "map",
+        f"{method} map of the features of {len(points):,} test images, "
+        f"{len(np.unique(classes))} classes; places are in arbitrary units.",
+    )  # fmt: skip

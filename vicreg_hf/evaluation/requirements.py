@@ -1,0 +1,88 @@
+"""What each protocol needs of labels and images, made sure of before it is measured."""
+
+from __future__ import annotations
+
+from vicreg_hf.data.labelled import LabelledData
+from vicreg_hf.data.sampler import GlobalBatches
+from vicreg_hf.evaluation.protocols import MULTI_LABEL, NO_LABELS, training_rows
+from vicreg_hf.settings.evaluation import TRAINED, EvaluationArguments
+
+
+def check_labels(args: EvaluationArguments, data: LabelledData, *, num_processes: int = 1) -> None:
+    """Refuse what the labels of a data set do not suffice for, or processes cannot share.
+
+    Raises:
+        ValueError: says which protocol needs what.
+    """
+    train, test = data.train, data.test
+    for protocol in args.protocol_names:
+        if protocol in NO_LABELS:
+            continue
+        if train.classes is None and train.targets is None:
+            raise ValueError(
+                f"protocol {protocol} needs labels in both splits, and {train.split.name} or "
+                f"{test.split.name} has none; name their column with --label_column, or choose of "
+                f"{', '.join(NO_LABELS)}."
+            )
+        if (protocol in MULTI_LABEL) != (train.targets is not None):
+            kinds = {True: "lists of classes", False: "one class an image"}
+            raise ValueError(
+                f"protocol {protocol} needs {kinds[protocol in MULTI_LABEL]}, and "
+                f"{train.split.name} has {kinds[train.targets is not None]}; choose another "
+                "--protocols or --label_column."
+            )
+        shown = [] if train.classes is None else train.classes[train.classes >= 0].unique().tolist()
+        if train.classes is not None and len(shown) < 2:
+            raise ValueError(
+                f"protocol {protocol} needs at least two classes, and {train.split.name} shows "
+                f"only {data.names[shown[0]] if data.names else 'one'}."
+            )
+        if protocol in TRAINED:
+            _check_batches(protocol, args, data, num_processes)
+        if protocol in MULTI_LABEL:
+            _check_targets(data)
+    check_neighbours(args, len(train.split), train.split.name)
+
+
+def check_neighbours(args: EvaluationArguments, num_images: int, name: str) -> None:
+    """Refuse to look for more neighbours than there are training images, in a split of that name.
+
+    Raises:
+        ValueError: says which setting is too large.
+    """
+    for protocol, setting in (("knn", "knn_k"), ("retrieval", "retrieval_k")):
+        most = max(args.numbers(setting, num_images))
+        if protocol in args.protocol_names and num_images < most:
+            raise ValueError(
+                f"{setting} must be at most the number of training images, got {most} and "
+                f"{num_images} images of {name}; give smaller --{setting}."
+            )
+
+
+def _check_batches(
+    protocol: str, args: EvaluationArguments, data: LabelledData, num_processes: int
+) -> None:
+    rows = training_rows(protocol, args, data)
+    number = len(data.train.split) if rows is None else len(rows)
+    settings, _ = args.training(protocol)
+    batch_size = min(settings.batch_size, number // num_processes * num_processes)
+    _ = GlobalBatches(number, batch_size, seed=args.seed, world_size=num_processes)
+
+
+def _check_targets(data: LabelledData) -> None:
+    from vicreg_hf.metrics.svm import FOLDS
+
+    assert data.train.targets is not None
+    assert data.test.targets is not None
+    shown = data.train.targets.sum(0)
+    for name, number in zip(data.names, shown.tolist(), strict=True):
+        if min(number, len(data.train.split) - number) < FOLDS:
+            raise ValueError(
+                f"protocol svm needs at least {FOLDS} training images that show a class and "
+                f"{FOLDS} that do not, and {number} of {len(data.train.split)} in "
+                f"{data.train.split.name} show {name}; leave it out."
+            )
+    if not data.test.targets.any():
+        raise ValueError(
+            f"protocol svm needs images of some class, and {data.test.split.name} shows none."
+        )

@@ -1,0 +1,1 @@
+"""Any encoder and the features it gives for a data set, cached or written as parquet."""

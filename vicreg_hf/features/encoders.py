@@ -1,0 +1,244 @@
+"""Opening encoders, our own and other people's: images in, pooled features out.
+
+Shapes: B images, C channels, S side in pixels, F features, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import transformers
+from PIL import Image
+from timm.data import create_transform
+from timm.data.config import resolve_model_data_config
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, TimmWrapperConfig
+
+from vicreg_hf.configuration_vicreg import NESTED_KEY
+from vicreg_hf.data.columns.spectrograms import SpectrogramSettings
+from vicreg_hf.hub.api import check_repo_id, check_revision
+from vicreg_hf.publishing.loading import find_encoder, load_model
+from vicreg_hf.runtime.checks import one_line
+
+PIL_CHANNELS = (1, 3)
+"""Images that are resized by PIL, as stock pipelines do; others as tensors."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A network that gives pooled features, and how it wants its images."""
+
+    module: nn.Module
+    """Gives (B, F) for (B, C, S, S), in eval mode."""
+    num_features: int
+    """F."""
+    prepare: Callable[[Tensor], Tensor]
+    """Its evaluation view: an image (C, H, W) uint8 as (C, S, S), uint8 or normalised float32."""
+    data_config: Mapping[str, Any]
+    """timm's words for that: input_size, mean, std, crop_pct."""
+    identity: Mapping[str, Any] = field(repr=False)
+    """What its features depend on besides its weights."""
+    sound: SpectrogramSettings | None = None
+    """How it sees sound, if it was trained on that."""
+
+    @property
+    def in_chans(self) -> int:
+        return self.data_config["input_size"][0]
+
+    @property
+    def image_size(self) -> int:
+        """S."""
+        return self.data_config["input_size"][-1]
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return tuple(self.data_config["mean"])
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return tuple(self.data_config["std"])
+
+    def fingerprint(self) -> str:
+        """A digest of weights, architecture and preprocessing: alike where features are."""
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True, default=str).encode())
+        for name, value in sorted(self.module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def open_encoder(name: str, revision: str | None = None) -> Encoder:
+    """An encoder on the Hub or in a directory, of timm or of transformers.
+
+    Args:
+        name: Hub id, output_dir of a run, or directory of an encoder or a checkpoint.
+        revision: branch or commit, on the Hub.
+
+    Raises:
+        ValueError: no such model, or not one of images.
+    """
+    local = Path(name).exists()
+    if not local:
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ValueError(
+                f"model must be a directory that is there, or org/name on the Hub, got {name!r}."
+            )
+        check_repo_id(name, "model")
+        if revision is not None:
+            check_revision(revision)
+    try:
+        source = _directory(name) if local else name
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        if config.model_type == "vicreg":
+            model, _ = load_model(Path(source))
+            encoder = timm_encoder(
+                model.encoder, config.architecture, config.model_args, config.pretrained_cfg
+            )
+            return replace(encoder, sound=_sound(config.spectrogram))
+        if isinstance(config, TimmWrapperConfig):
+            at = "" if revision is None else f"@{revision}"
+            address = f"local-dir:{source}" if local else f"hf-hub:{source}{at}"
+            model = timm.create_model(address, pretrained=True, num_classes=0)
+            encoder = timm_encoder(model, config.architecture, getattr(config, "model_args", None))
+            ours = getattr(config, NESTED_KEY, None) or {}
+            return replace(encoder, sound=_sound(ours.get("spectrogram")))
+        return _transformers_encoder(source, revision)
+    except Exception as error:  # loaders raise whatever their files make them
+        raise ValueError(
+            "model must be an encoder of images that timm or AutoModel loads, on the Hub or in a "
+            f"directory, got {name!r}{'' if local else ', which is no directory here'}: "
+            f"{one_line(error)[:300]}"
+        ) from error
+
+
+def _sound(settings: Mapping[str, Any] | None) -> SpectrogramSettings | None:
+    return None if settings is None else SpectrogramSettings(**settings)
+
+
+def _directory(name: str) -> str:
+    try:
+        return str(find_encoder(name))
+    except ValueError:
+        if (Path(name) / "config.json").is_file():  # weights in several files, say
+            return name
+        raise
+
+
+def timm_encoder(
+    module: Any,
+    architecture: str,
+    model_args: Mapping[str, Any] | None = None,
+    pretrained_cfg: Mapping[str, Any] | None = None,
+) -> Encoder:
+    """A timm model without a classifier.
+
+    Args:
+        module: of timm, with num_classes=0.
+        architecture: its name; likewise model_args, what else it was built with.
+        pretrained_cfg: instead of its own.
+    """
+    if pretrained_cfg is not None:
+        module.pretrained_cfg = dict(pretrained_cfg)
+    data_config: dict[str, Any] = resolve_model_data_config(module)
+    identity = {"architecture": architecture, "model_args": model_args, "data": data_config}
+    return Encoder(
+        module.eval(), int(module.head_hidden_size), _TimmView(data_config), data_config, identity
+    )
+
+
+class _TimmView:
+    """timm's evaluation view, as TimmWrapperImageProcessor has it, before normalisation."""
+
+    def __init__(self, data_config: Mapping[str, Any]) -> None:
+        self.side = tuple(data_config["input_size"][1:])
+        self.whole = data_config["crop_pct"] == 1
+        self.transform: Any = create_transform(
+            **data_config, is_training=False, use_prefetcher=True
+        )
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if self.whole and image.shape[-2:] == self.side:
+            return image
+        if len(image) not in PIL_CHANNELS:
+            return self.transform(image)
+        pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+        return self.transform(Image.fromarray(pixels.contiguous().numpy()))
+
+
+def _transformers_encoder(source: str, revision: str | None) -> Encoder:
+    processor: Any = AutoImageProcessor.from_pretrained(source, revision=revision)
+    loaded: Any = AutoModel.from_pretrained(
+        source, revision=revision, dtype=torch.float32, output_loading_info=True
+    )
+    model, found = loaded
+    pooled = not any("pooler" in name for name in found["missing_keys"])
+    module = _Pooled(model, trained_pooler=pooled).eval()
+    view = _ProcessorView(processor)
+    sample = view(torch.zeros(3, 64, 64, dtype=torch.uint8))
+    with torch.inference_mode():
+        width = module(sample[None]).shape[1]
+    sizes = [dict(getattr(processor, kind, None) or {}) for kind in ("size", "crop_size")]
+    data_config = {
+        "input_size": tuple(sample.shape),
+        "mean": tuple(getattr(processor, "image_mean", None) or (0.0, 0.0, 0.0)),
+        "std": tuple(getattr(processor, "image_std", None) or (1.0, 1.0, 1.0)),
+        "crop_pct": _crop_pct(*sizes, side=sample.shape[-1]),
+    }
+    identity = {
+        "config": model.config.to_dict(), "processor": processor.to_dict(), "pooled": pooled,
+        "transformers": transformers.__version__,
+    }  # fmt: skip
+    return Encoder(module, width, view, data_config, identity)
+
+
+class _Pooled(nn.Module):
+    """A transformers model as (B, C, S, S) to (B, F).
+
+    Its pooler's output; of a model that has none, or one whose file holds no weights for it, the
+    first token of (B, T, F), which is the class token, or the mean over positions of (B, F, H, W).
+    """
+
+    def __init__(self, model: nn.Module, *, trained_pooler: bool) -> None:
+        super().__init__()
+        self.model, self.trained_pooler = model, trained_pooler
+        if not trained_pooler:  # its weights are random, and no part of the encoder
+            for name, parameter in model.named_parameters():
+                if "pooler" in name:
+                    nn.init.zeros_(parameter)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        model: Any = self.model
+        if hasattr(model, "get_image_features"):  # of image and text, as CLIP
+            found = model.get_image_features(pixel_values=pixels)
+            return found if isinstance(found, Tensor) else found.pooler_output
+        output = model(pixel_values=pixels)
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is not None and self.trained_pooler:
+            return pooled.flatten(1)
+        last = output.last_hidden_state
+        return last[:, 0] if last.ndim == 3 else last.mean((2, 3))
+
+
+class _ProcessorView:
+    """What a transformers image processor makes of an image, normalised."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Tensor) -> Tensor:
+        pixels = image.expand(3, -1, -1) if len(image) == 1 else image[:3]
+        shown = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        return self.processor(images=shown, return_tensors="pt")["pixel_values"][0]
+
+
+def _crop_pct(size: dict[str, int], crop: dict[str, int], *, side: int) -> float:
+    """How much of the shorter side a processor's centre crop leaves."""
+    resized = size.get("shortest_edge")
+    return side / resized if crop and resized and resized > side else 1.0

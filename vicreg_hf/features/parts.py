@@ -1,0 +1,95 @@
+"""Parts of the features of a split: parquet files that are whole or not there, with checksums.
+
+Shapes: N usable images of a part, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from vicreg_hf.data.splits import ImageSplit
+from vicreg_hf.runtime.checks import one_line
+from vicreg_hf.runtime.files import replacing
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a split, and the file their features go to."""
+
+    split: str
+    rows: range
+    file: Path
+
+
+class Contents(NamedTuple):
+    """What a part holds."""
+
+    rows: NDArray[np.int64]
+    """(N,) numbers of the images within the split, ascending."""
+    features: NDArray[np.floating[Any]]
+    """(N, F), or (0, F) where they were not asked for."""
+
+
+class PartError(ValueError):
+    """A part that cannot be used; the message says why."""
+
+
+def parts_of(splits: Mapping[str, ImageSplit], folder: Path, rows_per_file: int) -> list[Part]:
+    """The files that splits are cut into."""
+    parts = []
+    for name, split in splits.items():
+        starts = range(0, len(split), rows_per_file)
+        for number, start in enumerate(starts):
+            rows = range(start, min(start + rows_per_file, len(split)))
+            file = folder / f"{name}-{number:05d}-of-{len(starts):05d}.parquet"
+            parts.append(Part(name, rows, file))
+    return parts
+
+
+def write_part(file: Path, table: pa.Table) -> None:
+    """Write a part, whole or not at all.
+
+    Raises:
+        OSError: it names the file.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        replacing(file) as aside,
+        pq.ParquetWriter(aside, table.schema, write_page_checksum=True) as writer,
+    ):
+        if len(table):  # `datasets` cannot read a row group of none
+            writer.write_table(table)
+
+
+def read_part(part: Part, num_features: int, *, with_features: bool = True) -> Contents:
+    """Read a part, of which every page must have the checksum it was written with.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        PartError: it is, and is not what was written.
+    """
+    try:
+        with pq.ParquetFile(part.file, page_checksum_verification=True) as file:
+            table = file.read(None if with_features else ["row"])
+        rows = table["row"].to_numpy()
+        features = np.empty((0, num_features), np.float32)
+        if with_features:
+            flat = table["embedding"].combine_chunks().flatten().to_numpy()
+            features = flat.reshape(len(rows), num_features)
+    except FileNotFoundError:
+        raise
+    # what pyarrow says of damage depends on where it is
+    except (OSError, pa.ArrowException, ValueError, LookupError, TypeError) as error:
+        raise PartError(one_line(error) or type(error).__name__) from error
+    inside = not len(rows) or (rows[0] in part.rows and rows[-1] in part.rows)
+    if rows.dtype != np.int64 or not inside or (np.diff(rows) <= 0).any():
+        raise PartError(f"its rows are not of {part.rows.start} to {part.rows.stop - 1}")
+    return Contents(rows, features)

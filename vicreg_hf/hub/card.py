@@ -1,0 +1,244 @@
+"""Model cards, rendered from what a run knows of itself."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import get_pretrained_cfg
+
+from vicreg_hf.configuration_vicreg import VICRegConfig
+from vicreg_hf.hub.record import RunSettings, TrainingRecord, impersonal
+from vicreg_hf.models.resnets import is_ours
+from vicreg_hf.runtime.files import replacing
+
+CARD_FILE = "README.md"
+LOSS_PICTURE = "pictures/loss_terms.png"
+SPECTRUM_PICTURE = "pictures/singular_values.png"
+RETRIEVAL_PICTURE = "pictures/retrievals.png"
+PICTURES = (LOSS_PICTURE, SPECTRUM_PICTURE, RETRIEVAL_PICTURE)
+MODEL_ID = "org/name"
+"""Stands in a card for the repository, until the encoder is pushed to one."""
+SECOND = "-prime"
+"""What the repository of a second branch's encoder is called after the first's name: timm opens
+repositories at their root alone, so each encoder has its own."""
+TAGS = ["timm", "vicreg", "self-supervised-learning", "arxiv:2105.04906"]
+
+
+def model_card(
+    config: VICRegConfig,
+    *,
+    num_features: int,
+    num_parameters: int | None = None,
+    record: TrainingRecord | None = None,
+    origin: str | None = None,
+    licence: str | None = "mit",
+) -> ModelCard:
+    """Render the card of an encoder.
+
+    Args:
+        num_features: F, width of the pooled output.
+        num_parameters: of the encoder.
+        record: of the run that made it; without it the card says what the model alone can say.
+        origin: a sentence on where the weights are from, where no run made them.
+        licence: of the weights; weights that a run started from have the last word.
+
+    Returns:
+        The card; `MODEL_ID` stands in it for the repository.
+    """
+    base, licence = (None, licence) if record is None else _base_model(record, licence)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        license=licence,
+        tags=TAGS,
+        base_model=base,
+        **_results(record),
+    )
+    return _rendered(
+        data, config.architecture, record,
+        kind="timm", pretrained_cfg=config.pretrained_cfg, num_features=num_features,
+        num_parameters=num_parameters, model_id=MODEL_ID, origin=origin,
+        branches=None if record is None else branches(config, record.args),
+        own_branch="the first", spectrogram=config.spectrogram, started_from=base,
+    )  # fmt: skip
+
+
+def second_card(
+    config: VICRegConfig,
+    *,
+    num_features: int,
+    num_parameters: int,
+    record: TrainingRecord,
+    loader: tuple[str, str] = ("", ""),
+) -> ModelCard:
+    """Render the card of the second branch's encoder; other arguments as for `model_card`.
+
+    Its repository is `MODEL_ID` followed by `SECOND`.
+
+    Args:
+        loader: of text, the class of transformers that loads it, and what to call on the result.
+    """
+    prime = config.prime
+    assert prime is not None
+    kind = "timm" if prime["encoder_config"] is None else prime["modality"]
+    start = str(record.args.prime_architecture or record.args.architecture)
+    base = None
+    if record.args.prime_pretrained:
+        cfg = get_pretrained_cfg(start) if kind == "timm" else None
+        base = f"timm/{start}" if cfg is not None else str(impersonal(start))
+    licence = "mit" if base is None else "other"
+    pipeline = "image-feature-extraction" if kind == "timm" else "feature-extraction"
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag=pipeline, license=licence,
+        tags=TAGS if kind == "timm" else TAGS[1:],
+        base_model=base if base is not None and not os.path.exists(start) else None,
+    )  # fmt: skip
+    quiet = replace(record, results=(), pictures=())  # what was measured is of the first
+    return _rendered(
+        data, prime["architecture"], quiet,
+        kind=kind, pretrained_cfg=prime["pretrained_cfg"], num_features=num_features,
+        num_parameters=num_parameters, model_id=MODEL_ID + SECOND, origin=None,
+        branches=branches(config, record.args), own_branch="the second", started_from=base,
+        loader=loader[0], loaded_part=loader[1], max_length=record.args.prime_max_length,
+        spectrogram=prime["preparation"] if prime["modality"] == "audio" else None,
+    )  # fmt: skip
+
+
+def _rendered(
+    data: ModelCardData,
+    architecture: str,
+    record: TrainingRecord | None,
+    *,
+    num_parameters: int | None,
+    pretrained_cfg: Mapping[str, Any] | None,
+    **facts: Any,
+) -> ModelCard:
+    subject = f"VICReg {architecture}"
+    if record is not None:
+        subject += f" on {record.hub_id or impersonal(record.args.dataset_name)}"
+    parameters = f"{num_parameters / 1e6:.3g} million parameters, " if num_parameters else ""
+    return ModelCard.from_template(
+        data,
+        template_path=str(_template()),
+        title=subject,
+        architecture=architecture,
+        parameters=parameters,
+        input_size=None if pretrained_cfg is None else pretrained_cfg["input_size"],
+        record=record,
+        needs_import=is_ours(architecture),
+        licence_text=_licence_text(data.license),
+        **facts,
+    )
+
+
+@dataclass(frozen=True)
+class BranchFacts:
+    """A line of a card's table of branches."""
+
+    name: str
+    place: str
+    """Its directory of the run, and its repository."""
+    takes: str
+    encoder: str
+    expander: str
+
+
+def branches(config: VICRegConfig, args: RunSettings) -> list[BranchFacts] | None:
+    """Which branch is which; None where they share their weights."""
+    prime = config.prime
+    if prime is None:
+        return None
+    first = "spectrograms" if config.spectrogram else "images"
+    column = f"column `{args.prime_column}`"
+    takes = {
+        "image": f"images of {column}" if args.prime_column else "the second view of each image",
+        "text": f"texts of {column}",
+        "audio": f"{'waveforms' if prime['encoder_config'] else 'spectrograms'} of {column}",
+        "embedding": f"precomputed embeddings of {column}",
+    }
+    return [
+        BranchFacts(
+            "the first", f"`encoder`, `{MODEL_ID}`", f"the first view of {first}"
+            + (", and further ones" if args.num_views > 2 else ""),
+            config.architecture, "-".join(map(str, config.expander_dims)),
+        ),
+        BranchFacts(
+            "the second",
+            "not published" if prime["modality"] == "embedding"
+            else f"`encoder_prime`, `{MODEL_ID}{SECOND}`",
+            takes[prime["modality"]], prime["architecture"] or "none",
+            "-".join(map(str, prime["expander_dims"])),
+        ),
+    ]  # fmt: skip
+
+
+def personalise(text: str, repo_id: str, licence: str | None = None) -> str:
+    """A card with the repository's id, and its licence if one is given."""
+    if licence is not None:
+        card: Any = ModelCard(text, ignore_metadata_errors=True)
+        card.text = card.text.replace(_licence_text(card.data.license), _licence_text(licence))
+        card.data.license = licence
+        text = str(card)
+    return re.sub(rf'(["/:`]){re.escape(MODEL_ID)}\b', lambda found: found[1] + repo_id, text)
+
+
+def write_card(path: Path, card: ModelCard) -> None:
+    """Write a card that is there whole or, after a crash, not at all."""
+    with replacing(path) as aside:
+        aside.write_text(str(card), encoding="utf-8")
+
+
+def _base_model(record: TrainingRecord, licence: str | None) -> tuple[str | None, str | None]:
+    """The repository whose weights training started from, and the licence that follows."""
+    if not record.args.pretrained:
+        return None, licence
+    cfg = get_pretrained_cfg(record.args.architecture)
+    if cfg is None:
+        return None, "other"
+    tag = f".{cfg.tag}" if cfg.tag and "." not in record.args.architecture else ""
+    hub_id = cfg.hf_hub_id if cfg.hf_hub_id and cfg.hf_hub_id != "timm/" else None
+    return hub_id or f"timm/{record.args.architecture}{tag}", cfg.license or "other"
+
+
+def _results(record: TrainingRecord | None) -> Mapping[str, Any]:
+    """The metadata that the Hub reads of a run."""
+    if record is None:
+        return {}
+    hub_id = record.hub_id
+    found: dict[str, Any] = {} if hub_id is None else {"datasets": [hub_id]}
+    accuracies = [result for result in record.results if result.of_model and result.percent]
+    if accuracies:
+        name = hub_id or str(impersonal(record.args.dataset_name))
+        found["metrics"] = ["accuracy"]
+        found["model_name"] = f"VICReg {record.args.architecture}"
+        found["eval_results"] = [
+            EvalResult(
+                task_type="image-classification", dataset_type=name, dataset_name=name,
+                dataset_split=record.args.eval_split, metric_type="accuracy",
+                metric_name=result.name, metric_value=round(100 * result.value, 2),
+            )
+            for result in accuracies
+        ]  # fmt: skip
+    return found
+
+
+def _licence_text(licence: str | None) -> str:
+    if licence is None:
+        return "That of the checkpoint the weights are from."
+    return (
+        f"The weights are published under: {licence}. The images they were trained on keep their "
+        "own terms."
+    )
+
+
+def _template() -> Path:
+    """In a wheel inside the package, in a checkout beside it."""
+    package = Path(__file__).parents[1]
+    inside = package / "model_cards" / "template.md.jinja"
+    return inside if inside.is_file() else package.parent / "model_cards" / "template.md.jinja"

@@ -1,0 +1,285 @@
+"""The terms of the loss for any number of views, as one differentiable function.
+
+Shapes: n rows in this process, N = n * world size rows in all, D embedding dimensions, V views, of
+which the first G are global.
+
+With X the centred (N, D) embeddings of a view, the sum of squares of X^T X (D, D) equals that of
+X X^T (N, N). So the covariance term has two exact forms, and the cheaper one is taken:
+
+    Gram, when N < D:         each process forms its own rows of X X^T
+    covariance, otherwise:    each process adds its rows' share of X^T X
+
+With that product a process has all that its own gradient needs: backward communicates nothing.
+`vicreg_hf.covariance` holds the two forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vicreg_hf.loss import covariance
+from vicreg_hf.loss.covariance import Branch, Gradient
+from vicreg_hf.runtime.distributed import (
+    ProcessGroup,
+    check_same_shape,
+    find_group,
+    gather_rows,
+    sum_over_processes,
+    world_size,
+)
+
+
+class VICRegTerms(NamedTuple):
+    """The loss and its three unweighted terms; only `loss` carries a gradient."""
+
+    loss: Tensor
+    invariance: Tensor
+    variance: Tensor
+    covariance: Tensor
+
+
+class Settings(NamedTuple):
+    """Weights and constants; branch_weight is what each view counts in the variance term."""
+
+    sim: float
+    std: float
+    cov: float
+    gamma: float
+    eps: float
+    branch_weight: float
+
+
+def _forward(
+    views: Sequence[Tensor],
+    num_global: int,
+    product: bool,
+    settings: Sequence[float],
+    group_name: str,
+) -> list[Tensor]:
+    """The four of `VICRegTerms`, the gathered rows (empty if none are), and V `Branch`es.
+
+    Args:
+        product: False leaves out what only the covariance term needs, which is then zero.
+    """
+    by, group = Settings(*settings), find_group(group_name)
+    z, num_views = views[0], len(views)
+    (n, dim), processes = z.shape, world_size(group)
+    check_same_shape(z, group, counts=(num_global, num_views - num_global))
+    total, pairs = _count_rows(n, group), _pairs(num_views, num_global)
+    with torch.autocast(z.device.type, enabled=False):
+        gathered = z.new_empty(0)
+        if product and processes > 1 and covariance.prefers_gram(total, dim):
+            gathered = gather_rows(torch.stack(list(views), 1), group)
+        analysed = [
+            covariance.analyse(rows, n, total, group, product=product)
+            for rows in _rows_of(views, gathered)
+        ]
+        shares = torch.stack([share for _, share in analysed])
+        distances = [
+            shares.new_zeros(()),
+            *(_squared_distance(views[i], views[j]) for i, j in pairs),
+        ]
+        sums = torch.stack([torch.stack(distances).sum(), shares.sum()])
+        distance, squares = sum_over_processes(sums, group)
+        invariance = distance / (total * dim * max(1, len(pairs)))
+        squares = squares * (2 / num_views)
+        if product and covariance.prefers_gram(total, dim):
+            # of what the Gram form takes off, rounding may leave less than nothing
+            squares = squares.clamp_(min=0)
+        hinges = [_hinge(branch, by)[0].mean() for branch, _ in analysed]
+        variance = torch.stack(hinges).sum() * by.branch_weight
+        loss = by.sim * invariance + by.std * variance + by.cov * squares
+    saved = [tensor for branch, _ in analysed for tensor in branch]
+    return [loss, invariance, variance, squares, gathered, *saved]
+
+
+def _backward(
+    grad: Tensor,
+    views: Sequence[Tensor],
+    saved: list[Tensor],
+    needed: Sequence[bool],
+    num_global: int,
+    settings: Sequence[float],
+    group_name: str,
+) -> list[Tensor]:
+    """Gradients of all views, from what `_forward` returned; empty where not needed.
+
+    `saved` is emptied, so that a view's product is gone when its gradient is there.
+    """
+    by, group = Settings(*settings), find_group(group_name)
+    by = by._replace(cov=by.cov * 2 / len(views))
+    size = len(Branch._fields)
+    gathered = saved[0]
+    branches = [Branch(*saved[i : i + size]) for i in range(len(saved) - size, 0, -size)]
+    saved.clear()
+    (n, dim), processes = views[0].shape, world_size(group)
+    total, num_pairs = n * processes, max(1, len(_pairs(len(views), num_global)))
+    grads = []
+    with torch.autocast(grad.device.type, enabled=False):
+        for index, rows in enumerate(_rows_of(views, gathered)):
+            branch = branches.pop()
+            if not needed[index]:
+                grads.append(views[index].new_empty(0))
+                continue
+            partners = _partners(views, index, num_global)
+            # The sum over partners of twice the difference is that from their mean, so often.
+            difference = 2 * by.sim * len(partners) / (total * dim * num_pairs)
+            other = _mean(partners) if partners else views[index]
+            # DDP averages over processes; what is global must survive that.
+            weights = _weigh(branch, by, total, difference, grad * processes)
+            grads.append(
+                covariance.differentiate(branch, rows, views[index], other, weights, group)
+            )
+    return grads
+
+
+def _pairs(num_views: int, num_global: int) -> list[tuple[int, int]]:
+    """The pairs of views that are drawn together: none of two local ones."""
+    return [(i, j) for i in range(num_global) for j in range(i + 1, num_views)]
+
+
+def _partners(views: Sequence[Tensor], index: int, num_global: int) -> list[Tensor]:
+    """The views that a view is paired with."""
+    pairs = _pairs(len(views), num_global)
+    return [views[sum(pair) - index] for pair in pairs if index in pair]
+
+
+def _mean(views: Sequence[Tensor]) -> Tensor:
+    if len(views) == 1:
+        return views[0]
+    total = views[0].to(covariance.compute_dtype(views[0]), copy=True)
+    for view in views[1:]:
+        total.add_(view)
+    return total.div_(len(views))
+
+
+# torch.compile takes each as one node: nothing to trace, and the same arithmetic as without it.
+_forward_op = torch.library.custom_op("vicreg_hf::views_forward", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("vicreg_hf::views_backward", _backward, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(views: Sequence[Tensor], _: int, product: bool, __: Sequence[float], name: str) -> Any:
+    z, num_views = views[0], len(views)
+    (n, dim), processes = z.shape, world_size(find_group(name))
+    total = n * processes
+    gathers = product and processes > 1 and covariance.prefers_gram(total, dim)
+    gathered = z.new_empty((total, num_views, dim) if gathers else 0)
+    x = z.new_empty(0, dtype=covariance.compute_dtype(z))
+    branches = [covariance.allocate(x, n, total, dim, product=product) for _ in views]
+    saved = [tensor for branch in branches for tensor in branch]
+    return [*(x.new_empty(()) for _ in range(4)), gathered, *saved]
+
+
+@_backward_op.register_fake
+def _(_: Tensor, views: Sequence[Tensor], __: Any, needed: Sequence[bool], *___: Any) -> Any:
+    return [z.new_empty(z.shape if wanted else 0) for z, wanted in zip(views, needed, strict=True)]
+
+
+class _Terms(torch.autograd.Function):
+    """`_forward` and `_backward` as one differentiable function."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        num_global: int,
+        product: bool,
+        settings: Sequence[float],
+        group_name: str,
+        *views: Tensor,
+    ) -> tuple[Tensor, ...]:
+        run = _forward_op if torch.compiler.is_compiling() else _forward
+        results = run(list(views), num_global, product, settings, group_name)
+        loss, invariance, variance, covariance, *saved = results
+        ctx.save_for_backward(*views, *saved)
+        ctx.num_views, ctx.settings = len(views), (num_global, settings, group_name)
+        ctx.mark_non_differentiable(invariance, variance, covariance)
+        return loss, invariance, variance, covariance
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        compiling = torch.compiler.is_compiling()  # which refuses second derivatives itself
+        if torch.is_grad_enabled() and not compiling:
+            raise RuntimeError(
+                "the VICReg loss and its terms have no second derivative; call backward without "
+                "create_graph=True."
+            )
+        run = _backward_op if compiling else _backward
+        tensors = list(ctx.saved_tensors)
+        views, saved = tensors[: ctx.num_views], tensors[ctx.num_views :]
+        del tensors
+        if not compiling:
+            ctx.maybe_clear_saved_tensors()  # unless the graph is retained
+        needed = ctx.needs_input_grad[4:]
+        result = run(grads[0], views, saved, needed, *ctx.settings)
+        own = (g if wanted else None for g, wanted in zip(result, needed, strict=True))
+        return (None, None, None, None, *own)
+
+
+def compute(
+    views: Sequence[Tensor],
+    num_global: int,
+    settings: Settings,
+    group: ProcessGroup,
+    *,
+    product: bool = True,
+) -> VICRegTerms:
+    """The loss of some views, with a gradient.
+
+    Args:
+        views: (n, D) each, of one floating-point dtype; the first `num_global` are the global ones.
+        product: False leaves out what only the covariance term needs, which is then zero.
+    """
+    name = "" if group is None else group.group_name
+    if not (torch.is_grad_enabled() and any(z.requires_grad for z in views)):
+        # nothing to keep for a backward pass; dynamo, too, calls a Function wrongly without one
+        run = _forward_op if torch.compiler.is_compiling() else _forward
+        return VICRegTerms(*run(list(views), num_global, product, list(settings), name)[:4])
+    return VICRegTerms(*_Terms.apply(num_global, product, list(settings), name, *views))
+
+
+def _count_rows(n: int, group: ProcessGroup) -> int:
+    """The rows of all processes; fewer than two are refused."""
+    total = n * world_size(group)
+    if total < 2:
+        raise ValueError(
+            f"variance needs at least 2 rows over all processes, got {total}; use a larger batch."
+        )
+    return total
+
+
+def _rows_of(branches: Sequence[Tensor], gathered: Tensor) -> Sequence[Tensor]:
+    """What each branch's product is formed of: all processes' rows if gathered, else the own."""
+    return gathered.unbind(1) if gathered.numel() else branches
+
+
+def _squared_distance(z: Tensor, z_prime: Tensor) -> Tensor:
+    """Sum of the squared differences, by blocks."""
+    blocks = zip(covariance.in_blocks(z), covariance.in_blocks(z_prime), strict=True)
+    dtype = covariance.compute_dtype(z)
+    return torch.stack([(a.to(dtype) - b.to(dtype)).square_().sum() for a, b in blocks]).sum()
+
+
+def _hinge(branch: Branch, by: Settings) -> tuple[Tensor, Tensor]:
+    """What each dimension's standard deviation lacks, and that deviation."""
+    deviation = (branch.variance + by.eps).sqrt()
+    return (by.gamma - deviation).clamp(min=0), deviation
+
+
+def _weigh(
+    branch: Branch, by: Settings, total: int, difference: float, total_grad: Tensor
+) -> Gradient:
+    """The weights of a branch's gradient, where all processes hold `total` rows."""
+    lacking, deviation = _hinge(branch, by)
+    pairs = (total - 1) * len(deviation)
+    slope = by.std * by.branch_weight / pairs
+    return Gradient(
+        covariance=4 * by.cov / pairs,
+        columns=(lacking > 0) / deviation * -slope,
+        difference=difference,
+        total=total_grad,
+    )

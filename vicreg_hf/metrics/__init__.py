@@ -1,0 +1,1 @@
+"""Measures of features and labels: pure functions of tensors, without data sets."""

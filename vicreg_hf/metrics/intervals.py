@@ -1,0 +1,58 @@
+"""Confidence intervals of measured values."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Z = 1.959963984540054
+"""A normal variable lies within so many standard deviations with a probability of 95 %."""
+
+
+def wilson_interval(right: int, images: int) -> tuple[float, float]:
+    """95 % interval of a share.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    share, shrink = right / images, 1 + Z**2 / images
+    middle = (share + Z**2 / (2 * images)) / shrink
+    half = Z * math.sqrt(share * (1 - share) / images + (Z / (2 * images)) ** 2) / shrink
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+RESAMPLES = 1000
+"""Bootstrap resamples of the test images."""
+MOST_VALUES = 64
+"""Different scores up to which resamples are drawn by how often each occurs, which is quicker."""
+
+
+def bootstrap_interval(
+    scores: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean of per-image scores over resampled test images.
+
+    It says how far the choice of test images moves a number; not how far another training run does.
+
+    Args:
+        scores: (M,), such as 1 where a prediction is right and 0 where not.
+
+    Raises:
+        ValueError: no scores.
+
+    Source: Efron 1979, "Bootstrap methods: another look at the jackknife".
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 1 or len(scores) == 0:
+        raise ValueError(f"scores must be one number an image, got shape {scores.shape}.")
+    random = np.random.default_rng(seed)
+    values, counts = np.unique(scores, return_counts=True)
+    if len(values) <= MOST_VALUES:
+        drawn = random.multinomial(len(scores), counts / len(scores), size=resamples)
+        means = drawn @ values / len(scores)
+    else:
+        draws = (random.integers(len(scores), size=len(scores)) for _ in range(resamples))
+        means = np.array([scores[rows].mean() for rows in draws])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,200 @@
+"""Linear classification of features that are there already, with a sweep of settings at once.
+
+Shapes: N training rows, M test rows, B rows of a batch, F features, K classes, S settings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vicreg_hf.metrics.checks import (
+    Values,
+    as_features,
+    as_labels,
+    as_tensor,
+    check_one_label_each,
+    check_same_width,
+)
+from vicreg_hf.metrics.subsets import balanced_subset
+from vicreg_hf.runtime.randomness import permutation
+
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+WEIGHT_DECAYS = (0.0, 1e-5, 1e-4, 1e-3)
+VALIDATION = 0.1
+"""Part of the training rows on which a setting is chosen, and from which it is then learned too."""
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """What a sweep has found."""
+
+    predictions: Tensor
+    """(M,) classes."""
+    learning_rate: float
+    """Of the setting that was chosen; likewise weight_decay."""
+    weight_decay: float
+    validation: dict[tuple[float, float], float]
+    """Accuracy on the rows held out of training, 0 to 1, by learning rate and weight decay."""
+    validation_loss: dict[tuple[float, float], float]
+    """Cross-entropy on them, by which the setting is chosen; NaN where training diverged."""
+    batch_size: int
+
+    def accuracy(self, labels: Values) -> float:
+        """Share of test rows, 0 to 1, that are classified rightly.
+
+        Raises:
+            ValueError: labels that are not one integer for each row, or no rows.
+        """
+        given = as_labels("labels", labels)
+        check_one_label_each("test", len(self.predictions), len(given))
+        if not len(given):
+            raise ValueError("an accuracy needs at least 1 test row, got none.")
+        return (self.predictions == given.to(self.predictions.device)).float().mean().item()
+
+
+def linear_probe(
+    train_features: Values,
+    train_labels: Values,
+    test_features: Values,
+    *,
+    num_classes: int | None = None,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    weight_decays: Sequence[float] = WEIGHT_DECAYS,
+    epochs: int = 30,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> LinearResult:
+    """Train a linear classifier for every setting in one pass, and classify by the best.
+
+    Features are standardised by the training rows. All classifiers see the same batches, as the
+    columns of one matrix; SGD with momentum, its rate falling along a cosine to zero. The setting
+    of least cross-entropy on a tenth of the training rows is trained again on all of them: where
+    rows are few, accuracy on a tenth of them is too coarse to choose by. Test labels are never
+    seen.
+
+    Args:
+        train_features: (N, F), a tensor of any float dtype or an array.
+        train_labels: (N,) classes from 0.
+        test_features: (M, F).
+        num_classes: K; by default as many as the labels show.
+        batch_size: by default a fortieth of the training rows, from 32 to 1024.
+
+    Raises:
+        FloatingPointError: no setting trains.
+        ValueError: rows and labels that differ in number, features of two widths, fewer than two
+            classes, labels that are no integers from 0, one that is not below num_classes, or no
+            settings.
+    """
+    train = as_features("train_features", train_features)
+    test = as_features("test_features", test_features)
+    labels = as_tensor("train_labels", train_labels)
+    check_one_label_each("training", len(train), labels.numel())
+    check_same_width(train, test)
+    present = len(labels.unique())
+    if present < 2:
+        raise ValueError(f"a classifier needs rows of at least two classes, got {present}.")
+    labels = as_labels("train_labels", labels)
+    largest = int(labels.max())
+    classes = largest + 1 if num_classes is None else num_classes
+    if largest >= classes:
+        raise ValueError(f"every label must be below num_classes={classes}, got {largest}.")
+    settings = list(itertools.product(learning_rates, weight_decays))
+    if not settings:
+        raise ValueError("a sweep needs at least one learning rate and one weight decay, got none.")
+    x, x_test = _standardised(train, test)
+    held_out = torch.from_numpy(balanced_subset(labels.cpu(), VALIDATION, seed))
+    labels = labels.to(x.device)
+    kept = torch.ones(len(x), dtype=torch.bool)
+    if len(held_out) < len(x):  # else each class has one row, and is chosen on what it learns
+        kept[held_out] = False
+    kept, held_out = kept.to(x.device), held_out.to(x.device)
+    batch_size = batch_size or min(max(len(x) // 40, 32), 1024)
+    options = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
+    weight, bias = _train(x[kept], labels[kept], classes, settings, **options)
+    found = _classify(x[held_out], weight, bias, classes)
+    scores = (found == labels[held_out, None]).float().mean(0).tolist()
+    losses = _cross_entropy(x[held_out], labels[held_out], weight, bias, classes)
+    if not bool(losses.isfinite().any()):
+        raise FloatingPointError(
+            "every linear classifier diverged; are the features finite numbers?"
+        )
+    best = settings[int(losses.nan_to_num(nan=math.inf).argmin())]
+    weight, bias = _train(x, labels, classes, [best], **options)
+    predictions = _classify(x_test, weight, bias, classes)[:, 0]
+    accuracies, loss_of = (
+        dict(zip(settings, values, strict=True)) for values in (scores, losses.tolist())
+    )
+    return LinearResult(predictions, *best, accuracies, loss_of, batch_size)
+
+
+def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    train, test = train.float(), test.float().to(train.device)
+    mean, std = train.mean(0), train.std(0)
+    # a constant's std is not 0 but some rounding of its size; the size of others says nothing
+    std = torch.where(std > 1e-6 * train.abs().amax(0), std, torch.ones_like(std))
+    return (train - mean) / std, (test - mean) / std
+
+
+def _train(
+    x: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    settings: Sequence[tuple[float, float]],
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Weights (F, S K) and biases (S K) of a classifier for each setting; gradients by hand."""
+    rates, decays = torch.tensor(settings, device=x.device).T
+    columns = (len(settings), num_classes)
+    rate, decay = (v[:, None].expand(columns).reshape(-1) for v in (rates, decays))
+    weight = x.new_zeros(x.shape[1], rate.numel())
+    bias = x.new_zeros(rate.numel())
+    momentum, bias_momentum = torch.zeros_like(weight), torch.zeros_like(bias)
+    total = epochs * math.ceil(len(x) / batch_size)
+    step = 0
+    for epoch in range(epochs):
+        order = torch.from_numpy(permutation(len(x), seed=seed, epoch=epoch)).to(x.device)
+        for rows in order.split(batch_size):
+            share = 0.5 * (1 + math.cos(math.pi * step / total))
+            batch = x[rows]
+            logits = torch.addmm(bias, batch, weight).view(len(rows), *columns)
+            error = logits.softmax(2)
+            error[torch.arange(len(rows), device=x.device), :, labels[rows]] -= 1
+            error = error.flatten(1).div_(len(rows))
+            momentum.mul_(MOMENTUM).addmm_(batch.T, error).addcmul_(weight, decay)
+            bias_momentum.mul_(MOMENTUM).add_(error.sum(0))
+            weight.addcmul_(momentum, rate, value=-share)
+            bias.addcmul_(bias_momentum, rate, value=-share)
+            step += 1
+    return weight, bias
+
+
+def _cross_entropy(
+    x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, num_classes: int
+) -> Tensor:
+    """(S,) mean over rows; NaN of a classifier that has diverged."""
+    total = 0.0
+    for rows, wanted in zip(x.split(4096), labels.split(4096), strict=True):
+        logits = torch.addmm(bias, rows, weight).view(len(rows), -1, num_classes)
+        chosen = logits.gather(2, wanted[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
+        total = total + (logits.logsumexp(2) - chosen).sum(0)
+    return torch.as_tensor(total) / len(x)
+
+
+def _classify(x: Tensor, weight: Tensor, bias: Tensor, num_classes: int) -> Tensor:
+    """(rows, S) classes; of a classifier that has diverged, none that there is."""
+    parts = []
+    for rows in x.split(4096):
+        logits = torch.addmm(bias, rows, weight).view(len(rows), -1, num_classes)
+        classes = logits.nan_to_num(nan=-math.inf).argmax(2)
+        parts.append(torch.where(logits.isfinite().all(2), classes, -1))
+    return torch.cat(parts)

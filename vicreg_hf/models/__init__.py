@@ -1,0 +1,1 @@
+"""Backbones of timm and transformers, the expander, the second branch, batch normalisation."""

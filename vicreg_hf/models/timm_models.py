@@ -1,0 +1,123 @@
+"""What the model and its configuration ask of timm.
+
+Shapes: B samples per process, C channels, S side in pixels, F representation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import timm
+from timm.models import filter_pretrained_cfg
+from torch import Tensor, nn
+
+from vicreg_hf.runtime.checks import one_line
+
+
+def is_timm(encoder: nn.Module) -> bool:
+    """Whether an encoder is published in timm's layout."""
+    return hasattr(encoder, "forward_head")
+
+
+def pooled(backbone: Any, pixel_values: Any) -> tuple[Tensor, Tensor]:
+    """A timm backbone's feature map or tokens, and the representations (B, F).
+
+    Raises:
+        ValueError: a backbone that does not pool.
+    """
+    features = backbone.forward_features(pixel_values)
+    y = backbone.forward_head(features)
+    if y.ndim != 2:
+        raise ValueError(
+            "the backbone must pool to shape (batch, features), got "
+            f"{tuple(y.shape)}; remove global_pool from model_args."
+        )
+    return features, y
+
+
+def width_of(backbone: Any) -> int:
+    """F of a timm backbone: after pooling and any head layer, which num_features is not."""
+    return int(backbone.head_hidden_size)
+
+
+def check_architecture(name: str, setting: str = "architecture") -> str:
+    """Return a timm architecture's name without its tag, or say which names come close.
+
+    Args:
+        setting: what the sentence calls it.
+
+    Raises:
+        ValueError: timm has no such model.
+    """
+    base = name.partition(".")[0]
+    if timm.is_model(base):
+        return base
+    near = get_close_matches(base, timm.list_models(), n=4, cutoff=0.5)
+    hint = f"close to it are {', '.join(near)}" if near else "timm.list_models() lists them"
+    raise ValueError(f"{setting} must be a timm model, got {name!r}; {hint}.")
+
+
+def create_backbone(
+    name: str, model_args: Mapping[str, Any], *, pretrained: bool = False
+) -> nn.Module:
+    """A timm model without a classifier.
+
+    Raises:
+        ValueError: arguments that timm refuses, or weights that are not to be had.
+    """
+    try:
+        return timm.create_model(name, pretrained=pretrained, **{**model_args, "num_classes": 0})
+    except TypeError as error:
+        raise ValueError(
+            f"model_args must be arguments of timm's {name}, got {dict(model_args)}: {error}."
+        ) from error
+    except (RuntimeError, AssertionError, OSError) as error:
+        if pretrained and isinstance(error, OSError):
+            raise ValueError(
+                f"pretrained weights of {name} must be on the Hub, and that in reach, or in its "
+                f"cache, or start from random ones; {one_line(error)}"
+            ) from error
+        weights = "with pretrained weights " if pretrained else ""
+        raise ValueError(
+            f"timm must be able to build {name} {weights}from model_args, got {dict(model_args)}: "
+            f"{one_line(error)}"
+        ) from error
+
+
+# Facts about the weights a timm registry entry was made for; those published here are others.
+_PROVENANCE = (
+    "tag", "origin_url", "paper_ids", "paper_name", "license", "notes", "description",
+    "label_offset", "label_names", "label_descriptions", "architecture", "min_input_size",
+    "test_input_size", "test_crop_pct", "test_pool_size",
+)  # fmt: skip
+
+
+def encoder_pretrained_cfg(
+    registry: Mapping[str, Any], model_args: Mapping[str, Any], image_size: int | None = None
+) -> dict[str, Any]:
+    """The `pretrained_cfg` of a published encoder: what timm and AutoImageProcessor need.
+
+    Args:
+        registry: the backbone's own pretrained_cfg.
+        model_args: keyword arguments the backbone was built with.
+        image_size: side in pixels of the training views; None takes the backbone's own.
+    """
+    cfg = filter_pretrained_cfg(dict(registry), remove_source=True, remove_null=True)
+    cfg = {key: value for key, value in cfg.items() if key not in _PROVENANCE}
+    channels, height, width = cfg["input_size"]
+    size = model_args.get("img_size", image_size or (height, width))
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = model_args.get("in_chans", channels)
+    cfg |= {
+        "num_classes": 0,
+        "custom_load": False,
+        "pool_size": None,
+        "input_size": (channels, height, width),
+    }
+    for key in ("mean", "std"):  # AutoImageProcessor wants one value per input channel
+        if len(cfg[key]) != channels:
+            cfg[key] = [sum(cfg[key]) / len(cfg[key])] * channels
+    return json.loads(json.dumps(cfg))  # tuples become lists, as they will when read back

@@ -1,0 +1,1 @@
+"""Encoders that were trained: finding, loading, converting and publishing them."""

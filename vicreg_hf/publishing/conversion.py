@@ -1,0 +1,264 @@
+"""Checkpoints of other code as published encoders: the authors', lightly's and solo-learn's.
+
+Files are read with weights_only, and every key must find its place.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from vicreg_hf.configuration_vicreg import VICRegConfig
+from vicreg_hf.hub.card import CARD_FILE, model_card
+from vicreg_hf.hub.export import export_encoder
+from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.models.expander import expander
+from vicreg_hf.models.resnets import is_ours
+from vicreg_hf.models.timm_models import check_architecture, encoder_pretrained_cfg
+from vicreg_hf.runtime.checks import one_line
+
+CANDIDATES = (
+    "resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "resnet18_cifar", "resnet50x2",
+    "resnet200x2", "wide_resnet50_2",
+)  # fmt: skip
+HEADS = (
+    "projector.", "projection_head.", "classifier.", "online_classifier.", "momentum_backbone.",
+    "momentum_projector.", "momentum_classifier.", "predictor.", "prediction_head.",
+)  # fmt: skip
+"""Parts beside the backbone that these libraries save."""
+SEQUENTIAL = {"0": "conv1", "1": "bn1"} | {str(i + 3): f"layer{i}" for i in range(1, 5)}
+"""lightly's examples cut a torchvision ResNet into an nn.Sequential without its last layer."""
+
+EVALUATED = {"0.": "backbone.", "1.": "classifier."}
+"""The authors' evaluation saves an nn.Sequential of both."""
+CLASSIFIER = "fc."
+"""The last layer of a torchvision ResNet."""
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What became of a checkpoint."""
+
+    directory: Path
+    architecture: str
+    has_expander: bool
+    left_out: tuple[str, ...]
+    """Parts beside the encoder that were not taken."""
+
+
+def convert_checkpoint(
+    checkpoint: str | Path, directory: str | Path, *, architecture: str | None = None
+) -> Conversion:
+    """Write the published layout from a checkpoint of a ResNet that other code made.
+
+    Taken are the authors' files (backbone only, or full with the expander), those of lightly and
+    solo-learn, and any that hold a torchvision ResNet under `backbone.` or at the top.
+
+    Args:
+        checkpoint: .pth, .pt, .ckpt or .safetensors.
+        directory: made if absent.
+        architecture: timm name; None finds it by the shapes of the weights.
+
+    Raises:
+        ValueError: not a checkpoint, or weights that do not fit, each listed.
+        ExportError: what was written does not load as what was read.
+    """
+    path = Path(checkpoint)
+    state, by_lightning = _read(path)
+    backbone, heads = _split(state)
+    model_args = _model_args(backbone)
+    if architecture is None:
+        architecture = _find_architecture(backbone, model_args)
+    architecture = check_architecture(architecture)
+    bare = _on_meta(architecture, model_args)
+    _check_fit(backbone, bare, architecture)
+    head = {k[len("projector.") :]: v for k, v in heads.items() if k.startswith("projector.")}
+    dims = _widths(head)
+    expected = expander(bare.head_hidden_size, dims)
+    if by_lightning and _faults(head, expected):
+        head = {}  # solo-learn's projector ends with a bias, which an expander has not
+    if head:
+        _check_fit(head, expected, "an expander")
+    config = VICRegConfig(
+        architecture=architecture, model_args=model_args or None,
+        expander_dims=dims if head else VICRegConfig().expander_dims,
+    )  # fmt: skip
+    model = VICRegModel(config)
+    model.backbone.load_state_dict(backbone)
+    if head:
+        model.expander.load_state_dict(head)
+    _settle_preprocessing(model, model_args)
+    result = export_encoder(model, directory, include_expander=bool(head))
+    card = model_card(
+        config, num_features=model.num_features, licence=None,
+        num_parameters=sum(p.numel() for p in model.encoder.parameters()),
+        origin=f"Its weights were converted from the checkpoint `{path.name}`.",
+    )  # fmt: skip
+    (result / CARD_FILE).write_text(str(card), encoding="utf-8")
+    parts = {name.partition(".")[0] for name in heads}
+    taken = {"projector"} if head else set()
+    return Conversion(result, architecture, bool(head), tuple(sorted(parts - taken)))
+
+
+def _read(path: Path) -> tuple[State, bool]:
+    """The weights of a file by name, and whether Lightning wrote it; nothing in it is executed."""
+    if not path.is_file():
+        raise ValueError(f"checkpoint must be a file, got {str(path)!r}, which is none.")
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = load_file(path)
+        else:
+            with _inert(path):
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, KeyError,
+        pickle.UnpicklingError, SafetensorError,
+    ) as error:  # fmt: skip
+        raise ValueError(
+            f"checkpoint must be a file of torch.save or safetensors that holds weights and no "
+            f"code to run, {path} is not: {one_line(error)[:300]}"
+        ) from error
+    by_lightning = isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping)
+    if by_lightning:
+        found = found["state_dict"]
+    elif isinstance(found, Mapping) and isinstance(found.get("model"), Mapping):
+        found = found["model"]
+    if not isinstance(found, Mapping) or not any(isinstance(v, Tensor) for v in found.values()):
+        raise ValueError(f"checkpoint must hold weights by name, and {path} does not.")
+    other = [str(name) for name, value in found.items() if not isinstance(value, Tensor)]
+    if other:
+        raise ValueError(
+            f"checkpoint must hold nothing but weights, got {len(other)} other values in {path}: "
+            f"{', '.join(other[:5])}."
+        )
+    return {str(name): value for name, value in found.items()}, by_lightning
+
+
+class _Inert:
+    """Stands for a class that a checkpoint names, such as its settings': it takes and does nothing.
+
+    weights_only then reads on, and what was named is neither imported nor called.
+    """
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+def _inert(path: Path) -> Any:
+    try:
+        named = get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, RuntimeError):  # a file of before torch 1.6, which cannot be looked through
+        return nullcontext()
+    return safe_globals([(_Inert, name) for name in named])  # pyright: ignore[reportArgumentType]
+
+
+def _split(state: State) -> tuple[State, State]:
+    """The backbone as torchvision names it, and the parts beside it."""
+    for prefix in ("module.", "_orig_mod.", "model."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name[len(prefix) :]: value for name, value in state.items()}
+    if "0.conv1.weight" in state:
+        state = {EVALUATED.get(name[:2], name[:2]) + name[2:]: v for name, v in state.items()}
+    if not any(name.startswith("backbone.") for name in state):
+        whole = {k: v for k, v in state.items() if not k.startswith(CLASSIFIER)}
+        return whole, {k: v for k, v in state.items() if k.startswith(CLASSIFIER)}
+    backbone = {k[len("backbone.") :]: v for k, v in state.items() if k.startswith("backbone.")}
+    rest = {k: v for k, v in state.items() if not k.startswith("backbone.")}
+    unknown = sorted(name for name in rest if not name.startswith(HEADS))
+    if unknown:
+        raise ValueError(
+            "every weight of a checkpoint must be of a known part (backbone, "
+            f"{', '.join(head[:-1] for head in HEADS)}), got {len(unknown)} of others: "
+            f"{', '.join(unknown)}."
+        )
+    if "0.weight" in backbone:
+        renamed = {}
+        for name, value in backbone.items():
+            first, _, others = name.partition(".")
+            renamed[f"{SEQUENTIAL.get(first, first)}.{others}"] = value
+        backbone = renamed
+    return backbone, rest
+
+
+def _model_args(backbone: State) -> dict[str, Any]:
+    stem = backbone.get("conv1.weight")
+    if stem is None or stem.ndim != 4:
+        raise ValueError(
+            "a checkpoint must hold a ResNet, whose first weight is conv1.weight, got "
+            f"{', '.join(sorted(backbone)[:5])}, ...."
+        )
+    return {} if stem.shape[1] == 3 else {"in_chans": stem.shape[1]}
+
+
+def _find_architecture(backbone: State, model_args: dict[str, Any]) -> str:
+    """The first candidate that fits; else the nearest, so that what differs can be listed."""
+    differences = {}
+    for name in CANDIDATES:
+        faults = _faults(backbone, _on_meta(name, model_args))
+        if not faults:
+            return name
+        differences[name] = sum(len(names) for names in faults.values())
+    return min(differences, key=lambda name: differences[name])
+
+
+def _on_meta(architecture: str, model_args: dict[str, Any]) -> Any:
+    with torch.device("meta"):
+        return timm.create_model(architecture, **{**model_args, "num_classes": 0})
+
+
+def _faults(state: State, module: nn.Module) -> dict[str, list[str]]:
+    """What keeps weights from being those of a module."""
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
+    faults = {
+        "left over": sorted(state.keys() - shapes.keys()),
+        "missing": sorted(shapes.keys() - state.keys()),
+        "of another shape": sorted(
+            f"{name} {tuple(state[name].shape)} for {tuple(shapes[name])}"
+            for name in shapes.keys() & state.keys()
+            if shapes[name] != state[name].shape
+        ),
+    }
+    return {kind: names for kind, names in faults.items() if names}
+
+
+def _check_fit(state: State, module: nn.Module, what: str) -> None:
+    faults = _faults(state, module)
+    if faults:
+        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items())
+        raise ValueError(
+            f"the weights of a checkpoint must be those of {what}, and are not. {listed}. "
+            "Name another architecture, if it is another ResNet."
+        )
+
+
+def _widths(head: State) -> list[int]:
+    """Of the layers of an MLP in an nn.Sequential."""
+    found = [(re.fullmatch(r"(\d+)\.weight", name), value) for name, value in head.items()]
+    linear = [(int(match[1]), value) for match, value in found if match and value.ndim == 2]
+    return [value.shape[0] for _, value in sorted(linear, key=lambda layer: layer[0])]
+
+
+def _settle_preprocessing(model: VICRegModel, model_args: dict[str, Any]) -> None:
+    """ImageNet's statistics and the authors' central crop, unless the entry is one of ours."""
+    cfg = dict(model.config.pretrained_cfg or {})
+    if not is_ours(model.config.architecture):
+        cfg |= {
+            "input_size": (3, 224, 224), "crop_pct": 0.875, "interpolation": "bilinear",
+            "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+        }  # fmt: skip
+    model.config.pretrained_cfg = encoder_pretrained_cfg(cfg, model_args)

@@ -1,0 +1,55 @@
+"""Finding and loading what a run made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from vicreg_hf.checkpoints.reading import newest_checkpoint
+from vicreg_hf.hub.layout import ENCODER_FILE
+from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.runtime.checks import one_line
+
+
+def load_model(directory: Path) -> tuple[VICRegModel, bool]:
+    """The model in a directory, and whether its expander is there too and not new.
+
+    Raises:
+        ValueError: the directory holds something else.
+    """
+    try:
+        loaded: Any = VICRegModel.from_pretrained(directory, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"{directory} must hold an encoder or a training checkpoint, and does not load: "
+            f"{one_line(error)}"
+        ) from error
+    model, found = loaded
+    absent = sorted(name for name in found["missing_keys"] if not name.startswith("expander."))
+    if absent:
+        raise ValueError(
+            f"{directory} must hold every weight of {model.config.architecture}, and lacks "
+            f"{len(absent)}: {', '.join(absent[:5])}."
+        )
+    return model, not found["missing_keys"]
+
+
+def find_encoder(source: str | Path) -> Path:
+    """The directory to publish from: a run's encoder, its newest checkpoint, or the source itself.
+
+    Raises:
+        ValueError: nothing there can be published.
+    """
+    source = Path(source)
+    for directory in (source / "encoder", source):
+        if (directory / "config.json").is_file() and (directory / ENCODER_FILE).is_file():
+            return directory
+    newest, _ = newest_checkpoint(source / "checkpoints")
+    if newest is not None:
+        return newest
+    raise ValueError(
+        "what is published must be the output_dir of a run, its encoder or a checkpoint, got "
+        f"{str(source)!r}, which holds neither {ENCODER_FILE} nor a valid checkpoint."
+    )

@@ -1,0 +1,1 @@
+"""The ground floor: processes, files, randomness, signals and the machine."""

@@ -1,0 +1,64 @@
+"""The cores of this machine, and the share of a process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    with suppress(AttributeError):  # macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def local_processes(accelerator: Accelerator) -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
+
+
+def default_num_workers(num_processes: int) -> int:
+    """Loading workers for one of the processes on this machine: its share of the cores."""
+    cores = available_cores()
+    return max(1, min(16, cores // num_processes - (1 if cores > 2 * num_processes else 0)))
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """The machine, as a card names it."""
+    if device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name(device)}"
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        name = found[1].strip() if found else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores of {name}, {processes} process{'es' if processes > 1 else ''}"
+
+
+PACKAGES = ("vicreg-hf", "torch", "timm", "transformers", "accelerate", "datasets")
+
+
+@cache
+def installed_versions() -> dict[str, str]:
+    """Versions on which the last bit of a result may depend, as they were when first asked for."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):  # a checkout that is not installed
+            found[name] = version(name)
+    return found
+
+
+def software(*names: str) -> dict[str, str]:
+    """The versions that a card or a result names, by the name of the import."""
+    found = installed_versions()
+    return {name: found.get(name.replace("_", "-"), "not installed") for name in names}

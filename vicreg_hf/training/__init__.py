@@ -1,0 +1,1 @@
+"""Pretraining: set up a run, take its steps, save, resume, finish."""

@@ -1,0 +1,247 @@
+"""The authors' LARS, timm's optimisers by name, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from types import NoneType
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from vicreg_hf.runtime.checks import check_number
+
+FINAL_LR_FRACTION = 1e-3
+OWN = ("weight_decay", "eta", "clip", "foreach", "fused")
+"""Of a parameter group, what the optimiser was made with and no loaded state replaces."""
+FUSED = (Adam, AdamW, SGD)
+"""Optimisers that torch has as one operation for all parameters, on CPU and on CUDA."""
+
+
+class LARS(Optimizer):
+    """Layer-wise adaptive rate scaling, as the authors' code has it.
+
+    Parameters of one dimension (biases, normalisation) get neither weight decay nor adaptation.
+    The norm in the trust ratio is that of gradient plus weight decay.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate.
+        momentum: of the scaled updates, without damping.
+        weight_decay: added to the gradient as weight_decay * p.
+        eta: trust coefficient.
+        clip: let no parameter learn faster than without adaptation: the rate of each is at most lr,
+            min(eta * |p| / |grad + weight_decay * p|, lr). As solo-learn's clip_lr, whose
+            denominator is |grad| + weight_decay * |p| instead.
+        foreach: update many parameters at once, with the same result but for rounding; None does
+            so on CUDA, as torch.optim.
+
+    Raises:
+        ValueError: a setting, also of a parameter group, that is not a finite number of at least 0,
+            or a momentum above 1.
+
+    Source: vicreg@4e12602, main_vicreg.py, LARS; You et al. 2017, arXiv:1708.03888; clip from
+    solo-learn, solo/utils/lars.py.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-6,
+        eta: float = 1e-3,
+        *,
+        clip: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
+        _check_numbers(numbers)
+        defaults = numbers | {"clip": clip, "foreach": foreach}
+        super().__init__(params, defaults)  # pyright: ignore[reportArgumentType]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _check_numbers(param_group)
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of a state that was saved before there were these
+            group.setdefault("clip", False)
+            group.setdefault("foreach", None)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            on_cuda = all(p.is_cuda for p in params)
+            if on_cuda if group["foreach"] is None else group["foreach"]:
+                self._update_together([p for p in params if p.ndim > 1], group, adapt=True)
+                self._update_together([p for p in params if p.ndim <= 1], group, adapt=False)
+                continue
+            for p in params:
+                self._update(p, group)
+        return loss
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        update = p.grad
+        assert update is not None
+        if p.ndim > 1:
+            update = update.add(p, alpha=group["weight_decay"])
+            weight_norm, update_norm = (
+                torch.linalg.vector_norm(x, dtype=_norm_dtype(p)) for x in (p, update)
+            )
+            update = update * _trust_ratio(weight_norm, update_norm, group)
+        buffer = self._buffer(p).mul_(group["momentum"]).add_(update)
+        p.add_(buffer, alpha=-group["lr"])
+
+    def _update_together(self, params: list[Tensor], group: dict[str, Any], *, adapt: bool) -> None:
+        if not params:
+            return
+        lists: Any = [params, [p.grad for p in params], [self._buffer(p) for p in params]]
+        alike: Any = self._group_tensors_by_device_and_dtype(lists).values()
+        for (some, updates, buffers), _ in alike:
+            dtype = _norm_dtype(some[0])
+            torch._foreach_mul_(buffers, group["momentum"])
+            if adapt:
+                updates = torch._foreach_add(updates, some, alpha=group["weight_decay"])
+                weight_norms, update_norms = (
+                    torch.stack(torch._foreach_norm(tensors, dtype=dtype))
+                    for tensors in (some, updates)
+                )
+                ratios = _trust_ratio(weight_norms, update_norms, group).unbind()
+                torch._foreach_addcmul_(buffers, updates, ratios)
+            else:
+                torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(some, buffers, alpha=-group["lr"])
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
+
+
+def _check_numbers(group: dict[str, Any]) -> None:
+    for name in ("lr", "momentum", "weight_decay", "eta"):
+        value = group.get(name, 0)
+        # a rate may be a tensor of torch.optim's, which schedules change in place
+        check_number(name, value.item() if isinstance(value, Tensor) and name == "lr" else value)
+    if group.get("momentum", 0) > 1:
+        raise ValueError(f"momentum must be at most 1, got {group['momentum']}.")
+
+
+def _norm_dtype(p: Tensor) -> torch.dtype | None:
+    """In half precision that of single: a norm above 65504 would be infinite, its step zero."""
+    return torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else None
+
+
+def _trust_ratio(weight_norm: Tensor, update_norm: Tensor, group: dict[str, Any]) -> Tensor:
+    ratio = group["eta"] * weight_norm / update_norm
+    if group["clip"]:  # in terms of lr, by which the update is multiplied; 1 where that is 0
+        ratio = torch.where(ratio < group["lr"], ratio / group["lr"], 1.0)
+    return torch.where((weight_norm > 0) & (update_norm > 0), ratio, 1.0)
+
+
+def create_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    lars_eta: float = 1e-3,
+    lars_clip: bool = False,
+) -> Optimizer:
+    """The authors' LARS by "lars", else any optimiser of timm's by its name.
+
+    Biases and normalisation parameters are left out of weight decay in either. A state that is
+    loaded brings what the optimiser has gathered, and leaves its settings as they are here. torch's
+    Adam, AdamW and SGD are fused on CPU and CUDA, where the parameters are now.
+
+    Args:
+        lars_eta: trust coefficient of "lars"; likewise lars_clip, as `LARS` has it.
+
+    Raises:
+        ValueError: a name timm does not have, or settings that no checkpoint can hold.
+    """
+    if name == "lars":
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = LARS(params, lr, weight_decay=weight_decay, eta=lars_eta, clip=lars_clip)
+    else:
+        optimizer = _of_timm(name, model, lr=lr, weight_decay=weight_decay)
+    _check_settings(name, optimizer)
+    optimizer.register_load_state_dict_pre_hook(_with_own_settings)
+    optimizer.register_load_state_dict_post_hook(_lay_out_as_parameters)
+    return optimizer
+
+
+def _of_timm(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> Optimizer:
+    known = [str(other) for other in list_optimizers()]
+    if name not in known:
+        near = difflib.get_close_matches(name, ["lars", *known], n=8)
+        hint = f"near are {', '.join(near)}." if near else f"timm has {', '.join(known)}."
+        raise ValueError(f"optimizer must be lars or one of timm's, got {name!r}; {hint}")
+    devices = {p.device.type for p in model.parameters() if p.requires_grad}
+    can_fuse = get_optimizer_class(name, bind_defaults=False) in FUSED and devices <= {
+        "cpu",
+        "cuda",
+    }
+    more: Any = {"fused": True} if can_fuse else {}
+    return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **more)
+
+
+def _check_settings(name: str, optimizer: Optimizer) -> None:
+    settings = {k: v for group in optimizer.param_groups for k, v in group.items() if k != "params"}
+    for key, value in settings.items():
+        if not isinstance(value, (bool, int, float, str, list, tuple, Tensor, NoneType)):
+            raise ValueError(
+                "optimizer must have settings that a checkpoint can hold, without pickle, and "
+                f"{name!r} has {key}={value!r}; choose another."
+            )
+
+
+def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """What is loaded instead of a state that may have been saved under other settings."""
+    saved, own = state["param_groups"], optimizer.param_groups
+    groups = [
+        group | {name: mine[name] for name in OWN if name in mine}
+        for group, mine in zip(saved, own, strict=False)
+    ]
+    # as many as were saved: torch says it where that is another number
+    return state | {"param_groups": groups + saved[len(groups) :]}
+
+
+def _lay_out_as_parameters(optimizer: Optimizer) -> None:
+    """Give a loaded state the parameters' memory layout, which files do not keep.
+
+    Fused on a CPU, torch 2.14 goes through memory in order and so takes wrong elements otherwise.
+    """
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        entries = optimizer.state.get(p, {})
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == p.shape:
+                entries[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+
+
+def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
+    """Linear warm-up from zero, then a cosine to a thousandth of the peak.
+
+    Args:
+        step: the optimiser step about to be taken, from 0.
+        peak: base_lr * batch_size / 256.
+
+    Source: vicreg@4e12602, main_vicreg.py, adjust_learning_rate.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    share = 0.5 * (1 + math.cos(math.pi * done))
+    return peak * share + peak * FINAL_LR_FRACTION * (1 - share)

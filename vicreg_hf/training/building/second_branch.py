@@ -1,0 +1,154 @@
+"""What a second branch takes of each sample, if not a view of the same image.
+
+Shapes: B samples per process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import timm
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vicreg_hf.configuration_vicreg import VICRegConfig
+from vicreg_hf.data.columns.base import BatchColumn, Column
+from vicreg_hf.data.columns.images import ImageColumn
+from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
+from vicreg_hf.data.pairs import PairedInput, PairedSplit, paired_column
+from vicreg_hf.models.branch import Inputs
+from vicreg_hf.models.tokenizers import default_max_length
+from vicreg_hf.settings.pretraining import PretrainingArguments
+from vicreg_hf.views.presets import find_recipes, multi_crop_recipes
+from vicreg_hf.views.random_views import RandomViews
+
+
+class Collated:
+    """Texts, waveforms and vectors, which are whole when they leave the worker."""
+
+    def __init__(self, column: BatchColumn, seed: int) -> None:
+        self.column, self.seed = column, seed
+
+    def batch(self, items: Sequence[Any], rows: NDArray[Any], epoch: int) -> Inputs:
+        return self.column.batch(items, rows, epoch, self.seed)
+
+    def finish(self, batch: Inputs, rows: NDArray[Any], epoch: int) -> Inputs:  # noqa: ARG002
+        return batch
+
+
+class Seen:
+    """Images of another column, and sounds as spectrograms: one random view of each."""
+
+    def __init__(self, views: RandomViews[tuple[Tensor]]) -> None:
+        self.views = views
+
+    def batch(self, items: Sequence[Tensor], rows: NDArray[Any], epoch: int) -> Inputs:
+        return self.views.crop(items, rows, epoch)[0]
+
+    def finish(self, batch: Any, rows: NDArray[Any], epoch: int) -> Inputs:
+        return self.views.colour((batch,), rows, epoch)[0]
+
+
+def takes_waveforms(args: PretrainingArguments) -> bool:
+    """Whether a second branch takes sounds as they are, being of transformers and not of timm."""
+    name = str(args.prime_architecture).partition(".")[0]
+    return args.prime_modality == "audio" and not timm.is_model(name)
+
+
+def run_column(args: PretrainingArguments, table: datasets.Dataset) -> Column:
+    """The column that the second branch of a run reads; errors as of `paired_column`."""
+    assert args.prime_modality is not None
+    preparation: dict[str, Any] = {}
+    name, waveforms = str(args.prime_architecture), takes_waveforms(args)
+    if args.prime_modality == "text":
+        args.prime_max_length = args.prime_max_length or default_max_length(name)
+        preparation = {"max_length": args.prime_max_length}
+    elif waveforms:
+        preparation = {"sampling_rate": args.sampling_rate, "seconds": args.audio_seconds}
+    elif args.prime_modality == "audio":
+        preparation = spectrogram_settings(args).to_dict()
+    own = args.prime_model_args
+    assert not isinstance(own, str)
+    like_first = args.prime_architecture is None and own is None
+    return paired_column(
+        table, args.prime_modality, args.prime_column, preparation, waveforms=waveforms,
+        tokenizer=args.prime_tokenizer or args.prime_architecture,
+        channels=args.in_chans if like_first else (own or {}).get("in_chans", 3),
+    )  # fmt: skip
+
+
+def spectrogram_settings(args: PretrainingArguments) -> SpectrogramSettings:
+    """How a run sees sound."""
+    return SpectrogramSettings(sampling_rate=args.sampling_rate, seconds=args.audio_seconds)
+
+
+def run_views(
+    args: PretrainingArguments,
+    config: VICRegConfig,
+    pairs: PairedSplit | None,
+    *,
+    compiled: bool = False,
+) -> tuple[RandomViews, PairedInput | None]:
+    """The views of a run's images, and how the other halves of pairs become inputs.
+
+    Args:
+        args: settled.
+        config: of the model, whose encoders settle sides and normalisation.
+        compiled: whether operations on images are fused.
+    """
+    first, second = config.pretrained_cfg, (config.prime or {}).get("pretrained_cfg")
+    assert first is not None
+    views = _image_views(args, pairs, first, second or first, compiled=compiled)
+    if pairs is None:
+        return views, None
+    if not isinstance(pairs.column, (ImageColumn, SpectrogramColumn)):
+        column: Any = pairs.column
+        return views, Collated(column, args.seed)
+    assert second is not None
+    sound = isinstance(pairs.column, SpectrogramColumn)
+    recipe = find_recipes("audio" if sound else args.augmentation or "").x_prime
+    other: RandomViews[tuple[Tensor]] = RandomViews(
+        second["input_size"][-1], (recipe,), mean=second["mean"], std=second["std"],
+        seed=args.seed, in_chans=second["input_size"][0], compile=compiled, numbers=(1,),
+    )  # fmt: skip
+    return views, Seen(other)
+
+
+def plain_views(args: PretrainingArguments, pairs: PairedSplit | None) -> RandomViews:
+    """The views of a run's images with levels from 0 to 1, for people to look at."""
+    channels = args.in_chans
+    like = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    side = args.prime_image_size or args.image_size
+    return _image_views(args, pairs, like, like | {"input_size": (channels, side, side)})
+
+
+def _image_views(
+    args: PretrainingArguments,
+    pairs: PairedSplit | None,
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
+    *,
+    compiled: bool = False,
+) -> RandomViews:
+    """Of the images; in pairs all but the second, which is of something else.
+
+    Args:
+        first: pretrained_cfg of what sees all views but the second; likewise second, of that.
+    """
+    assert args.augmentation is not None
+    recipes = multi_crop_recipes(
+        args.augmentation, num_global_views=args.num_global_views,
+        num_local_views=args.num_local_views,
+    )  # fmt: skip
+    sides: list[Any] = [args.image_size] * args.num_global_views
+    sides[1] = second["input_size"][-1]
+    sides += [args.local_image_size] * args.num_local_views
+    cfgs = [second if view == 1 else first for view in range(len(recipes))]
+    seen = [view for view in range(len(recipes)) if pairs is None or view != 1]
+    return RandomViews(
+        [sides[view] for view in seen], tuple(recipes[view] for view in seen),
+        mean=[cfgs[view]["mean"] for view in seen], std=[cfgs[view]["std"] for view in seen],
+        seed=args.seed, in_chans=args.in_chans, compile=compiled, numbers=seen,
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""What a run writes and says about itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from vicreg_hf.runtime.files import replacing
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, written by the main process; null is not finite."""
+
+    def __init__(self, path: Path, enabled: bool) -> None:
+        self.path, self.enabled = path, enabled
+
+    def rows(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        rows = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(json.JSONDecodeError):  # torn by a kill; it is written again
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append({k: math.nan if v is None else v for k, v in row.items()})
+        return rows
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row.
+
+        Raises:
+            OSError: the disk is full, say; it names the file.
+        """
+        if self.enabled:
+            try:
+                with self.path.open("a") as file:
+                    file.write(_line(row))
+            except OSError as error:  # of a write, which does not know where it goes
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def keep_until(self, step: int) -> None:
+        """Drop what a run wrote after the checkpoint it resumes from."""
+        if self.enabled:
+            kept = [row for row in self.rows() if row["step"] <= step]
+            with replacing(self.path) as aside:
+                aside.write_text("".join(map(_line, kept)))
+
+
+def _line(row: dict[str, Any]) -> str:
+    """As JSON, which has no word for what is not finite, such as a norm that fp16 did not hold."""
+    numbers = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
+    return json.dumps(dict.fromkeys(row) | numbers) + "\n"
+
+
+class Clock:
+    """Views per second since the last restart; evaluation and saving are not counted."""
+
+    def __init__(self, views_per_step: int) -> None:
+        self.views_per_step = views_per_step
+        self.restart()
+
+    def restart(self) -> None:
+        self.steps, self.started = 0, time.perf_counter()
+
+    def tick(self) -> None:
+        self.steps += 1
+
+    def rate(self) -> float:
+        return self.steps * self.views_per_step / (time.perf_counter() - self.started)

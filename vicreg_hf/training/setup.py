@@ -1,0 +1,222 @@
+"""From settings to a run: everything is checked, loaded and built before the first step."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vicreg_hf.data.pairs import PairedSplit
+from vicreg_hf.data.sampler import GlobalBatches
+from vicreg_hf.data.streams import ImageStream
+from vicreg_hf.hub.api import open_repository
+from vicreg_hf.hub.card import SECOND
+from vicreg_hf.hub.export import check_exportable
+from vicreg_hf.hub.layout import DIRECTORY
+from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.models.batch_norm import synchronize
+from vicreg_hf.models.compiling import why_not
+from vicreg_hf.models.timm_models import check_architecture
+from vicreg_hf.publishing.second_encoder import check_second_exportable
+from vicreg_hf.runtime.distributed import any_process
+from vicreg_hf.runtime.files import replacing, writing
+from vicreg_hf.runtime.machine import hardware, local_processes
+from vicreg_hf.runtime.output_dir import set_aside
+from vicreg_hf.runtime.processes import start_accelerator
+from vicreg_hf.settings.pretraining import PretrainingArguments
+from vicreg_hf.training.building.data import Inputs, open_inputs
+from vicreg_hf.training.building.model import build_model
+from vicreg_hf.training.building.optimizers import create_optimizer
+from vicreg_hf.training.building.second_branch import run_views
+from vicreg_hf.training.monitoring.knn import KNNMonitor, missing_for_knn
+from vicreg_hf.training.monitoring.log import MetricsLog
+from vicreg_hf.training.monitoring.probe import create_probe
+from vicreg_hf.training.monitoring.summary import introduction
+from vicreg_hf.training.resuming import resume
+from vicreg_hf.training.run import Run
+
+ENCODERS = ("encoder", DIRECTORY)
+BESIDE = ("metrics.jsonl", "config.yaml", "bad_images.jsonl")
+"""What a run writes besides its encoders and checkpoints."""
+CHECKPOINTS = "checkpoints"
+WORTH_COMPILING = 2000
+"""Steps left from which on a run on a GPU makes up for the time it takes to compile the model."""
+
+
+def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
+    """Check every setting, load the data, build the model, resume.
+
+    Args:
+        before: resume from a checkpoint of an earlier step than this.
+    """
+    started = time.perf_counter()
+    check_architecture(args.architecture)
+    transformers.utils.logging.disable_progress_bar()
+    accelerator = start_accelerator(
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    )
+    output_dir = Path(str(args.output_dir))
+    if args.push_to_hub and accelerator.is_main_process:
+        open_repository(str(args.hub_model_id), private=args.hub_private or None)
+        if args.prime_modality not in (None, "embedding"):
+            open_repository(f"{args.hub_model_id}{SECOND}", private=args.hub_private or None)
+    inputs = open_inputs(
+        args, rank=accelerator.process_index, world_size=accelerator.num_processes,
+        local_processes=local_processes(accelerator), main_first=accelerator.main_process_first,
+    )  # fmt: skip
+    train, batches = inputs.train, inputs.batches
+    # convolutions are faster in this layout, on CPU too; attention does not mind
+    model = build_model(args, inputs.pairs, sound=inputs.sound)
+    model.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore
+    probe = None
+    if args.online_probe:
+        probe = create_probe(train, inputs.held_out, model.num_features).to(accelerator.device)
+    _check_micro_batches(model, batches)
+    if accelerator.is_main_process:
+        check_exportable(model)
+        check_second_exportable(model, inputs.pairs)
+    if accelerator.num_processes > 1:
+        synchronize(model, accelerator.device)
+    assert args.base_lr is not None
+    optimizer = create_optimizer(
+        args.optimizer, model, lr=args.base_lr, weight_decay=args.weight_decay,
+        lars_eta=args.lars_eta, lars_clip=args.lars_clip,
+    )  # fmt: skip
+    compiled = accelerator.device.type == "cuda" if args.compile is None else args.compile
+    views, paired = run_views(args, model.config, inputs.pairs, compiled=compiled)
+    if views.left_out:
+        channels = "1 channel" if args.in_chans == 1 else f"{args.in_chans} channels"
+        accelerator.print(
+            f"Images of {channels} are seen without {', '.join(views.left_out)}, which need RGB."
+        )
+    log = MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process)
+    fingerprint = inputs.fingerprint()
+    step, seconds = resume(
+        args, accelerator, model, optimizer, fingerprint, total_steps=inputs.total_steps,
+        probe=probe, before=before,
+    )  # fmt: skip
+    if _compiles_model(args, accelerator, model, inputs.total_steps - step):
+        model.compile_branches(expanders=accelerator.num_processes == 1)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    return Run(
+        args, accelerator, model, wrapped, prepared, inputs, views, paired,
+        _create_monitor(args, inputs, model.config.pretrained_cfg or {}), probe, log, fingerprint,
+        step, seconds_before=seconds, started=started,
+    )  # fmt: skip
+
+
+def begin(run: Run) -> None:
+    """Make output_dir as the checkpoint left it, and say what begins."""
+    main, bad, directory = run.accelerator.is_main_process, run.inputs.bad, run.output_dir
+    remedy = "Nothing in it is lost; free some space or choose another."
+    with writing(directory, remedy=remedy):
+        if main:
+            _set_aside(run)
+        if run.step:
+            bad.recall()
+            if run.probe is not None:
+                run.probe.leave_out(image.row for image in bad.found)
+        elif main:
+            bad.forget()
+        run.log.keep_until(run.step if run.step else -1)
+        if main:
+            # how this session began is no setting of the run
+            settings = replace(run.args, resume="auto", resume_changed=False)
+            with replacing(directory / "config.yaml") as aside:
+                aside.write_text(settings.to_yaml())
+            (directory / "checkpoints").mkdir(exist_ok=True)
+            tempfile.TemporaryFile(dir=directory / "checkpoints").close()
+    _introduce(run)
+
+
+def _introduce(run: Run) -> None:
+    sentence = introduction(
+        run.args, parameters=sum(p.numel() for p in run.model.encoder.parameters()),
+        images=run.inputs.train.num_images, step=run.step, total_steps=run.total_steps,
+        hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
+    )  # fmt: skip
+    run.accelerator.print(sentence, flush=True)
+    if run.monitor is None:
+        missing = missing_for_knn(run.inputs.train, run.inputs.held_out)
+        run.accelerator.print(f"kNN needs labels and a held-out split, but {missing}.", flush=True)
+    elif (sentence := run.monitor.unlearnt) is not None:
+        run.accelerator.print(sentence, flush=True)
+
+
+def _set_aside(run: Run) -> None:
+    """Keep what an earlier run has made from being lost, or taken for this one's."""
+    directory, names = run.output_dir, []
+    over = any((directory / CHECKPOINTS).glob("step-*"))
+    anew = run.step == 0 and (run.args.resume == "never" or not over)
+    if anew and (over or any((directory / name).exists() for name in ENCODERS)):
+        names += BESIDE
+    if run.step < run.total_steps:
+        names += ENCODERS  # of fewer steps, or of another run
+    if anew and over:
+        names.append(CHECKPOINTS)  # last: where this is broken off, what is left is still known
+    set_aside(directory, names, print)
+
+
+def _create_monitor(
+    args: PretrainingArguments, inputs: Inputs, cfg: dict[str, Any]
+) -> KNNMonitor | None:
+    if isinstance(inputs.train, ImageStream) or isinstance(inputs.images, ImageStream):
+        return None
+    assert args.image_size is not None
+    images = inputs.train if isinstance(inputs.images, PairedSplit) else inputs.images
+    return KNNMonitor.create(
+        inputs.train, images, inputs.held_out, image_size=args.image_size,
+        crop_pct=cfg["crop_pct"], mean=cfg["mean"], std=cfg["std"],
+        num_workers=args.num_workers or 0, bad=inputs.bad,
+    )  # fmt: skip
+
+
+def _compiles_model(
+    args: PretrainingArguments, accelerator: Accelerator, model: VICRegModel, steps_left: int
+) -> bool:
+    """Whether backbone and expander are compiled: as the settings say, or where it pays.
+
+    torch's synchronised batch normalisation ends a graph, of which a ResNet would then have scores.
+    Either all processes compile or none.
+    """
+    if args.compile_model is None:
+        on_gpu = accelerator.device.type == "cuda"
+        in_pieces = accelerator.num_processes > 1 and _normalises_batches(model)
+        if not on_gpu or in_pieces or steps_left < WORTH_COMPILING:
+            return False
+    elif not args.compile_model:
+        return False
+    fault = why_not(accelerator.device)
+    (cannot,) = any_process([fault is not None], accelerator.device)
+    if cannot and accelerator.is_local_main_process:
+        reason = fault or "in another process"
+        warnings.warn(
+            f"the model is trained without torch.compile, which failed: {reason}", stacklevel=2
+        )
+    return not cannot
+
+
+def _normalises_batches(model: VICRegModel) -> bool:
+    """Whether an encoder does, whatever the expanders do."""
+    encoders = [model.backbone] + ([] if model.prime is None else [model.prime.backbone])
+    parts = itertools.chain.from_iterable(encoder.modules() for encoder in encoders)
+    return any(isinstance(part, _BatchNorm) for part in parts)
+
+
+def _check_micro_batches(model: VICRegModel, batches: GlobalBatches) -> None:
+    smallest = batches.batch_size % batches.micro_batch_size or batches.micro_batch_size
+    if smallest == 1 and _normalises_batches(model):
+        raise ValueError(
+            "micro_batch_size must leave batch normalisation at least 2 images to compare, got "
+            f"micro_batch_size={batches.micro_batch_size} and batch_size={batches.batch_size}; "
+            f"use {batches.micro_batch_size + 1}."
+        )

@@ -1,0 +1,235 @@
+"""What the views are drawn from: recipes, presets, and draws from keyed uniforms.
+
+Shapes: B images, K uniforms per view.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+
+@dataclass(frozen=True)
+class ViewRecipe:
+    """The distribution of one view; probabilities lie in [0, 1].
+
+    Raises:
+        ValueError: a probability, range or strength that cannot be.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the crop as a fraction of the image's."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the crop."""
+    flip: float = 0.5
+    """Probability of mirroring left to right."""
+    jitter: float = 0.8
+    """Probability of the colour jitter as a whole."""
+    brightness: float = 0.4
+    """Factor drawn from [1 - brightness, 1 + brightness]; likewise the next two."""
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    """Shift drawn from [-hue, hue], in turns of the colour circle."""
+    grayscale: float = 0.2
+    blur: float = 0.0
+    """Probability of Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation, in pixels of the view."""
+    solarize: float = 0.0
+    """Probability of inverting every level of 128 and above."""
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "ratio", "blur_sigma"):
+            object.__setattr__(self, name, _range(name, getattr(self, name)))
+        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+            _within(name, getattr(self, name), 0, 1)
+        for name in ("brightness", "contrast", "saturation"):
+            _within(name, getattr(self, name), 0, math.inf)
+        _within("hue", self.hue, 0, 0.5)
+
+
+def _range(name: str, value: Any) -> tuple[float, float]:
+    if (
+        not isinstance(value, (list, tuple))
+        or len(value) != 2
+        or not all(isinstance(end, (int, float)) and math.isfinite(end) for end in value)
+        or not 0 < value[0] <= value[1]
+    ):
+        raise ValueError(f"{name} must be two positive numbers, the lesser first, got {value!r}.")
+    return float(value[0]), float(value[1])
+
+
+def _within(name: str, value: Any, low: float, high: float) -> None:
+    right = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (right and low <= value <= high and math.isfinite(value)):
+        limits = f"between {low} and {high}" if high < math.inf else f"at least {low}"
+        raise ValueError(f"{name} must be a number {limits}, got {value!r}.")
+
+
+class Recipes(NamedTuple):
+    """What a preset or a file says about the views of a run."""
+
+    x: ViewRecipe
+    """Of the first view, and of every other global view after it."""
+    x_prime: ViewRecipe
+    """Of the second view, and of every other global view after it."""
+    local: ViewRecipe
+    """Of local views, if there are any."""
+
+
+LOCAL_SCALE = (0.05, 0.14)
+"""SwAV's, beside global crops of (0.14, 1)."""
+
+
+def local_recipe(x: ViewRecipe) -> ViewRecipe:
+    """What local views are by default: smaller crops, with all else as in the first view.
+
+    Their scale is SwAV's, (0.05, 0.14), enlarged in proportion where global crops start above 0.14,
+    so that local crops end where global ones start, and small images leave them pixels to show.
+
+    Source: SwAV, Caron et al. 2020, arXiv:2006.09882 (224 pixels globally, 96 locally).
+    """
+    low, high = LOCAL_SCALE
+    start = max(high, x.scale[0])
+    return replace(x, scale=(round(low * start / high, 4), start))
+
+
+def _preset(x: ViewRecipe, x_prime: ViewRecipe) -> Recipes:
+    return Recipes(x, x_prime, local_recipe(x))
+
+
+_AUTHORS = ViewRecipe()
+_PAPER = replace(_AUTHORS, blur=0.5, solarize=0.1)
+_CIFAR = ViewRecipe(scale=(0.2, 1.0), solarize=0.1)
+_TINY = ViewRecipe(scale=(0.4, 1.0), jitter=0.6, grayscale=0.1)
+_DEMO = ViewRecipe(scale=(0.3, 1.0), flip=0.0, grayscale=0.0)
+_AUDIO = ViewRecipe(
+    scale=(0.6, 1.0), ratio=(0.6, 8.0), flip=0.0, saturation=0.0, hue=0.0, grayscale=0.0
+)
+
+PRESETS: Mapping[str, Recipes] = {
+    # vicreg@4e12602, augmentations.py: the two views differ.
+    "authors": _preset(replace(_AUTHORS, blur=1.0), replace(_AUTHORS, blur=0.1, solarize=0.2)),
+    # The paper's text, appendix C.1: both views alike.
+    "paper": _preset(_PAPER, _PAPER),
+    # solo-learn's recipe for CIFAR: larger crops, no blur.
+    "cifar": _preset(_CIFAR, _CIFAR),
+    # Gentler than cifar, for small images and backbones of under a million parameters.
+    "tiny": _preset(_TINY, _TINY),
+    # Handwritten digits: a mirrored digit is not a digit.
+    "demo": _preset(_DEMO, _DEMO),
+    # Log-mel spectrograms as gray images, frequency down and time across, after BYOL-A (Niizumi et
+    # al. 2021, arXiv:2103.06695): a crop resized shifts and stretches pitch and time, which most
+    # sounds survive down to 0.6 of either. Brightness and contrast stand for gain and dynamics. A
+    # mirrored sound runs backwards, a solarised one has its silence loud, and there is no colour.
+    # The ratio, in pixels, reaches from a square cut to 0.6 of its time to ten seconds (1000 x 128)
+    # uncut: of a spectrogram wider than its ratio allows, every view would be the same middle.
+    "audio": _preset(_AUDIO, _AUDIO),
+}
+
+
+def find_recipes(preset: str | Mapping[str, Any], *, name: str = "augmentation") -> Recipes:
+    """The recipes of a preset, a YAML file, or what such a file holds.
+
+    The file names a preset to start from (`preset`, by default authors) and what differs from it:
+    fields of `ViewRecipe` for all views, and under `x`, `x_prime` and `local` for one kind. Local
+    views start from what x has become, with the scale of `local_recipe`.
+
+    Args:
+        name: what the caller calls `preset`, for errors.
+
+    Raises:
+        ValueError: no such preset or file, a field that does not exist, a value that cannot be.
+    """
+    if isinstance(preset, str):
+        if preset in PRESETS:
+            return PRESETS[preset]
+        if not Path(preset).is_file():
+            raise ValueError(
+                f"{name} must be one of {', '.join(PRESETS)}, or a YAML file, got {preset!r}."
+            )
+        try:
+            content = yaml.safe_load(Path(preset).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{name} must be valid YAML, {preset} is not: {error}") from error
+    elif isinstance(preset, Mapping):
+        content = dict(preset)
+    else:
+        alone = isinstance(preset, ViewRecipe)
+        remedy = "; give a recipe for each view, as (recipe, recipe)" if alone else ""
+        raise ValueError(
+            f"{name} must be one of {', '.join(PRESETS)}, a YAML file or its content, got "
+            f"{'a single ViewRecipe' if alone else repr(preset)}{remedy}."
+        )
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} must map fields to values, got {content!r}.")
+    common = dict(content)
+    base = common.pop("preset", "authors")
+    own = {view: common.pop(view, None) or {} for view in Recipes._fields}
+    if not isinstance(base, str) or base not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {base!r}.")
+    x = _changed(name, PRESETS[base].x, common, own["x"])
+    x_prime = _changed(name, PRESETS[base].x_prime, common, own["x_prime"])
+    return Recipes(x, x_prime, _changed(name, local_recipe(x), own["local"]))
+
+
+def multi_crop_recipes(
+    preset: str | Mapping[str, Any] | Recipes,
+    *,
+    num_global_views: int = 2,
+    num_local_views: int = 0,
+) -> tuple[ViewRecipe, ...]:
+    """A recipe for each view: first the global ones, x and x_prime by turns, then the local ones.
+
+    Args:
+        preset: as `find_recipes` takes it, or what it gives.
+
+    Raises:
+        ValueError: as `find_recipes`; no global view, or fewer than no local ones.
+
+    Example:
+        >>> recipes = multi_crop_recipes("authors", num_local_views=6)
+        >>> views = RandomViews([224] * 2 + [96] * 6, recipes)
+    """
+    if num_global_views < 1:
+        raise ValueError(f"num_global_views must be at least 1, got {num_global_views}.")
+    if num_local_views < 0:
+        raise ValueError(f"num_local_views must be at least 0, got {num_local_views}.")
+    recipes = preset if isinstance(preset, Recipes) else find_recipes(preset, name="preset")
+    by_turns = (recipes[view % 2] for view in range(num_global_views))
+    return (*by_turns, *[recipes.local] * num_local_views)
+
+
+def _changed(name: str, recipe: ViewRecipe, *changes: Any) -> ViewRecipe:
+    known = {f.name for f in fields(ViewRecipe)}
+    for change in changes:
+        if not isinstance(change, dict):
+            raise ValueError(f"x, x_prime and local must map fields to values, got {change!r}.")
+        unknown = {str(key) for key in change} - known
+        if unknown:
+            raise ValueError(
+                f"{name} must hold preset, x, x_prime, local and fields of a view "
+                f"({', '.join(sorted(known))}), got {', '.join(sorted(unknown))}."
+            )
+        recipe = replace(recipe, **change)
+    return recipe
+
+
+def describe(recipes: Recipes) -> dict[str, Any]:
+    """Recipes as `find_recipes` takes them; of local views only what is not the default.
+
+    So a run without such views keeps the description that it had before there were any.
+    """
+    plain = {
+        view: {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(recipe).items()}
+        for view, recipe in recipes._asdict().items()
+    }
+    if recipes.local == local_recipe(recipes.x):
+        del plain["local"]
+    return plain
