@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -13,10 +13,7 @@ from vicreg_hf.benchmarks.data import against_others, bottleneck
 from vicreg_hf.benchmarks.features import extraction
 from vicreg_hf.benchmarks.loss import one_process, several_processes
 from vicreg_hf.benchmarks.measuring import surroundings
-from vicreg_hf.benchmarks.scale import scale
-from vicreg_hf.benchmarks.scale_check import check
-from vicreg_hf.benchmarks.scale_data import billion
-from vicreg_hf.benchmarks.scale_machine import add_machine_flags, machine_from
+from vicreg_hf.benchmarks.scale import Machine, add_machine_flags, scale
 from vicreg_hf.benchmarks.train import NAMES, training
 from vicreg_hf.settings.command_line import parse_arguments
 
@@ -114,44 +111,23 @@ def _train(args: argparse.Namespace, others: Sequence[str]) -> str:
 
 
 def _scale_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--architecture", help="resnet50, or test_resnet with --check")
-    parser.add_argument("--image_size", type=int, help="224, or 32 with --check")
-    parser.add_argument("--batch_size", type=int, help="global: 2048, or 256 with --check")
-    parser.add_argument("--expander_dims", help="8192-8192-8192, or 512-512-512 with --check")
+    parser.add_argument("--architecture", default="resnet50")
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--batch_size", type=int, default=2048, help="global")
+    parser.add_argument("--expander_dims", default="8192-8192-8192")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 32, 128, 512, 1024])
-    parser.add_argument("--save_steps", type=int, default=1000)
     parser.add_argument(
         "--weak", action="store_true", help="keep the images of each GPU, those of the first --gpus"
     )
-    parser.add_argument(
-        "--check", type=int, nargs="+", help="instead, so many CPU processes, also measured"
-    )
-    parser.add_argument("--steps", type=int, default=30, help="measured with --check")
-    parser.add_argument(
-        "--billion", action="store_true", help="instead, what listing and ordering images takes"
-    )
-    parser.add_argument("--num_files", type=int, default=200_000, help="listed with --billion")
-    parser.add_argument("--num_rows", type=int, default=10_000_000, help="ordered with --billion")
     add_machine_flags(parser)
 
 
 def _scale(args: argparse.Namespace, _: Sequence[str]) -> str:
-    if args.billion:
-        return billion(args.num_files, args.num_rows)
-    small = args.check is not None
-    architecture = args.architecture or ("test_resnet" if small else "resnet50")
-    image_size = args.image_size or (32 if small else 224)
-    batch_size = args.batch_size or (256 if small else 2048)
-    dims = args.expander_dims or ("512-512-512" if small else "8192-8192-8192")
-    widths = [int(width) for width in dims.split("-")]
-    if small:
-        return check(
-            args.check, architecture, image_size=image_size, batch_size=batch_size,
-            expander_dims=widths, steps=args.steps,
-        )  # fmt: skip
     return scale(
-        machine_from(args), architecture, image_size=image_size, batch_size=batch_size,
-        expander_dims=widths, gpus=args.gpus, save_steps=args.save_steps, weak=args.weak,
+        Machine(**{each.name: getattr(args, each.name) for each in fields(Machine)}),
+        args.architecture, image_size=args.image_size, batch_size=args.batch_size,
+        expander_dims=[int(width) for width in args.expander_dims.split("-")], gpus=args.gpus,
+        weak=args.weak,
     )  # fmt: skip
 
 
@@ -183,8 +159,7 @@ COMMANDS = {
         ),
         Command(
             "scale",
-            "step time on many GPUs, predicted from assumptions that are flags; --check compares "
-            "the prediction with CPU processes here",
+            "step time on many GPUs, predicted from assumptions that are flags",
             _scale_flags,
             _scale,
         ),

@@ -142,8 +142,8 @@ def _addmm_flop(_: Any, a: Sequence[int], b: Sequence[int], **__: Any) -> int:
 TCPI_BYTES_SENT = 200
 """Where the kernel's struct tcp_info (linux/tcp.h) has the count, since Linux 4.19."""
 
-_IN_PLACE = {torch.ops.aten.addmm_: _addmm_flop}
-"""What torch's counter leaves out."""
+IN_PLACE_FLOPS = {torch.ops.aten.addmm_: _addmm_flop}
+"""Operations that torch's counter leaves out, with what counts them."""
 
 
 def several_processes(
@@ -173,7 +173,7 @@ def _worker(
     lines = []
     for name, loss in (("vicreg_hf", our_loss), ("authors", authors_loss)):
         run = forward_backward(loss, inputs)
-        with FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE_FLOPS) as counter:
             run()
         times, before = [], _bytes_sent()
         for _ in range(repeats):

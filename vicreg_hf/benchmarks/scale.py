@@ -1,99 +1,167 @@
-"""Step time and images per second on many GPUs, predicted from stated assumptions.
+"""Step time on many GPUs, predicted from counted arithmetic and stated assumptions.
 
-A step is arithmetic, memory traffic and kernels of the model and the loss, and communication that
-does not hide behind them; views are made meanwhile, and the slower of both counts. What memory a
-GPU has is no part of this.
+Nothing here is measured. A step is the arithmetic of backbone, expander and loss, the optimiser's
+memory traffic, and the communication that does not hide behind the backward pass; views are made
+meanwhile, and the slower of both counts.
 
-Shapes: N images in all, W processes, D dimensions.
+Shapes: N images in all, W GPUs, n = N / W images each, D embedding dimensions.
 """
 
 from __future__ import annotations
 
+import argparse
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
-from vicreg_hf.benchmarks.measuring import MIB, table
-from vicreg_hf.benchmarks.scale_counts import (
-    FLOAT32,
-    LossWork,
-    Work,
-    authors_loss_work,
-    count_work,
-    our_loss_work,
-)
-from vicreg_hf.benchmarks.scale_machine import Machine, assumptions
-from vicreg_hf.training.pretrain import RUN_AHEAD
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
 
-BACKWARD = 2
-"""Backward in multiples of forward: a gradient for the input, and one for the weights."""
-VIEWS = 2
+from vicreg_hf.benchmarks.measuring import table
+from vicreg_hf.configuration_vicreg import VICRegConfig
+from vicreg_hf.loss.covariance import prefers_gram
+from vicreg_hf.modeling_vicreg import VICRegModel
+
+FLOAT32, BFLOAT16 = 4, 2
+"""Bytes of a weight, a gradient or an entry of the loss's matrices, and of one of an embedding."""
+VIEWS, PASSES = 2, 3
+"""Views of each image; a backward pass costs two forward ones."""
 IMAGENET, EPOCHS = 1_281_167, 100
-HEADER = [
-    "GPUs", "images each", "backbone", "expander", "loss", "optimizer", "communication", "input",
-    "ms a step", "images/s", "efficiency", "bound by", f"h for {EPOCHS} epochs",
-    "authors' loss", "communication", "ms a step", "authors / ours",
-]  # fmt: skip
-Formula = Literal["ours", "authors"]
+HEADER = (
+    "GPUs,images each,backbone ms,expander,loss,optimizer,communication,input,ms a step,images/s,"
+    f"efficiency,hours for {EPOCHS} epochs of ImageNet,with the authors' loss"
+).split(",")
+
+
+def _assumed(default: Any, unit: str, source: str) -> Any:
+    return field(default=default, metadata={"unit": unit, "source": source})
 
 
 @dataclass(frozen=True)
-class Step:
-    """Seconds of one step's parts."""
+class Machine:
+    """Nodes of GPUs, by default DGX H100. Every field is a flag of `benchmark.py scale`."""
 
-    backbone: float
-    expander: float
-    loss: float
-    optimizer: float
-    communication: float
-    """What backward does not hide."""
-    input: float
-    checkpoint: float
-    """What a step waits for, on average over those between two checkpoints."""
-    launching: bool = False
-    """Whether the backbone takes what launching its kernels takes."""
-    input_meanwhile: bool = True
-    """Whether other cores make the views while the step computes."""
+    gpus_per_node: int = _assumed(8, "GPUs", "DGX H100 datasheet")
+    bf16_tflops: float = _assumed(989.4, "TFLOP/s, peak", "H100 SXM datasheet, dense")
+    backbone_share: float = _assumed(
+        0.1, "of that peak, in convolutions", "assumed: 4,000 images/s of plain ResNet-50 training"
+    )
+    expander_share: float = _assumed(0.5, "of that peak, in the expander", "assumed")
+    backbone_least_ms: float = _assumed(
+        8.0, "milliseconds a step, at least", "assumed: launching the kernels of a ResNet-50"
+    )
+    loss_tflops: float = _assumed(66.9, "TFLOP/s, peak, in float32", "H100 SXM datasheet")
+    authors_loss_tflops: float = _assumed(
+        66.9, "TFLOP/s, peak, of the authors' loss", "the same; their float16 autocast has 989.4"
+    )
+    loss_share: float = _assumed(0.6, "of that peak", "assumed")
+    memory_gb_s: float = _assumed(2345.0, "GB/s", "70 % of the datasheet's 3350, assumed")
+    optimizer_bytes: float = _assumed(60.0, "bytes a parameter", "assumed: 15 reads and writes")
+    nvlink_gb_s: float = _assumed(360.0, "GB/s a GPU, each way", "80 % of the datasheet's 450")
+    infiniband_gb_s: float = _assumed(40.0, "GB/s a GPU, each way", "80 % of 400 Gb/s a GPU")
+    nvlink_us: float = _assumed(2.0, "microseconds a message", "assumed")
+    infiniband_us: float = _assumed(5.0, "microseconds a message", "assumed")
+    input_images_s: float = _assumed(37_000.0, "images/s a node", "assumed: 4 GB/s of 108 kB each")
 
-    @property
-    def seconds(self) -> float:
-        computing = self.backbone + self.expander + self.loss + self.optimizer
-        computing += self.communication
-        together = max(computing, self.input) if self.input_meanwhile else computing + self.input
-        return together + self.checkpoint
+    def nodes(self, world: int) -> tuple[int, int]:
+        """GPUs in each node, and nodes.
 
-    @property
-    def bound(self) -> str:
-        """The largest part; input only where all others together are faster."""
-        names = ("backbone", "expander", "loss", "optimizer", "communication")
-        parts = {name: getattr(self, name) for name in names}
-        if self.input > sum(parts.values()):
-            return "input"
-        largest = max(parts, key=lambda name: parts[name])
-        return "kernel launches" if largest == "backbone" and self.launching else largest
+        Raises:
+            ValueError: nodes that are not full.
+        """
+        if world <= self.gpus_per_node:
+            return world, 1
+        if world % self.gpus_per_node:
+            full = self.gpus_per_node * -(-world // self.gpus_per_node)
+            raise ValueError(
+                f"gpus beyond one node must fill nodes, got {world} and gpus_per_node="
+                f"{self.gpus_per_node}; use {full}."
+            )
+        return self.gpus_per_node, world // self.gpus_per_node
+
+    def gather_seconds(self, size: float, world: int) -> float:
+        """An all-gather, after which every GPU holds `size` bytes.
+
+        GPUs of the same place in all nodes gather first, then each node within itself.
+        """
+        inside, nodes = self.nodes(world)
+        seconds = size * (inside - 1) / inside / self.nvlink_gb_s
+        seconds += size * (nodes - 1) / nodes / inside / self.infiniband_gb_s
+        messages = math.log2(inside) * self.nvlink_us + math.log2(nodes) * self.infiniband_us
+        return 1e-9 * seconds + 1e-6 * messages
+
+    def reduce_seconds(self, size: float, world: int) -> float:
+        """An all-reduce of `size` bytes: a reduce-scatter and an all-gather."""
+        return 2 * self.gather_seconds(size, world)
+
+
+class Work(NamedTuple):
+    """The model's share of a step."""
+
+    backbone_flops: int
+    """For one view, forward; likewise expander_flops."""
+    expander_flops: int
+    parameters: int
+    norms: int
+    """Batch normalisations in backbone and expander."""
+    dim: int
+
+
+def count_work(architecture: str, image_size: int, expander_dims: Sequence[int]) -> Work:
+    """Count a model's arithmetic on the meta device, where nothing is computed."""
+    with torch.device("meta"):
+        config = VICRegConfig(architecture=architecture, expander_dims=list(expander_dims))
+        model = VICRegModel(config).eval()
+        images = torch.empty(1, 3, image_size, image_size)
+        features = torch.empty(1, model.num_features)
+    flops = []
+    for module, inputs in ((model.backbone, images), (model.expander, features)):
+        with FlopCounterMode(display=False) as counter:
+            module(inputs)
+        flops.append(counter.get_total_flops())
+    return Work(
+        *flops,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        norms=sum(isinstance(module, _BatchNorm) for module in model.modules()),
+        dim=expander_dims[-1] if expander_dims else model.num_features,
+    )
+
+
+def loss_seconds(
+    machine: Machine, batch_size: int, dim: int, world: int, *, authors: bool
+) -> tuple[float, float]:
+    """Seconds of the loss's arithmetic and of its communication, both branches together.
+
+    Each process of ours forms its own rows of the cheaper product; each process of the authors'
+    forms the whole covariance matrix, and the gradient of all rows is summed.
+    """
+    own, embeddings = batch_size / world, batch_size * dim * BFLOAT16
+    if authors:
+        rate = machine.authors_loss_tflops * machine.loss_share * 1e12
+        sent = machine.gather_seconds(embeddings, world) + machine.reduce_seconds(embeddings, world)
+        return 2 * 6 * batch_size * dim * dim / rate, 2 * sent
+    rate = machine.loss_tflops * machine.loss_share * 1e12
+    if prefers_gram(batch_size, dim):  # the product, and its use in the gradient
+        sent = machine.gather_seconds(2 * embeddings, world)
+        return 2 * 4 * own * batch_size * dim / rate, sent
+    sent = machine.reduce_seconds(FLOAT32 * dim * dim, world)
+    return 2 * 4 * own * dim * dim / rate, 2 * sent
 
 
 def predict(
-    work: Work,
-    machine: Machine,
-    world: int,
-    batch_size: int,
-    *,
-    formula: Formula = "ours",
-    save_steps: int = 1000,
-    stripe: int = 2048,
-) -> Step:
-    """The parts of one step.
+    work: Work, machine: Machine, world: int, batch_size: int, *, authors: bool = False
+) -> dict[str, float]:
+    """Seconds of a step's parts, and of the whole step as `step`.
 
     Args:
-        world: GPUs.
-        batch_size: N, of all GPUs together.
-        formula: of the loss.
-        save_steps: steps between checkpoints.
-        stripe: as for `our_loss_work`.
+        world: W.
+        batch_size: N.
+        authors: with the authors' formula of the loss.
 
     Raises:
-        ValueError: a batch that GPUs cannot share evenly.
+        ValueError: a batch that the GPUs cannot share evenly.
     """
     if batch_size % world or batch_size < 2 * world:
         nearest = max(2, round(batch_size / world)) * world
@@ -101,63 +169,26 @@ def predict(
             "batch_size must give every GPU as many images and at least 2, got "
             f"batch_size={batch_size} for {world} GPUs; the nearest is {nearest}."
         )
-    passes = (1 + BACKWARD) * VIEWS
-    views = batch_size / world * passes
-    launch = 1e-6 * machine.launch_us
-    arithmetic = views * work.backbone_flops / machine.backbone_rate
-    launches = passes * work.backbone_kernels * launch
-    weights = passes * work.expander_weights * machine.embedding_bytes / machine.memory_rate
-    loss, loss_rate = _loss_work(work, machine, world, batch_size, formula, stripe)
-    backbone = max(arithmetic, launches)
-    expander = max(views * work.expander_flops / machine.expander_rate, weights)
-    step = Step(
-        backbone=backbone,
-        expander=max(expander, passes * work.expander_kernels * launch),
-        loss=loss.flops / loss_rate + loss.traffic / machine.memory_rate,
-        optimizer=max(
-            work.optimizer_traffic / machine.memory_rate, work.optimizer_kernels * launch
-        ),
-        communication=_communication(work, machine, world, loss, backbone),
-        input=batch_size / machine.input_rate(world),
-        checkpoint=0.0,
-        launching=launches > arithmetic,
-    )
-    hidden = step.seconds * save_steps / RUN_AHEAD  # training goes on for so long, and then waits
-    waited = max(0.0, checkpoint_bytes(work) / (1e6 * machine.checkpoint_mb_s) - hidden)
-    return replace(step, checkpoint=waited / save_steps)
-
-
-def checkpoint_bytes(work: Work) -> int:
-    """Weights and momentum."""
-    return 2 * FLOAT32 * work.parameters
-
-
-def _loss_work(
-    work: Work, machine: Machine, world: int, batch_size: int, formula: Formula, stripe: int
-) -> tuple[LossWork, float]:
-    """Its work, and FLOP/s."""
-    entry = machine.embedding_bytes
-    if formula == "authors":
-        found = authors_loss_work(batch_size, work.dim, world, embedding_bytes=entry)
-        return found, machine.authors_loss_tflops * machine.loss_share * 1e12
-    found = our_loss_work(batch_size, work.dim, world, embedding_bytes=entry, stripe=stripe)
-    return found, machine.loss_tflops * machine.loss_share * 1e12
-
-
-def _communication(
-    work: Work, machine: Machine, world: int, loss: LossWork, backbone: float
-) -> float:
-    """Seconds in which a step does nothing but send and receive."""
-    if world == 1:
-        return 0.0
-    seconds = sum(machine.gather_seconds(size, world) for size in loss.gathers)
-    seconds += sum(machine.reduce_seconds(size, world) for size in loss.reductions)
-    messages = work.norms * VIEWS * machine.messages_per_norm
-    seconds += messages * machine.reduce_seconds(0, world)
-    gradients = machine.reduce_seconds(FLOAT32 * work.parameters, world)
-    # The expander's gradients, which are most of them, are there before the backbone's backward.
-    hidden = backbone * BACKWARD / (1 + BACKWARD) if machine.overlap else 0.0
-    return seconds + max(0.0, gradients - hidden)
+    views = batch_size / world * VIEWS * PASSES
+    peak = machine.bf16_tflops * 1e12
+    arithmetic = views * work.backbone_flops / (peak * machine.backbone_share)
+    backbone = max(arithmetic, 1e-3 * machine.backbone_least_ms)
+    loss, communication = loss_seconds(machine, batch_size, work.dim, world, authors=authors)
+    if world > 1:
+        messages = 2 * VIEWS * work.norms  # SyncBatchNorm's, forward and backward
+        communication += messages * machine.reduce_seconds(0, world)
+        # gradients are summed while the backbone's backward pass, two thirds of it, goes on
+        gradients = machine.reduce_seconds(FLOAT32 * work.parameters, world)
+        communication += max(0.0, gradients - backbone * 2 / 3)
+    parts = {
+        "backbone": backbone,
+        "expander": views * work.expander_flops / (peak * machine.expander_share),
+        "loss": loss,
+        "optimizer": work.parameters * machine.optimizer_bytes / machine.memory_gb_s * 1e-9,
+        "communication": communication if world > 1 else 0.0,
+    }
+    inputs = batch_size * machine.gpus_per_node / machine.input_images_s / world
+    return parts | {"input": inputs, "step": max(sum(parts.values()), inputs)}
 
 
 def scale(
@@ -168,7 +199,6 @@ def scale(
     batch_size: int,
     expander_dims: Sequence[int],
     gpus: Sequence[int],
-    save_steps: int,
     weak: bool = False,
 ) -> str:
     """The prediction, what it counts and what it assumes, as tables.
@@ -178,56 +208,43 @@ def scale(
         weak: keep the images of each GPU, of which the first of `gpus` have `batch_size`.
     """
     work = count_work(architecture, image_size, expander_dims)
-    single = _batch(batch_size, gpus[0], 1) if weak else batch_size
-    alone = single / predict(work, machine, 1, single, save_steps=save_steps).seconds
-    rows = []
-    for world in gpus:
-        size = _batch(batch_size, gpus[0], world) if weak else batch_size
-        ours, authors = (
-            predict(work, machine, world, size, formula=formula, save_steps=save_steps)
-            for formula in ("ours", "authors")
-        )
-        rows.append(_row(world, size, alone, ours, authors))
-    written = checkpoint_bytes(work)
+    rows, alone = [], 0.0
+    for world in (1, *gpus):
+        size = batch_size * world // gpus[0] if weak else batch_size
+        ours = predict(work, machine, world, size)
+        rate = size / ours["step"]
+        alone = alone or rate
+        theirs = predict(work, machine, world, size, authors=True)["step"]
+        rows.append([
+            str(world), str(size // world), *(f"{1000 * part:.2f}" for part in ours.values()),
+            f"{rate:.0f}", f"{100 * rate / alone / world:.1f} %",
+            f"{IMAGENET * EPOCHS / rate / 3600:.2f}", f"{theirs / ours['step']:.2f} x",
+        ])  # fmt: skip
+    assumptions = [
+        [each.name, str(value), each.metadata["unit"],
+         each.metadata["source"] if value == each.default else "given"]
+        for each in fields(machine)
+        for value in [getattr(machine, each.name)]
+    ]  # fmt: skip
     lines = [
         f"{architecture} at {image_size} pixels: {work.backbone_flops / 1e9:.2f} GFLOP a view "
-        f"forward in {work.backbone_kernels} kernels; expander "
-        f"{'-'.join(map(str, expander_dims))}: {work.expander_flops / 1e9:.2f} GFLOP; "
-        f"{work.parameters / 1e6:.1f} million parameters, {work.norms} batch normalisations",
-        f"{'images of each GPU' if weak else 'global batch'} fixed; checkpoints of "
-        f"{written / MIB:.0f} MiB take {written / 1e6 / machine.checkpoint_mb_s:.1f} s to write, "
-        f"one in {save_steps} steps",
-        "",
-        "Predicted, not measured; milliseconds of a step but where another unit is named:",
-        "",
-        table(HEADER, rows),
-        "",
-        "Assumed:",
-        "",
-        table(["", "value", "unit", "source"], assumptions(machine)),
-    ]
+        f"forward; expander {'-'.join(map(str, expander_dims))}: "
+        f"{work.expander_flops / 1e9:.2f} GFLOP; {work.parameters / 1e6:.1f} million parameters, "
+        f"{work.norms} batch normalisations; {'images of each GPU' if weak else 'global batch'} "
+        "fixed. Predicted, not measured:",
+        "", table(HEADER, rows[1:]), "", "Assumed:", "",
+        table(["", "value", "unit", "source"], assumptions),
+    ]  # fmt: skip
     return "\n".join(lines)
 
 
-def _batch(batch_size: int, first: int, world: int) -> int:
-    if batch_size % first:
-        raise ValueError(
-            "batch_size must divide evenly over the first of gpus, got "
-            f"batch_size={batch_size} and {first} GPUs; use {first * (batch_size // first + 1)}."
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each assumption."""
+    for each in fields(Machine):
+        text = (
+            f"{each.metadata['unit']} (default {each.default}: {each.metadata['source']})".replace(
+                "%", "%%"
+            )
         )
-    return batch_size // first * world
-
-
-def _row(world: int, size: int, alone: float, ours: Step, authors: Step) -> list[str]:
-    rate = size / ours.seconds
-    parts = (ours.backbone, ours.expander, ours.loss, ours.optimizer, ours.communication)
-    return [
-        str(world), str(size // world), *(_ms(part) for part in (*parts, ours.input, ours.seconds)),
-        f"{rate:.0f}", f"{100 * rate / alone / world:.1f} %", ours.bound,
-        f"{IMAGENET * EPOCHS / rate / 3600:.2f}", _ms(authors.loss), _ms(authors.communication),
-        _ms(authors.seconds), f"{authors.seconds / ours.seconds:.2f}",
-    ]  # fmt: skip
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.2f}"
+        kind = type(each.default)
+        parser.add_argument(f"--{each.name}", default=each.default, type=kind, help=text)
