@@ -12,12 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 from datasets.data_files import resolve_pattern
 
 from vicreg_hf.benchmarks.measuring import memory_process, peak_extra_mib, surroundings, table
-from vicreg_hf.runtime.randomness import permutation, permuted
+from vicreg_hf.runtime.randomness import permutation
 
 CPU = torch.device("cpu")
 BILLION = 10**9
@@ -56,11 +55,9 @@ def billion(num_files: int, num_rows: int) -> str:
                  f"{seconds * scaled:.0f}", f"{mib * scaled / 1024:.1f}"]
             )  # fmt: skip
         opening, reading = pool.submit(_read, f"{folder}/table", rows).result()
-    keyed = _seconds(lambda: permuted(np.arange(BATCH), BILLION, seed=0, epoch=0))
     notes = [
         f"opening an Arrow table of {rows:,} rows of {CELL_BYTES} bytes: {1000 * opening:.1f} ms; "
         f"reading {BATCH} of them at random: {1000 * reading:.1f} ms",
-        f"finding which {BATCH} of 10^9 rows a step sees, keyed: {1000 * keyed:.2f} ms",
     ]
     return "\n".join([surroundings(CPU), "", table(HEADER, lines), "", *notes])
 
