@@ -115,11 +115,6 @@ def test_a_permutation_formed_in_parts_is_the_same(monkeypatch: pytest.MonkeyPat
     ]  # runs of earlier versions go on in their order
 
 
-def test_an_image_comes_anywhere_in_an_epoch() -> None:
-    places = [int(np.argmin(permutation(50, seed=0, epoch=epoch))) for epoch in range(1000)]
-    assert stats.chisquare(np.bincount(places, minlength=50)).pvalue > 1e-3
-
-
 def test_derived_seeds_differ_and_fit_a_torch_generator() -> None:
     key: dict[str, Any] = {"stream": Stream.MODEL}
     seeds = {derive_seed(0, epoch=e, index=i, **key) for e in range(20) for i in range(20)}

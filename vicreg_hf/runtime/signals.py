@@ -36,6 +36,10 @@ class Stopped(Exception):  # noqa: N818
     """The run was asked to stop, and has saved what it had reached."""
 
 
+def _ignored_by_nohup(number: signal.Signals) -> bool:
+    return number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+
+
 class Signals:
     """While entered, `REQUESTS` ask for a stop; a second one ends the process at once.
 
@@ -106,10 +110,6 @@ def ignore_requests(_worker: int) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, *REQUESTS):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _ignored_by_nohup(number: signal.Signals) -> bool:
-    return number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
 
 
 def _do_nothing(_number: int, _frame: FrameType | None) -> None:
