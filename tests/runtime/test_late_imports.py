@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from workflow import ROOT
@@ -46,19 +45,3 @@ assert timm.is_model("resnet18_cifar")
 )
 def test_models_are_registered_whichever_package_is_imported_first(order: str) -> None:
     run(f"import {order}" + REGISTERED)
-
-
-def test_a_module_is_imported_after_another_once(tmp_path: Path) -> None:
-    (tmp_path / "first.py").write_text("print('first')")
-    (tmp_path / "then.py").write_text("import first\nprint('then', hasattr(first, 'print'))")
-    found = run(f"""
-import sys
-sys.path.insert(0, {str(tmp_path)!r})
-from vicreg_hf.runtime.late_imports import import_after
-import_after("first", "then")
-import_after("never", "absent")
-assert "then" not in sys.modules
-import first, first
-import_after("first", "then")
-""")
-    assert found.splitlines() == ["first", "then False"]

@@ -81,18 +81,6 @@ def test_uniforms_are_uniform_on_the_unit_interval() -> None:
     assert stats.kstest(drawn, "uniform").pvalue > 1e-3
 
 
-def test_columns_views_and_epochs_are_uncorrelated() -> None:
-    indices = np.arange(50_000)
-    drawn = [
-        uniforms(indices, 6, seed=0, epoch=epoch, stream=stream)
-        for epoch in (0, 1)
-        for stream in (Stream.VIEW, Stream.VIEW_PRIME)
-    ]
-    correlation = np.corrcoef(np.concatenate(drawn, axis=1), rowvar=False)
-    off_diagonal = correlation - np.eye(24)
-    assert np.abs(off_diagonal).max() < 5 / np.sqrt(len(indices))  # five standard errors
-
-
 @pytest.mark.parametrize("size", [1, 2, 1000])
 def test_a_permutation_is_one_by_seed_and_epoch(size: int) -> None:
     first, *others = (

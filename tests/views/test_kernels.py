@@ -7,6 +7,7 @@ import pytest
 import torch
 from pictures import photographs
 from torch import Tensor
+from torch._inductor import config as inductor
 
 from vicreg_hf.views.kernels import Kernels
 from vicreg_hf.views.presets import ViewRecipe
@@ -36,7 +37,7 @@ def test_without_a_compiler_the_result_is_the_eager_one() -> None:
 
     kernels, x = Kernels(compiled=True), torch.arange(24).view(2, 3, 2, 2)
     with (
-        torch._inductor.config.patch({"cpp.cxx": ("no-compiler",), "fx_graph_cache": False}),
+        inductor.patch({"cpp.cxx": ("no-compiler",), "fx_graph_cache": False}),
         pytest.warns(UserWarning, match="views are made without torch.compile, which failed: "),
     ):
         assert torch.equal(kernels(invert, x), 254 - x)

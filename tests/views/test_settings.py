@@ -59,11 +59,8 @@ def test_indices_that_cannot_be_are_refused(indices: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
-        ("imagenet", "^preset must be one of authors, paper, cifar.*, or a YAML file, got 'imagen"),
-        (
-            ViewRecipe(),
-            r"^preset must be one of .*, got a single ViewRecipe; give .*, as \(recipe, ",
-        ),
+        ("imagenet", "^preset must be one of authors, .*, a YAML file or its content, got 'imagen"),
+        (ViewRecipe(), r"^preset must be one of .*, got ViewRecipe\(.*; give .*, as \(recipe, "),
         (None, "^preset must be one of authors, .*, got None"),
         ({"fliip": 1}, "^preset must hold preset, x, x_prime, .*, got fliip"),
         (("cifar", "paper"), "^preset must be a name or a ViewRecipe for each of 2 views, got"),

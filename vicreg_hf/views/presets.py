@@ -140,27 +140,21 @@ def find_recipes(preset: str | Mapping[str, Any], *, name: str = "augmentation")
     Raises:
         ValueError: no such preset or file, a field that does not exist, a value that cannot be.
     """
-    if isinstance(preset, str):
-        if preset in PRESETS:
-            return PRESETS[preset]
-        if not Path(preset).is_file():
-            raise ValueError(
-                f"{name} must be one of {', '.join(PRESETS)}, or a YAML file, got {preset!r}."
-            )
+    if isinstance(preset, str) and preset in PRESETS:
+        return PRESETS[preset]
+    content: Any = preset
+    if isinstance(preset, str) and Path(preset).is_file():
         try:
             content = yaml.safe_load(Path(preset).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{name} must be valid YAML, {preset} is not: {error}") from error
-    elif isinstance(preset, Mapping):
-        content = dict(preset)
-    else:
-        alone = isinstance(preset, ViewRecipe)
-        remedy = "; give a recipe for each view, as (recipe, recipe)" if alone else ""
+    elif not isinstance(preset, Mapping):
+        remedy = "; give a recipe for each view, as (recipe, recipe)"
         raise ValueError(
             f"{name} must be one of {', '.join(PRESETS)}, a YAML file or its content, got "
-            f"{'a single ViewRecipe' if alone else repr(preset)}{remedy}."
+            f"{preset!r}{remedy if isinstance(preset, ViewRecipe) else ''}."
         )
-    if not isinstance(content, dict):
+    if not isinstance(content, Mapping):
         raise ValueError(f"{name} must map fields to values, got {content!r}.")
     common = dict(content)
     base = common.pop("preset", "authors")
