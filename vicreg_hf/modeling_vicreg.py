@@ -149,6 +149,22 @@ class VICRegModel(PreTrainedModel):
         """The bare timm module: what is published."""
         return self.backbone
 
+    def set_image_size(self, image_size: int) -> None:
+        """Say which side in pixels the views have, and the published encoder asks for.
+
+        Raises:
+            ValueError: the backbone was built for another size.
+        """
+        args = self.config.model_args or {}
+        assert self.config.pretrained_cfg is not None
+        cfg = encoder_pretrained_cfg(self.config.pretrained_cfg, args, image_size)
+        if (size := cfg["input_size"][-1]) != image_size:
+            raise ValueError(
+                f"image_size must be the backbone's img_size, {size}, got {image_size}; build the "
+                f"model with model_args={{'img_size': {image_size}}}."
+            )
+        self.config.pretrained_cfg = cfg
+
     @property
     def branches_compiled(self) -> bool:
         """Whether `compile_branches` was called."""

@@ -64,7 +64,7 @@ class Seen(TwoViews):
         crops = torch.stack([image[:, :24, :24] for image in images])
         return crops, crops.clone()
 
-    def colour(self, crops: Any, indices: Any, epoch: Any = 0) -> Any:  # noqa: ARG002
+    def transform_crops(self, crops: Any, indices: Any, epoch: Any = 0) -> Any:  # noqa: ARG002
         return crops[0].float(), crops[1].float()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vicreg_hf import VICRegConfig, VICRegModel
-from vicreg_hf.checkpoints.writing import save_checkpoint
+from vicreg_hf.checkpoints.writing import CheckpointWriter
 from vicreg_hf.training.building.optimizers import create_optimizer
 
 Objects = tuple[VICRegModel, Optimizer]
@@ -62,5 +62,13 @@ def assert_same_bits(actual: dict[str, Any], expected: dict[str, Any]) -> None:
         assert same, name
 
 
+def save(folder: Path, step: int, objects: Objects, **state: Any) -> Path:
+    """A checkpoint by a writer of its own, as a run that was started again has."""
+    writer = CheckpointWriter(folder)
+    writer.save(step, *objects, state)
+    writer.wait()
+    return folder / f"step-{step}"
+
+
 def save_steps(folder: Path, objects: Objects, *steps: int) -> list[Path]:
-    return [save_checkpoint(folder, step, *objects, {"of": step}) for step in steps]
+    return [save(folder, step, objects) for step in steps]

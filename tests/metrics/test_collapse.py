@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from vicreg_hf.metrics.collapse import (
     alignment,
     collapse_report,
     effective_rank,
-    embedding_std,
+    mean_std,
     uniformity,
 )
 
@@ -36,34 +35,11 @@ def rankme(z: Tensor) -> float:
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
-@pytest.mark.parametrize(
-    ("z", "expected"),
-    [
-        (torch.eye(6), 6.0),
-        (torch.eye(6)[:, :4], 4.0),
-        (torch.eye(6)[:4], 4.0),
-        (3 * torch.eye(6), 6.0),
-        (torch.ones(5, 3), 1.0),
-        (torch.diag(torch.tensor([2.0, 1.0])), 3 / 4 ** (1 / 3)),  # p = 2/3, 1/3
-    ],
-)
-def test_effective_rank_matches_values_worked_by_hand(z: Tensor, expected: float) -> None:
-    assert effective_rank(z).item() == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize(("rows", "dim"), [(40, 8), (8, 40), (20, 20)])
-def test_effective_rank_is_rankme(rows: int, dim: int) -> None:
-    z = random(rows, dim)
+@pytest.mark.parametrize(("rows", "dim", "rank"), [(40, 8, None), (8, 40, None), (256, 512, 2)])
+def test_effective_rank_is_rankme(rows: int, dim: int, rank: int | None) -> None:
+    z = random(rows, dim, rank=rank).double()  # of a low rank, float32 leaves another rounding
     assert effective_rank(z).item() == pytest.approx(rankme(z), rel=1e-4)
-
-
-@pytest.mark.parametrize("rank", [1, 2, 8])
-def test_effective_rank_sees_that_large_embeddings_have_collapsed(rank: int) -> None:
-    z = random(256, 512, rank=rank)
-    assert effective_rank(z).item() == pytest.approx(rankme(z), rel=0.02)
-
-
-def test_effective_rank_of_zeros_is_finite() -> None:
+    assert effective_rank(torch.eye(6)[:4]).item() == pytest.approx(4, rel=1e-4)
     assert math.isfinite(effective_rank(torch.zeros(4, 3)).item())
 
 
@@ -75,19 +51,8 @@ def test_effective_rank_of_zeros_is_finite() -> None:
         ([[0.0, 5.0], [1.0, 5.0], [2.0, 5.0]], 0.5),
     ],
 )
-def test_embedding_std_matches_values_worked_by_hand(
-    rows: list[list[float]], expected: float
-) -> None:
-    assert embedding_std(torch.tensor(rows)).item() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("measure", [embedding_std, effective_rank])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_measured_in_more(
-    measure: Callable[[Tensor], Tensor], dtype: torch.dtype
-) -> None:
-    z = (random(64, 8) * 1e3).to(dtype)
-    assert torch.equal(measure(z), measure(z.float()))
+def test_mean_std_matches_values_worked_by_hand(rows: list[list[float]], expected: float) -> None:
+    assert mean_std(torch.tensor(rows)).item() == pytest.approx(expected)
 
 
 # --- alignment and uniformity
@@ -114,22 +79,8 @@ def test_uniformity_of_points_worked_by_hand() -> None:
     square = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
     expected = math.log((4 * math.exp(-4) + 2 * math.exp(-8)) / 6)
     assert uniformity(square).item() == pytest.approx(expected)
-
-
-def test_rows_of_zeros_are_no_distance_apart() -> None:
-    assert uniformity(torch.zeros(5, 3)).item() == pytest.approx(0.0, abs=1e-6)
-    assert collapse_report(torch.zeros(5, 3)).uniformity == pytest.approx(0.0, abs=1e-6)
-    mixed = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 2.0]])
-    expected = math.log((1 + 2 * math.exp(-2)) / 3)  # one pair 0 apart, two pairs 1
-    assert uniformity(mixed).item() == pytest.approx(expected)
-
-
-def test_uniformity_is_that_of_the_pairs_distances() -> None:
-    z = random(40, 7)
-    squared = torch.pdist(torch.nn.functional.normalize(z)).square()
-    expected = (-2 * squared).exp().mean().log()
-    torch.testing.assert_close(uniformity(z), expected)
-    assert uniformity(z) < uniformity(random(40, 7, rank=1))
+    zeros = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 2.0]])  # one pair 0 apart, two pairs 1
+    assert uniformity(zeros).item() == pytest.approx(math.log((1 + 2 * math.exp(-2)) / 3))
 
 
 # --- the report
@@ -172,27 +123,19 @@ def test_constant_dimensions_have_no_correlation() -> None:
     assert alone.off_diagonal_correlation == 0.0
 
 
-def test_dimensions_of_any_scale_count_in_correlation() -> None:
-    x = correlated(100, 6)
-    expected = collapse_report(x).off_diagonal_correlation
-    scales = torch.tensor([1e-9, 1.0, 1e9, 1e-5, 1e5, 1.0])
-    assert collapse_report(x * scales).off_diagonal_correlation == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("dim", [16, 256])
-def test_reported_embedding_std_is_one_for_points_spread_evenly(dim: int) -> None:
-    report = collapse_report(random(2000, dim) * torch.logspace(-3, 3, 2000)[:, None])
-    assert report.embedding_std == pytest.approx(1.0, abs=0.02)
-
-
-def test_reported_embedding_std_falls_with_the_dimensions_that_are_used() -> None:
-    some = collapse_report(torch.cat([random(2000, 16), torch.zeros(2000, 48)], dim=1))
-    assert some.embedding_std == pytest.approx(0.5, abs=0.02)  # sqrt(16 / 64)
+@pytest.mark.parametrize("dim", [16, 64])
+def test_unit_std_is_one_for_points_spread_evenly_and_less_in_fewer_dimensions(dim: int) -> None:
+    spread = random(2000, dim) * torch.logspace(-3, 3, 2000)[:, None]
+    assert collapse_report(spread).unit_std == pytest.approx(1.0, abs=0.02)
+    quarter = torch.cat([random(2000, dim), torch.zeros(2000, 3 * dim)], dim=1)
+    report = collapse_report(quarter)
+    assert report.unit_std == pytest.approx(0.5, abs=0.02)  # sqrt(1 / 4)
+    assert report.embedding_std == report.unit_std  # its former name
 
 
 def test_equal_rows_are_reported_as_collapsed() -> None:
     report = collapse_report(random(1, 12).expand(100, -1))
-    assert report.embedding_std == pytest.approx(0.0, abs=1e-6)
+    assert report.unit_std == pytest.approx(0.0, abs=1e-6)
     assert report.effective_rank == pytest.approx(1.0, rel=1e-3)
     assert report.uniformity == pytest.approx(0.0, abs=1e-5)
     assert report.off_diagonal_correlation == 0.0
@@ -200,19 +143,10 @@ def test_equal_rows_are_reported_as_collapsed() -> None:
     torch.testing.assert_close(report.std, torch.zeros(12))
 
 
-@pytest.mark.parametrize("rank", [1, 3, None])
-def test_reported_rank_and_uniformity_are_those_measured_alone(rank: int | None) -> None:
-    x = random(100, 12, rank=rank)
-    report = collapse_report(x)
-    assert report.effective_rank == pytest.approx(effective_rank(x).item())
-    assert report.uniformity == pytest.approx(uniformity(x).item(), abs=1e-6)
-    assert report.alignment is None
-
-
 def test_reported_alignment_is_that_of_the_views_and_not_of_the_features() -> None:
     x, noise = random(50, 12), random(30, 12)
     views = (x[20:], x[20:] + noise)
-    report = collapse_report(x, views)
+    report = collapse_report(x.numpy(), views)
     expected = np.mean([
         np.square(a / np.linalg.norm(a) - b / np.linalg.norm(b)).sum()
         for a, b in zip(views[0].numpy(), views[1].numpy(), strict=True)
@@ -233,36 +167,17 @@ def test_uniformity_of_many_rows_is_that_of_some_from_everywhere(
     assert uniformity(x[:200]) > 0.5 * expected  # the first 200 are of two classes
 
 
-def test_half_precision_is_reported_as_in_more() -> None:
-    x = (random(64, 8) * 1e3).half()
-    report, expected = collapse_report(x), collapse_report(x.float())
-    assert report.embedding_std == expected.embedding_std
-    assert torch.equal(report.singular_values, expected.singular_values)
-
-
-def test_an_array_is_reported_as_its_tensor() -> None:
-    x = random(20, 4)
-    report, expected = collapse_report(x.numpy(), (x.numpy(), -x.numpy())), collapse_report(x)
-    assert report.effective_rank == expected.effective_rank
-    assert torch.equal(report.singular_values, expected.singular_values)
-    assert report.alignment == pytest.approx(4.0)
-
-
-@pytest.mark.parametrize("views", [[torch.ones(3, 4)], [torch.ones(3, 4), torch.ones(2, 4)]])
-def test_views_of_a_report_are_two_alike(views: Any) -> None:
-    with pytest.raises(ValueError, match=r"features of two views, of one shape, got \(3, 4\)"):
-        collapse_report(random(10, 4), views)
-
-
-@pytest.mark.parametrize("shape", [(1, 5), (0, 5), (5,), (2, 3, 4), (3, 0)])
-def test_a_report_of_less_than_two_rows_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="at least two rows of numbers, got shape"):
-        collapse_report(torch.ones(shape))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_report_of_what_is_not_finite_is_refused(value: float) -> None:
-    x = random(10, 4)
-    x[7, 2] = value
-    with pytest.raises(ValueError, match="must be finite numbers, and some are not"):
-        collapse_report(x)
+@pytest.mark.parametrize(
+    ("features", "views", "message"),
+    [
+        (torch.ones(1, 5), None, r"at least two rows of numbers, got shape \(1, 5\)"),
+        (torch.ones(5), None, "at least two rows of numbers, got shape"),
+        (torch.ones(3, 0), None, "at least two rows of numbers, got shape"),
+        (torch.tensor([[1.0], [math.nan]]), None, "must be finite numbers, and some are not"),
+        (torch.eye(3), [torch.ones(3, 4)], r"of two views, of one shape, got \(3, 4\)"),
+        (torch.eye(3), [torch.ones(3, 4), torch.ones(2, 4)], r"one shape, got \(3, 4\), \(2, 4\)"),
+    ],
+)
+def test_features_without_a_report_are_refused(features: Tensor, views: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        collapse_report(features, views)

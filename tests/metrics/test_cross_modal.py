@@ -33,9 +33,3 @@ def test_chance_is_that_of_every_order(candidates: int, right: int, k: int) -> N
     orders = list(itertools.permutations(range(candidates)))
     hits = sum(any(place < right for place in order[:k]) for order in orders)
     assert chance(candidates, torch.tensor([right]), k) == pytest.approx(hits / len(orders))
-
-
-def test_chance_is_the_mean_over_queries() -> None:
-    both = chance(10, torch.tensor([1, 4]), 3)
-    one, four = (chance(10, torch.tensor([right]), 3) for right in (1, 4))
-    assert both == pytest.approx((one + four) / 2)

@@ -15,9 +15,6 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from vicreg_hf.views import operations as pixels
-from vicreg_hf.views.draws import draw_crops
-from vicreg_hf.views.presets import PRESETS
-from vicreg_hf.views.two_views import TwoViews
 
 Operation = Callable[[Tensor, Tensor], Tensor]
 Reference = Callable[[Image.Image, float], Image.Image]
@@ -150,18 +147,3 @@ def test_each_photograph_is_cropped_to_its_own_box_as_by_pil(
     ]
     ours = pixels.resized_crop(photographs, torch.tensor(boxes), size)
     assert_same_picture(ours, from_pil(expected))
-
-
-def test_a_box_of_the_size_asked_for_is_copied(photographs: Tensor) -> None:
-    ours = pixels.resized_crop(photographs, torch.tensor([[5, 9, 64, 64]] * 2), 64)
-    expected = photographs[:, :, 5:69, 9:73]
-    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
-
-
-def test_the_workers_crops_equal_the_batched_crops(photographs: Tensor) -> None:
-    views, indices = TwoViews(image_size=64, preset="authors"), np.arange(16)
-    images = photographs.repeat(8, 1, 1, 1)  # boxes wide, high, small and large
-    for view, crops in enumerate(views.crop(list(images), indices)):
-        boxes = draw_crops(views.uniforms(indices, 0, view), 427, 640, PRESETS["authors"][view])
-        expected = pixels.resized_crop(images, torch.from_numpy(boxes), 64)
-        assert_same_picture(crops, expected)

@@ -36,7 +36,11 @@ def test_a_published_encoder_sees_images_as_its_views_were(
     architecture: str, model_args: dict[str, Any], size: int | None, expected: int, tmp_path: Path
 ) -> None:
     made = model(architecture, **model_args)
+    if size is not None:
+        made.set_image_size(size)
+    before = made.config.to_dict()
     views = TwoViews.for_model(made, (NOTHING, NOTHING), image_size=size)
+    assert made.config.to_dict() == before  # it leaves the model alone
     assert made.config.pretrained_cfg is not None
     channels = made.config.pretrained_cfg["input_size"][0]
     grey = torch.full((1, channels, 200, 200), 77, dtype=torch.uint8)
@@ -48,6 +52,9 @@ def test_a_published_encoder_sees_images_as_its_views_were(
     torch.testing.assert_close(processor(shown, return_tensors="pt")["pixel_values"], x)
 
 
-def test_views_for_a_backbone_of_one_size_are_of_that_size() -> None:
-    with pytest.raises(ValueError, match="must be the backbone's img_size, 64, got 32; build"):
-        TwoViews.for_model(model("test_vit", img_size=64), image_size=32)
+def test_another_size_is_asked_of_the_model_and_not_of_its_views() -> None:
+    made = model("test_vit", img_size=64)
+    with pytest.raises(ValueError, match=r"asks for, 64, got 32; call model.set_image_size\(32\)"):
+        TwoViews.for_model(made, image_size=32)
+    with pytest.raises(ValueError, match="must be the backbone's img_size, 64, got 32; build the"):
+        made.set_image_size(32)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from vicreg_hf.benchmarks.measuring import MIB, surroundings, table
-from vicreg_hf.checkpoints.writing import CheckpointWriter, save_checkpoint
+from vicreg_hf.checkpoints.writing import CheckpointWriter
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.training.building.optimizers import create_optimizer
@@ -60,9 +60,12 @@ def checkpoints(
         size = 0
         for number in range(4):
             begun = time.perf_counter()
-            path = save_checkpoint(Path(folder) / "foreground", number, model, optimizer, {})
+            waited_for = CheckpointWriter(Path(folder) / "foreground")
+            waited_for.save(number, model, optimizer, {})
+            waited_for.wait()
             foreground.append(time.perf_counter() - begun)
-            size = sum(file.stat().st_size for file in path.iterdir())
+            files = (waited_for.folder / f"step-{number}").iterdir()
+            size = sum(file.stat().st_size for file in files)
             steps = int(3 * max(foreground) / a_step) + 3
             without = seconds(steps)
             begun = time.perf_counter()

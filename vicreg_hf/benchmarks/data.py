@@ -162,8 +162,8 @@ def large_images(count: int = 32, side: int = 224) -> str:
         "authors": authors,
         "decode": lambda: [decode_image(data) for data in encoded],
         "crop": lambda: plain.crop(decoded, indices),
-        "colour": lambda: plain.colour(crops, indices),
-        "colour, compiled": lambda: fused.colour(crops, indices),
+        "colour": lambda: plain.transform_crops(crops, indices),
+        "colour, compiled": lambda: fused.transform_crops(crops, indices),
         "torchvision v2, crop and colour": modern_views,
     }
     kornia = [kornia_view(recipe) for recipe in recipes]
@@ -255,8 +255,8 @@ def _stages(run: Run) -> str:
         times[f"read and decode, {workers} workers"] = decode
         times[f"crop, {workers} workers"] = lambda: views.crop(decoded, rows, epoch)
         times["transfer"] = lambda: [part.to(device, copy=True) for part in crops]
-        times["colour on the device"] = lambda: views.colour(moved, rows, epoch)
-        made = views.colour(moved, rows, epoch)
+        times["colour on the device"] = lambda: views.transform_crops(moved, rows, epoch)
+        made = views.transform_crops(moved, rows, epoch)
     made = tuple(map(laid_out, made))
 
     def step() -> None:

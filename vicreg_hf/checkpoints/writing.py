@@ -1,4 +1,8 @@
-"""Writing checkpoints: whole or not at all, and beside training."""
+"""Writing checkpoints beside training: each is whole or not there.
+
+What changes is copied first, and written by a thread while training goes on: into a folder aside,
+which is renamed once all of it is on the disk.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +14,29 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from vicreg_hf.checkpoints.reading import (
+from vicreg_hf.checkpoints.contents import (
     MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    OPTIMIZER_REST,
     PREFIX,
     PROBE,
     CheckpointError,
-    _by_step,
-    _digest,
-    _fault,
-    _sha256,
-    _step,
+    RunState,
+    digest,
+    file_digest,
+    find_damage,
+    newest_first,
+    split_tensors,
+    step_of,
 )
-from vicreg_hf.checkpoints.snapshots import Snapshot, take_snapshot
 from vicreg_hf.runtime.files import sync
 from vicreg_hf.runtime.machine import installed_versions
 
@@ -35,46 +44,26 @@ KEEP = 2
 """Checkpoints that remain; the older one is there in case the newer is damaged."""
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: PreTrainedModel,
-    optimizer: Optimizer,
-    state: dict[str, Any],
-    *,
-    world_size: int = 1,
-    probe: Mapping[str, Tensor] | None = None,
-) -> Path:
-    """Write `folder/step-N` atomically, then remove all but the newest `KEEP`.
-
-    Args:
-        folder: made if absent.
-        step: optimiser steps taken.
-        state: further JSON values, given back by `read_state`; of its `settings` the manifest
-            holds a digest too.
-        world_size: processes of the run.
-        probe: state of the online probe, given back by `load_probe`.
-
-    Raises:
-        CheckpointError: the disk is full or the folder cannot be written; checkpoints that were
-            there before are left as they were.
-    """
-    snapshot = take_snapshot(model, optimizer, probe=probe)
-    return _write(folder, step, snapshot, state, world_size, whole=set())
+Files = dict[str, dict[str, Tensor]]
+"""Tensors by the file they are written to."""
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread, one at a time; arguments as for `save_checkpoint`.
+    """Writes checkpoints in a thread, one at a time, and keeps the newest `KEEP`.
 
-    What a step waits for is the copy. Memory is that of one checkpoint more.
+    A step waits for the copy alone. Memory is that of one checkpoint more.
+
+    Args:
+        folder: made if absent.
+        world_size: processes of the run.
     """
 
     def __init__(self, folder: Path, *, world_size: int = 1) -> None:
         self.folder, self.world_size = folder, world_size
         self._thread: threading.Thread | None = None
-        self._snapshot: Snapshot | None = None
+        self._copies: Files = {}
         self._error: Exception | None = None
-        self._whole: set[Path] = set()
+        self._verified: set[Path] = set()
         installed_versions()  # those in use, whatever is installed meanwhile
 
     @property
@@ -87,33 +76,36 @@ class CheckpointWriter:
         step: int,
         model: PreTrainedModel,
         optimizer: Optimizer,
-        state: dict[str, Any],
+        state: RunState | Mapping[str, Any],
         *,
         probe: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Copy, and begin to write.
+        """Copy what training changes, and begin to write `folder/step-N`.
+
+        Args:
+            step: N, optimiser steps taken.
+            state: JSON values, those of a `RunState`.
+            probe: state of the online probe, for `load_probe`.
 
         Raises:
             CheckpointError: the one before could not be written.
         """
         self.wait()
-        self._snapshot = take_snapshot(model, optimizer, self._snapshot, probe)
-        self._thread = threading.Thread(
-            target=self._work, args=(step, self._snapshot, state), name="checkpoint"
-        )
+        tensors, rest = split_tensors(optimizer.state_dict())
+        files = {MODEL: model.state_dict(), OPTIMIZER: tensors}
+        if probe:
+            files[PROBE] = dict(probe)
+        self._copies = _copy(files, self._copies)
+        values = (step, model.config, self._copies, rest, state)
+        self._thread = threading.Thread(target=self._work, args=values, name="checkpoint")
         self._thread.start()
-
-    def _work(self, step: int, snapshot: Snapshot, state: dict[str, Any]) -> None:
-        try:
-            _write(self.folder, step, snapshot, state, self.world_size, self._whole)
-        except Exception as error:  # raised again by `wait`; nothing may pass for saved
-            self._error = error
 
     def wait(self) -> None:
         """Return when what was begun is on the disk.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: the disk is full or the folder cannot be written; checkpoints that
+                were there before are as they were.
         """
         if self._thread is not None:
             self._thread.join()
@@ -122,74 +114,97 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
+    def _work(self, step: int, *values: Any) -> None:
+        try:
+            self._write(step, *values)
+            self._prune(step)
+        except Exception as error:  # raised again by `wait`; nothing may pass for saved
+            self._error = error
 
-def _write(
-    folder: Path,
-    step: int,
-    snapshot: Snapshot,
-    state: dict[str, Any],
-    world_size: int,
-    whole: set[Path],
-) -> Path:
-    """As `save_checkpoint`; whole are those that need not be verified, and the new one is added."""
-    final, aside = folder / f"{PREFIX}{step}", folder / f".{PREFIX}{step}.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f".{PREFIX}*.partial"):  # by a process that was killed
-            _remove(left)
-        aside.mkdir()
-        snapshot.config.save_pretrained(aside)
-        save_file(snapshot.weights, aside / "model.safetensors", metadata={"format": "pt"})
-        save_file(snapshot.tensors, aside / "optimizer.safetensors")
-        (aside / "optimizer.json").write_text(json.dumps(snapshot.rest))
-        if snapshot.probe:
-            save_file(snapshot.probe, aside / PROBE)
-        files = {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in aside.iterdir()}
-        manifest = {
-            "step": step,
-            "world_size": world_size,
-            "versions": installed_versions(),
-            "settings_sha256": _digest(state.get("settings")),
-            "state": state,
-            "files": files,
-        }
-        manifest["sha256"] = _digest(manifest)
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
-        for file in (*aside.iterdir(), aside):
-            sync(file)
-        _remove(final)
-        aside.rename(final)
-        sync(folder)
-    # A full disk is an OSError from Python and a SafetensorError from safetensors.
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"a checkpoint could not be written to {final}: {error}. Earlier checkpoints are "
-            "untouched; free some space or choose another output_dir, and start again to resume."
-        ) from error
-    whole.add(final)
-    _prune(folder, step, whole)
-    return final
+    def _write(
+        self,
+        step: int,
+        config: PretrainedConfig,
+        tensors_of: Files,
+        optimizer_rest: dict[str, Any],
+        state: Mapping[str, Any],
+    ) -> None:
+        final = self.folder / f"{PREFIX}{step}"
+        aside = self.folder / f".{PREFIX}{step}.partial"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(f".{PREFIX}*.partial"):  # by a process that was killed
+                _remove(left)
+            aside.mkdir()
+            config.save_pretrained(aside)
+            for name, tensors in tensors_of.items():
+                save_file(tensors, aside / name, metadata={"format": "pt"})
+            (aside / OPTIMIZER_REST).write_text(json.dumps(optimizer_rest))
+            manifest = {
+                "step": step,
+                "world_size": self.world_size,
+                "versions": installed_versions(),
+                "settings_sha256": digest(state.get("settings")),
+                "state": state,
+                "files": {
+                    file.name: {"size": file.stat().st_size, "sha256": file_digest(file)}
+                    for file in aside.iterdir()
+                },
+            }
+            manifest["sha256"] = digest(manifest)
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
+            for file in (*aside.iterdir(), aside):
+                sync(file)
+            _remove(final)
+            aside.rename(final)
+            sync(self.folder)
+        # a full disk is an OSError from Python and a SafetensorError from safetensors
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise CheckpointError(
+                f"a checkpoint could not be written to {final}: {error}. Earlier checkpoints are "
+                "untouched; free some space or choose another output_dir, and start again to "
+                "resume."
+            ) from error
+        self._verified.add(final)
+
+    def _prune(self, step: int) -> None:
+        """Remove all but the newest `KEEP` that are whole.
+
+        Later steps are of a run that was started over; they must not outlive what replaces them.
+        """
+        kept = 0
+        for path in newest_first(self.folder):
+            if kept < KEEP and step_of(path) <= step and self._is_whole(path):
+                kept += 1
+                continue
+            self._verified.discard(path)
+            with suppress(OSError):
+                _remove(path)
+
+    def _is_whole(self, path: Path) -> bool:
+        if path not in self._verified and find_damage(path) is None:
+            self._verified.add(path)
+        return path in self._verified
 
 
-def _prune(folder: Path, step: int, whole: set[Path]) -> None:
-    """Remove all but the newest `KEEP` that are whole.
-
-    Later steps are of a run that was started over; they must not outlive what replaces them.
-    """
-    kept = 0
-    for path in _by_step(folder):
-        if kept < KEEP and _step(path) <= step and (path in whole or _fault(path) is None):
-            whole.add(path)
-            kept += 1
-            continue
-        whole.discard(path)
-        with suppress(OSError):
-            _remove(path)
+def _copy(files: Files, reuse: Files) -> Files:
+    """Copy tensors to the CPU, into the memory of earlier copies where shapes allow."""
+    copies: Files = {}
+    for file, tensors in files.items():
+        copies[file] = {}
+        for name, value in tensors.items():
+            copy = reuse.get(file, {}).get(name)
+            if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
+                copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            copies[file][name] = copy.copy_(value.detach(), non_blocking=value.is_cuda)
+    if any(value.is_cuda for value in files[MODEL].values()):
+        torch.cuda.synchronize()
+    return copies
 
 
 def _remove(path: Path) -> None:
-    """Whatever is there, also where it is no directory."""
+    """Remove whatever is there, also where it is no directory."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():

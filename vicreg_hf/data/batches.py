@@ -122,7 +122,7 @@ def _views_of_crops(
             bad.add(made.bad)
         keys = np.asarray(made.keys)
         cut = cast(Views, send_to_device(made.views, device, non_blocking=True))
-        coloured = views.colour(cut, keys, epoch)
+        coloured = views.transform_crops(cut, keys, epoch)
         if paired is None:
             yield coloured
         else:

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from vicreg_hf.runtime.randomness import SORTED_BELOW, permutation, permuted
+from vicreg_hf.runtime.randomness import permutation
 
 Batch = tuple[int, NDArray[np.int64]]
 """The epoch and the sample indices of this process's rows."""
@@ -16,8 +16,7 @@ Batch = tuple[int, NDArray[np.int64]]
 class GlobalBatches:
     """Which samples each step sees: a pure function of (seed, step).
 
-    Every epoch is a new order of all samples, its last incomplete batch left out; of
-    `SORTED_BELOW` samples and more it is never formed as a whole. A process takes
+    Every epoch is a new order of all samples, its last incomplete batch left out. A process takes
     a run of consecutive rows of every micro-batch, so that the micro-batches are the same rows on
     any number of processes. Without micro-batches, gathering by rank restores the batch.
 
@@ -95,10 +94,7 @@ class GlobalBatches:
         """The rows of all processes at a step, in the order of the epoch."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.batch_size
-        if self.num_samples < SORTED_BELOW:
-            return epoch, self._order(epoch)[start : start + self.batch_size]
-        places = np.arange(start, start + self.batch_size)
-        return epoch, permuted(places, self.num_samples, seed=self.seed, epoch=epoch)
+        return epoch, self._order(epoch)[start : start + self.batch_size]
 
     def _own(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         share = len(rows) // self.world_size

@@ -303,7 +303,7 @@ def _collapse(protocol: str, task: Task, measured: Measured) -> None:
     args, features = task.args, task.features["test"]
     report = collapse_report(features.x, _two_views(task))
     found = {
-        "embedding std": report.embedding_std, "effective rank": report.effective_rank,
+        "embedding std": report.unit_std, "effective rank": report.effective_rank,
         "alignment": report.alignment, "uniformity": report.uniformity,
         "off-diagonal correlation": report.off_diagonal_correlation,
     }  # fmt: skip
@@ -339,7 +339,7 @@ def _two_views(task: Task) -> tuple[Tensor, Tensor]:
         crops = make.crop(split.read(own.tolist()), own)
         halved = torch.autocast(task.device.type, torch.bfloat16, enabled=task.args.bf16)
         with torch.inference_mode(), halved, task.accelerator.autocast():
-            for part, view in zip(parts, make.colour(crops, own), strict=True):
+            for part, view in zip(parts, make.transform_crops(crops, own), strict=True):
                 part.append(encoder.module(view.to(task.device)).float())
     return torch.cat(parts[0]), torch.cat(parts[1])
 

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vicreg_hf.metrics.checks import Values, as_features, as_tensor, check_finite
+from vicreg_hf.metrics.arrays import Values, as_features, as_tensor, check_finite
 from vicreg_hf.runtime.randomness import permutation
 
 MOST_PAIRS = 4096
-"""Rows of which every pair is compared, for uniformity."""
+"""Rows all of whose pairs are compared for uniformity."""
 
 
-def embedding_std(z: Tensor) -> Tensor:
-    """Mean over dimensions of the standard deviation over rows; 0 when all rows are equal.
+def mean_std(z: Tensor) -> Tensor:
+    """Standard deviation over rows, averaged over dimensions; 0 when all rows are equal.
+
+    The metric log has it as `embedding_std`.
 
     Args:
         z: (N, D) embeddings.
@@ -33,18 +35,21 @@ def effective_rank(z: Tensor) -> Tensor:
 
     Source: Garrido et al. 2023, "RankMe", arXiv:2210.02885, eq. 1.
     """
-    singular = _singular_values(z)
+    singular = singular_values(z)
     p = singular / singular.sum().clamp(min=1e-12) + 1e-7
     return torch.exp(-(p * p.log()).sum())
 
 
-def _singular_values(z: Tensor) -> Tensor:
-    """The least first, by way of the smaller Gram matrix, which squares the condition number."""
+def singular_values(z: Tensor) -> Tensor:
+    """Singular values of z (N, D) in float64, (min(N, D),), the smallest first.
+
+    They come from the smaller Gram matrix: fast, but below 1e-8 of the largest they are rounding.
+    """
     z = (z.cpu() if z.device.type == "mps" else z).double()
     gram = z @ z.T if len(z) < z.shape[1] else z.T @ z
     try:
         values = torch.linalg.eigvalsh(gram)
-    except torch.linalg.LinAlgError:  # of CUDA's solver, where ranks are low
+    except torch.linalg.LinAlgError:  # CUDA's solver fails where ranks are low
         values = torch.linalg.eigvalsh(gram.cpu()).to(gram.device)
     return values.clamp(min=0).sqrt()
 
@@ -81,22 +86,27 @@ def uniformity(z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CollapseReport:
-    """What a set of features shows of collapse."""
+    """Signs of collapse in a set of features."""
 
-    embedding_std: float
-    """Mean over dimensions of the standard deviation of unit-length features, times sqrt(F): 1 is
-    what points spread evenly over the sphere have, 0 what equal ones have."""
+    unit_std: float
+    """Standard deviation of the unit-length features, averaged over dimensions, times sqrt(F):
+    1 for points spread evenly over the sphere, 0 for equal ones."""
     std: Tensor = field(repr=False)
-    """(F,) of each dimension, of the features as they are."""
+    """(F,) standard deviation of each dimension of the features as they are."""
     singular_values: Tensor = field(repr=False)
-    """(min(N, F),) of the centred features, the largest first."""
+    """(min(N, F),) singular values of the centred features, the largest first."""
     effective_rank: float
     """RankMe: between 1 and min(N, F)."""
     uniformity: float
     off_diagonal_correlation: float
     """Mean absolute correlation of two dimensions, 0 to 1."""
     alignment: float | None = None
-    """Of two views of the same images, if they were given."""
+    """None where no views of the same images were given."""
+
+    @property
+    def embedding_std(self) -> float:
+        """The former name of `unit_std`."""
+        return self.unit_std
 
 
 def collapse_report(features: Values, views: tuple[Values, Values] | None = None) -> CollapseReport:
@@ -110,20 +120,20 @@ def collapse_report(features: Values, views: tuple[Values, Values] | None = None
         ValueError: fewer than two rows, values that are not finite, or views that are not two of
             one shape.
     """
-    given = as_tensor("features", features)
-    if given.ndim != 2 or len(given) < 2 or not given.shape[1]:
+    x = as_tensor("features", features)
+    if x.ndim != 2 or len(x) < 2 or not x.shape[1]:
         raise ValueError(
-            f"features must be at least two rows of numbers, got shape {tuple(given.shape)}."
+            f"features must be at least two rows of numbers, got shape {tuple(x.shape)}."
         )
-    check_finite("features", given)
-    x = given.float()
+    check_finite("features", x)
+    x = x.float()
     centred = x - x.mean(0)
     # the first rows may all be of one class
     some = x[torch.from_numpy(permutation(len(x), seed=0, epoch=0)[:MOST_PAIRS]).to(x.device)]
     return CollapseReport(
-        embedding_std=(F.normalize(x, dim=1).std(0).mean() * math.sqrt(x.shape[1])).item(),
+        unit_std=(F.normalize(x, dim=1).std(0).mean() * math.sqrt(x.shape[1])).item(),
         std=x.std(0).cpu(),
-        singular_values=_singular_values(centred).flip(0).float().cpu(),
+        singular_values=singular_values(centred).flip(0).float().cpu(),
         effective_rank=effective_rank(x).item(),
         uniformity=uniformity(some).item(),
         off_diagonal_correlation=_off_diagonal(centred[:, _varies(x)]).item(),

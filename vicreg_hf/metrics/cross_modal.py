@@ -1,7 +1,8 @@
-"""Retrieval between two modalities: is what belongs to a sample among its nearest neighbours?
+"""Retrieval between two modalities: are a sample's own captions among its nearest neighbours?
 
-Shapes: N samples, M of what belongs to them (captions, say, of which a sample may have several), D
-embedding.
+Captions stand for whatever a sample is paired with; it may have several.
+
+Shapes: N samples, M captions, D embedding.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from vicreg_hf.metrics.retrieval import nearest_neighbours
 
 
 class CrossRecall(NamedTuple):
-    """Whether a query found its own, 0 or 1 for each, by the number of neighbours."""
+    """Whether each query found its counterpart, 0 or 1, by the number of neighbours."""
 
     forward: dict[int, Tensor]
-    """(N,): any of what belongs to the sample."""
+    """(N,) whether a sample found any of its captions."""
     backward: dict[int, Tensor]
-    """(M,): the sample it belongs to."""
+    """(M,) whether a caption found its sample."""
 
 
 def cross_recall(z: Tensor, z_prime: Tensor, owner: Tensor, ks: Sequence[int]) -> CrossRecall:
     """Recall at k in both directions, by cosine similarity of embeddings.
 
     Args:
-        z: (N, D) of samples.
-        z_prime: (M, D) of what belongs to them.
-        owner: (M,) rows of z that each belongs to.
+        z: (N, D) embeddings of samples.
+        z_prime: (M, D) embeddings of captions.
+        owner: (M,) the sample of each caption, as a row of z.
         ks: numbers of neighbours; more than there are count as all.
 
     Raises:
-        ValueError: a sample to which nothing belongs.
+        ValueError: a sample without a caption.
 
     Source: recall as in Faghri et al. 2018, "VSE++", arXiv:1707.05612, which the paper's table 3
         follows.
@@ -56,10 +57,10 @@ def cross_recall(z: Tensor, z_prime: Tensor, owner: Tensor, ks: Sequence[int]) -
 
 
 def chance(num_candidates: int, num_right: Tensor, k: int) -> float:
-    """Recall at k of a random order: how likely any of what is right is among the first k.
+    """Recall at k of candidates in random order.
 
     Args:
-        num_right: (N,) candidates that are right, of each query.
+        num_right: (N,) how many candidates are right for each query.
     """
     k = min(k, num_candidates)
     found = [
@@ -70,7 +71,7 @@ def chance(num_candidates: int, num_right: Tensor, k: int) -> float:
 
 
 def by_owner(scores: Tensor, owner: Tensor, num_owners: int) -> Tensor:
-    """The mean score of what belongs to each sample: (M,) scores to (N,)."""
+    """The mean score of each sample's captions: (M,) scores to (N,)."""
     sums = torch.zeros(num_owners, dtype=scores.dtype, device=scores.device)
     counts = torch.bincount(owner, minlength=num_owners)
     return sums.index_add_(0, owner, scores) / counts

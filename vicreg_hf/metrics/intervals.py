@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 Z = 1.959963984540054
-"""A normal variable lies within so many standard deviations with a probability of 95 %."""
+"""Standard deviations within which a normal variable lies with a probability of 95 %."""
 
 
 def wilson_interval(right: int, images: int) -> tuple[float, float]:
-    """95 % interval of a share.
+    """95 % interval of the share of images that are classified rightly.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
@@ -25,7 +25,7 @@ def wilson_interval(right: int, images: int) -> tuple[float, float]:
 RESAMPLES = 1000
 """Bootstrap resamples of the test images."""
 MOST_VALUES = 64
-"""Different scores up to which resamples are drawn by how often each occurs, which is quicker."""
+"""Up to so many different scores, resamples are drawn by how often each occurs: it is quicker."""
 
 
 def bootstrap_interval(
@@ -33,7 +33,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """95 % percentile interval of the mean of per-image scores over resampled test images.
 
-    It says how far the choice of test images moves a number; not how far another training run does.
+    It says how far the choice of test images moves a number, not how far another run does.
 
     Args:
         scores: (M,), such as 1 where a prediction is right and 0 where not.
@@ -49,8 +49,8 @@ def bootstrap_interval(
     random = np.random.default_rng(seed)
     values, counts = np.unique(scores, return_counts=True)
     if len(values) <= MOST_VALUES:
-        drawn = random.multinomial(len(scores), counts / len(scores), size=resamples)
-        means = drawn @ values / len(scores)
+        occurrences = random.multinomial(len(scores), counts / len(scores), size=resamples)
+        means = occurrences @ values / len(scores)
     else:
         draws = (random.integers(len(scores), size=len(scores)) for _ in range(resamples))
         means = np.array([scores[rows].mean() for rows in draws])

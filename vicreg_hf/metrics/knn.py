@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from vicreg_hf.metrics.checks import (
+from vicreg_hf.metrics.arrays import (
     Values,
+    accuracy,
     as_features,
-    as_labels,
+    as_labelled,
     check_finite,
-    check_one_label_each,
     check_same_width,
 )
+from vicreg_hf.metrics.retrieval import QUERIES_AT_ONCE, most_similar
 from vicreg_hf.runtime.checks import is_whole
-
-CHUNK = 1024
 
 
 def knn_predict(
@@ -50,10 +48,8 @@ def knn_predict(
 
     Source: Wu et al. 2018, arXiv:1805.01978, section 3.4; Bardes et al. 2022, table 11.
     """
-    train = as_features("train_features", train_features)
+    train, labels = as_labelled("train", train_features, train_labels)
     test = as_features("test_features", test_features)
-    labels = as_labels("train_labels", train_labels).to(train.device)
-    check_one_label_each("training", len(train), len(labels))
     check_same_width(train, test)
     if not is_whole(k) or not 1 <= k <= len(train):
         raise ValueError(f"k must lie between 1 and {len(train)} training rows, got {k}.")
@@ -65,16 +61,14 @@ def knn_predict(
 def vote(
     train: Tensor, labels: Tensor, test: Tensor, *, k: int, temperature: float = 0.07
 ) -> Tensor:
-    """`knn_predict` of what is known to be right, but for features that are not finite."""
-    bank = F.normalize(train.float(), dim=1)
+    """`knn_predict` for features and labels that fit together; features need not be finite."""
+    similarity, rows = most_similar(train, test, k)
+    # the largest similarity is subtracted so that the weights cannot overflow
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()
     num_classes = int(labels.max()) + 1
     predictions = []
-    for chunk in F.normalize(test.float(), dim=1).split(CHUNK):
-        similarity, nearest = (chunk @ bank.T).topk(k, dim=1)
-        # the largest similarity is subtracted so that the weights cannot overflow
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = weights.new_zeros(len(chunk), num_classes)
-        votes.scatter_add_(1, labels[nearest], weights)
+    for own, near in zip(weights.split(QUERIES_AT_ONCE), rows.split(QUERIES_AT_ONCE), strict=True):
+        votes = own.new_zeros(len(own), num_classes).scatter_add_(1, labels[near], own)
         predictions.append(votes.argmax(1))
     return torch.cat(predictions)
 
@@ -88,15 +82,12 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Share of test rows, 0 to 1, that `knn_predict` classifies rightly.
+    """Share of test rows, 0 to 1, whose class `knn_predict` finds.
 
     Raises:
-        ValueError: as `knn_predict`, and likewise of test labels; no test rows.
+        ValueError: as for `knn_predict`, also for test labels; no test rows.
     """
-    test = as_features("test_features", test_features)
-    labels = as_labels("test_labels", test_labels)
-    check_one_label_each("test", len(test), len(labels))
-    if not len(test):
-        raise ValueError("test_features must have at least 1 row, got none.")
-    predicted = knn_predict(train_features, train_labels, test, k=k, temperature=temperature)
-    return (predicted == labels.to(predicted.device)).float().mean().item()
+    test, labels = as_labelled("test", test_features, test_labels)
+    return accuracy(
+        knn_predict(train_features, train_labels, test, k=k, temperature=temperature), labels
+    )

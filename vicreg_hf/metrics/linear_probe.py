@@ -1,4 +1,4 @@
-"""Linear classification of features that are there already, with a sweep of settings at once.
+"""Linear classification of stored features, with a sweep of settings at once.
 
 Shapes: N training rows, M test rows, B rows of a batch, F features, K classes, S settings.
 """
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vicreg_hf.metrics.checks import (
+from vicreg_hf.metrics.arrays import (
     Values,
+    accuracy,
     as_features,
+    as_labelled,
     as_labels,
-    as_tensor,
-    check_one_label_each,
     check_same_width,
 )
 from vicreg_hf.metrics.subsets import balanced_subset
@@ -27,18 +27,20 @@ from vicreg_hf.runtime.randomness import permutation
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WEIGHT_DECAYS = (0.0, 1e-5, 1e-4, 1e-3)
 VALIDATION = 0.1
-"""Part of the training rows on which a setting is chosen, and from which it is then learned too."""
+"""Part of the training rows that chooses the setting, before it too is learned from."""
 MOMENTUM = 0.9
+ROWS_AT_ONCE = 4096
+"""Rows that are classified together."""
 
 
 @dataclass(frozen=True)
 class LinearResult:
-    """What a sweep has found."""
+    """The test predictions of a sweep's best setting, and how each setting fared."""
 
     predictions: Tensor
     """(M,) classes."""
     learning_rate: float
-    """Of the setting that was chosen; likewise weight_decay."""
+    """Learning rate of the best setting; likewise weight_decay."""
     weight_decay: float
     validation: dict[tuple[float, float], float]
     """Accuracy on the rows held out of training, 0 to 1, by learning rate and weight decay."""
@@ -47,16 +49,12 @@ class LinearResult:
     batch_size: int
 
     def accuracy(self, labels: Values) -> float:
-        """Share of test rows, 0 to 1, that are classified rightly.
+        """Share of test rows, 0 to 1, whose predicted class is their label.
 
         Raises:
             ValueError: labels that are not one integer for each row, or no rows.
         """
-        given = as_labels("labels", labels)
-        check_one_label_each("test", len(self.predictions), len(given))
-        if not len(given):
-            raise ValueError("an accuracy needs at least 1 test row, got none.")
-        return (self.predictions == given.to(self.predictions.device)).float().mean().item()
+        return accuracy(self.predictions, as_labels("labels", labels))
 
 
 def linear_probe(
@@ -92,15 +90,11 @@ def linear_probe(
             classes, labels that are no integers from 0, one that is not below num_classes, or no
             settings.
     """
-    train = as_features("train_features", train_features)
+    train, labels = as_labelled("train", train_features, train_labels)
     test = as_features("test_features", test_features)
-    labels = as_tensor("train_labels", train_labels)
-    check_one_label_each("training", len(train), labels.numel())
     check_same_width(train, test)
-    present = len(labels.unique())
-    if present < 2:
+    if (present := len(labels.unique())) < 2:
         raise ValueError(f"a classifier needs rows of at least two classes, got {present}.")
-    labels = as_labels("train_labels", labels)
     largest = int(labels.max())
     classes = largest + 1 if num_classes is None else num_classes
     if largest >= classes:
@@ -110,7 +104,6 @@ def linear_probe(
         raise ValueError("a sweep needs at least one learning rate and one weight decay, got none.")
     x, x_test = _standardised(train, test)
     held_out = torch.from_numpy(balanced_subset(labels.cpu(), VALIDATION, seed))
-    labels = labels.to(x.device)
     kept = torch.ones(len(x), dtype=torch.bool)
     if len(held_out) < len(x):  # else each class has one row, and is chosen on what it learns
         kept[held_out] = False
@@ -118,19 +111,17 @@ def linear_probe(
     batch_size = batch_size or min(max(len(x) // 40, 32), 1024)
     options = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
     weight, bias = _train(x[kept], labels[kept], classes, settings, **options)
-    found = _classify(x[held_out], weight, bias, classes)
+    found, losses = _classify(x[held_out], weight, bias, classes, labels[held_out])
     scores = (found == labels[held_out, None]).float().mean(0).tolist()
-    losses = _cross_entropy(x[held_out], labels[held_out], weight, bias, classes)
     if not bool(losses.isfinite().any()):
         raise FloatingPointError(
             "every linear classifier diverged; are the features finite numbers?"
         )
     best = settings[int(losses.nan_to_num(nan=math.inf).argmin())]
     weight, bias = _train(x, labels, classes, [best], **options)
-    predictions = _classify(x_test, weight, bias, classes)[:, 0]
-    accuracies, loss_of = (
-        dict(zip(settings, values, strict=True)) for values in (scores, losses.tolist())
-    )
+    predictions = _classify(x_test, weight, bias, classes)[0][:, 0]
+    accuracies = dict(zip(settings, scores, strict=True))
+    loss_of = dict(zip(settings, losses.tolist(), strict=True))
     return LinearResult(predictions, *best, accuracies, loss_of, batch_size)
 
 
@@ -178,23 +169,21 @@ def _train(
     return weight, bias
 
 
-def _cross_entropy(
-    x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, num_classes: int
-) -> Tensor:
-    """(S,) mean over rows; NaN of a classifier that has diverged."""
-    total = 0.0
-    for rows, wanted in zip(x.split(4096), labels.split(4096), strict=True):
-        logits = torch.addmm(bias, rows, weight).view(len(rows), -1, num_classes)
-        chosen = logits.gather(2, wanted[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
-        total = total + (logits.logsumexp(2) - chosen).sum(0)
-    return torch.as_tensor(total) / len(x)
+def _classify(
+    x: Tensor, weight: Tensor, bias: Tensor, num_classes: int, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Classes (rows, S), and the mean cross-entropy (S,) with labels.
 
-
-def _classify(x: Tensor, weight: Tensor, bias: Tensor, num_classes: int) -> Tensor:
-    """(rows, S) classes; of a classifier that has diverged, none that there is."""
-    parts = []
-    for rows in x.split(4096):
+    A classifier that has diverged gives class -1, and a cross-entropy of NaN.
+    """
+    parts, total = [], x.new_zeros(bias.numel() // num_classes)
+    for start in range(0, max(len(x), 1), ROWS_AT_ONCE):
+        rows = x[start : start + ROWS_AT_ONCE]
         logits = torch.addmm(bias, rows, weight).view(len(rows), -1, num_classes)
         classes = logits.nan_to_num(nan=-math.inf).argmax(2)
         parts.append(torch.where(logits.isfinite().all(2), classes, -1))
-    return torch.cat(parts)
+        if labels is not None:
+            wanted = labels[start : start + ROWS_AT_ONCE, None, None]
+            chosen = logits.gather(2, wanted.expand(-1, logits.shape[1], 1))[..., 0]
+            total += (logits.logsumexp(2) - chosen).sum(0)
+    return torch.cat(parts), total / len(x)

@@ -9,55 +9,48 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 1024
+QUERIES_AT_ONCE = 1024
+"""Queries whose similarities to all rows are in memory together."""
 
 
-def nearest_neighbours(
-    bank_features: Tensor, query_features: Tensor, k: int, *, leave_out: bool = False
-) -> Tensor:
-    """The rows nearest to each query in cosine similarity, the nearest first.
+def most_similar(bank_features: Tensor, query_features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The rows of largest cosine similarity to each query, the nearest first, in float32.
 
     Args:
         bank_features: (N, F).
         query_features: (M, F).
         k: neighbours, at most N.
-        leave_out: the queries are the rows themselves, and none is its own neighbour.
 
     Returns:
-        (M, k) row numbers.
+        (M, k) similarities and (M, k) row numbers.
 
     Raises:
-        ValueError: fewer than k rows to search in, or leave_out of queries that are not the rows.
+        ValueError: fewer than k rows to search in.
     """
-    if leave_out and len(query_features) != len(bank_features):
-        raise ValueError(
-            "leave_out needs the rows themselves as queries, got "
-            f"{len(bank_features)} rows and {len(query_features)} queries."
-        )
-    most = len(bank_features) - leave_out
+    most = len(bank_features)
     if not 1 <= k <= most:
         raise ValueError(f"k must lie between 1 and the {most} rows to search in, got {k}.")
     bank = F.normalize(bank_features.float(), dim=1)
-    found, start = [], 0
-    for chunk in F.normalize(query_features.float(), dim=1).split(CHUNK):
-        similarity = chunk @ bank.T
-        if leave_out:
-            own = torch.arange(len(chunk), device=chunk.device)
-            similarity[own, start + own] = -torch.inf
-        found.append(similarity.topk(k, dim=1).indices)
-        start += len(chunk)
-    return torch.cat(found)
+    queries = F.normalize(query_features.float(), dim=1)
+    found = [(part @ bank.T).topk(k, dim=1) for part in queries.split(QUERIES_AT_ONCE)]
+    similarities, rows = zip(*found, strict=True)
+    return torch.cat(similarities), torch.cat(rows)
+
+
+def nearest_neighbours(bank_features: Tensor, query_features: Tensor, k: int) -> Tensor:
+    """The row numbers (M, k) of `most_similar`."""
+    return most_similar(bank_features, query_features, k)[1]
 
 
 def average_precision_at_k(relevant: Tensor, num_relevant: Tensor) -> Tensor:
-    """How early what is sought comes among k neighbours: 1 where nothing else comes before it.
+    """Average precision at k: 1 where no irrelevant neighbour comes before a relevant one.
 
-    The mean, over places that hold something relevant, of the share of relevant ones up to there;
-    of those that could be found, min(k, all there are).
+    The share of relevant neighbours up to each relevant one, averaged over as many as could be
+    found: k, or all relevant rows where they are fewer.
 
     Args:
         relevant: (M, k) bool, the nearest neighbour first.
-        num_relevant: (M,) relevant rows in all; queries of none give 0.
+        num_relevant: (M,) relevant rows in the whole bank; a query without any gets 0.
 
     Returns:
         (M,) between 0 and 1, on CPU; their mean is the mean average precision at k.

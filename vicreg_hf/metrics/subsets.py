@@ -9,7 +9,7 @@ from vicreg_hf.runtime.randomness import Stream, permutation
 
 
 def balanced_subset(labels: ArrayLike, fraction: float, seed: int = 0) -> NDArray[np.int64]:
-    """Rows of a random share of every class.
+    """A random share of the rows of every class.
 
     A class gives round(fraction * its size) rows, but at least one. The rows of a smaller fraction
     are among those of a larger one with the same seed.
@@ -17,7 +17,7 @@ def balanced_subset(labels: ArrayLike, fraction: float, seed: int = 0) -> NDArra
     Args:
         labels: (N,) classes from 0.
         fraction: above 0, at most 1.
-        seed: any integer; nothing else that is random has a part in it.
+        seed: any integer; nothing else that is random matters.
 
     Returns:
         Row numbers, ascending.
@@ -37,7 +37,7 @@ def balanced_subset(labels: ArrayLike, fraction: float, seed: int = 0) -> NDArra
         raise ValueError(
             f"every row needs a class from 0, got {labels[row]} in row {row}; leave such rows out."
         )
-    # epoch 1, for the kNN monitor chooses its rows by epoch 0
+    # epoch 1, as the kNN monitor chooses its rows by epoch 0
     order = permutation(len(labels), seed=seed, epoch=1, stream=Stream.SPLIT)
     by_class = order[np.argsort(labels[order], kind="stable")]
     sizes = np.unique(labels, return_counts=True)[1]

@@ -1,7 +1,6 @@
 """Images of several classes at once: one linear SVM a class, after the protocol for VOC07.
 
-What differs from it: average precision is scikit-learn's, which interpolates nothing, and costs are
-those of a shorter list.
+It differs in average precision, which scikit-learn does not interpolate, and in fewer costs.
 
 Shapes: N training rows, M test rows, F features, K classes.
 """
@@ -9,7 +8,6 @@ Shapes: N training rows, M test rows, F features, K classes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,7 +27,6 @@ def svm_scores(
     train_targets: ArrayLike,
     test_features: ArrayLike,
     *,
-    costs: Sequence[float] = COSTS,
     seed: int = 0,
 ) -> tuple[NDArray[np.float64], list[float]]:
     """Scores of one linear SVM a class, on features of unit length.
@@ -43,7 +40,7 @@ def svm_scores(
         test_features: (M, F).
 
     Returns:
-        (M, K) scores, the larger the surer; and the cost of each class.
+        (M, K) scores, larger where a class is more likely, and the cost of each class.
 
     Raises:
         ValueError: a class with fewer positive or negative rows than cross-validation needs.
@@ -61,14 +58,14 @@ def svm_scores(
         )
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     scores, chosen = np.empty((len(x_test), targets.shape[1])), []
-    with warnings.catch_warnings():  # the largest costs do not, and are not chosen
+    with warnings.catch_warnings():  # the largest costs do not converge, and are not chosen
         warnings.simplefilter("ignore", ConvergenceWarning)
         for k, target in enumerate(targets.T):
             precision = [
                 cross_val_score(_svm(cost, seed), x, target, cv=folds, scoring="average_precision")
-                for cost in costs
+                for cost in COSTS
             ]
-            chosen.append(costs[int(np.argmax(np.mean(precision, axis=1)))])
+            chosen.append(COSTS[int(np.argmax(np.mean(precision, axis=1)))])
             scores[:, k] = _svm(chosen[-1], seed).fit(x, target).decision_function(x_test)
     return scores, chosen
 
@@ -82,7 +79,7 @@ def mean_average_precision(scores: ArrayLike, targets: ArrayLike) -> tuple[float
             count for nothing.
 
     Returns:
-        The mean over classes, and that of each class; NaN where no row shows it, or any.
+        The mean over classes, and that of each class; NaN where no row shows a class.
     """
     scores, targets = np.asarray(scores), np.asarray(targets) > 0
     each = [

@@ -1,4 +1,4 @@
-"""What several processes must agree on: sums, gathered rows, flags and failures.
+"""Sums, gathered rows, flags and failures that several processes share.
 
 Without an initialised process group everything here is the single-process case.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 
 ProcessGroup = dist.ProcessGroup | None
 PATIENCE = timedelta(hours=12)
-"""While the main process prepares data, works on features or pushes, the others wait for it;
-NCCL would end them after ten minutes."""
+"""How long processes wait for the main one, which prepares data, computes features or pushes
+meanwhile; NCCL would end them after ten minutes."""
 
 
 def world_size(group: ProcessGroup = None) -> int:
@@ -33,7 +33,7 @@ def rank(group: ProcessGroup = None) -> int:
 
 
 def find_group(name: str) -> ProcessGroup:
-    """The process group of a `group_name`; the empty name is the default group's."""
+    """The process group of a `group_name`; the empty name means the default group."""
     return c10d._resolve_process_group(cast(Any, name)) if name else None
 
 
@@ -42,7 +42,7 @@ _compared: ContextVar[bool] = ContextVar("compared", default=False)
 
 @contextmanager
 def shapes_compared(compared: bool = True) -> Iterator[None]:
-    """Spare `check_same_shape`, which waits for the device, where it would only be repeated."""
+    """Skip `check_same_shape`, which waits for the device, where it would only be repeated."""
     token = _compared.set(compared)
     try:
         yield
@@ -51,10 +51,10 @@ def shapes_compared(compared: bool = True) -> Iterator[None]:
 
 
 def check_same_shape(x: Tensor, group: ProcessGroup = None, *, counts: Sequence[int] = ()) -> None:
-    """Fail in every process, rather than hang, where x has not the same shape in all.
+    """Fail in every process, rather than hang, where the shape of x differs between them.
 
     Args:
-        counts: further whole numbers that must be alike, such as how many tensors of that shape.
+        counts: further integers that must be equal, such as the number of tensors of that shape.
 
     Raises:
         ValueError: shapes or counts that differ.
@@ -80,24 +80,22 @@ def sum_over_processes(x: Tensor, group: ProcessGroup = None) -> Tensor:
 
 
 class Vote:
-    """Flags that are being gathered from all processes; `read` waits until they are here.
+    """Flags on their way from all processes, for which `read` waits; a GPU goes on meanwhile.
 
-    A GPU goes on meanwhile: nothing but `read` waits for it. Every process must make one.
+    Every process must make one.
 
     Args:
-        flags: scalars, booleans of this process or tensors on the device.
+        flags: this process's, as booleans or as scalar tensors on the device.
     """
 
-    def __init__(
-        self, flags: Sequence[bool | Tensor], device: torch.device, group: ProcessGroup = None
-    ) -> None:
+    def __init__(self, flags: Sequence[bool | Tensor], device: torch.device) -> None:
         votes = [
             flag.to(torch.float32)
             if isinstance(flag, Tensor)
             else torch.full((), float(flag), device=device)
             for flag in flags
         ]
-        self._counts = sum_over_processes(torch.stack(votes), group)
+        self._counts = sum_over_processes(torch.stack(votes))
         self._arrived: torch.cuda.Event | None = None
         if device.type == "cuda":
             on_host = torch.empty(len(flags), pin_memory=True)
@@ -106,17 +104,15 @@ class Vote:
             self._arrived.record(torch.cuda.current_stream(device))
 
     def read(self) -> list[bool]:
-        """Each flag: whether it is set in any process."""
+        """Whether each flag is set in any process."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return [count > 0 for count in self._counts.tolist()]
 
 
-def any_process(
-    flags: Sequence[bool | Tensor], device: torch.device, group: ProcessGroup = None
-) -> list[bool]:
-    """Each flag: whether it is set in any process. Waits for the device once."""
-    return Vote(flags, device, group).read()
+def any_process(flags: Sequence[bool | Tensor], device: torch.device) -> list[bool]:
+    """Whether each flag is set in any process. Waits for the device once."""
+    return Vote(flags, device).read()
 
 
 def gather_rows(x: Tensor, group: ProcessGroup = None) -> Tensor:
@@ -132,14 +128,14 @@ def gather_rows(x: Tensor, group: ProcessGroup = None) -> Tensor:
     if size == 1:
         return x
     rows = x.new_empty(size * len(x), *x.shape[1:])
-    # the same by its newer name, where torch has it
+    # newer versions of torch have the same under another name
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     gather(rows, x.contiguous(), group=group)
     return rows
 
 
 class OtherProcessFailed(RuntimeError):  # noqa: N818
-    """What another process of the run raised."""
+    """Another process of the run has failed."""
 
 
 @contextmanager
@@ -154,7 +150,7 @@ def failing_together(device: torch.device) -> Iterator[None]:
     fault: Exception | None = None
     try:
         yield
-    except Exception as error:  # whatever it is
+    except Exception as error:  # raised again below, once all processes know
         fault = error
     if any_process([fault is not None], device)[0]:
         raise fault or OtherProcessFailed("another process has failed; its own message says why.")

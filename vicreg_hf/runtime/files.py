@@ -1,4 +1,4 @@
-"""Files that are there whole: written aside, and moved into place once they are on the disk."""
+"""Writing files so that each is whole or not there, and saying which one has no room."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Numbers of errors of a disk, a quota or a file that takes no more."""
+"""Error numbers of a disk, a quota or a file that takes no more."""
 ABANDONED = 3600.0
 """Seconds without a change after which nothing is writing a file any more."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what takes the place of a file, unless something fails meanwhile.
+    """A path to write to; what is written there then replaces a file, unless something fails.
 
     Raises:
         OSError: the disk is full, say; it names the file, which is as it was.
@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.filename not in (None, str(aside)):
             raise
-        # of a write, which does not know where it goes
+        # a failed write does not name its file
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         with suppress(OSError):
@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed had begun to write in a folder that others share."""
+    """Remove files that killed processes had begun to write in a folder that others share."""
     for left in folder.glob(".*.partial"):
         with suppress(OSError):
             if time.time() - left.stat().st_mtime > ABANDONED:
@@ -51,14 +51,13 @@ def clear_leftovers(folder: Path) -> None:
 
 @contextmanager
 def writing(directory: Path, setting: str = "output_dir", *, remedy: str = "") -> Iterator[None]:
-    """While files are written to a directory that a setting names.
+    """Blame a setting when a file in the directory that it names cannot be written.
 
     Args:
         remedy: a sentence on what is lost and what to do.
 
     Raises:
-        ValueError: they cannot be. An OSError about a file elsewhere, or about none, is raised as
-            it is: replacing names the file that could not be written.
+        ValueError: instead of an OSError about the directory, or about a file in it.
     """
     try:
         yield
@@ -70,7 +69,7 @@ def writing(directory: Path, setting: str = "output_dir", *, remedy: str = "") -
 
 
 def _concerns(error: OSError, directory: Path) -> bool:
-    """Whether it is about a file in a directory, that itself, or one it is in."""
+    """Whether an error is about a directory, a file in it, or a folder around it."""
     if not isinstance(error.filename, (str, os.PathLike)):
         return False
     file, place = Path(error.filename).absolute(), directory.absolute()
@@ -79,10 +78,10 @@ def _concerns(error: OSError, directory: Path) -> bool:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder that is there for a while.
+    """A folder for the duration of a block.
 
     Raises:
-        OSError: there is no room for what is written to it.
+        OSError: there is no room for the files that are written to it.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def import_after(module: str, then: str) -> None:
-    """Import `then` once `module` is imported, which may have happened or may never happen.
+    """Import `then` as soon as `module` is imported: now, later or never.
 
     So a package registers itself with a library without importing it, which would take seconds.
     """
@@ -23,7 +23,7 @@ def import_after(module: str, then: str) -> None:
 
 
 class _Follower(MetaPathFinder):
-    """Finds one module where the others find it, and has another one imported after it."""
+    """Finds one module as the other finders do, and has another one imported after it."""
 
     def __init__(self, module: str, then: str) -> None:
         self.module, self.then = module, then

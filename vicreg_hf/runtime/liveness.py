@@ -21,9 +21,9 @@ from vicreg_hf.runtime.signals import Stopped
 BEAT = 2.0
 """Seconds between two signs of life."""
 SILENCE = 20.0
-"""Seconds without one after which a process counts as lost."""
+"""Seconds without a sign of life after which a process counts as lost."""
 LEFT, FAILED = b"left", b"failed"
-"""What a process tells last."""
+"""The last sign of a process that ends."""
 LOST = 1
 """Exit status where a process of the run is lost."""
 
@@ -53,7 +53,7 @@ def watched(accelerator: Accelerator) -> Iterator[None]:
 
 
 def _leave_together(accelerator: Accelerator, watch: _Watch | None) -> None:
-    """None may go before all are through: the store may be the main process's, and end with it."""
+    """Wait until all are through: the store may be the main process's, and end with it."""
     if watch is not None:
         if not accelerator.is_main_process:
             watch.leave(LEFT)
@@ -72,7 +72,8 @@ class _Watch(threading.Thread):
             is_master=False, timeout=timedelta(seconds=SILENCE),
         )  # fmt: skip
         self.left = threading.Event()
-        self.seen: dict[int, tuple[bytes, float]] = {}
+        self.signs: dict[int, tuple[bytes, float]] = {}
+        """The last sign of each process that is watched, and when it came."""
         self.store.set(self._key(rank), "0")
 
     def _key(self, rank: int) -> str:
@@ -81,50 +82,43 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         beats = 0
-        watched = range(1, self.world_size) if self.rank == 0 else range(1)
         while not self.left.wait(BEAT):
             beats += 1
             try:
                 self.store.set(self._key(self.rank), str(beats))
-                silent = self._silent(watched)
+                lost = self._find_lost()
             except RuntimeError as error:
                 if not self.left.is_set():
-                    self._end(f"the main process cannot be reached ({str(error)[:100]})")
+                    _end_process(f"the main process cannot be reached ({str(error)[:100]})")
                 return
-            if silent:
-                failed = self.seen[silent[0]][0] == FAILED
-                how = (
-                    "has failed, as its own message says"
-                    if failed
-                    else (f"gave no sign of life for {SILENCE:g} seconds")
-                )
-                self._end(f"process {silent[0]} of {self.world_size} {how}")
+            if lost is not None:
+                failed = self.signs[lost][0] == FAILED
+                silent = f"gave no sign of life for {SILENCE:g} seconds"
+                how = "has failed, as its own message says" if failed else silent
+                _end_process(f"process {lost} of {self.world_size} {how}")
 
-    def _silent(self, ranks: range) -> list[int]:
+    def _find_lost(self) -> int | None:
         now = time.monotonic()
-        keys = [self._key(rank) for rank in ranks]
-        for rank, beat in zip(ranks, self.store.multi_get(keys), strict=True):
-            if beat != LEFT and self.seen.get(rank, (b"", 0))[0] == beat:
-                continue
-            self.seen[rank] = (beat, now)
-        return [rank for rank in ranks if now - self.seen[rank][1] > SILENCE]
-
-    def _end(self, reason: str) -> None:
-        message = (
-            f"\nerror: {reason}; the run ends. Start it again to go on from its last checkpoint.\n"
-        )
-        with suppress(OSError):
-            os.write(2, message.encode())
-        os._exit(LOST)
+        ranks = range(1, self.world_size) if self.rank == 0 else range(1)
+        signs = self.store.multi_get([self._key(rank) for rank in ranks])
+        for rank, sign in zip(ranks, signs, strict=True):
+            if sign == LEFT or self.signs.get(rank, (b"", 0))[0] != sign:
+                self.signs[rank] = (sign, now)
+        return next((rank for rank in ranks if now - self.signs[rank][1] > SILENCE), None)
 
     def leave(self, how: bytes) -> None:
-        """Tell the others, which do not wait for this process any more, and look after no one."""
+        """Tell the others, which do not wait for this process any more, and watch no one."""
         self.end()
-        try:
+        with suppress(RuntimeError):  # the main process has ended, which the others will notice
             self.store.set(self._key(self.rank), how.decode())
-        except RuntimeError:  # the main process has ended, which the others will notice
-            return
 
     def end(self) -> None:
         self.left.set()
         self.join()
+
+
+def _end_process(reason: str) -> None:
+    message = f"error: {reason}; the run ends. Start it again to go on from its last checkpoint."
+    with suppress(OSError):
+        os.write(2, f"\n{message}\n".encode())
+    os._exit(LOST)

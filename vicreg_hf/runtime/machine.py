@@ -27,13 +27,13 @@ def local_processes(accelerator: Accelerator) -> int:
 
 
 def default_num_workers(num_processes: int) -> int:
-    """Loading workers for one of the processes on this machine: its share of the cores."""
+    """The share of the cores that each process on this machine has for loading workers."""
     cores = available_cores()
     return max(1, min(16, cores // num_processes - (1 if cores > 2 * num_processes else 0)))
 
 
 def hardware(device: torch.device, processes: int) -> str:
-    """The machine, as a card names it."""
+    """The machine in words, for a card."""
     if device.type == "cuda":
         return f"{processes} x {torch.cuda.get_device_name(device)}"
     name = platform.processor() or platform.machine()
@@ -41,8 +41,9 @@ def hardware(device: torch.device, processes: int) -> str:
     if cpuinfo.is_file():
         found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
         name = found[1].strip() if found else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {name}, {processes} process{'es' if processes > 1 else ''}"
+    return (
+        f"{available_cores()} cores of {name}, {processes} process{'es' if processes > 1 else ''}"
+    )
 
 
 PACKAGES = ("vicreg-hf", "torch", "timm", "transformers", "accelerate", "datasets")
@@ -50,7 +51,7 @@ PACKAGES = ("vicreg-hf", "torch", "timm", "transformers", "accelerate", "dataset
 
 @cache
 def installed_versions() -> dict[str, str]:
-    """Versions on which the last bit of a result may depend, as they were when first asked for."""
+    """Versions on which the last bit of a result may depend, as they were at the first call."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):  # a checkout that is not installed
@@ -59,6 +60,6 @@ def installed_versions() -> dict[str, str]:
 
 
 def software(*names: str) -> dict[str, str]:
-    """The versions that a card or a result names, by the name of the import."""
+    """Installed versions, for a card or a result, by the name of the import."""
     found = installed_versions()
     return {name: found.get(name.replace("_", "-"), "not installed") for name in names}

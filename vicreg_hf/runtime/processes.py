@@ -1,4 +1,4 @@
-"""The processes that a script is started as."""
+"""Joining the processes that a script is started as."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 STOPPED = 75
@@ -20,13 +20,16 @@ REQUESTS = tuple(
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
     if hasattr(signal, name)
 )
-"""SIGUSR1 is what SLURM is asked to send some time before it ends a job, SIGHUP what the end of a
-terminal sends, which nohup has ignored."""
+"""SLURM can send SIGUSR1 some time before it ends a job; the end of a terminal sends SIGHUP."""
 LAUNCHER_ENDED = getattr(signal, "SIGUSR2", None)
-"""Sent by the kernel to a process whose launcher has ended; never counted as a second request."""
+"""The kernel sends it to a process whose launcher has ended; it is never a second request."""
 SAME_REQUEST = 0.5
 """Seconds within which signals are one request: Ctrl-C reaches a process and its launcher,
 which passes it on."""
+_LAUNCHERS = {
+    "accelerate", "accelerate-launch", "torchrun", "torch.distributed.run",
+    "torch.distributed.launch", "accelerate.commands.launch", "launch.py", "run.py",
+}  # fmt: skip
 
 
 class Stopped(Exception):  # noqa: N818
@@ -38,44 +41,37 @@ def _ignored_by_nohup(number: signal.Signals) -> bool:
 
 
 class Signals:
-    """While entered, `REQUESTS` ask for a stop; a second one ends at once.
+    """While entered, `REQUESTS` ask for a stop; a second one ends the process at once.
 
-    The signals are seen by a thread, so that a second one is heard during a long operation too.
-    Outside the main thread, where Python handles no signals, it does nothing.
+    A thread reads the signals, so that it hears a second one during a long operation too. Outside
+    the main thread, where Python handles no signals, nothing happens.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         """The first request."""
         self.settled = False
-        """Whether what was asked for is done, and further requests have no effect."""
+        """Whether the run has done as asked; further requests then have no effect."""
         self._since = 0.0
-        self._before: dict[signal.Signals, Any] = {}
+        self._handlers_before: dict[signal.Signals, Any] = {}
         self._pipe: tuple[int, int] | None = None
-        self._fd_before = -1
-        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
             self._fd_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            self._thread = threading.Thread(target=self._watch, daemon=True, name="signals")
+            self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
             self._thread.start()
             heard = [number for number in REQUESTS if not _ignored_by_nohup(number)]
-            heard += [LAUNCHER_ENDED] if _end_with_launcher() else []
-            self._before = {number: signal.signal(number, _nothing) for number in heard}
+            heard += [LAUNCHER_ENDED] if _hear_when_launcher_ends() else []
+            self._handlers_before = {n: signal.signal(n, _do_nothing) for n in heard}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._pipe is None or self._thread is None:
+    def __exit__(self, *_: object) -> None:
+        if self._pipe is None:
             return
-        for number, handler in self._before.items():
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._fd_before)
         os.write(self._pipe[1], b"\0")
@@ -83,7 +79,7 @@ class Signals:
         for end in self._pipe:
             os.close(end)
 
-    def _watch(self) -> None:
+    def _listen(self) -> None:
         assert self._pipe is not None
         while (number := os.read(self._pipe[0], 1)[0]) != 0:
             if number in (*REQUESTS, LAUNCHER_ENDED):
@@ -101,7 +97,7 @@ class Signals:
 
 
 def name_of(number: signal.Signals) -> str:
-    """What a user calls a request."""
+    """A request in a user's words."""
     return "the end of its launcher" if number == LAUNCHER_ENDED else number.name
 
 
@@ -109,15 +105,15 @@ def ignore_requests(_worker: int) -> None:
     """In a loading worker: go on loading, since the step in progress needs it.
 
     Ctrl-C, `timeout` and schedulers signal workers too, and a step may take minutes. A worker ends
-    with its parent, which must kill it in the end: what asks it to is not heard.
+    with its parent, which kills it in the end.
     """
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGINT, *REQUESTS):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _nothing(_number: int, _frame: FrameType | None) -> None:
-    """Python needs a handler, or the default one ends the process."""
+def _do_nothing(_number: int, _frame: FrameType | None) -> None:
+    """Take the place of the default handler, which would end the process."""
 
 
 def _say(sentence: str) -> None:
@@ -125,10 +121,10 @@ def _say(sentence: str) -> None:
         os.write(2, f"\n{sentence}\n".encode())
 
 
-def _end_with_launcher() -> bool:
-    """Hear when the launcher ends: accelerate passes no signal on to a single process.
+def _hear_when_launcher_ends() -> bool:
+    """Ask the kernel for a signal then, as accelerate passes none on to a single process.
 
-    Only on Linux, and only under a launcher: a shell may end before what it has started.
+    Only on Linux, and only under a launcher: a shell may end before the processes it has started.
     """
     if LAUNCHER_ENDED is None or not sys.platform.startswith("linux"):
         return False
@@ -141,9 +137,3 @@ def _end_with_launcher() -> bool:
     set_parent_death_signal = 1
     library = ctypes.CDLL(None, use_errno=True)
     return library.prctl(set_parent_death_signal, int(LAUNCHER_ENDED), 0, 0, 0) == 0
-
-
-_LAUNCHERS = {
-    "accelerate", "accelerate-launch", "torchrun", "torch.distributed.run",
-    "torch.distributed.launch", "accelerate.commands.launch", "launch.py", "run.py",
-}  # fmt: skip

@@ -23,7 +23,7 @@ from vicreg_hf.checkpoints.reading import CheckpointError
 from vicreg_hf.data.workers import LoadingError, loading_errors
 from vicreg_hf.hub.api import HubError
 from vicreg_hf.hub.export import ExportError
-from vicreg_hf.metrics.collapse import alignment, effective_rank, embedding_std, uniformity
+from vicreg_hf.metrics.collapse import alignment, effective_rank, mean_std, uniformity
 from vicreg_hf.runtime.distributed import OtherProcessFailed, failing_together, gather_rows
 from vicreg_hf.runtime.liveness import watched
 from vicreg_hf.runtime.output_dir import claim
@@ -252,7 +252,7 @@ def _metrics(run: Run, step: Step, clock: Clock) -> dict[str, Any]:
     more = {} if run.probe is None else {"probe_loss": run.probe.loss.item()}
     if run.model.prime is not None:  # it may collapse by itself
         more |= {
-            "embedding_std_prime": embedding_std(z_prime).item(),
+            "embedding_std_prime": mean_std(z_prime).item(),
             "effective_rank_prime": effective_rank(z_prime).item(),
         }
     return (
@@ -262,7 +262,7 @@ def _metrics(run: Run, step: Step, clock: Clock) -> dict[str, Any]:
             "grad_norm": step.grad_norm.item(),
             "lr": step.lr,
             "views_per_second": round(rate, 1),
-            "embedding_std": embedding_std(z).item(),
+            "embedding_std": mean_std(z).item(),
             "effective_rank": effective_rank(z).item(),
             "alignment": alignment(z, z_prime).item(),
             "uniformity": uniformity(z).item(),

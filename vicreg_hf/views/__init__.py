@@ -1,1 +1,1 @@
-"""Random views of images: what is drawn, and the operations that make a view of it."""
+"""Random views of images: the draws that decide them, and the operations that make them."""

@@ -1,10 +1,9 @@
-"""What is drawn for one view: keyed numbers to crops and colour parameters."""
+"""From a view's uniform numbers to its crop and its transforms."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,36 +14,22 @@ CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after as many
 ORDERS = np.array(list(permutations(range(4))))
 
 
-@dataclass(frozen=True)
-class ColourParameters:
-    """What happens to each of B views after the crop; all fields are arrays over B."""
-
-    flip: NDArray[np.bool_]
-    jitter: NDArray[np.bool_]
-    order: NDArray[np.int64]
-    """(B, 4): the order of brightness 0, contrast 1, saturation 2, hue 3."""
-    factors: NDArray[np.float32]
-    """(B, 4): brightness, contrast and saturation factors, hue shift."""
-    grayscale: NDArray[np.bool_]
-    blur: NDArray[np.bool_]
-    sigma: NDArray[np.float32]
-    solarize: NDArray[np.bool_]
-
-    def rows(self, part: slice) -> ColourParameters:
-        """Of some of the views."""
-        return ColourParameters(**{f.name: getattr(self, f.name)[part] for f in fields(self)})
-
-
-def joined(parts: Sequence[ColourParameters]) -> ColourParameters:
-    """Of some views and then of others."""
-    names = [f.name for f in fields(ColourParameters)]
-    return ColourParameters(
-        **{name: np.concatenate([getattr(p, name) for p in parts]) for name in names}
-    )
-
+TRANSFORMS = np.dtype(
+    [
+        ("flip", np.bool_),
+        ("jitter", np.bool_),
+        ("order", np.int64, 4),  # of brightness 0, contrast 1, saturation 2 and hue 3
+        ("factors", np.float32, 4),  # of brightness, contrast and saturation, and the hue's shift
+        ("grayscale", np.bool_),
+        ("blur", np.bool_),
+        ("sigma", np.float32),  # in pixels
+        ("solarize", np.bool_),
+    ]
+)
+"""The operations on a view after the crop, and their strengths."""
 
 # Columns of a view's row of uniforms. They are fixed, so that a recipe can change one probability
-# without changing anything else that is drawn.
+# and nothing else of its views.
 _AREA = slice(0, CROP_ATTEMPTS)
 _RATIO = slice(CROP_ATTEMPTS, 2 * CROP_ATTEMPTS)
 _TOP, _LEFT, _FLIP, _JITTER, _ORDER = range(2 * CROP_ATTEMPTS, 2 * CROP_ATTEMPTS + 5)
@@ -89,21 +74,22 @@ def draw_crops(
     return np.maximum(boxes.astype(np.int64), [0, 0, 1, 1])
 
 
-def draw_colour(u: NDArray[np.float32], recipe: ViewRecipe) -> ColourParameters:
-    """Everything about B views but their crops, from (B, K) uniforms."""
+def draw_transforms(u: NDArray[np.float32], recipe: ViewRecipe) -> NDArray[Any]:
+    """The operations on B views after the crop, from (B, K) uniforms.
+
+    Returns:
+        (B,) of `TRANSFORMS`.
+    """
+    drawn = np.empty(len(u), TRANSFORMS)
+    for name, column in (
+        ("flip", _FLIP), ("jitter", _JITTER), ("grayscale", _GRAY), ("blur", _BLUR),
+        ("solarize", _SOLARIZE),
+    ):  # fmt: skip
+        drawn[name] = u[:, column] < getattr(recipe, name)
+    drawn["order"] = ORDERS[(u[:, _ORDER] * len(ORDERS)).astype(np.int64)]
     strengths = (recipe.brightness, recipe.contrast, recipe.saturation)
-    lows = [max(0.0, 1 - s) for s in strengths] + [-recipe.hue]
-    highs = [1 + s for s in strengths] + [recipe.hue]
-    factors = np.stack(
-        [_between(u[:, _FACTORS][:, k], lows[k], highs[k]) for k in range(4)], axis=1
-    )
-    return ColourParameters(
-        flip=u[:, _FLIP] < recipe.flip,
-        jitter=u[:, _JITTER] < recipe.jitter,
-        order=ORDERS[(u[:, _ORDER] * len(ORDERS)).astype(np.int64)],
-        factors=factors,
-        grayscale=u[:, _GRAY] < recipe.grayscale,
-        blur=u[:, _BLUR] < recipe.blur,
-        sigma=_between(u[:, _SIGMA], *recipe.blur_sigma),
-        solarize=u[:, _SOLARIZE] < recipe.solarize,
-    )
+    ranges = [(max(0.0, 1 - s), 1 + s) for s in strengths] + [(-recipe.hue, recipe.hue)]
+    for number, (low, high) in enumerate(ranges):
+        drawn["factors"][:, number] = _between(u[:, _FACTORS][:, number], low, high)
+    drawn["sigma"] = _between(u[:, _SIGMA], *recipe.blur_sigma)
+    return drawn

@@ -1,4 +1,4 @@
-"""The operations of pixels.py, plainly or compiled: the same results, at another speed."""
+"""Calls of the operations, eager or compiled: the same results, at another speed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-EAGER_ELEMENTS = 2**19
-"""Of which a CPU keeps what comes between two operations in its cache."""
+PIXELS_AT_ONCE = 2**19
+"""Pixels, times channels, of one call on CPU, so that intermediate results stay in its cache."""
 
 
 class Kernels:
     """Call an operation on a batch.
 
-    Compiled, an operation is one pass over memory, for any number of images; it is compiled when it
-    is first needed. Plainly it is a dozen, so that a CPU takes few images at a time.
+    A compiled operation is one pass over memory, for any number of images; it is compiled when it
+    is first needed. An eager one is a dozen passes, so that a CPU takes few images at a time.
 
     Args:
         compiled: use torch.compile, unless that turns out to be impossible.
@@ -30,29 +30,29 @@ class Kernels:
     def __call__(
         self, function: Callable[..., Tensor], *batch: Tensor, shared: tuple[Any, ...] = ()
     ) -> Tensor:
-        """What a function of pixels.py gives for the images of a batch.
+        """The result of an operation for the images of a batch.
 
         Args:
             function: takes `batch` and then `shared`; without state.
             *batch: tensors whose first dimension is that of the images.
-            shared: what all images have in common.
+            shared: arguments that all images have in common.
         """
         if self.compiled:
             try:
                 return self._call_compiled(function, batch, shared)
             except (torch.OutOfMemoryError, torch.AcceleratorError):
-                raise  # plainly it takes more memory
-            except Exception as error:  # any of a compiler's; plainly the same must work
+                raise  # eager operations take more memory
+            except Exception as error:  # the compiler's, whatever it is; eager operations must work
                 self.compiled = False
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 warnings.warn(
                     f"views are made without torch.compile, which failed: {reason}", stacklevel=2
                 )
         first = batch[0]
-        few = max(1, EAGER_ELEMENTS // max(1, first[:1].numel()))
-        if first.is_cuda or len(first) <= few:
+        count = max(1, PIXELS_AT_ONCE // max(1, first[:1].numel()))
+        if first.is_cuda or len(first) <= count:
             return function(*batch, *shared)
-        parts = zip(*(tensor.split(few) for tensor in batch), strict=True)
+        parts = zip(*(tensor.split(count) for tensor in batch), strict=True)
         return torch.cat([function(*part, *shared) for part in parts])
 
     def _call_compiled(
@@ -60,7 +60,7 @@ class Kernels:
     ) -> Tensor:
         name = function.__name__
         if name not in self._functions:
-            self._functions[name] = torch.compile(function, options=_exactly())
+            self._functions[name] = torch.compile(function, options=_rounding_as_eager())
         count = len(batch[0])
         if count == 1:  # to the compiler one image is a case of its own; two of it are not
             batch = tuple(torch.cat([tensor, tensor]) for tensor in batch)
@@ -69,8 +69,8 @@ class Kernels:
         return self._functions[name](*batch, *shared)[:count]
 
 
-def _exactly() -> dict[str, Any]:
-    """Settings with which GPUs round as they do without a compiler, where torch has them."""
+def _rounding_as_eager() -> dict[str, Any]:
+    """Settings with which GPUs round as eager operations do, where torch has them."""
     wanted = ("eager_numerics.division_rounding", "emulate_precision_casts")
     known = torch._inductor.list_options()
     return dict.fromkeys((name for name in wanted if name in known), True)

@@ -13,16 +13,6 @@ import torch
 from torch import Tensor
 
 
-def _column(values: Tensor) -> Tensor:
-    """(B,) against (B, H, W)."""
-    return values.view(-1, 1, 1)
-
-
-def _whole(x: Tensor) -> Tensor:
-    """float32 to uint8, clipped and then truncated."""
-    return x.clamp(0, 255).to(torch.uint8)
-
-
 def _cubic(x: Tensor) -> Tensor:
     """Keys' kernel with a = -0.5: PIL's BICUBIC, and torch's when antialias is on."""
     x = x.abs()
@@ -80,7 +70,8 @@ def _gray(x: Tensor) -> Tensor:
 
 def _blend(x: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
     """PIL's ImageEnhance: other + factor * (x - other), clipped and then truncated."""
-    return _whole((x.float() - other) * factor.view(-1, 1, 1, 1) + other)
+    blended = (x.float() - other) * factor.view(-1, 1, 1, 1) + other
+    return blended.clamp(0, 255).to(torch.uint8)
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -124,7 +115,7 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     blue = torch.where(gc == 1, 5 - rc, 3 + gc)
     sixth = torch.where(value == r, bc - gc, torch.where(value == g, green, blue)) / 6
     hue = _floor_of_255_times(torch.where(sixth < 0, 1 + sixth, sixth))
-    hue = hue + _column((shift * 255).trunc())
+    hue = hue + (shift * 255).trunc().view(-1, 1, 1)
     hue = torch.where(hue < 0, hue + 256, torch.where(hue < 256, hue, hue - 256)) * (6 / 255)
     saturation = _floor_of_255_times(chroma / value.clamp(min=1)) / 255
 
@@ -154,7 +145,7 @@ def solarize(x: Tensor, threshold: int = 128) -> Tensor:
 
 
 def _box_radius(sigma: Tensor) -> Tensor:
-    """Of three box filters that together have the standard deviation sigma (B,), fractional.
+    """Fractional radius of three box filters with the standard deviation sigma (B,) together.
 
     Source: Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box
     filtering", SSVM 2011; Pillow's BoxBlur.c.
@@ -166,9 +157,9 @@ def _box_radius(sigma: Tensor) -> Tensor:
 
 
 def box_weights(sigma: Tensor, largest: float) -> Tensor:
-    """What a box gives the pixels 0, 1, ... R away, from sigma (B,) in pixels: (B, R + 1).
+    """Weights (B, R + 1) of a box for the pixels 0, 1, ... R away, from sigma (B,) in pixels.
 
-    R holds for every sigma up to the largest.
+    R is the reach of the largest sigma.
     """
     taps = int(_box_radius(torch.tensor([largest], dtype=torch.float64)).floor()) + 2
     radius = _box_radius(sigma).unsqueeze(1)

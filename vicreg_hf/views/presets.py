@@ -1,7 +1,4 @@
-"""What the views are drawn from: recipes, presets, and draws from keyed uniforms.
-
-Shapes: B images, K uniforms per view.
-"""
+"""Recipes: the distributions that views are drawn from, and the presets of them."""
 
 from __future__ import annotations
 
@@ -12,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from vicreg_hf.runtime.checks import is_number
 
 
 @dataclass(frozen=True)
@@ -46,41 +45,35 @@ class ViewRecipe:
 
     def __post_init__(self) -> None:
         for name in ("scale", "ratio", "blur_sigma"):
-            object.__setattr__(self, name, _range(name, getattr(self, name)))
-        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
-            _within(name, getattr(self, name), 0, 1)
-        for name in ("brightness", "contrast", "saturation"):
-            _within(name, getattr(self, name), 0, math.inf)
-        _within("hue", self.hue, 0, 0.5)
+            ends: Any = getattr(self, name)
+            pair = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(map(is_number, ends))
+            if not pair or not 0 < ends[0] <= ends[1] < math.inf:
+                raise ValueError(
+                    f"{name} must be two positive numbers, the lesser first, got {ends!r}."
+                )
+            object.__setattr__(self, name, (float(ends[0]), float(ends[1])))
+        for name, most in _MOST.items():
+            value: Any = getattr(self, name)
+            if not is_number(value) or not 0 <= value <= most or value == math.inf:
+                limits = f"between 0 and {most}" if most < math.inf else "at least 0"
+                raise ValueError(f"{name} must be a number {limits}, got {value!r}.")
 
 
-def _range(name: str, value: Any) -> tuple[float, float]:
-    if (
-        not isinstance(value, (list, tuple))
-        or len(value) != 2
-        or not all(isinstance(end, (int, float)) and math.isfinite(end) for end in value)
-        or not 0 < value[0] <= value[1]
-    ):
-        raise ValueError(f"{name} must be two positive numbers, the lesser first, got {value!r}.")
-    return float(value[0]), float(value[1])
-
-
-def _within(name: str, value: Any, low: float, high: float) -> None:
-    right = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (right and low <= value <= high and math.isfinite(value)):
-        limits = f"between {low} and {high}" if high < math.inf else f"at least {low}"
-        raise ValueError(f"{name} must be a number {limits}, got {value!r}.")
+_MOST = {
+    "flip": 1, "jitter": 1, "grayscale": 1, "blur": 1, "solarize": 1, "hue": 0.5,
+    "brightness": math.inf, "contrast": math.inf, "saturation": math.inf,
+}  # fmt: skip
 
 
 class Recipes(NamedTuple):
-    """What a preset or a file says about the views of a run."""
+    """The recipes of a run's views, as a preset or a file has them."""
 
     x: ViewRecipe
-    """Of the first view, and of every other global view after it."""
+    """For the first view, and every other global view after it."""
     x_prime: ViewRecipe
-    """Of the second view, and of every other global view after it."""
+    """For the second view, and every other global view after it."""
     local: ViewRecipe
-    """Of local views, if there are any."""
+    """For local views, if there are any."""
 
 
 LOCAL_SCALE = (0.05, 0.14)
@@ -88,7 +81,7 @@ LOCAL_SCALE = (0.05, 0.14)
 
 
 def local_recipe(x: ViewRecipe) -> ViewRecipe:
-    """What local views are by default: smaller crops, with all else as in the first view.
+    """The default for local views: smaller crops, with all else as in the first view.
 
     Their scale is SwAV's, (0.05, 0.14), enlarged in proportion where global crops start above 0.14,
     so that local crops end where global ones start, and small images leave them pixels to show.
@@ -135,39 +128,33 @@ PRESETS: Mapping[str, Recipes] = {
 
 
 def find_recipes(preset: str | Mapping[str, Any], *, name: str = "augmentation") -> Recipes:
-    """The recipes of a preset, a YAML file, or what such a file holds.
+    """The recipes of a preset, a YAML file, or the content of such a file.
 
     The file names a preset to start from (`preset`, by default authors) and what differs from it:
     fields of `ViewRecipe` for all views, and under `x`, `x_prime` and `local` for one kind. Local
     views start from what x has become, with the scale of `local_recipe`.
 
     Args:
-        name: what the caller calls `preset`, for errors.
+        name: the caller's name for `preset`, for errors.
 
     Raises:
         ValueError: no such preset or file, a field that does not exist, a value that cannot be.
     """
-    if isinstance(preset, str):
-        if preset in PRESETS:
-            return PRESETS[preset]
-        if not Path(preset).is_file():
-            raise ValueError(
-                f"{name} must be one of {', '.join(PRESETS)}, or a YAML file, got {preset!r}."
-            )
+    if isinstance(preset, str) and preset in PRESETS:
+        return PRESETS[preset]
+    content: Any = preset
+    if isinstance(preset, str) and Path(preset).is_file():
         try:
             content = yaml.safe_load(Path(preset).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{name} must be valid YAML, {preset} is not: {error}") from error
-    elif isinstance(preset, Mapping):
-        content = dict(preset)
-    else:
-        alone = isinstance(preset, ViewRecipe)
-        remedy = "; give a recipe for each view, as (recipe, recipe)" if alone else ""
+    elif not isinstance(preset, Mapping):
+        remedy = "; give a recipe for each view, as (recipe, recipe)"
         raise ValueError(
             f"{name} must be one of {', '.join(PRESETS)}, a YAML file or its content, got "
-            f"{'a single ViewRecipe' if alone else repr(preset)}{remedy}."
+            f"{preset!r}{remedy if isinstance(preset, ViewRecipe) else ''}."
         )
-    if not isinstance(content, dict):
+    if not isinstance(content, Mapping):
         raise ValueError(f"{name} must map fields to values, got {content!r}.")
     common = dict(content)
     base = common.pop("preset", "authors")
@@ -188,7 +175,7 @@ def multi_crop_recipes(
     """A recipe for each view: first the global ones, x and x_prime by turns, then the local ones.
 
     Args:
-        preset: as `find_recipes` takes it, or what it gives.
+        preset: as `find_recipes` takes it, or recipes.
 
     Raises:
         ValueError: as `find_recipes`; no global view, or fewer than no local ones.
@@ -222,9 +209,9 @@ def _changed(name: str, recipe: ViewRecipe, *changes: Any) -> ViewRecipe:
 
 
 def describe(recipes: Recipes) -> dict[str, Any]:
-    """Recipes as `find_recipes` takes them; of local views only what is not the default.
+    """Recipes as `find_recipes` takes them, without the default recipe of local views.
 
-    So a run without such views keeps the description that it had before there were any.
+    So a run without local views is described as before there were any.
     """
     plain = {
         view: {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(recipe).items()}

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from vicreg_hf.models.timm_models import encoder_pretrained_cfg
 from vicreg_hf.views.presets import Recipes, ViewRecipe, find_recipes
-from vicreg_hf.views.random_views import PerChannel, RandomViews, _are_recipes
+from vicreg_hf.views.random_views import PerChannel, RandomViews, are_recipes
+
+Preset = str | Mapping[str, Any] | Recipes | tuple[ViewRecipe, ViewRecipe]
+
+
+class _Config(Protocol):
+    @property
+    def pretrained_cfg(self) -> dict[str, Any] | None: ...
+
+
+class Configured(Protocol):
+    """A model whose configuration says which images it takes, as a `VICRegModel` has it."""
+
+    @property
+    def config(self) -> _Config: ...
 
 
 class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
@@ -32,7 +45,7 @@ class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
     def __init__(
         self,
         image_size: int | Sequence[int] = 224,
-        preset: str | Mapping[str, Any] | Recipes | tuple[ViewRecipe, ViewRecipe] = "authors",
+        preset: Preset = "authors",
         *,
         mean: PerChannel | None = None,
         std: PerChannel | None = None,
@@ -43,42 +56,44 @@ class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
         recipes = preset if isinstance(preset, tuple) else find_recipes(preset, name="preset")
         if isinstance(recipes, Recipes):
             recipes = recipes.x, recipes.x_prime
-        if len(recipes) != 2:
-            raise ValueError(f"preset must have the recipes of 2 views, got {len(recipes)}.")
-        if not _are_recipes(recipes):
-            raise ValueError(f"preset must be a name or a ViewRecipe for each view, got {preset}.")
+        if len(recipes) != 2 or not are_recipes(recipes):
+            raise ValueError(
+                f"preset must be a name or a ViewRecipe for each of 2 views, got {preset!r}."
+            )
         super().__init__(
             image_size, recipes, mean=mean, std=std, seed=seed, in_chans=in_chans, compile=compile
         )
 
     @classmethod
     def for_model(
-        cls, model: Any, preset: Any = "authors", *, image_size: int | None = None,
-        seed: int = 0, compile: bool = False,  # noqa: A002 - torch's word
-    ) -> TwoViews:  # fmt: skip
-        """Views normalised as the published encoder asks of its images.
+        cls,
+        model: Configured,
+        preset: Preset = "authors",
+        *,
+        image_size: int | None = None,
+        seed: int = 0,
+        compile: bool = False,  # noqa: A002 - torch's word
+    ) -> TwoViews:
+        """Views of the size and normalisation that the published encoder asks of its images.
 
         Args:
-            model: whose `config.pretrained_cfg` says how, and is published with it.
+            model: its `config.pretrained_cfg` has both; `model.set_image_size` changes the size.
             preset: as for `TwoViews`; likewise seed and compile.
-            image_size: S, which the published encoder asks for then; None takes the model's own.
+            image_size: S, for a check that the model is set to it.
 
         Raises:
-            ValueError: a size that the backbone was not built for, or as for `TwoViews`.
+            ValueError: the model is set to another size, or as for `TwoViews`.
         """
-        config = model.config
-        built = config.model_args or {}
-        assert config.pretrained_cfg is not None
-        cfg = encoder_pretrained_cfg(config.pretrained_cfg, built, image_size)
-        channels, size, _ = cfg["input_size"]
+        cfg = model.config.pretrained_cfg
+        assert cfg is not None
+        channels, _, size = cfg["input_size"]
         if image_size not in (None, size):
             raise ValueError(
-                f"image_size must be the backbone's img_size, {size}, got {image_size}; build the "
-                "model with model_args={'img_size': " + f"{image_size}" + "}."
+                f"image_size must be the size that the model asks for, {size}, got {image_size}; "
+                f"call model.set_image_size({image_size}) first, so that the published encoder "
+                "asks for it too."
             )
-        views = cls(
+        return cls(
             size, preset, mean=cfg["mean"], std=cfg["std"], seed=seed, in_chans=channels,
             compile=compile,
         )  # fmt: skip
-        config.pretrained_cfg = cfg
-        return views

@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from vicreg_hf.evaluation.report.gallery import Gallery, finite_rows, sample
-from vicreg_hf.metrics.collapse import effective_rank
+from vicreg_hf.metrics.collapse import effective_rank, singular_values
 
 MAX_NUMBERS = 2**25
 """Features, rows times columns, that statistics are taken of: all 50,000 rows of ResNet-18."""
@@ -94,8 +94,7 @@ def spectrum(gallery: Gallery, split: str, *, seed: int) -> dict[str, Any] | Non
     }  # fmt: skip
     if not bool(std.any()):
         return found
-    gram = x @ x.T if len(x) < width else x.T @ x
-    singular = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
+    singular = singular_values(x).flip(0)
     found["effective_rank"] = effective_rank(x).item()
     found["figures"] = [
         _draw_singular(singular[: min(len(x) - 1, width)].numpy()),

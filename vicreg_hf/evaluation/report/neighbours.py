@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vicreg_hf.evaluation.report.gallery import Gallery, Inline, finite_rows, take, thumbnail
 from vicreg_hf.metrics.knn import knn_predict
+from vicreg_hf.metrics.retrieval import most_similar
 
 CASES = 6
 """Test images, of either kind, that are shown beside their neighbours."""
@@ -113,7 +114,5 @@ def _cases(
 
 def _nearest(bank: Tensor, queries: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Rows of the bank nearest in cosine similarity, and the similarity."""
-    lengths = bank.norm(dim=1).clamp(min=1e-12)
-    similarity = torch.nn.functional.normalize(queries, dim=1) @ bank.T / lengths
-    nearest = similarity.topk(min(NEIGHBOURS, len(bank)), dim=1)
-    return nearest.indices.cpu().numpy(), nearest.values.cpu().numpy()
+    similarity, rows = most_similar(bank, queries, min(NEIGHBOURS, len(bank)))
+    return rows.cpu().numpy(), similarity.cpu().numpy()

@@ -48,7 +48,7 @@ class Seen:
         return self.views.crop(items, rows, epoch)[0]
 
     def finish(self, batch: Any, rows: NDArray[Any], epoch: int) -> Inputs:
-        return self.views.colour((batch,), rows, epoch)[0]
+        return self.views.transform_crops((batch,), rows, epoch)[0]
 
 
 def takes_waveforms(args: PretrainingArguments) -> bool:

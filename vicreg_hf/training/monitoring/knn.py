@@ -24,7 +24,7 @@ from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.features.encode import extract_features
 from vicreg_hf.metrics.knn import vote
-from vicreg_hf.runtime.randomness import Stream, drawn
+from vicreg_hf.runtime.randomness import Stream, permutation
 
 K = 20
 MAX_TRAIN, MAX_TEST = 50_000, 10_000
@@ -179,7 +179,8 @@ class KNNMonitor:
         rows = _labelled(split)
         if len(rows) <= most:
             return rows
-        return rows[np.sort(drawn(most, len(rows), seed=0, epoch=0, stream=Stream.SPLIT))]
+        order = permutation(len(rows), seed=0, epoch=0, stream=Stream.SPLIT)
+        return rows[np.sort(order[:most])]
 
     def _features(
         self,

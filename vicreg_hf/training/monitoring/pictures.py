@@ -21,7 +21,7 @@ from vicreg_hf.features.encode import extract_features
 from vicreg_hf.hub.card import LOSS_PICTURE, RETRIEVAL_PICTURE, SPECTRUM_PICTURE
 from vicreg_hf.hub.record import Picture
 from vicreg_hf.modeling_vicreg import VICRegModel
-from vicreg_hf.runtime.randomness import Stream, drawn
+from vicreg_hf.runtime.randomness import Stream, permutation
 
 TERMS = ("loss", "invariance", "variance", "covariance")
 MAX_BANK = 2000
@@ -73,13 +73,13 @@ def draw_pictures(
         )  # fmt: skip
         return images, features
 
-    some = drawn(QUERIES + MAX_BANK, len(train), seed=0, epoch=0, stream=Stream.SPLIT)
+    some = permutation(len(train), seed=0, epoch=0, stream=Stream.SPLIT)[: QUERIES + MAX_BANK]
     bank, bank_features = seen(train, np.sort(some[QUERIES:]))
     if held_out is None:
         queries, query_features = seen(train, some[:QUERIES])
         source = "training images left out of the search"
     else:
-        few = drawn(QUERIES, len(held_out), seed=0, epoch=0, stream=Stream.SPLIT)
+        few = permutation(len(held_out), seed=0, epoch=0, stream=Stream.SPLIT)[:QUERIES]
         queries, query_features = seen(held_out, few)
         source = f"images of {held_out.name}"
     if len(bank) < 2 or len(queries) == 0:

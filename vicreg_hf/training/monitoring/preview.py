@@ -50,7 +50,7 @@ def draw_preview(args: PretrainingArguments, path: str | Path, *, count: int = 8
     views = plain_views(args, inputs.pairs)
     epoch, rows = inputs.batches.batch(0)
     images, rows = _first_images(inputs, rows[:count])
-    made = views.colour(views.crop(images, rows, epoch), rows, epoch)
+    made = views.transform_crops(views.crop(images, rows, epoch), rows, epoch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture_of_views(images, made).save(path)

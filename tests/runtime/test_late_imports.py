@@ -1,0 +1,47 @@
+"""What `import vicreg_hf` loads, and what it registers once others are loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from workflow import ROOT
+
+LIBRARIES = ("timm", "transformers", "accelerate", "datasets", "torchvision", "matplotlib")
+
+
+def run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_loss_alone_loads_torch_alone() -> None:
+    found = run(f"""
+import json, sys
+from vicreg_hf import vicreg_loss
+import torch
+z = torch.eye(4)
+assert vicreg_loss(z, z).loss > 0
+print(json.dumps([name for name in {LIBRARIES} if name in sys.modules]))
+""")
+    assert json.loads(found) == []
+
+
+REGISTERED = """
+from transformers import AutoConfig, AutoModel
+config = AutoConfig.for_model("vicreg", architecture="test_vit", expander_dims=[8])
+assert type(AutoModel.from_config(config)).__name__ == "VICRegModel"
+assert timm.is_model("resnet18_cifar")
+"""
+
+
+@pytest.mark.parametrize(
+    "order", ["vicreg_hf, transformers, timm", "timm, transformers, vicreg_hf"]
+)
+def test_models_are_registered_whichever_package_is_imported_first(order: str) -> None:
+    run(f"import {order}" + REGISTERED)
