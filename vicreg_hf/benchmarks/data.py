@@ -10,6 +10,7 @@ import io
 import random
 import tempfile
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,10 @@ from torchvision import transforms as tv
 from torchvision.transforms import v2
 
 from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
-from vicreg_hf.data.batches import laid_out
+from vicreg_hf.data.batches import channels_last
 from vicreg_hf.data.columns.image_files import decode_image
 from vicreg_hf.data.pairs import PairedSplit
+from vicreg_hf.data.samples import Sample
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.runtime.machine import available_cores
@@ -257,7 +259,7 @@ def _stages(run: Run) -> str:
         times["transfer"] = lambda: [part.to(device, copy=True) for part in crops]
         times["colour on the device"] = lambda: views.colour(moved, rows, epoch)
         made = views.colour(moved, rows, epoch)
-    made = tuple(map(laid_out, made))
+    made = tuple(map(channels_last, made))
 
     def step() -> None:
         backward(run, made)
@@ -275,9 +277,5 @@ def _stages(run: Run) -> str:
 
 
 def _some(stream: ImageStream, count: int) -> list[Tensor]:
-    images = []
-    for cell in stream.cells(0):
-        images.append(stream.column.decode(cell))
-        if len(images) == count:
-            break
-    return images
+    usable = (sample for sample in stream.read(0) if isinstance(sample, Sample))
+    return [sample.content for sample in islice(usable, count)]

@@ -8,10 +8,11 @@ from __future__ import annotations
 import io
 import warnings
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -136,35 +137,29 @@ def to_uint8(values: NDArray[np.generic]) -> NDArray[np.uint8]:
     """
     if values.dtype == np.uint8:
         return values.astype(np.uint8)
-    flat = values.reshape(-1)
-    blocks = [flat[start : start + BLOCK] for start in range(0, len(flat), BLOCK)]
     low, high = 0.0, 65535.0
-    beyond = values.dtype.itemsize > 2 and (
-        values.min(initial=0) < 0 or values.max(initial=0) > high
-    )
-    if beyond or np.issubdtype(values.dtype, np.floating):
-        ranges = [_range_of(block) for block in blocks]
-        low = min((least for least, most in ranges if least <= most), default=0.0)
-        high = max((most for least, most in ranges if least <= most), default=1.0)
+    if np.issubdtype(values.dtype, np.floating):
+        finite = np.isfinite(values)
+        low = float(values.min(where=finite, initial=np.inf))
+        high = float(values.max(where=finite, initial=-np.inf))
+        low, high = (low, high) if low <= high else (0.0, 1.0)
+    elif values.min(initial=0) < 0 or values.max(initial=0) > high:
+        low, high = float(values.min()), float(values.max())
+    flat = values.reshape(-1)
     levels = np.empty(len(flat), np.uint8)
-    for start, block in zip(range(0, len(flat), BLOCK), blocks, strict=True):
-        scaled = (block.astype(np.float64) - low) / max(high - low, 1e-12)
+    for start in range(0, len(flat), BLOCK):
+        block = flat[start : start + BLOCK].astype(np.float64)
+        scaled = (block - low) / max(high - low, 1e-12)
         scaled = np.nan_to_num(scaled, nan=0, posinf=1, neginf=0).clip(0, 1)
         levels[start : start + BLOCK] = scaled * 255 + 0.5
     return levels.reshape(values.shape)
 
 
-def _range_of(values: NDArray[np.generic]) -> tuple[float, float]:
-    """The least and the greatest finite value; inf and -inf where there is none."""
-    finite = values[np.isfinite(values)].astype(np.float64)
-    return float(finite.min(initial=np.inf)), float(finite.max(initial=-np.inf))
-
-
-def image_of_array(values: ArrayLike, channels: int) -> Tensor:
+def image_of_array(array: NDArray[Any], channels: int) -> Tensor:
     """An image given as an array, as data sets keep those of many channels.
 
     Args:
-        values: (C, H, W) or (H, W, C), of any number type.
+        array: (C, H, W) or (H, W, C), of any number type.
         channels: C.
 
     Returns:
@@ -173,19 +168,13 @@ def image_of_array(values: ArrayLike, channels: int) -> Tensor:
     Raises:
         ImageError: no numbers, another shape, no pixels.
     """
-    try:
-        array = np.asarray(values)
-        if array.dtype == object or not np.issubdtype(array.dtype, np.number):
-            raise ImageError(f"an image must be an array of numbers, got {array.dtype}.")
-        if array.ndim == 3 and array.shape[0] != channels and array.shape[2] == channels:
-            array = array.transpose(2, 0, 1)
-        if array.ndim != 3 or array.shape[0] != channels or array.size == 0:
-            raise ImageError(
-                f"an image must be of shape ({channels}, H, W) or (H, W, {channels}), got "
-                f"{array.shape}."
-            )
-        return torch.from_numpy(np.ascontiguousarray(to_uint8(array)))
-    except (TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(f"the array is not an image: {error}") from error
+    if not np.issubdtype(array.dtype, np.number):
+        raise ImageError(f"an image must be an array of numbers, got {array.dtype}.")
+    if array.ndim == 3 and array.shape[0] != channels and array.shape[2] == channels:
+        array = array.transpose(2, 0, 1)
+    if array.ndim != 3 or array.shape[0] != channels or array.size == 0:
+        raise ImageError(
+            f"an image must be of shape ({channels}, H, W) or (H, W, {channels}), got "
+            f"{array.shape}."
+        )
+    return torch.from_numpy(np.ascontiguousarray(to_uint8(array)))
