@@ -89,7 +89,7 @@ def test_processes_read_every_image_once_a_pass_and_each_pass_in_its_own_order(
 ) -> None:
     shares = [share_of(tars, rank, world_size) for rank in range(world_size)]
     first, again, second = (
-        [each.path for share in shares for each in share.read(epoch)] for epoch in (0, 0, 1)
+        [str(each.path) for share in shares for each in share.read(epoch)] for epoch in (0, 0, 1)
     )
     assert sorted(first) == sorted(second) == [f"{row:06d}.png" for row in range(COUNT)]
     assert first == again != second

@@ -10,7 +10,6 @@ import io
 import random
 import tempfile
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,7 @@ from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
 from vicreg_hf.data.batches import channels_last
 from vicreg_hf.data.columns.image_files import decode_image
 from vicreg_hf.data.pairs import PairedSplit
-from vicreg_hf.data.samples import Sample
 from vicreg_hf.data.splits import ImageSplit
-from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.runtime.machine import available_cores
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.run import Run
@@ -249,7 +246,7 @@ def _stages(run: Run) -> str:
         if isinstance(images, ImageSplit):
             decode = lambda: images.read_or_replace(rows.tolist())[0]  # noqa: E731
         else:
-            decode = lambda: _some(images, len(rows))  # noqa: E731
+            decode = lambda: images.first(len(rows))  # noqa: E731
         decoded = decode()
         rows = rows[: len(decoded)]
         crops = [_pinned(part, device) for part in views.crop(decoded, rows, epoch)]
@@ -274,8 +271,3 @@ def _stages(run: Run) -> str:
     lines = [[name, f"{rate:.0f}"] for name, rate in rates.items()]
     slowest = min(rates, key=lambda name: rates[name])
     return f"{table(['stage', 'views per second'], lines)}\n\nThe bottleneck is: {slowest}."
-
-
-def _some(stream: ImageStream, count: int) -> list[Tensor]:
-    usable = (sample for sample in stream.read(0) if isinstance(sample, Sample))
-    return [sample.content for sample in islice(usable, count)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vicreg_hf.data.columns.base import Column
 from vicreg_hf.data.columns.image_files import ImageError
+from vicreg_hf.data.columns.reading import FileColumn
 from vicreg_hf.data.columns.texts import TextColumn
 from vicreg_hf.data.samples import Samples
 from vicreg_hf.data.splits import ImageSplit
@@ -42,8 +43,10 @@ class PairedSplit(Samples[Pair]):
         digest, column = hashlib.sha256(), self.column
         for cell in self.others.cells(self.images.sampled_rows()):
             with suppress(ImageError):  # it cannot be used
-                is_file = isinstance(cell, dict)
-                digest.update(column.encoded(cell) if is_file else repr(cell).encode())
+                if isinstance(column, FileColumn) and isinstance(cell, dict):
+                    digest.update(column.encoded(cell))
+                else:
+                    digest.update(repr(cell).encode())
                 if isinstance(column, TextColumn):  # a digest of the tokens, too
                     digest.update(repr(column.tokens(column.decode(cell))).encode())
         return self.images.fingerprint() | {"prime_sha256": digest.hexdigest()}

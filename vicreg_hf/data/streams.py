@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -62,6 +63,11 @@ class ImageStream:
             for row in self.table:
                 yield self._decode(row[self.column.name])
                 count += 1
+
+    def first(self, count: int) -> list[Tensor]:
+        """The first usable images of the first pass, (C, H, W) uint8 each."""
+        usable = (sample.content for sample in self.read(0) if isinstance(sample, Sample))
+        return list(islice(usable, count))
 
     def _decode(self, cell: Any) -> Sample[Tensor] | BadImage:
         crc = 0

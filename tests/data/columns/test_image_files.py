@@ -64,16 +64,13 @@ def gray(levels: Pixels) -> Pixels:
     return np.stack([levels] * 3, -1)
 
 
-@pytest.mark.parametrize(("file_format", "tolerance"), [("PNG", 0), ("GIF", 0), ("JPEG", 4)])
-def test_gray_becomes_three_equal_channels(file_format: str, tolerance: int) -> None:
-    decoded = decode(encode(Image.fromarray(GRAY), file_format))
-    assert_pixels_close(decoded, gray(GRAY), tolerance=tolerance)
-
-
-def test_black_and_white_becomes_0_and_255() -> None:
+def test_gray_and_black_and_white_become_three_equal_channels() -> None:
+    for file_format, tolerance in (("PNG", 0), ("GIF", 0), ("JPEG", 4)):
+        decoded = decode(encode(Image.fromarray(GRAY), file_format))
+        assert_pixels_close(decoded, gray(GRAY), tolerance=tolerance)
     bits = RGB[..., 0] > 100
-    expected = gray(bits * np.uint8(255))
-    assert_pixels_close(decode(encode(Image.fromarray(bits), "PNG")), expected, tolerance=0)
+    decoded = decode(encode(Image.fromarray(bits), "PNG"))
+    assert_pixels_close(decoded, gray(bits * np.uint8(255)), tolerance=0)
 
 
 @pytest.mark.parametrize("alpha", [0, 90])
@@ -192,13 +189,6 @@ def test_an_animation_gives_its_first_frame(file_format: str) -> None:
     assert_pixels_close(decode(data), np.array(first), tolerance=0)
 
 
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (3000, 1)])
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
-def test_extreme_shapes_decode(file_format: str, width: int, height: int) -> None:
-    image = Image.new("RGB", (width, height), (10, 200, 90))
-    assert_pixels_close(decode(encode(image, file_format)), np.array(image), tolerance=4)
-
-
 def png_claiming(width: int, height: int) -> bytes:
     """A PNG of a few bytes whose header promises width x height RGB pixels."""
 
@@ -234,9 +224,7 @@ def test_truncated_files_are_refused(file_format: str, share: float) -> None:
 
 # PIL warns above 89 million pixels, and raises its own error above twice as many.
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize(
-    ("width", "height"), [(60_000, 60_000), (12_000, 10_000), (1, MAX_PIXELS + 1)]
-)
+@pytest.mark.parametrize(("width", "height"), [(60_000, 60_000), (1, MAX_PIXELS + 1)])
 def test_a_header_that_claims_too_many_pixels_is_refused_before_they_are_read(
     width: int, height: int
 ) -> None:
@@ -248,23 +236,18 @@ def test_a_header_that_claims_too_many_pixels_is_refused_before_they_are_read(
 # --- other numbers of channels
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF"])
-def test_one_channel_is_the_luminance(file_format: str) -> None:
-    options = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}
-    image = Image.fromarray(RGB)
-    decoded = decode_image(encode(image, file_format, **options), 1)
-    assert decoded.shape == (1, 40, 56)
-    assert_pixels_close(decoded[0].numpy(), np.array(image.convert("L")), tolerance=4)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "CMYK"])
-def test_four_channels_are_as_they_are_stored(mode: str) -> None:
+def test_one_channel_is_the_luminance_and_four_are_as_they_are_stored() -> None:
+    for file_format, tolerance in (("PNG", 0), ("JPEG", 4)):
+        decoded = decode_image(encode(Image.fromarray(RGB), file_format, quality=95), 1)
+        luminance = np.array(Image.fromarray(RGB).convert("L"))
+        assert_pixels_close(decoded[0].numpy(), luminance, tolerance=tolerance)
     four = np.dstack([RGB, GRAY])
-    data = encode(Image.frombytes(mode, (56, 40), four.tobytes()), "TIFF")
-    assert_pixels_close(decode_image(data, 4).permute(1, 2, 0).numpy(), four, tolerance=0)
+    for mode in ("RGBA", "CMYK"):
+        data = encode(Image.frombytes(mode, (56, 40), four.tobytes()), "TIFF")
+        assert_pixels_close(decode_image(data, 4).permute(1, 2, 0).numpy(), four, tolerance=0)
 
 
-@pytest.mark.parametrize("channels", [0, 2, 5])
+@pytest.mark.parametrize("channels", [0, 2])
 def test_encoded_images_of_other_channels_are_refused(channels: int) -> None:
     with pytest.raises(ValueError, match=f"has 1, 3 or 4 channels, got {channels}"):
         decode_image(encode(Image.fromarray(RGB), "PNG"), channels)
@@ -291,12 +274,11 @@ def test_arrays_of_any_number_type_become_grey_levels(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.zeros((4, 5)), r"got \(4, 5\)"),
-        (np.zeros((3, 0, 5)), r"got \(3, 0, 5\)"),
-        (np.array([["a"]]), "an array of numbers"),
+        (np.zeros((4, 5)), r"got \(4, 5\)"), (np.zeros((3, 0, 5)), r"got \(3, 0, 5\)"),
+        (np.zeros((3, 2, 2), bool), "an array of numbers, got bool"),
     ],
-)
-def test_what_is_no_image_array_is_refused(values: Any, message: str) -> None:
+)  # fmt: skip
+def test_an_array_of_another_kind_is_refused(values: NDArray[Any], message: str) -> None:
     with pytest.raises(ImageError, match=message):
         image_of_array(values, 3)
 

@@ -1,4 +1,4 @@
-"""What every kind of column offers, and the sample that cannot be used."""
+"""The parts that all kinds of columns share, and the sample that cannot be used."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 MAX_PIXELS = 89_000_000
-"""An image whose header claims more is refused before its pixels are read; PIL warns from here."""
+"""Largest size that a header may claim, from where PIL warns; checked before pixels are read."""
 with suppress(ImportError):  # PIL's plugin for what telephones write, where it is installed
     from pi_heif import register_heif_opener
 
@@ -32,17 +32,17 @@ FORMATS = tuple(
     )
     if name in Image.OPEN
 )  # fmt: skip
-"""Pixels, all of them: PIL's EPS would start Ghostscript on what a stranger wrote."""
+"""Formats of pixels alone: PIL's EPS would run Ghostscript on a stranger's program."""
 SUFFIXES = frozenset(s for s, name in Image.registered_extensions().items() if name in FORMATS)
 """Endings of the names of image files."""
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
-"""Of those that need a plugin, and are found without it, too."""
+"""Endings of files that need a plugin, and are found without it, too."""
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-"""By which it tells itself from films and AVIF."""
+"""Brands that tell HEIF from films and AVIF."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""PIL's mode of an encoded image of so many channels."""
+"""PIL's mode of encoded images, by their number of channels."""
 BLOCK = 2**20
-"""Numbers converted at once, so that a conversion takes little memory of its own."""
+"""Numbers that are converted at once, to need little memory."""
 _JPEG = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 
@@ -76,7 +76,7 @@ def decode_image(data: bytes, channels: int = 3) -> Tensor:
         raise ImageError("the image is empty (0 bytes).")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about damage that does not matter, or that is raised
+            warnings.simplefilter("ignore")  # damage that matters is raised
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
@@ -92,15 +92,15 @@ def decode_image(data: bytes, channels: int = 3) -> Tensor:
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"the image cannot be decoded: {_unknown(data)}.") from None
+        heif = data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and "HEIF" not in FORMATS
+        why = (
+            "it looks like HEIF, which needs `pip install pi-heif`"
+            if heif
+            else "it is of no known format"
+        )
+        raise ImageError(f"the image cannot be decoded: {why}.") from None
     except Exception as error:  # decoders raise whatever their parsing meets
         raise ImageError(f"the image cannot be decoded: {error}") from error
-
-
-def _unknown(data: bytes) -> str:
-    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and "HEIF" not in FORMATS:
-        return "it looks like HEIF, which needs `pip install pi-heif`"
-    return "it is of no known format"
 
 
 def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
@@ -123,7 +123,7 @@ def _from_pil(image: Image.Image, mode: str) -> Tensor:
         image = Image.fromarray(to_uint8(np.asarray(image)))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    if not (mode == "RGBA" and image.mode == "CMYK"):  # four channels as they are
+    if not (mode == "RGBA" and image.mode == "CMYK"):  # whose four channels stay as they are
         image = image.convert(mode)
     pixels = np.array(image)
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)

@@ -31,11 +31,6 @@ class WaveformColumn(SoundColumn, BatchColumn):
     num_samples: int = 80_000
     """Samples of a piece."""
 
-    def __post_init__(self) -> None:
-        for name in ("sampling_rate", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-
     def decode(self, cell: Any) -> NDArray[np.float32]:
         """The clip of a cell, (L,) float32; errors as in `Column.decode`."""
         return decode_sound(self.encoded(cell), self.sampling_rate)
