@@ -46,7 +46,7 @@ def one_class(x: Floats, target: Ints, x_test: Floats, seed: int) -> tuple[Float
         ])
         for cost in COSTS
     ]  # fmt: skip
-    best = COSTS[int(np.argmax(means))]
+    best = COSTS[int(np.argmax(np.array(means)))]
     return fit(best, np.arange(len(x))).decision_function(x_test), best
 
 

@@ -92,7 +92,7 @@ def test_the_first_readme_shows_the_main_job_first_and_is_short() -> None:
     first = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)[0]
     assert first.endswith("pip install -e . && accelerate launch scripts/pretrain.py\n")
     assert len(text.splitlines()) <= 200
-    assert metadata("vicreg-hf").get_payload().strip().startswith("# vicreg_hf")  # PyPI's page
+    assert str(metadata("vicreg-hf").json["description"]).startswith("# vicreg_hf")  # PyPI's page
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -21,11 +21,10 @@ from torchvision import transforms as tv
 from torchvision.transforms import v2
 
 from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
-from vicreg_hf.data.batches import laid_out
+from vicreg_hf.data.batches import channels_last
 from vicreg_hf.data.columns.image_files import decode_image
 from vicreg_hf.data.pairs import PairedSplit
 from vicreg_hf.data.splits import ImageSplit
-from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.runtime.machine import available_cores
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.run import Run
@@ -247,7 +246,7 @@ def _stages(run: Run) -> str:
         if isinstance(images, ImageSplit):
             decode = lambda: images.read_or_replace(rows.tolist())[0]  # noqa: E731
         else:
-            decode = lambda: _some(images, len(rows))  # noqa: E731
+            decode = lambda: images.first(len(rows))  # noqa: E731
         decoded = decode()
         rows = rows[: len(decoded)]
         crops = [_pinned(part, device) for part in views.crop(decoded, rows, epoch)]
@@ -257,7 +256,7 @@ def _stages(run: Run) -> str:
         times["transfer"] = lambda: [part.to(device, copy=True) for part in crops]
         times["colour on the device"] = lambda: views.transform_crops(moved, rows, epoch)
         made = views.transform_crops(moved, rows, epoch)
-    made = tuple(map(laid_out, made))
+    made = tuple(map(channels_last, made))
 
     def step() -> None:
         backward(run, made)
@@ -272,12 +271,3 @@ def _stages(run: Run) -> str:
     lines = [[name, f"{rate:.0f}"] for name, rate in rates.items()]
     slowest = min(rates, key=lambda name: rates[name])
     return f"{table(['stage', 'views per second'], lines)}\n\nThe bottleneck is: {slowest}."
-
-
-def _some(stream: ImageStream, count: int) -> list[Tensor]:
-    images = []
-    for cell in stream.cells(0):
-        images.append(stream.column.decode(cell))
-        if len(images) == count:
-            break
-    return images

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-from vicreg_hf.data.columns.base import BadImage, path_of
+from vicreg_hf.data.columns.base import BadImage
 from vicreg_hf.data.columns.image_files import ImageError
-from vicreg_hf.runtime.randomness import Stream, words
 
 LEAST_SEEN = 1000
-"""Images to have seen before their share is judged; or all, of fewer."""
+"""Images to have seen before the share of bad ones is judged; all, if there are fewer."""
 
 
 class BadImages:
     """The images of one run that could not be used, each counted once.
 
-    Processes and workers find them apart, and `agree` brings together what they have found.
+    Each process finds its own; `agree` brings them together.
 
     Args:
-        num_images: of the data; None where that is not known.
+        num_images: length of the data; None where that is not known.
         max_fraction: share of bad ones that is tolerated.
         path: a file with a line of JSON for each; written by one process.
-        fate: what became of them, for the warning.
+        fate: word for what became of them, in the warning.
     """
 
     def __init__(
@@ -44,11 +43,11 @@ class BadImages:
 
     @property
     def found(self) -> list[BadImage]:
-        """Those that all processes know of."""
+        """The bad images that all processes know of."""
         return list(self._known.values())
 
     def add(self, images: Iterable[BadImage]) -> None:
-        """What this process has found."""
+        """Note what this process has found."""
         self._new += images
 
     def agree(
@@ -87,13 +86,8 @@ class BadImages:
         )
         total = seen if self.num_images is None else min(seen, self.num_images)
         least = LEAST_SEEN if self.num_images is None else min(LEAST_SEEN, self.num_images)
-        judged = max(total, least)
-        if len(self) > self.max_fraction * judged:
-            raise ImageError(
-                f"at most max_bad_fraction={self.max_fraction} of the images may be unusable, got "
-                f"{len(self)} of {judged}; the latest: {first.place}: {first.reason}{listed} "
-                "Mend or remove them, or raise --max_bad_fraction."
-            )
+        latest = f"; the latest: {first.place}: {first.reason}{listed}"
+        check_share(len(self), max(total, least), self.max_fraction, latest)
 
     def forget(self) -> None:
         """Remove the file of an earlier run."""
@@ -112,80 +106,14 @@ class BadImages:
             self._known[image.identity] = image
 
 
-def check_share(bad: int, num_images: int, max_fraction: float) -> None:
-    """Judge what earlier runs have left out too, which may have allowed more, or failed.
+def check_share(bad: int, num_images: int, max_fraction: float, latest: str = "") -> None:
+    """Make sure that few enough images are bad.
 
     Raises:
-        ImageError: more than `max_fraction` of the images are bad.
+        ImageError: more than `max_fraction` of them are.
     """
     if bad > max_fraction * num_images:
         raise ImageError(
             f"at most max_bad_fraction={max_fraction} of the images may be unusable, got {bad} of "
-            f"{num_images}; mend or remove them, or raise --max_bad_fraction."
+            f"{num_images}{latest or '.'} Mend or remove them, or raise --max_bad_fraction."
         )
-
-
-MAX_REPLACEMENTS = 100
-"""Samples tried in the place of one that cannot be used."""
-
-T = TypeVar("T", covariant=True)
-
-
-class Readable(Protocol[T]):
-    """Encoded samples by row number."""
-
-    def __len__(self) -> int: ...
-
-    def place(self, row: int) -> str:
-        """A row, as a sentence names it."""
-        ...
-
-    def cells(self, rows: Sequence[int]) -> list[Any]:
-        """What the data set holds of some rows."""
-        ...
-
-    def decode(self, cell: Any) -> T:
-        """The sample of a cell; an ImageError where it cannot be used."""
-        ...
-
-
-def read_or_replace(samples: Readable[T], rows: Sequence[int]) -> tuple[list[T], list[BadImage]]:
-    """Decode some rows, and another sample in the place of one that cannot be used.
-
-    Which one is a function of the row alone.
-
-    Returns:
-        One sample per row, and what could not be used.
-
-    Raises:
-        ImageError: nor could any of `MAX_REPLACEMENTS` others.
-    """
-    found: list[T] = []
-    bad: list[BadImage] = []
-    for row, cell in zip(rows, samples.cells(rows), strict=True):
-        try:
-            found.append(samples.decode(cell))
-        except ImageError as error:
-            bad.append(BadImage(int(row), _path(cell), str(error)))
-            found.append(_replacement(samples, int(row), bad))
-    return found, bad
-
-
-def _replacement(samples: Readable[T], row: int, bad: list[BadImage]) -> T:
-    first = bad[-1].reason
-    for attempt in range(MAX_REPLACEMENTS):
-        drawn = words([row], 1, seed=0, epoch=attempt, stream=Stream.REPLACEMENT)
-        other = int(drawn[0, 0]) % len(samples)
-        (cell,) = samples.cells([other])
-        try:
-            return samples.decode(cell)
-        except ImageError as error:
-            bad.append(BadImage(other, _path(cell), str(error)))
-    raise ImageError(
-        f"{samples.place(row)}: {first} Nor could {MAX_REPLACEMENTS} others be used in its place."
-    )
-
-
-def _path(cell: Any) -> str | None:
-    """Of the file that a cell, or the first of a pair of them, is from."""
-    return path_of(cell[0] if isinstance(cell, tuple) else cell)

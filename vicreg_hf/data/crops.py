@@ -1,169 +1,105 @@
-"""What loading workers make: the crops of a step's samples, cut where images are decoded.
+"""The batches that loading workers make: crops, cut where images are decoded.
 
 Shapes: B images per process, C channels, S side of a view.
 """
 
 from __future__ import annotations
 
-import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
-from vicreg_hf.data.columns.base import BadImage, path_of
-from vicreg_hf.data.columns.image_files import ImageError
-from vicreg_hf.data.pairs import PairedInput, PairedSplit
+from vicreg_hf.data.columns.base import BadImage
+from vicreg_hf.data.pairs import PairedSplit, SecondInput
 from vicreg_hf.data.sampler import GlobalBatches
+from vicreg_hf.data.samples import Sample
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.streams import ImageStream
-from vicreg_hf.models.branch import Inputs
-from vicreg_hf.runtime.signals import ignore_requests
 from vicreg_hf.views.random_views import RandomViews
 
 STREAM_CHUNK = 32
 """Images of a stream that a worker crops together."""
-MOST_AHEAD = 4
-"""Batches, or chunks of a stream, that a loading worker makes ahead at most."""
-BYTES_AHEAD = 2 * 2**30
-"""Bytes of crops that may wait in shared or pinned memory for a process. All of its workers make as
-many batches ahead as stay within it, up to `MOST_AHEAD` each; but one each in any case, even if
-those are more bytes."""
 
 
 class Crops(NamedTuple):
-    """What a loading worker makes of a step's samples."""
+    """Crops of a batch of samples."""
 
     views: tuple[Tensor, ...]
-    """(B, C, S, S) uint8 of each view."""
+    """(B, C, S, S) uint8 for each view."""
     keys: NDArray[np.int64]
-    """(B,): what they were drawn by."""
+    """(B,) row numbers or checksums, by which the crops were drawn."""
+    epoch: int
     bad: list[BadImage]
-    """What was replaced."""
-    paired: Inputs | None = None
-    """What belongs to the images, on its way to the second branch."""
+    """Samples that were replaced, or of a stream left out."""
+    paired: Any = None
+    """The batch of what belongs to the images, as `SecondInput.collate` gives it."""
 
 
-class CropSource(Dataset[Crops], ABC):
-    """What loading workers make crops from."""
-
-    @abstractmethod
-    def item_bytes(self) -> int:
-        """Of what a worker hands over at once."""
-
-
-def _crop_bytes(views: RandomViews) -> int:
-    """Of all crops of an image."""
-    return views.in_chans * sum(side**2 for side in views.image_sizes)
-
-
-class SplitCrops(CropSource):
-    """The crops of a step's samples, cut where they are decoded."""
-
-    def __init__(
-        self, split: ImageSplit, batches: GlobalBatches, views: RandomViews, steps: range
-    ) -> None:
-        self.split, self.batches, self.views, self.steps = split, batches, views, steps
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, position: int) -> Crops:
-        epoch, rows = self.batches.batch(self.steps[position])
-        images, bad = self.split.read_or_replace(rows.tolist())
-        return Crops(self.views.crop(images, rows, epoch), rows, bad)
-
-    def item_bytes(self) -> int:
-        return self.batches.rows_per_process * _crop_bytes(self.views)
-
-
-class PairedCrops(CropSource):
-    """The same, and what belongs to the images in another column."""
+class StepCrops:
+    """Makes the crops of the samples of a step."""
 
     def __init__(
         self,
-        split: PairedSplit,
+        samples: ImageSplit | PairedSplit,
         batches: GlobalBatches,
         views: RandomViews,
-        paired: PairedInput,
-        steps: range,
+        paired: SecondInput | None,
     ) -> None:
-        self.split, self.batches, self.steps = split, batches, steps
-        self.views, self.paired = views, paired
+        self.samples, self.batches, self.views, self.paired = samples, batches, views, paired
 
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __getitem__(self, position: int) -> Crops:
-        epoch, rows = self.batches.batch(self.steps[position])
-        pairs, bad = self.split.read_or_replace(rows.tolist())
-        images, items = zip(*pairs, strict=True)
-        batch = self.paired.batch(items, rows, epoch)
-        return Crops(self.views.crop(images, rows, epoch), rows, bad, batch)
+    def __call__(self, step: int) -> Crops:
+        epoch, rows = self.batches.batch(step)
+        return self._crop(rows, epoch)
 
     def item_bytes(self) -> int:
-        """As of a batch of what the first row holds, whatever the modality."""
-        ((_, item),), _ = self.split.read_or_replace([0])
-        other = tree_leaves(self.paired.batch([item], np.zeros(1, np.int64), 0))
-        of_pair = _crop_bytes(self.views) + sum(tensor.nbytes for tensor in other)
-        return self.batches.rows_per_process * of_pair
+        """Bytes of a step's crops, if all samples are like the first."""
+        crops = self._crop(np.zeros(1, np.int64), 0)
+        tensors = tree_leaves((crops.views, crops.paired))
+        return self.batches.rows_per_process * sum(getattr(t, "nbytes", 0) for t in tensors)
+
+    def _crop(self, rows: NDArray[np.int64], epoch: int) -> Crops:
+        samples, bad = self.samples.read_or_replace(rows.tolist())
+        images: Any = samples
+        other = None
+        if self.paired is not None:
+            images, items = zip(*samples, strict=True)
+            other = self.paired.collate(items, rows, epoch)
+        return Crops(self.views.crop(images, rows, epoch), rows, epoch, bad, other)
 
 
-class StreamCrops(IterableDataset[Crops], CropSource):
-    """The crops of what a stream gives, drawn by the images' content."""
+class StreamCrops(IterableDataset[list[Sample[Tensor] | BadImage]]):
+    """A pass over a stream in chunks of `STREAM_CHUNK` usable images, and makes their crops.
+
+    They are drawn by the images' content.
+    """
 
     def __init__(self, stream: ImageStream, views: RandomViews, epoch: int) -> None:
         self.stream, self.views, self.epoch = stream, views, epoch
 
-    def __iter__(self) -> Iterator[Crops]:
-        images: list[Tensor] = []
-        keys: list[int] = []
-        bad: list[BadImage] = []
-        column = self.stream.column
-        for cell in self.stream.cells(self.epoch):
-            key = 0
-            try:
-                key = zlib.crc32(column.encoded(cell))
-                images.append(column.decode(cell))
-                keys.append(key)
-            except ImageError as error:
-                name = path_of(cell) or f"an image without a name, of CRC-32 {key:08x}"
-                bad.append(BadImage(None, name, str(error), key))
-            if len(images) == STREAM_CHUNK:
-                yield self._cut(images, keys, bad)
-                images, keys, bad = [], [], []
-        if images:
-            yield self._cut(images, keys, bad)
+    def __iter__(self) -> Iterator[list[Sample[Tensor] | BadImage]]:
+        chunk, usable = [], 0
+        for sample in self.stream.read(self.epoch):
+            chunk.append(sample)
+            usable += isinstance(sample, Sample)
+            if usable == STREAM_CHUNK:
+                yield chunk
+                chunk, usable = [], 0
+        if usable:
+            yield chunk
+
+    def crop(self, chunk: list[Sample[Tensor] | BadImage]) -> Crops:
+        """The crops of a chunk."""
+        bad = [sample for sample in chunk if isinstance(sample, BadImage)]
+        usable = [sample for sample in chunk if isinstance(sample, Sample)]
+        keys = np.array([sample.key for sample in usable], dtype=np.int64)
+        cut = self.views.crop([sample.content for sample in usable], keys, self.epoch)
+        return Crops(cut, keys, self.epoch, bad)
 
     def item_bytes(self) -> int:
-        return STREAM_CHUNK * _crop_bytes(self.views)
-
-    def _cut(self, images: list[Tensor], keys: list[int], bad: list[BadImage]) -> Crops:
-        rows = np.array(keys, dtype=np.int64)
-        return Crops(self.views.crop(images, rows, self.epoch), rows, bad)
-
-
-def batches_ahead(batch_bytes: int, num_workers: int) -> int:
-    """How many batches each of a process's loading workers makes ahead: see `BYTES_AHEAD`."""
-    return max(1, min(MOST_AHEAD, BYTES_AHEAD // (batch_bytes * num_workers)))
-
-
-def crop_loader(source: CropSource, num_workers: int, *, pinned: bool) -> DataLoader[Crops]:
-    """What gives the source's items in their order.
-
-    Args:
-        pinned: copy them to memory that a GPU reads by itself.
-    """
-    return DataLoader(
-        source,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pinned,
-        prefetch_factor=batches_ahead(source.item_bytes(), num_workers) if num_workers else None,
-        worker_init_fn=ignore_requests,
-    )
+        """Bytes of a chunk's crops."""
+        return STREAM_CHUNK * self.views.in_chans * sum(side**2 for side in self.views.image_sizes)

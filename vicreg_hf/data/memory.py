@@ -49,7 +49,7 @@ def load_in_memory(
 
 def common_side(split: ImageSplit) -> int | None:
     """The side of the images if they look small, square and alike; else None."""
-    few, _ = split.read_or_replace(range(min(8, len(split))))
-    height, width = few[0].shape[-2:]
-    alike = all(image.shape == few[0].shape for image in few)
+    images, _ = split.read_or_replace(range(min(8, len(split))))
+    height, width = images[0].shape[-2:]
+    alike = all(image.shape == images[0].shape for image in images)
     return height if alike and height == width <= SMALL_IMAGE else None

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from vicreg_hf.runtime.randomness import permutation
 
-Batch = tuple[int, NDArray[np.int64]]
-"""The epoch and the sample indices of this process's rows."""
+EpochRows = tuple[int, NDArray[np.int64]]
+"""An epoch, and the numbers of some samples in it."""
 
 
 class GlobalBatches:
@@ -50,52 +50,46 @@ class GlobalBatches:
                 f"batch_size must not exceed the number of images, got batch_size={batch_size} "
                 f"and {num_samples} images; use at most {most}."
             )
-        if batch_size % world_size:
-            nearest = min(max(round(batch_size / world_size) * world_size, least), most)
-            raise ValueError(
-                f"batch_size must divide evenly over processes, got batch_size={batch_size} and "
-                f"num_processes={world_size}; the nearest that does is {nearest}."
-            )
+        micro_batch_size = min(micro_batch_size or batch_size, batch_size)
+        _check_shares("batch_size", batch_size, world_size, least, most)
         if batch_size < least:
             raise ValueError(
-                "batch_size must give every process at least 2 images, got "
-                f"batch_size={batch_size} and num_processes={world_size}; "
-                f"use at least {least}."
+                f"batch_size must give every process at least 2 images, got batch_size={batch_size}"
+                f" and num_processes={world_size}; use at least {least}."
             )
+        _check_shares("micro_batch_size", micro_batch_size, world_size, world_size, most)
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.steps_per_epoch = num_samples // batch_size
-        self.micro_batch_size = min(micro_batch_size or batch_size, batch_size)
-        if self.micro_batch_size % world_size:
-            nearest = max(round(self.micro_batch_size / world_size), 1) * world_size
-            raise ValueError(
-                "micro_batch_size must divide evenly over processes, got "
-                f"micro_batch_size={self.micro_batch_size} and num_processes={world_size}; "
-                f"the nearest that does is {nearest}."
-            )
+        self.micro_batch_size = micro_batch_size
         self.rank, self.world_size = rank, world_size
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     @property
     def rows_per_process(self) -> int:
-        """How many of a batch's are this process's."""
+        """How many rows of a batch are this process's."""
         return self.batch_size // self.world_size
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         return permutation(self.num_samples, seed=self.seed, epoch=epoch)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> EpochRows:
         """This process's rows at a step, from 0."""
         epoch, rows = self.whole_batch(step)
-        parts = range(0, self.batch_size, self.micro_batch_size)
-        own = [self._own(rows[part : part + self.micro_batch_size]) for part in parts]
+        parts = np.split(rows, range(self.micro_batch_size, len(rows), self.micro_batch_size))
+        own = [np.split(part, self.world_size)[self.rank] for part in parts]
         return epoch, np.concatenate(own)
 
-    def whole_batch(self, step: int) -> Batch:
+    def whole_batch(self, step: int) -> EpochRows:
         """The rows of all processes at a step, in the order of the epoch."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.batch_size
         return epoch, self._order(epoch)[start : start + self.batch_size]
 
-    def _own(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        share = len(rows) // self.world_size
-        return rows[self.rank * share : (self.rank + 1) * share]
+
+def _check_shares(name: str, size: int, world_size: int, least: int, most: int) -> None:
+    if size % world_size:
+        nearest = min(max(round(size / world_size) * world_size, least), most)
+        raise ValueError(
+            f"{name} must divide evenly over processes, got {name}={size} and "
+            f"num_processes={world_size}; the nearest that does is {nearest}."
+        )

@@ -16,9 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vicreg_hf.data.bad_images import read_or_replace
 from vicreg_hf.data.classes import _holds_classes, _labels
-from vicreg_hf.data.columns.base import BadImage, path_of
 from vicreg_hf.data.columns.finding import find_image_column, find_label_column
 from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.data.columns.images import ImageColumn
@@ -30,24 +28,19 @@ from vicreg_hf.data.opening.slicing import (
     list_splits,
     share_images,
 )
+from vicreg_hf.data.samples import Samples
 
 FINGERPRINTED = 64
 """Images of a split by which it is known again."""
 
 
 @dataclass
-class ImageSplit:
-    """One split: encoded images, and labels where the data has them."""
+class ImageSplit(Samples[Tensor]):
+    """One split: images, encoded, and labels where the data has them."""
 
-    table: datasets.Dataset
-    column: ImageColumn | SpectrogramColumn
-    name: str
     labels: Tensor | None = None
     """(N,) classes from 0; -1 where an image has none. None where none has one."""
     label_names: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.table)
 
     @property
     def num_images(self) -> int:
@@ -65,63 +58,6 @@ class ImageSplit:
     def sampled_rows(self) -> list[int]:
         """Rows all over the split, by which it is known again."""
         return np.unique(np.linspace(0, len(self) - 1, num=FINGERPRINTED).astype(int)).tolist()
-
-    def read(self, rows: Sequence[int]) -> list[Tensor]:
-        """Decode some rows.
-
-        Returns:
-            One (C, H, W) uint8 tensor per row.
-
-        Raises:
-            ImageError: names the row.
-        """
-        images = []
-        for row, cell in zip(rows, self.cells(rows), strict=True):
-            try:
-                images.append(self.column.decode(cell))
-            except ImageError as error:
-                raise ImageError(f"{self.place(row)}: {error}") from None
-        return images
-
-    def try_read(self, rows: Sequence[int]) -> list[tuple[Tensor | BadImage, str | None]]:
-        """Decode some rows.
-
-        Returns:
-            Of each row the (C, H, W) uint8 image, or why there is none; and its path, if known.
-        """
-        found: list[tuple[Tensor | BadImage, str | None]] = []
-        for row, cell in zip(rows, self.cells(rows), strict=True):
-            path = path_of(cell)
-            try:
-                found.append((self.column.decode(cell), path))
-            except ImageError as error:
-                found.append((BadImage(int(row), path, str(error)), path))
-        return found
-
-    def read_or_replace(self, rows: Sequence[int]) -> tuple[list[Tensor], list[BadImage]]:
-        """Decode some rows, and another image in the place of one that cannot be used.
-
-        Which one is a function of the row alone.
-
-        Returns:
-            One (C, H, W) uint8 tensor per row, and what could not be used.
-
-        Raises:
-            ImageError: nor could any of `MAX_REPLACEMENTS` others.
-        """
-        return read_or_replace(self, rows)
-
-    def place(self, row: int) -> str:
-        """A row, as a sentence names it."""
-        return f"row {row} of {self.name}, column {self.column.name}"
-
-    def cells(self, rows: Sequence[int]) -> list[Any]:
-        """The encoded images of some rows."""
-        return self.table[list(rows)][self.column.name]
-
-    def decode(self, cell: Any) -> Tensor:
-        """The (C, H, W) uint8 image of a cell; an ImageError where it cannot be used."""
-        return self.column.decode(cell)
 
 
 def image_split(
@@ -174,7 +110,7 @@ def open_column(
     """
     found = find_image_column(features, wanted)
     if isinstance(features[found], datasets.Audio):
-        return SpectrogramColumn.find(features, found, sound)
+        return SpectrogramColumn(found, features[found], sound or SpectrogramSettings())
     return ImageColumn(found, features[found], channels)
 
 

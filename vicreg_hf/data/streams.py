@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import datasets
 from datasets.distributed import split_dataset_by_node
+from torch import Tensor
 
+from vicreg_hf.data.columns.base import BadImage, path_of
 from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.data.columns.images import ImageColumn
 from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
 from vicreg_hf.data.opening.slicing import Splits
+from vicreg_hf.data.samples import Sample
 from vicreg_hf.data.splits import open_column
 from vicreg_hf.runtime.checks import one_line
 
 SHUFFLE_BUFFER = 1000
-"""Images of a stream that wait, encoded, to be drawn in random order."""
+"""Images of a stream that wait, still encoded, to be drawn in random order."""
 
 
 @dataclass
@@ -30,10 +35,10 @@ class ImageStream:
     column: ImageColumn | SpectrogramColumn
     name: str
     num_images: int | None
-    """Of all processes together, where the data set says."""
+    """Number of images of all processes together, where the data set says."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells one data set from another: its length, and a digest of its first images."""
+        """The length and a digest of the first images, which tell one data set from another."""
         digest = hashlib.sha256()
         for row in self.table.take(8):
             with suppress(ImageError):
@@ -41,13 +46,13 @@ class ImageStream:
         return {"images": self.num_images, "sha256": digest.hexdigest()}
 
     def share(self, rank: int, world_size: int, *, seed: int) -> ImageStream:
-        """What one of several processes reads: shards of its own, or else every so many images."""
+        """The part that one of several processes reads: whole shards, or every n-th image."""
         table = self.table.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         table = split_dataset_by_node(table, rank=rank, world_size=world_size)
         return replace(self, table=table)
 
-    def cells(self, epoch: int) -> Iterator[Any]:
-        """One pass, in an order of its own; in a loading worker, that worker's part of it.
+    def read(self, epoch: int) -> Iterator[Sample[Tensor] | BadImage]:
+        """One pass, each in another order; in a loading worker, that worker's part of it.
 
         Raises:
             ImageError: the data cannot be read on.
@@ -56,19 +61,32 @@ class ImageStream:
         count = 0
         with _reading(self.name, lambda: f" after {count} images of a pass"):
             for row in self.table:
-                yield row[self.column.name]
+                yield self._decode(row[self.column.name])
                 count += 1
+
+    def first(self, count: int) -> list[Tensor]:
+        """The first usable images of the first pass, (C, H, W) uint8 each."""
+        usable = (sample.content for sample in self.read(0) if isinstance(sample, Sample))
+        return list(islice(usable, count))
+
+    def _decode(self, cell: Any) -> Sample[Tensor] | BadImage:
+        crc = 0
+        try:
+            crc = zlib.crc32(self.column.encoded(cell))
+            return Sample(crc, path_of(cell), self.column.decode(cell))
+        except ImageError as error:
+            path = path_of(cell) or f"an image without a name, of CRC-32 {crc:08x}"
+            return BadImage(None, path, str(error), crc)
 
 
 @contextmanager
 def _reading(name: str, place: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """One sentence for what parsers and networks raise."""
+    """Raise an ImageError of one sentence for whatever parsers and networks raise."""
     try:
         yield
     except Exception as error:
-        told = one_line(error)
         raise ImageError(
-            f"{name} cannot be read{place()}: {type(error).__name__}: {told}"
+            f"{name} cannot be read{place()}: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 
@@ -88,17 +106,16 @@ def image_stream(
     """
     if name not in splits:
         raise ValueError(f"split must be one of {', '.join(map(str, splits))}, got {name!r}.")
-    table = splits[name]
-    with _reading(f"{dataset_name} ({name})"):
+    table, place = splits[name], f"{dataset_name} ({name})"
+    empty = ValueError(f"a split must have rows, got none in split {name!r} of {dataset_name}.")
+    with _reading(place):
         features = table.features or table._resolve_features().features
     if not features:
-        raise ValueError(f"a split must have rows, got none in split {name!r} of {dataset_name}.")
+        raise empty
     column = open_column(features, image_column, channels=channels, sound=sound)
     known = (table.info.splits or {}).get(name)
-    count = known.num_examples if known is not None else None
     table = column.prepare(table)
-    with _reading(f"{dataset_name} ({name})"):
-        first = next(iter(table.take(1)), None)
-    if first is None:
-        raise ValueError(f"a split must have rows, got none in split {name!r} of {dataset_name}.")
-    return ImageStream(table, column, f"{dataset_name} ({name})", count or None)
+    with _reading(place):
+        if next(iter(table.take(1)), None) is None:
+            raise empty
+    return ImageStream(table, column, place, getattr(known, "num_examples", None) or None)

@@ -1,33 +1,70 @@
-"""Loading workers: how they end, and one sentence instead of what torch says of their death."""
+"""Making batches ahead of their use: in loading workers, and for a GPU also in a thread."""
 
 from __future__ import annotations
 
 import signal
 import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from multiprocessing import connection
+from typing import Any, TypeVar
 
+import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from vicreg_hf.data.columns.image_files import ImageError
+from vicreg_hf.runtime.signals import ignore_requests
 
+MOST_AHEAD = 4
+"""Batches, or chunks of a stream, that a loading worker makes ahead at most."""
+BYTES_AHEAD = 2 * 2**30
+"""Bytes of batches that may wait in shared or pinned memory for a process. All of its workers make
+as many batches ahead as stay within it, up to `MOST_AHEAD` each; but one each in any case."""
+AHEAD = 2
+"""Batches that the thread makes ahead of the one in use."""
 WORKER_PATIENCE = 5.0
 """Seconds that loading workers have to end by themselves."""
+
+T = TypeVar("T")
 
 
 class LoadingError(RuntimeError):
     """A loading worker died."""
 
 
-@contextmanager
-def loading(loader: DataLoader[Any]) -> Iterator[Any]:
-    """What a loader gives, whose workers end with the context, whatever they wait for.
+def batches_ahead(batch_bytes: int, num_workers: int) -> int:
+    """How many batches each of a process's loading workers makes ahead: see `BYTES_AHEAD`."""
+    return max(1, min(MOST_AHEAD, BYTES_AHEAD // (batch_bytes * num_workers)))
 
-    They hear no request to end, and one that was killed may leave the others a lock that is never
-    released. To be entered in the main thread, where alone torch hears of what a worker died.
+
+@contextmanager
+def loading(
+    source: Any,
+    make: Callable[[Any], T],
+    num_workers: int,
+    *,
+    item_bytes: Callable[[], int],
+    pinned: bool = False,
+) -> Iterator[Iterator[T]]:
+    """A function's results for the items of a source, in their order, made by loading workers.
+
+    The workers end with the context. They hear no request to end, and one that was killed may
+    leave the others a lock that is never released, so they are killed if they do not end. Enter it
+    in the main thread: only there is torch told what a worker died of.
+
+    Args:
+        source: a sequence, or an IterableDataset, each worker's part of it.
+        item_bytes: called for the size of a result, if there are workers.
+        pinned: copy tensors to memory that a GPU reads by itself.
     """
+    loader = DataLoader(
+        source, batch_size=None, collate_fn=make, num_workers=num_workers, pin_memory=pinned,
+        prefetch_factor=batches_ahead(item_bytes(), num_workers) if num_workers else None,
+        worker_init_fn=ignore_requests,
+    )  # fmt: skip
     batches: Any = iter(loader)
     workers: list[Any] = getattr(batches, "_workers", [])
     try:
@@ -40,7 +77,7 @@ def loading(loader: DataLoader[Any]) -> Iterator[Any]:
         if workers:
             patience = threading.Timer(WORKER_PATIENCE, _kill, [workers])
             patience.start()
-            with suppress(RuntimeError):  # torch's, of those that are killed
+            with suppress(RuntimeError):  # torch raises it for those that are killed
                 batches._shutdown_workers()
             patience.cancel()
             _kill(workers)
@@ -48,13 +85,11 @@ def loading(loader: DataLoader[Any]) -> Iterator[Any]:
 
 def _end_of_any(workers: Sequence[Any]) -> str | None:
     """How one of them ended, if one has by now or does within a second."""
-    until = time.monotonic() + 1
-    while time.monotonic() < until:
-        for status in (worker.exitcode for worker in workers):
-            if status is not None:
-                by = signal.strsignal(-status) if status < 0 else f"exit status {status}"
-                return f"it was ended by {by}"
-        time.sleep(0.01)
+    connection.wait([worker.sentinel for worker in workers], timeout=1)
+    for status in (worker.exitcode for worker in workers):
+        if status is not None:
+            by = signal.strsignal(-status) if status < 0 else f"exit status {status}"
+            return f"it was ended by {by}"
     return None
 
 
@@ -77,15 +112,13 @@ def loading_errors() -> Iterator[None]:
         sentence = str(error).strip().splitlines()[-1]
         raise ImageError(sentence.split("ImageError: ", 1)[-1]) from None
     except (ConnectionError, EOFError) as error:  # killed in the middle of a batch
-        cause = f"the connection to it was lost: {error}"
-        raise LoadingError(_cause_of_death(cause)) from None
+        raise LoadingError(_cause_of_death(f"the connection to it was lost: {error}")) from None
     except RuntimeError as error:
         # torch's signal handler knows of what the worker died, and its loader only that it did
-        messages = [str(cause) for cause in (error.__cause__, error) if cause is not None]
-        messages = [message for message in messages if "DataLoader worker" in message]
-        if not messages:
-            raise
-        raise LoadingError(_cause_of_death(messages[0])) from None
+        for message in (str(error.__cause__), str(error)):
+            if "DataLoader worker" in message:
+                raise LoadingError(_cause_of_death(message)) from None
+        raise
 
 
 def _cause_of_death(message: str) -> str:
@@ -102,3 +135,41 @@ def _cause_of_death(message: str) -> str:
     else:
         why = "With --num_workers 0 the main process decodes, and shows what fails."
     return f"a loading worker died: {sentence}. {why} The last checkpoint is untouched."
+
+
+def prefetch(batches: Iterator[T], device: torch.device) -> Iterator[T]:
+    """Pass batches on; on a GPU a thread makes them ahead, on a stream of its own.
+
+    On a CPU the cores have enough to do with the present batch.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+
+    def make() -> tuple[T, Any] | None:
+        # a new thread's device is the first, on which going back to it would begin to use memory
+        torch.cuda.set_device(stream.device)
+        with torch.cuda.stream(stream):
+            batch = next(batches, None)
+            return None if batch is None else (batch, stream.record_event())
+
+    with closing(made_ahead(make)) as ahead:
+        for batch, made in ahead:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(made)
+            for tensor in tree_leaves(batch):
+                tensor.record_stream(current)  # its memory may not be reused before
+            yield batch
+
+
+def made_ahead(make: Callable[[], T | None]) -> Generator[T]:
+    """The results of calls until one is None, `AHEAD` of them made ahead in a thread."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    try:
+        waiting = deque(thread.submit(make) for _ in range(AHEAD))
+        while (made := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(make))
+            yield made
+    finally:
+        thread.shutdown(cancel_futures=True)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from vicreg_hf.data.bad_images import BadImages
 from vicreg_hf.data.batches import evaluation_batches, training_views
 from vicreg_hf.data.columns.base import BadImage
-from vicreg_hf.data.sampler import Batch, GlobalBatches
+from vicreg_hf.data.sampler import EpochRows, GlobalBatches
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.features.encode import normalise_images
 from vicreg_hf.models.batch_norm import synchronize
@@ -200,7 +200,7 @@ class _SubsetBatches(GlobalBatches):
         super().__init__(len(rows), batch_size, **settings)
         self.rows = rows
 
-    def whole_batch(self, step: int) -> Batch:
+    def whole_batch(self, step: int) -> EpochRows:
         epoch, places = super().whole_batch(step)
         return epoch, self.rows[places]
 

@@ -16,12 +16,14 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from vicreg_hf.data.columns.base import BadImage
 from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.data.columns.images import ImageColumn
+from vicreg_hf.data.columns.second_column import open_second_column
 from vicreg_hf.data.columns.spectrograms import SpectrogramColumn
 from vicreg_hf.data.columns.texts import TextColumn
 from vicreg_hf.data.columns.waveforms import WaveformColumn
-from vicreg_hf.data.pairs import PairedSplit, paired_column
+from vicreg_hf.data.pairs import PairedSplit
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.features.encode import normalise_images
 from vicreg_hf.features.encoders import timm_encoder
@@ -76,7 +78,7 @@ def open_pairs(
             "prime_tokenizer must be given where the second encoder is not beside the first, and "
             f"{source!r} has no {DIRECTORY} beside it."
         )
-    found = paired_column(
+    found = open_second_column(
         table, prime["modality"], column, prime["preparation"] or {},
         waveforms=prime["encoder_config"] is not None,
         tokenizer=tokenizer or str(beside),
@@ -130,13 +132,10 @@ def _usable(pairs: Pairs, rows: Sequence[int]) -> Iterator[tuple[int, list[Any]]
     """Places of the rows of which the other half can be used, and what is in it."""
     split = pairs.split
     for start in range(0, len(rows), BATCH):
-        cells = split.table[rows[start : start + BATCH]][split.column.name]
-        for place, cell in enumerate(cells, start):
-            try:
-                item = split.column.decode(cell)
-            except ImageError:
+        for place, sample in enumerate(split.others.try_read(rows[start : start + BATCH]), start):
+            if isinstance(sample, BadImage):
                 continue
-            captions = isinstance(split.column, TextColumn)
+            captions, item = isinstance(split.column, TextColumn), sample.content
             yield place, [(caption,) for caption in item] if captions else [item]
 
 

@@ -134,14 +134,13 @@ class _Views(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         part, wanted = self.batches[index]
         rows, paths, images, bad = [], [], [], []
-        found = self.splits[part.split].try_read(wanted)
-        for row, (image, path) in zip(wanted, found, strict=True):
-            if isinstance(image, BadImage):
-                bad.append(image)
+        for sample in self.splits[part.split].try_read(wanted):
+            if isinstance(sample, BadImage):
+                bad.append(sample)
                 continue
-            rows.append(row)
-            paths.append(path)
-            images.append(self.prepare(image))
+            rows.append(sample.key)
+            paths.append(sample.path)
+            images.append(self.prepare(sample.content))
         return Batch(rows, paths, torch.stack(images) if images else None, bad)
 
 

@@ -136,8 +136,7 @@ def _lacking(part: Part, split: ImageSplit, num_features: int) -> list[BadImage]
     """The images of a part that it lacks, each of which must be one that cannot be used."""
     contents = read_part(part, num_features)
     rows = sorted({*part.rows} - {*contents.rows.tolist()})
-    found = [image for image, _ in split.try_read(rows)] if rows else []
-    bad = [image for image in found if isinstance(image, BadImage)]
+    bad = [image for image in split.try_read(rows) if isinstance(image, BadImage)]
     if len(bad) < len(rows):
         raise PartError(f"it lacks {len(rows) - len(bad)} images that can be used")
     return bad

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from vicreg_hf.checkpoints.writing import CheckpointWriter
-from vicreg_hf.data.pairs import PairedInput
+from vicreg_hf.data.pairs import SecondInput
 from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.runtime.distributed import Vote
@@ -40,7 +40,7 @@ class Run:
     optimizer: Optimizer
     inputs: Inputs
     views: RandomViews
-    paired: PairedInput | None
+    paired: SecondInput | None
     """What becomes of the other half of the samples, where they are pairs."""
     monitor: KNNMonitor | None
     probe: OnlineProbe | None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -62,32 +60,26 @@ def test_colours_survive(file_format: str, options: dict[str, Any], tolerance: i
     assert_pixels_close(decode(data), RGB, tolerance=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("file_format", "tolerance"), [("PNG", 0), ("TIFF", 0), ("GIF", 0), ("JPEG", 4)]
-)
-def test_gray_becomes_three_equal_channels(file_format: str, tolerance: int) -> None:
-    decoded = decode(encode(Image.fromarray(GRAY), file_format))
-    assert_pixels_close(decoded, np.stack([GRAY] * 3, -1), tolerance=tolerance)
+def gray(levels: Pixels) -> Pixels:
+    return np.stack([levels] * 3, -1)
 
 
-def test_black_and_white_becomes_0_and_255() -> None:
+def test_gray_and_black_and_white_become_three_equal_channels() -> None:
+    for file_format, tolerance in (("PNG", 0), ("GIF", 0), ("JPEG", 4)):
+        decoded = decode(encode(Image.fromarray(GRAY), file_format))
+        assert_pixels_close(decoded, gray(GRAY), tolerance=tolerance)
     bits = RGB[..., 0] > 100
-    expected = np.stack([bits * np.uint8(255)] * 3, -1)
-    assert_pixels_close(decode(encode(Image.fromarray(bits), "PNG")), expected, tolerance=0)
+    decoded = decode(encode(Image.fromarray(bits), "PNG"))
+    assert_pixels_close(decoded, gray(bits * np.uint8(255)), tolerance=0)
 
 
-@pytest.mark.parametrize("alpha", [0, 90, 255])
-@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
-def test_alpha_is_dropped_from_colour(file_format: str, alpha: int) -> None:
-    rgba = np.dstack([RGB, np.full_like(GRAY, alpha)])
-    assert_pixels_close(decode(encode(Image.fromarray(rgba), file_format)), RGB, tolerance=0)
-
-
-@pytest.mark.parametrize("alpha", [0, 90, 255])
-def test_alpha_is_dropped_from_gray(alpha: int) -> None:
+@pytest.mark.parametrize("alpha", [0, 90])
+def test_alpha_is_dropped(alpha: int) -> None:
+    rgba = Image.fromarray(np.dstack([RGB, np.full_like(GRAY, alpha)]))
+    for file_format in ("PNG", "TIFF"):
+        assert_pixels_close(decode(encode(rgba, file_format)), RGB, tolerance=0)
     both = Image.merge("LA", [Image.fromarray(GRAY), Image.new("L", (56, 40), alpha)])
-    expected = np.stack([GRAY] * 3, -1)
-    assert_pixels_close(decode(encode(both, "PNG")), expected, tolerance=0)
+    assert_pixels_close(decode(encode(both, "PNG")), gray(GRAY), tolerance=0)
 
 
 PALETTE: Pixels = np.array([[200, 10, 30], [0, 90, 250], [7, 7, 7], [255, 255, 0]], np.uint8)
@@ -96,12 +88,11 @@ PALETTE: Pixels = np.array([[200, 10, 30], [0, 90, 250], [7, 7, 7], [255, 255, 0
 @pytest.mark.parametrize(
     ("file_format", "options"),
     [
-        ("PNG", {}),
         ("GIF", {}),
         ("TIFF", {}),
-        pytest.param("PNG", {"transparency": 1}, id="PNG-one-transparent"),
-        pytest.param("GIF", {"transparency": 1}, id="GIF-one-transparent"),
-        pytest.param("PNG", {"transparency": bytes([0, 90, 255, 9])}, id="PNG-opacity-each"),
+        ("PNG", {}),
+        pytest.param("PNG", {"transparency": 1}, id="one-transparent"),
+        pytest.param("PNG", {"transparency": bytes([0, 90, 255, 9])}, id="opacity-each"),
     ],
 )
 def test_a_palette_becomes_its_colours(file_format: str, options: dict[str, Any]) -> None:
@@ -133,96 +124,69 @@ UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
 }
 
 
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize(
     ("file_format", "options", "tolerance"),
-    [
-        ("PNG", {}, 0),
-        ("WEBP", {"lossless": True}, 0),
-        ("JPEG", {"quality": 95, "subsampling": 0}, 8),
-    ],
+    [("WEBP", {"lossless": True}, 0), ("JPEG", {"quality": 95, "subsampling": 0}, 8)],
 )
 def test_images_are_turned_upright(
     file_format: str, options: dict[str, Any], tolerance: int, orientation: int
 ) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encode(Image.fromarray(RGB), file_format, exif=exif, **options)
+    data = encode(Image.fromarray(RGB), file_format, exif=turned(orientation), **options)
     assert_pixels_close(decode(data), UPRIGHT[orientation](RGB), tolerance=tolerance)
 
 
-def test_a_jpeg_is_turned_upright_wherever_its_exif_stands() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = encode(Image.fromarray(RGB), "JPEG", quality=95, subsampling=0, exif=exif)
+def test_a_jpeg_is_turned_upright_by_exif_anywhere_or_by_xmp() -> None:
+    """As PIL turns it, and so stock processors see it."""
+    options: Any = {"quality": 95, "subsampling": 0}
+    data = encode(Image.fromarray(RGB), "JPEG", exif=turned(6), **options)
     comment = b"\xff\xfe" + struct.pack(">H", 60_002) + bytes(60_000)
     later = data[:2] + 2 * comment + data[2:]
     assert later.index(b"Exif") > 2**16
-    assert_pixels_close(decode(later), np.rot90(RGB, -1), tolerance=8)
-
-
-def test_a_jpeg_is_turned_upright_by_its_xmp() -> None:
-    """As PIL turns it, and so stock processors see it."""
     xmp = b'<x xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
-    data = encode(Image.fromarray(RGB), "JPEG", quality=95, subsampling=0, xmp=xmp)
-    assert_pixels_close(decode(data), np.rot90(RGB, -1), tolerance=8)
+    for turned_jpeg in (later, encode(Image.fromarray(RGB), "JPEG", xmp=xmp, **options)):
+        assert_pixels_close(decode(turned_jpeg), np.rot90(RGB, -1), tolerance=8)
 
 
-def test_16_bit_images_are_turned_upright() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = encode(Image.fromarray(GRAY.astype(np.uint16) * 257), "PNG", exif=exif)
-    expected = np.stack([np.rot90(GRAY, -1)] * 3, -1)
-    assert_pixels_close(decode(data), expected, tolerance=0)
-
-
-def test_cmyk_jpegs_are_turned_upright() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 8
-    image = Image.frombytes("CMYK", (56, 40), np.dstack([255 - RGB, 0 * GRAY]).tobytes())
-    data = encode(image, "JPEG", quality=95, exif=exif)
+def test_16_bits_and_cmyk_are_turned_upright_too() -> None:
+    data = encode(Image.fromarray(GRAY.astype(np.uint16) * 257), "PNG", exif=turned(6))
+    assert_pixels_close(decode(data), gray(np.rot90(GRAY, -1)), tolerance=0)
+    cmyk = Image.frombytes("CMYK", (56, 40), np.dstack([255 - RGB, 0 * GRAY]).tobytes())
+    data = encode(cmyk, "JPEG", quality=95, exif=turned(8))
     assert_pixels_close(decode(data), np.rot90(RGB, 1), tolerance=10)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 def test_16_bits_are_rescaled_and_not_clipped(file_format: str) -> None:
     values = np.linspace(0, 65535, 40 * 56).reshape(40, 56).round().astype(np.uint16)
-    expected = np.stack([(values / 257).round().astype(np.uint8)] * 3, -1)
+    expected = gray((values / 257).round().astype(np.uint8))
     decoded = decode(encode(Image.fromarray(values), file_format))
     assert_pixels_close(decoded, expected, tolerance=0)
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([[-3.0, 0.0, 2.0]], [[0, 153, 255]]),  # 3 / 5 of 255
-        ([[0.0, 0.25, 1.0]], [[0, 64, 255]]),
-        ([[7.0, 7.0, 7.0]], [[0, 0, 0]]),  # constant
-        ([[np.nan, 1.0, 3.0]], [[0, 0, 255]]),
-        ([[-np.inf, 1.0, np.inf]], [[0, 0, 255]]),
-    ],
-)
-def test_float_pixels_are_stretched_over_the_grey_levels(
-    values: list[list[float]], expected: list[list[int]]
-) -> None:
-    data = encode(Image.fromarray(np.array(values, np.float32)), "TIFF")
-    gray = np.array(expected, np.uint8)
-    assert_pixels_close(decode(data), np.stack([gray] * 3, -1), tolerance=0)
+def test_float_pixels_are_stretched_over_the_gray_levels() -> None:
+    for values, levels in [
+        ([-3.0, 0.0, 2.0], [0, 153, 255]),  # 3 / 5 of 255
+        ([7.0, 7.0, 7.0], [0, 0, 0]),
+        ([np.nan, 1.0, 3.0], [0, 0, 255]),
+        ([-np.inf, 1.0, np.inf], [0, 0, 255]),
+    ]:
+        data = encode(Image.fromarray(np.array([values], np.float32)), "TIFF")
+        assert_pixels_close(decode(data), gray(np.array([levels], np.uint8)), tolerance=0)
 
 
-@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "TIFF"])
 def test_an_animation_gives_its_first_frame(file_format: str) -> None:
     first, second = Image.new("RGB", (9, 5), (255, 0, 0)), Image.new("RGB", (9, 5), (0, 0, 255))
     options = {"lossless": True} if file_format == "WEBP" else {}
     data = encode(first, file_format, save_all=True, append_images=[second], **options)
     assert_pixels_close(decode(data), np.array(first), tolerance=0)
-
-
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (3000, 1), (1, 3000)])
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG"])
-def test_extreme_shapes_decode(file_format: str, width: int, height: int) -> None:
-    image = Image.new("RGB", (width, height), (10, 200, 90))
-    assert_pixels_close(decode(encode(image, file_format)), np.array(image), tolerance=4)
 
 
 def png_claiming(width: int, height: int) -> bytes:
@@ -241,8 +205,6 @@ def png_claiming(width: int, height: int) -> bytes:
     [
         pytest.param(b"\x00", id="one-byte"),
         pytest.param(b"<!DOCTYPE html><html><body>404 Not Found</body></html>", id="html"),
-        pytest.param(b'{"error": "rate limit"}', id="json"),
-        pytest.param(np.arange(256, dtype=np.uint8).tobytes(), id="all-bytes"),
         pytest.param(png_claiming(10, 10), id="png-without-pixels"),
     ],
 )
@@ -251,12 +213,7 @@ def test_what_is_not_an_image_is_refused(data: bytes) -> None:
         decode_image(data)
 
 
-def test_an_empty_file_is_said_to_be_empty() -> None:
-    with pytest.raises(ImageError, match="0 bytes"):
-        decode_image(b"")
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
+@pytest.mark.parametrize("share", [0.1, 0.95])
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_truncated_files_are_refused(file_format: str, share: float) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
@@ -267,9 +224,7 @@ def test_truncated_files_are_refused(file_format: str, share: float) -> None:
 
 # PIL warns above 89 million pixels, and raises its own error above twice as many.
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize(
-    ("width", "height"), [(60_000, 60_000), (12_000, 10_000), (1, MAX_PIXELS + 1)]
-)
+@pytest.mark.parametrize(("width", "height"), [(60_000, 60_000), (1, MAX_PIXELS + 1)])
 def test_a_header_that_claims_too_many_pixels_is_refused_before_they_are_read(
     width: int, height: int
 ) -> None:
@@ -281,29 +236,18 @@ def test_a_header_that_claims_too_many_pixels_is_refused_before_they_are_read(
 # --- other numbers of channels
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF"])
-def test_one_channel_is_the_luminance(file_format: str) -> None:
-    options = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}
-    image = Image.fromarray(RGB)
-    decoded = decode_image(encode(image, file_format, **options), 1)
-    assert decoded.shape == (1, 40, 56)
-    assert_pixels_close(decoded[0].numpy(), np.array(image.convert("L")), tolerance=4)
-
-
-def test_one_channel_of_16_bits_is_rescaled() -> None:
-    values = np.linspace(0, 65535, 40 * 56).reshape(40, 56).round().astype(np.uint16)
-    decoded = decode_image(encode(Image.fromarray(values), "PNG"), 1)
-    assert_pixels_close(decoded[0].numpy(), (values / 257).round().astype(np.uint8), tolerance=0)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "CMYK"])
-def test_four_channels_are_as_they_are_stored(mode: str) -> None:
+def test_one_channel_is_the_luminance_and_four_are_as_they_are_stored() -> None:
+    for file_format, tolerance in (("PNG", 0), ("JPEG", 4)):
+        decoded = decode_image(encode(Image.fromarray(RGB), file_format, quality=95), 1)
+        luminance = np.array(Image.fromarray(RGB).convert("L"))
+        assert_pixels_close(decoded[0].numpy(), luminance, tolerance=tolerance)
     four = np.dstack([RGB, GRAY])
-    data = encode(Image.frombytes(mode, (56, 40), four.tobytes()), "TIFF")
-    assert_pixels_close(decode_image(data, 4).permute(1, 2, 0).numpy(), four, tolerance=0)
+    for mode in ("RGBA", "CMYK"):
+        data = encode(Image.frombytes(mode, (56, 40), four.tobytes()), "TIFF")
+        assert_pixels_close(decode_image(data, 4).permute(1, 2, 0).numpy(), four, tolerance=0)
 
 
-@pytest.mark.parametrize("channels", [0, 2, 5])
+@pytest.mark.parametrize("channels", [0, 2])
 def test_encoded_images_of_other_channels_are_refused(channels: int) -> None:
     with pytest.raises(ValueError, match=f"has 1, 3 or 4 channels, got {channels}"):
         decode_image(encode(Image.fromarray(RGB), "PNG"), channels)
@@ -330,13 +274,11 @@ def test_arrays_of_any_number_type_become_grey_levels(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.zeros((4, 5)), r"got \(4, 5\)"),
-        (np.zeros((3, 0, 5)), r"got \(3, 0, 5\)"),
-        (np.array([["a"]]), "an array of numbers"),
-        ([[1, 2], [3]], "is not an image"),
+        (np.zeros((4, 5)), r"got \(4, 5\)"), (np.zeros((3, 0, 5)), r"got \(3, 0, 5\)"),
+        (np.zeros((3, 2, 2), bool), "an array of numbers, got bool"),
     ],
-)
-def test_what_is_no_image_array_is_refused(values: Any, message: str) -> None:
+)  # fmt: skip
+def test_an_array_of_another_kind_is_refused(values: NDArray[Any], message: str) -> None:
     with pytest.raises(ImageError, match=message):
         image_of_array(values, 3)
 
@@ -344,8 +286,7 @@ def test_what_is_no_image_array_is_refused(values: Any, message: str) -> None:
 # --- JPEGs, which torchvision decodes
 
 
-@pytest.mark.parametrize("quality", [30, 90])
-@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize(("quality", "subsampling"), [(30, 0), (90, 1), (90, 2)])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_jpeg_has_pils_own_pixels(quality: int, subsampling: int, mode: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
@@ -355,14 +296,11 @@ def test_a_jpeg_has_pils_own_pixels(quality: int, subsampling: int, mode: str) -
     assert_pixels_close(decode(data), expected, tolerance=0)
 
 
-def test_what_follows_a_jpegs_end_does_not_matter() -> None:
+def test_what_follows_a_jpegs_end_and_broken_exif_do_not_matter() -> None:
     data = encode(Image.fromarray(RGB), "JPEG")
-    assert_pixels_close(decode(data + b"\0" * 7), decode(data), tolerance=0)
-
-
-def test_broken_exif_is_ignored() -> None:
-    data = encode(Image.fromarray(RGB), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
-    assert_pixels_close(decode(data), decode(encode(Image.fromarray(RGB), "JPEG")), tolerance=0)
+    broken = encode(Image.fromarray(RGB), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    for other in (data + b"\0" * 7, broken):
+        assert_pixels_close(decode(other), decode(data), tolerance=0)
 
 
 def test_no_format_is_read_that_runs_a_program() -> None:
@@ -393,18 +331,9 @@ def test_heic_is_read() -> None:
     assert_pixels_close(below, np.full_like(below, [40, 40, 200]), tolerance=24)
 
 
-@pytest.mark.parametrize(
-    ("data", "sentence"),
-    [
-        (HEIC, b"it looks like HEIF, which needs `pip install pi-heif`."),
-        (HEIC.replace(b"heic", b"isom", 1), b"it is of no known format."),  # a film
-    ],
-)
-def test_heic_without_its_plugin_is_answered_with_its_name(data: bytes, sentence: bytes) -> None:
-    program = (
-        "import sys; sys.modules['pi_heif'] = None\n"
-        "from vicreg_hf.data.columns.image_files import decode_image\n"
-        "decode_image(sys.stdin.buffer.read())"
-    )
-    done = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True)
-    assert sentence in done.stderr
+def test_heic_without_its_plugin_is_answered_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vicreg_hf.data.columns.image_files.FORMATS", ("JPEG", "PNG"))
+    with pytest.raises(ImageError, match="it looks like HEIF, which needs `pip install pi-heif`"):
+        decode_image(HEIC)
+    with pytest.raises(ImageError, match="it is of no known format"):
+        decode_image(HEIC.replace(b"heic", b"isom", 1))  # a film

@@ -1,10 +1,9 @@
-"""Columns of sound, and encoders of waveforms, with real files and models of stock transformers."""
+"""Columns of sound, as waveforms and as spectrograms."""
 
 from __future__ import annotations
 
 import json
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from paired import encode_sound, write_clips
-from scipy.signal import find_peaks
 from sklearn.linear_model import RidgeClassifier
-from transformers import AutoModel, Wav2Vec2FeatureExtractor
+from transformers import Wav2Vec2FeatureExtractor
 from transformers.audio_utils import mel_filter_bank, spectrogram
-from workflow import LIMIT
 
-from vicreg_hf.data.columns.base import BatchColumn
 from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.data.columns.images import ImageColumn
 from vicreg_hf.data.columns.sound_files import decode_sound
@@ -34,23 +30,8 @@ from vicreg_hf.data.columns.spectrograms import (
 )
 from vicreg_hf.data.columns.waveforms import WaveformColumn
 from vicreg_hf.data.opening.dataset import open_dataset
-from vicreg_hf.models.waveform_encoder import (
-    WaveformEncoder,
-    create_waveform_encoder,
-    save_waveform_encoder,
-    waveform_encoder_from_config,
-)
 
 Samples = NDArray[np.float32]
-TINY: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
-    "conv_dim": [16, 16, 16], "conv_kernel": [10, 8, 4], "conv_stride": [5, 4, 2],
-    "num_feat_extract_layers": 3, "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.5, "mask_time_length": 2,
-    "layerdrop": 0.5,
-}  # fmt: skip
-KINDS = ["wav2vec2", "hubert", "wavlm", "data2vec-audio", "wav2vec2-conformer"]
-RECEPTIVE = 105  # 10 + 5 * (8 - 1) + 5 * 4 * (4 - 1)
 
 
 def sine(frequency: float, seconds: float = 1.0, rate: int = 16_000) -> Samples:
@@ -59,55 +40,37 @@ def sine(frequency: float, seconds: float = 1.0, rate: int = 16_000) -> Samples:
     )
 
 
-@pytest.fixture(scope="module")
-def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    folder = write_clips(tmp_path_factory.mktemp("clips"), rows=120, test_rows=60, rate=8_000)
-    return open_dataset(str(folder))
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "tolerance"),
     [
-        ("WAV", {"subtype": "FLOAT"}, 0),
-        ("WAV", {}, 2**-15),
-        ("WAV", {"subtype": "PCM_24"}, 2**-23),
-        ("WAV", {"subtype": "PCM_U8"}, 2**-7),
-        ("FLAC", {}, 2**-15),
-        ("AIFF", {}, 2**-15),
-        ("OGG", {}, 0.05),
-        ("MP3", {}, 0.05),
+        ("WAV", {"subtype": "FLOAT"}, 1e-7), ("WAV", {}, 2**-15), ("FLAC", {}, 2**-15),
+        ("AIFF", {}, 2**-15), ("OGG", {}, 0.05), ("MP3", {}, 0.05),
     ],
-)
+)  # fmt: skip
 def test_sound_survives_its_format(kind: str, options: Any, tolerance: float) -> None:
     samples = sine(440)
     decoded = decode_sound(encode_sound(samples, 16_000, kind, **options), 16_000)
     assert decoded.dtype == np.float32
     assert len(decoded) == len(samples)
     middle = slice(2000, -2000)  # lossy formats blur both ends
-    np.testing.assert_allclose(decoded[middle], samples[middle], atol=max(tolerance, 1e-7))
+    np.testing.assert_allclose(decoded[middle], samples[middle], atol=tolerance)
 
 
-def test_channels_are_averaged() -> None:
+def test_channels_are_averaged_and_float_files_scaled_down_to_full_scale() -> None:
     left, right = sine(440), sine(1000)
     data = encode_sound(np.stack([left, right, 0 * left], 1), 16_000, subtype="FLOAT")
     np.testing.assert_allclose(decode_sound(data, 16_000), (left + right) / 3, atol=1e-6)
-
-
-@pytest.mark.parametrize("rate", [8_000, 11_025, 44_100, 48_000])
-def test_resampling_keeps_pitch_and_loudness(rate: int) -> None:
-    decoded = decode_sound(encode_sound(sine(440, rate=rate), rate, subtype="FLOAT"), 16_000)
-    assert len(decoded) == 16_000
-    np.testing.assert_allclose(decoded[1000:-1000], sine(440)[1000:-1000], atol=2e-3)
-
-
-def test_what_the_lower_rate_cannot_hold_is_filtered_out() -> None:
-    decoded = decode_sound(encode_sound(sine(15_000, rate=48_000), 48_000), 16_000)
-    assert np.abs(decoded[1000:-1000]).max() < 0.01
-
-
-def test_float_files_beyond_full_scale_are_scaled_down() -> None:
     data = encode_sound(1e30 * sine(440), 16_000, subtype="FLOAT")
     np.testing.assert_allclose(decode_sound(data, 16_000), 2 * sine(440), atol=1e-3)
+
+
+def test_resampling_keeps_pitch_and_loudness_and_filters_what_is_too_high() -> None:
+    for rate in (8_000, 44_100):
+        decoded = decode_sound(encode_sound(sine(440, rate=rate), rate, subtype="FLOAT"), 16_000)
+        assert len(decoded) == 16_000
+        np.testing.assert_allclose(decoded[1000:-1000], sine(440)[1000:-1000], atol=2e-3)
+    decoded = decode_sound(encode_sound(sine(15_000, rate=48_000), 48_000), 16_000)
+    assert np.abs(decoded[1000:-1000]).max() < 0.01
 
 
 WAV = encode_sound(sine(440, 0.1), 16_000)
@@ -123,11 +86,9 @@ def _patched(offset: int, value: int, width: int = 4) -> bytes:
         (b"", "is empty"),
         (b"not a sound", "cannot be decoded"),
         (WAV[:20], "cannot be decoded"),
-        (bytes(1000), "cannot be decoded"),
         (encode_sound(sine(440)[:0], 16_000), "0 samples"),
         (encode_sound(sine(440), 16_000, "AU"), "must be of WAV, .* got AU"),
         (encode_sound(np.full(99, np.nan), 16_000, subtype="FLOAT"), "must be finite"),
-        (encode_sound(np.full(99, np.inf), 16_000, subtype="FLOAT"), "must be finite"),
         (_patched(24, 2**31 - 1), "to 384000 samples per second, got 2147483647"),
         (_patched(24, 1), "2000 to"),
         (encode_sound(np.zeros(601 * 2000, np.int16), 2_000), "longer than the 600 seconds"),
@@ -168,64 +129,51 @@ def test_damaged_sounds_are_decoded_or_refused(
     assert decoded.ndim == 1
 
 
-@given(st.binary(max_size=200), st.sampled_from([b"", b"RIFF", b"fLaC", b"OggS", b"ID3", b"FORM"]))
-def test_bytes_of_any_kind_are_refused(tail: bytes, head: bytes) -> None:
-    with pytest.raises(ImageError):
-        decode_sound(head + tail, 8_000)
-
-
 def test_cells_are_files_in_the_table_or_beside_it(tmp_path: Path) -> None:
     column = WaveformColumn("sound")
     (tmp_path / "a.wav").write_bytes(WAV)
     from_path = column.decode({"bytes": None, "path": str(tmp_path / "a.wav")})
     assert np.array_equal(from_path, column.decode({"bytes": WAV, "path": "b.wav"}))
     missing = {"bytes": None, "path": str(tmp_path / "b.wav")}
-    for cell in (
-        None,
-        missing,
-        {"bytes": None, "path": None},
-        {},
-        "a.wav",
-        {"bytes": b"", "path": ""},
-    ):
+    for cell in (None, missing, {"bytes": None, "path": None}, {}, "a.wav"):
         with pytest.raises(ImageError):
             column.decode(cell)
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_columns_of_audio_are_found_and_others_refused(splits: Any, plain: bool) -> None:
-    table = splits["train"]
-    if plain:
-        bare = table.cast_column("sound", datasets.Audio(decode=False))
-        files = [cell["bytes"] for cell in bare["sound"]]
-        table = datasets.Dataset.from_dict({"sound": files, "kind": table["kind"]})
-    for column in (
-        WaveformColumn.find(table.features, "sound", sampling_rate=8000),
-        SpectrogramColumn.find(table.features, "sound", SpectrogramSettings(8000, 1.0, 64, 512)),
+def test_columns_of_files_and_of_bytes_are_decoded_in_workers(plain: bool) -> None:
+    stored: Any = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features(sound=datasets.Value("binary") if plain else stored)
+    cell = WAV if plain else {"bytes": WAV, "path": None}
+    table = datasets.Dataset.from_dict({"sound": [cell]}, features=features)
+    table = table.add_column("kind", [0])  # pyright: ignore[reportCallIssue]
+    if not plain:
+        table = table.cast_column("sound", datasets.Audio())
+    feature = table.features["sound"]
+    settings = SpectrogramSettings(8000, 0.1, 16, 256)
+    for column, shape in (
+        (WaveformColumn("sound", 8000), (800,)),
+        (SpectrogramColumn("sound", feature, settings), (1, 16, 16)),
     ):
         prepared = column.prepare(table)
         assert prepared.column_names == ["sound"]
-        column = pickle.loads(pickle.dumps(column))
-        assert column.decode(prepared[0]["sound"]).shape in [(8000,), (1, 64, 64)]
-    for kind in (WaveformColumn, SpectrogramColumn):
-        with pytest.raises(ValueError, match=r"^prime_column must name .* all: sound, kind"):
-            kind.find(table.features, "kind")
+        assert column.encoded(prepared[0]["sound"]) == WAV
+        assert pickle.loads(pickle.dumps(column)).decode(prepared[0]["sound"]).shape == shape
 
 
-def test_without_soundfile_the_remedy_is_told(splits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_soundfile_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "soundfile", None)
     with pytest.raises(ValueError, match=r'pip install "vicreg-hf\[audio\]"') as raised:
-        WaveformColumn.find(splits["train"].features, "sound")
+        WaveformColumn("sound").prepare(datasets.Dataset.from_dict({"sound": []}))
     assert not isinstance(raised.value, ImageError)
 
 
 def test_pieces_are_normalised_as_the_stock_extractor_does() -> None:
-    column: BatchColumn = WaveformColumn("sound", num_samples=16_000)
+    column = WaveformColumn("sound", num_samples=16_000)
     clips = [sine(440) + 0.25, 0.01 * sine(1000), 0 * sine(440)]
     extractor = Wav2Vec2FeatureExtractor()
     expected = extractor(clips, sampling_rate=16_000, return_tensors="np")["input_values"]
     batch = column.batch(clips, range(3), 0, 0)
-    assert isinstance(batch, torch.Tensor)
     assert batch.dtype == torch.float32
     np.testing.assert_allclose(batch.numpy(), expected, atol=1e-4)
 
@@ -255,8 +203,6 @@ def test_short_clips_lie_somewhere_in_zeros() -> None:
     assert (inside.sum(1) == 100).all()
     starts = inside.int().argmax(1)
     assert torch.bincount(starts, minlength=11).min() > 60  # of 100
-    with pytest.raises(ValueError, match="num_samples must be positive, got 0"):
-        WaveformColumn("sound", num_samples=0)
 
 
 def test_a_spectrogram_agrees_with_that_of_transformers() -> None:
@@ -307,13 +253,6 @@ def test_loudness_does_not_matter_and_silence_is_black() -> None:
     quiet = spectrogram_image(1e-6 * sine(440), settings)
     assert (image.int() - quiet.int()).abs().max() <= 1
     assert spectrogram_image(0 * sine(440), settings).max() == 0
-    assert spectrogram_image(np.ones(1, np.float32), settings).shape == (1, 128, 128)
-
-
-def test_a_chord_shows_its_notes() -> None:
-    image = spectrogram_image(sine(500) + sine(1500) + sine(4000), SpectrogramSettings(seconds=1.0))
-    profile = image[0].flip(0).float().mean(1).numpy()
-    assert len(find_peaks(profile, height=200, prominence=50)[0]) == 3
 
 
 def test_settings_are_json_and_checked() -> None:
@@ -332,138 +271,14 @@ def test_settings_are_json_and_checked() -> None:
             SpectrogramSettings(**options)
 
 
-def test_a_spectrogram_column_stands_in_for_an_image_column(splits: Any) -> None:
+def test_a_spectrogram_column_stands_in_for_an_image_column(tmp_path: Path) -> None:
     """And the classes of clips can be told from what it gives."""
-    settings = SpectrogramSettings(8_000, 1.0, 32, 256)
-    features, labels = {}, {}
-    for name, table in splits.items():
-        column = SpectrogramColumn.find(table.features, "sound", settings)
-        prepared = column.prepare(table)
-        assert column.encoded(prepared[0]["sound"])[:4] == b"RIFF"
-        features[name] = torch.stack([column.decode(cell) for cell in prepared["sound"]])
-        labels[name] = table["kind"]
     assert {n for n in dir(ImageColumn) if n[0] != "_"} <= set(dir(SpectrogramColumn))
-    x = {name: images.flatten(1).numpy() / 255 for name, images in features.items()}
+    splits = open_dataset(str(write_clips(tmp_path, rows=120, test_rows=60, rate=8_000)))
+    settings, x, labels = SpectrogramSettings(8_000, 1.0, 32, 256), {}, {}
+    for name, table in splits.items():
+        column = SpectrogramColumn("sound", table.features["sound"], settings)
+        images = torch.stack([column.decode(cell) for cell in column.prepare(table)["sound"]])
+        x[name], labels[name] = images.flatten(1).numpy() / 255, table["kind"]
     classifier = RidgeClassifier().fit(x["train"], labels["train"])
     assert classifier.score(x["test"], labels["test"]) > 0.6  # of 12 classes
-    with pytest.raises(ValueError, match="has 1 channel, got channels=3"):
-        SpectrogramColumn("sound", None, channels=3)
-
-
-def encoder_of(kind: str) -> WaveformEncoder:
-    torch.manual_seed(0)
-    return create_waveform_encoder(kind, TINY)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter_in_use_gets_a_gradient(kind: str) -> None:
-    encoder = encoder_of(kind)
-    features = encoder(torch.randn(3, 1600))
-    assert features.shape == (3, encoder.num_features) == (3, 32)
-    features.square().sum().backward()
-    without = [n for n, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
-    assert not without
-    frozen = {n for n, p in encoder.named_parameters() if not p.requires_grad}
-    assert "model.masked_spec_embed" in frozen
-    unused = "pos_conv_embed" if kind == "wav2vec2-conformer" else "masked_spec_embed"
-    assert all(unused in name for name in frozen - {"model.masked_spec_embed"}), frozen
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_draws_only_from_torch(kind: str) -> None:
-    encoder = encoder_of(kind)
-    waveforms = torch.randn(2, 1600)
-    outputs = []
-    for state in (0, 1):
-        np.random.seed(state)  # noqa: NPY002
-        torch.manual_seed(0)
-        outputs.append(encoder(waveforms))
-    assert torch.equal(*outputs)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_encoder_is_rebuilt_from_its_configuration(kind: str) -> None:
-    encoder = encoder_of(kind).eval()
-    described = json.loads(json.dumps(encoder.model.config.to_dict()))
-    rebuilt = waveform_encoder_from_config(described).eval()
-    rebuilt.load_state_dict(encoder.state_dict())
-    waveforms = torch.randn(2, 1600)
-    with torch.no_grad():
-        assert torch.equal(rebuilt(waveforms), encoder(waveforms))
-
-
-STOCK = """
-import json, sys
-sys.modules["vicreg_hf"] = None  # importing it fails
-import numpy as np, torch
-from transformers import AutoFeatureExtractor, AutoModel
-torch.set_num_threads(1)
-clip, found = np.load(sys.argv[1]), {}
-for kind, folder in json.loads(sys.argv[2]).items():
-    extractor = AutoFeatureExtractor.from_pretrained(folder)
-    given = extractor(clip, sampling_rate=8000, return_tensors="pt")
-    with torch.no_grad():
-        hidden = AutoModel.from_pretrained(folder).eval()(**given).last_hidden_state
-    found[kind] = hidden.mean(1).tolist()
-json.dump(found, open(sys.argv[3], "w"))
-"""
-
-
-def test_stock_loaders_give_the_same_features(tmp_path: Path) -> None:
-    """In a process that cannot import vicreg_hf."""
-    clip = sine(440, 0.2, 8000) + 0.1
-    np.save(tmp_path / "clip.npy", clip)
-    batch = WaveformColumn("sound", 8000, 1600).batch([clip], [0], 0, 0)
-    expected, folders = {}, {}
-    for kind in KINDS:
-        encoder = encoder_of(kind).eval()
-        save_waveform_encoder(encoder.to(torch.bfloat16), 8000, tmp_path / kind)
-        assert encoder.model.dtype == torch.bfloat16
-        with torch.no_grad():
-            expected[kind] = encoder.float()(batch)
-        folders[kind] = str(tmp_path / kind)
-        assert json.loads((tmp_path / kind / "config.json").read_text())["dtype"] == "float32"
-    files = [str(tmp_path / "clip.npy"), json.dumps(folders), str(tmp_path / "features.json")]
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, *files], capture_output=True, text=True, cwd=tmp_path,
-        timeout=LIMIT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "features.json").read_text())
-    for kind, features in expected.items():
-        torch.testing.assert_close(torch.tensor(found[kind]), features, rtol=1e-4, atol=1e-4)
-
-
-def test_pretrained_weights_are_those_of_the_files(tmp_path: Path) -> None:
-    save_waveform_encoder(encoder_of("hubert"), 16_000, tmp_path)
-    encoder = create_waveform_encoder(str(tmp_path), {"hidden_dropout": 0.3}, pretrained=True)
-    stock: Any = AutoModel.from_pretrained(tmp_path)
-    theirs = stock.state_dict()
-    assert all(torch.equal(value, theirs[k]) for k, value in encoder.model.state_dict().items())
-    assert encoder.model.config.hidden_dropout == 0.3
-    with pytest.raises(ValueError, match="must be whole, and 16 are missing"):
-        create_waveform_encoder(str(tmp_path), {"num_hidden_layers": 3}, pretrained=True)
-    with pytest.raises(ValueError, match=r"^pretrained weights must be in a directory"):
-        create_waveform_encoder(str(tmp_path), {"hidden_size": 64}, pretrained=True)
-
-
-def test_short_waveforms_and_other_models_are_refused_in_a_sentence(tmp_path: Path) -> None:
-    encoder = encoder_of("wav2vec2")
-    assert encoder.min_samples == RECEPTIVE
-    with torch.no_grad():
-        assert encoder(torch.randn(1, RECEPTIVE)).shape == (1, 32)
-    with pytest.raises(ValueError, match=r"at least 105 samples, the receptive field .* got 104"):
-        encoder(torch.randn(1, RECEPTIVE - 1))
-    assert create_waveform_encoder("wav2vec2", {"num_hidden_layers": 1}).min_samples == 400
-    for kind in ("bert", "audio-spectrogram-transformer"):
-        with pytest.raises(ValueError, match=r"^architecture must be an encoder of raw waveforms"):
-            create_waveform_encoder(kind)
-    for name in ("no_such_model_type", str(tmp_path)):
-        with pytest.raises(ValueError, match=r"^architecture must be a model type of transformers"):
-            create_waveform_encoder(name)
-    with pytest.raises(ValueError, match="got the model type 'hubert'"):
-        create_waveform_encoder("hubert", TINY, pretrained=True)
-    with pytest.raises(ValueError, match=r"^model_args must be fields of HubertConfig, got depth"):
-        create_waveform_encoder("hubert", {"depth": 1})
-    with pytest.raises(ValueError, match=r"must make a HubertModel that can be built"):
-        create_waveform_encoder("hubert", {"hidden_size": 40})

@@ -1,76 +1,74 @@
-"""What every kind of column offers, and the image that cannot be used."""
+"""The parts that all kinds of columns share, and the sample that cannot be used."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 
 class BadImage(NamedTuple):
-    """An image that cannot be used."""
+    """An image, or another sample, that cannot be used."""
 
     row: int | None
-    """None in streams, whose images have no numbers, but mostly paths."""
+    """None in streams, whose samples have no numbers, but mostly paths."""
     path: str | None
     reason: str
     crc32: int | None = None
-    """Of an image of a stream, among which several may have one path."""
+    """Checksum of a sample of a stream, where several may have one path."""
 
     @property
     def identity(self) -> tuple[int | None, str | None, int | None]:
-        """What tells it from others."""
+        """The row, path and checksum, by which it is counted once."""
         return self.row, self.path, self.crc32
 
     @property
     def place(self) -> str:
-        """Where it is."""
+        """The row and path as a sentence names them."""
         known = [] if self.row is None else [f"row {self.row}"]
         return " ".join(known + ([] if self.path is None else [self.path])) or "an image"
 
 
 def path_of(cell: Any) -> str | None:
-    """Where an image came from, if its cell says."""
+    """The path in a cell, or in the first of a pair of cells, if there is one."""
+    cell = cell[0] if isinstance(cell, tuple) else cell
     path = cell.get("path") if isinstance(cell, dict) else None
     return path if isinstance(path, str) else None
 
 
-class Column(Protocol):
-    """Cells of one column to samples; to be pickled, for loading workers use it."""
+@dataclass(frozen=True)
+class Column(ABC):
+    """One column of a data set; loading workers get it pickled."""
 
-    @property
-    def name(self) -> str:
-        """Of the column."""
-        ...
+    name: str
 
     def prepare(self, table: Any) -> Any:
         """A table of this column alone, its cells still encoded."""
-        ...
+        return table.select_columns([self.name])
 
+    @abstractmethod
     def decode(self, cell: Any) -> Any:
-        """The sample of a cell, in a loading worker.
+        """The sample of a cell.
 
         Raises:
             ImageError: it cannot be used.
         """
-        ...
 
 
-class BatchColumn(Column, Protocol):
-    """A column that also makes its own views, where those of images do not suit it."""
+class BatchColumn(Column):
+    """A column whose samples the views of images do not suit: it makes batches itself."""
 
+    @abstractmethod
     def batch(
         self, items: Sequence[Any], rows: ArrayLike, epoch: int, seed: int
     ) -> Tensor | Mapping[str, Tensor]:
-        """One keyed view of each sample.
+        """One random view of each sample, for the encoder's forward.
 
         Args:
             items: B samples, as `decode` gives them.
-            rows: (B,) their rows, by which the draws are keyed.
-
-        Returns:
-            What the encoder's forward takes; B is first in every tensor's shape.
+            rows: (B,) row numbers, which key the draws together with epoch and seed.
         """
-        ...

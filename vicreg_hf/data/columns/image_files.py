@@ -8,16 +8,17 @@ from __future__ import annotations
 import io
 import warnings
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 MAX_PIXELS = 89_000_000
-"""An image whose header claims more is refused before its pixels are read; PIL warns from here."""
+"""Largest size that a header may claim, from where PIL warns; checked before pixels are read."""
 with suppress(ImportError):  # PIL's plugin for what telephones write, where it is installed
     from pi_heif import register_heif_opener
 
@@ -31,17 +32,17 @@ FORMATS = tuple(
     )
     if name in Image.OPEN
 )  # fmt: skip
-"""Pixels, all of them: PIL's EPS would start Ghostscript on what a stranger wrote."""
+"""Formats of pixels alone: PIL's EPS would run Ghostscript on a stranger's program."""
 SUFFIXES = frozenset(s for s, name in Image.registered_extensions().items() if name in FORMATS)
 """Endings of the names of image files."""
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
-"""Of those that need a plugin, and are found without it, too."""
+"""Endings of files that need a plugin, and are found without it, too."""
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-"""By which it tells itself from films and AVIF."""
+"""Brands that tell HEIF from films and AVIF."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""PIL's mode of an encoded image of so many channels."""
+"""PIL's mode of encoded images, by their number of channels."""
 BLOCK = 2**20
-"""Numbers converted at once, so that a conversion takes little memory of its own."""
+"""Numbers that are converted at once, to need little memory."""
 _JPEG = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 
@@ -75,7 +76,7 @@ def decode_image(data: bytes, channels: int = 3) -> Tensor:
         raise ImageError("the image is empty (0 bytes).")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about damage that does not matter, or that is raised
+            warnings.simplefilter("ignore")  # damage that matters is raised
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
@@ -91,15 +92,15 @@ def decode_image(data: bytes, channels: int = 3) -> Tensor:
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"the image cannot be decoded: {_unknown(data)}.") from None
+        heif = data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and "HEIF" not in FORMATS
+        why = (
+            "it looks like HEIF, which needs `pip install pi-heif`"
+            if heif
+            else "it is of no known format"
+        )
+        raise ImageError(f"the image cannot be decoded: {why}.") from None
     except Exception as error:  # decoders raise whatever their parsing meets
         raise ImageError(f"the image cannot be decoded: {error}") from error
-
-
-def _unknown(data: bytes) -> str:
-    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and "HEIF" not in FORMATS:
-        return "it looks like HEIF, which needs `pip install pi-heif`"
-    return "it is of no known format"
 
 
 def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
@@ -122,7 +123,7 @@ def _from_pil(image: Image.Image, mode: str) -> Tensor:
         image = Image.fromarray(to_uint8(np.asarray(image)))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    if not (mode == "RGBA" and image.mode == "CMYK"):  # four channels as they are
+    if not (mode == "RGBA" and image.mode == "CMYK"):  # whose four channels stay as they are
         image = image.convert(mode)
     pixels = np.array(image)
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
@@ -136,35 +137,29 @@ def to_uint8(values: NDArray[np.generic]) -> NDArray[np.uint8]:
     """
     if values.dtype == np.uint8:
         return values.astype(np.uint8)
-    flat = values.reshape(-1)
-    blocks = [flat[start : start + BLOCK] for start in range(0, len(flat), BLOCK)]
     low, high = 0.0, 65535.0
-    beyond = values.dtype.itemsize > 2 and (
-        values.min(initial=0) < 0 or values.max(initial=0) > high
-    )
-    if beyond or np.issubdtype(values.dtype, np.floating):
-        ranges = [_range_of(block) for block in blocks]
-        low = min((least for least, most in ranges if least <= most), default=0.0)
-        high = max((most for least, most in ranges if least <= most), default=1.0)
+    if np.issubdtype(values.dtype, np.floating):
+        finite = np.isfinite(values)
+        low = float(values.min(where=finite, initial=np.inf))
+        high = float(values.max(where=finite, initial=-np.inf))
+        low, high = (low, high) if low <= high else (0.0, 1.0)
+    elif values.min(initial=0) < 0 or values.max(initial=0) > high:
+        low, high = float(values.min()), float(values.max())
+    flat = values.reshape(-1)
     levels = np.empty(len(flat), np.uint8)
-    for start, block in zip(range(0, len(flat), BLOCK), blocks, strict=True):
-        scaled = (block.astype(np.float64) - low) / max(high - low, 1e-12)
+    for start in range(0, len(flat), BLOCK):
+        block = flat[start : start + BLOCK].astype(np.float64)
+        scaled = (block - low) / max(high - low, 1e-12)
         scaled = np.nan_to_num(scaled, nan=0, posinf=1, neginf=0).clip(0, 1)
         levels[start : start + BLOCK] = scaled * 255 + 0.5
     return levels.reshape(values.shape)
 
 
-def _range_of(values: NDArray[np.generic]) -> tuple[float, float]:
-    """The least and the greatest finite value; inf and -inf where there is none."""
-    finite = values[np.isfinite(values)].astype(np.float64)
-    return float(finite.min(initial=np.inf)), float(finite.max(initial=-np.inf))
-
-
-def image_of_array(values: ArrayLike, channels: int) -> Tensor:
+def image_of_array(array: NDArray[Any], channels: int) -> Tensor:
     """An image given as an array, as data sets keep those of many channels.
 
     Args:
-        values: (C, H, W) or (H, W, C), of any number type.
+        array: (C, H, W) or (H, W, C), of any number type.
         channels: C.
 
     Returns:
@@ -173,19 +168,13 @@ def image_of_array(values: ArrayLike, channels: int) -> Tensor:
     Raises:
         ImageError: no numbers, another shape, no pixels.
     """
-    try:
-        array = np.asarray(values)
-        if array.dtype == object or not np.issubdtype(array.dtype, np.number):
-            raise ImageError(f"an image must be an array of numbers, got {array.dtype}.")
-        if array.ndim == 3 and array.shape[0] != channels and array.shape[2] == channels:
-            array = array.transpose(2, 0, 1)
-        if array.ndim != 3 or array.shape[0] != channels or array.size == 0:
-            raise ImageError(
-                f"an image must be of shape ({channels}, H, W) or (H, W, {channels}), got "
-                f"{array.shape}."
-            )
-        return torch.from_numpy(np.ascontiguousarray(to_uint8(array)))
-    except (TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(f"the array is not an image: {error}") from error
+    if not np.issubdtype(array.dtype, np.number):
+        raise ImageError(f"an image must be an array of numbers, got {array.dtype}.")
+    if array.ndim == 3 and array.shape[0] != channels and array.shape[2] == channels:
+        array = array.transpose(2, 0, 1)
+    if array.ndim != 3 or array.shape[0] != channels or array.size == 0:
+        raise ImageError(
+            f"an image must be of shape ({channels}, H, W) or (H, W, {channels}), got "
+            f"{array.shape}."
+        )
+    return torch.from_numpy(np.ascontiguousarray(to_uint8(array)))

@@ -1,4 +1,4 @@
-"""The content of a file: on the disk, in a zip, or where `datasets` reads a stream from."""
+"""The files that cells hold or name: on the disk, in a zip, or on the Hub."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import os
 import zipfile
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
 
 from datasets.utils.file_utils import xopen
+
+from vicreg_hf.data.columns.base import Column
+from vicreg_hf.data.columns.image_files import ImageError
 
 MAX_FILE = 2**30
 """Bytes of an image file, more than any image of `MAX_PIXELS` needs; a larger one is not read."""
@@ -15,6 +19,27 @@ ZIP = "zip://"
 HUB = "hf://"
 IN_ZIP = "::"
 """Stands between a file in a zip and that zip: zip://oak/001.jpg::pictures.zip."""
+
+
+class FileColumn(Column):
+    """A column whose cells hold files as bytes, or name them."""
+
+    max_bytes: ClassVar[int] = MAX_FILE
+    """Bytes that a named file may have."""
+
+    def encoded(self, cell: Any) -> bytes:
+        """The bytes of a cell's file, which identify it; none where the cell is empty.
+
+        Raises:
+            ImageError: the file cannot be read.
+        """
+        if cell is None:
+            return b""
+        try:
+            stored = cell["bytes"]
+            return read_file(cell["path"], self.max_bytes) if stored is None else stored
+        except Exception as error:  # zips raise whatever their parsing meets
+            raise ImageError(f"the file cannot be read: {error}") from error
 
 
 def read_file(path: str, most: int = MAX_FILE) -> bytes:
@@ -26,12 +51,14 @@ def read_file(path: str, most: int = MAX_FILE) -> bytes:
 
     Raises:
         ValueError: it has more.
-        Exception: whatever keeps it from being read, such as a damaged or encrypted zip.
+        Exception: anything that keeps it from being read, such as a damaged or encrypted zip.
     """
-    name, _, archive = path.removeprefix(ZIP).rpartition(IN_ZIP)
-    if path.startswith(ZIP) and "://" not in archive:
-        return _read_from_zip(name, archive, most)
-    if (archive or path).startswith(HUB):  # of other addresses in a data set nobody has heard
+    archive, name = zip_and_name(path)
+    if archive is not None and "://" not in archive:
+        file = _open_zip(archive, os.getpid())  # another process has another position in the file
+        _check_size(file.getinfo(name).file_size, most)
+        return file.read(name)
+    if (archive or path).startswith(HUB):
         with xopen(path, "rb") as file:
             content = file.read(most + 1)
         _check_size(len(content), most)
@@ -56,14 +83,8 @@ def beside(path: str, name: str) -> str:
     return f"{ZIP}{PurePosixPath(within).parent / name}{IN_ZIP}{archive}"
 
 
-def _read_from_zip(name: str, archive: str, most: int) -> bytes:
-    file = _opened(archive, os.getpid())  # a process of its own has a position of its own
-    _check_size(file.getinfo(name).file_size, most)
-    return file.read(name)
-
-
 @lru_cache(maxsize=8)
-def _opened(archive: str, _process: int) -> zipfile.ZipFile:
+def _open_zip(archive: str, _process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(archive)
 
 

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vicreg_hf.data.columns.image_files import ImageError
-from vicreg_hf.data.columns.reading import read_file
+from vicreg_hf.data.columns.reading import FileColumn
 
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3", "AIFF")
-"""Of libsndfile's, those that are found in data sets."""
+"""The formats of libsndfile that are found in data sets."""
 MAX_FILE = 2**28
 """Bytes of a sound file; a larger one is not read."""
 MAX_SECONDS = 600.0
@@ -26,6 +26,21 @@ RATES = (2_000, 384_000)
 """Samples per second that a file may claim; beyond, resampling would need any amount of memory."""
 BLOCK = 2**16
 """Samples of all channels read at once."""
+
+
+class SoundColumn(FileColumn):
+    """A column of sound files."""
+
+    max_bytes = MAX_FILE
+
+    def prepare(self, table: Any) -> Any:
+        """A table of this column alone, its sounds still encoded.
+
+        Raises:
+            ValueError: soundfile is not installed.
+        """
+        require_soundfile()
+        return super().prepare(table).cast_column(self.name, datasets.Audio(decode=False))
 
 
 def require_soundfile() -> Any:
@@ -42,49 +57,6 @@ def require_soundfile() -> Any:
             f'pip install "vicreg-hf[audio]". ({error})'
         ) from None
     return soundfile
-
-
-def is_audio(feature: Any) -> bool:
-    """Whether a feature holds sound files, as such or as plain bytes."""
-    plain = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
-    return plain or isinstance(feature, datasets.Audio)
-
-
-def check_audio_column(features: datasets.Features, name: str) -> None:
-    """Make sure that a column holds sound files, and that they can be read.
-
-    Raises:
-        ValueError: it does not, or soundfile is not installed.
-    """
-    if name not in features or not is_audio(features[name]):
-        found = [k for k, feature in features.items() if isinstance(feature, datasets.Audio)]
-        raise ValueError(
-            f"prime_column must name a column of audio, got {name!r}; columns of audio: "
-            f"{', '.join(found) or 'none'}; all: {', '.join(features)}."
-        )
-    require_soundfile()
-
-
-def prepare_audio(table: Any, name: str) -> Any:
-    """A table of one column alone, its sound still encoded."""
-    return table.select_columns([name]).cast_column(name, datasets.Audio(decode=False))
-
-
-def sound_file(cell: Any) -> bytes:
-    """The file of a cell; empty where there is none.
-
-    Args:
-        cell: of `datasets.Audio(decode=False)`: bytes, or a path.
-
-    Raises:
-        ImageError: it cannot be read.
-    """
-    if cell is None:
-        return b""
-    try:
-        return cell["bytes"] if cell["bytes"] is not None else read_file(cell["path"], MAX_FILE)
-    except Exception as error:  # zips raise whatever their parsing meets
-        raise ImageError(f"the file cannot be read: {error}") from error
 
 
 def decode_sound(data: bytes, sampling_rate: int) -> NDArray[np.float32]:
@@ -122,7 +94,7 @@ def decode_sound(data: bytes, sampling_rate: int) -> NDArray[np.float32]:
         raise
     except Exception as error:  # decoders raise whatever their parsing meets
         raise ImageError(f"the sound cannot be decoded: {error}") from error
-    if len(samples) == 0:
+    if not len(samples):
         raise ImageError("the sound is empty (0 samples).")
     if not np.isfinite(samples).all():
         raise ImageError("the sound must be finite, and is not.")
@@ -136,7 +108,7 @@ def decode_sound(data: bytes, sampling_rate: int) -> NDArray[np.float32]:
 
 
 def _read_mono(file: Any, most: int) -> NDArray[np.float64]:
-    """Block by block, for a header may claim any length."""
+    """The mean of all channels; read block by block, as a header may claim any length."""
     blocks, count = [], 0
     step = max(1, BLOCK // file.channels)
     while len(block := file.read(step, dtype="float64", always_2d=True)):

@@ -1,6 +1,6 @@
-"""Columns of sound, as waveforms or as gray images of spectrograms.
+"""Columns of sound as gray images of spectrograms.
 
-Shapes: B clips, L samples, M mel bands, T frames.
+Shapes: L samples, M mel bands, T frames; T = M.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import warnings
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
-import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,12 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.audio_utils import mel_filter_bank
 
-from vicreg_hf.data.columns.sound_files import (
-    check_audio_column,
-    decode_sound,
-    prepare_audio,
-    sound_file,
-)
+from vicreg_hf.data.columns.sound_files import SoundColumn, decode_sound
 
 
 @dataclass(frozen=True)
@@ -33,15 +27,15 @@ class SpectrogramSettings:
     sampling_rate: int = 16_000
     """Samples per second."""
     seconds: float = 5.0
-    """Of a clip that are seen: the middle; shorter clips are put into the middle of silence."""
+    """Seconds that are seen, from the middle; shorter clips lie in the middle of silence."""
     num_mels: int = 128
-    """Bands, of equal width on Slaney's mel scale, and frames."""
+    """Number of bands, of equal width on Slaney's mel scale, and of frames."""
     fft_length: int = 1024
-    """Samples of a frame, under a Hann window."""
+    """Samples in a frame, under a Hann window."""
     min_frequency: float = 0.0
-    """Hz, of the lowest band."""
+    """Lower end of the lowest band in Hz."""
     max_frequency: float | None = None
-    """Hz, of the highest band; None is half the sampling rate."""
+    """Upper end of the highest band in Hz; None is half the sampling rate."""
     range_db: float = 80.0
     """Decibels between black and white; white is the clip's loudest band and frame."""
 
@@ -63,7 +57,7 @@ class SpectrogramSettings:
                 "fft_length."
             )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is raised here
+            warnings.simplefilter("ignore")  # transformers warns of what is raised below
             filters = mel_filters(self)
         if (filters.amax(1) == 0).any():
             raise ValueError(
@@ -79,13 +73,8 @@ class SpectrogramSettings:
 
     @property
     def num_samples(self) -> int:
-        """Of a clip that are seen; less than a hop short of `seconds`."""
+        """Samples that are seen, less than a hop short of `seconds`."""
         return self.hop_length * self.num_mels
-
-    @property
-    def num_frames(self) -> int:
-        """T."""
-        return self.num_mels
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -119,13 +108,15 @@ def spectrogram_image(clip: NDArray[np.float32], settings: SpectrogramSettings) 
     Returns:
         (1, M, T) uint8.
     """
-    samples = _middle(torch.from_numpy(clip), settings.num_samples)
+    missing = settings.num_samples - len(clip)
+    left = int(missing / 2)  # where the clip is longer, a negative number of samples is added
+    samples = functional.pad(torch.from_numpy(clip), (left, missing - left))
     window = torch.hann_window(settings.fft_length)
     spectrum = torch.stft(
         samples, settings.fft_length, settings.hop_length, window=window, center=True,
         pad_mode="reflect", return_complex=True,
     )  # fmt: skip
-    power = mel_filters(settings) @ spectrum.abs().square()[:, : settings.num_frames]
+    power = mel_filters(settings) @ spectrum.abs().square()[:, : settings.num_mels]
     loudest = power.amax()
     if loudest == 0:
         return torch.zeros(1, *power.shape, dtype=torch.uint8)
@@ -134,58 +125,15 @@ def spectrogram_image(clip: NDArray[np.float32], settings: SpectrogramSettings) 
     return levels.round().to(torch.uint8).flip(0).unsqueeze(0)
 
 
-def _middle(samples: Tensor, length: int) -> Tensor:
-    spare = len(samples) - length
-    if spare >= 0:
-        return samples[spare // 2 : spare // 2 + length]
-    return functional.pad(samples, (-spare // 2, -spare - -spare // 2))
-
-
 @dataclass(frozen=True)
-class SpectrogramColumn:
-    """Cells of one column, a sound file each, to gray images; stands in for an ImageColumn."""
+class SpectrogramColumn(SoundColumn):
+    """A column of sound files that are seen as gray images, in the place of an `ImageColumn`."""
 
-    name: str
     feature: Any
     settings: SpectrogramSettings = field(default_factory=SpectrogramSettings)
-    channels: int = 1
-
-    def __post_init__(self) -> None:
-        if self.channels != 1:
-            raise ValueError(f"a spectrogram has 1 channel, got channels={self.channels}.")
-
-    @classmethod
-    def find(
-        cls,
-        features: datasets.Features,
-        name: str,
-        settings: SpectrogramSettings | None = None,
-    ) -> SpectrogramColumn:
-        """The column of this name, which must hold sound files.
-
-        Raises:
-            ValueError: it does not, or soundfile is not installed.
-        """
-        check_audio_column(features, name)
-        return cls(name, features[name], settings or SpectrogramSettings())
-
-    def prepare(self, table: Any) -> Any:
-        """A table of this column alone, its sound still encoded."""
-        return prepare_audio(table, self.name)
-
-    def encoded(self, cell: Any) -> bytes:
-        """What identifies a cell: the sound's file.
-
-        Raises:
-            ImageError: a file that cannot be read.
-        """
-        return sound_file(cell)
+    channels: ClassVar[int] = 1
 
     def decode(self, cell: Any) -> Tensor:
-        """The spectrogram of a cell, (1, M, T) uint8.
-
-        Raises:
-            ImageError: the sound cannot be read or decoded.
-        """
+        """The spectrogram of a cell, (1, M, T) uint8; errors as in `Column.decode`."""
         clip = decode_sound(self.encoded(cell), self.settings.sampling_rate)
         return spectrogram_image(clip, self.settings)

@@ -9,90 +9,47 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from vicreg_hf.data.columns.sound_files import (
-    check_audio_column,
-    decode_sound,
-    prepare_audio,
-    sound_file,
-)
+from vicreg_hf.data.columns.base import BatchColumn
+from vicreg_hf.data.columns.sound_files import SoundColumn, decode_sound
 from vicreg_hf.runtime.randomness import Stream, uniforms
 
 VARIANCE_EPS = 1e-7
-"""As Wav2Vec2FeatureExtractor has it."""
+"""Added to the variance, as in Wav2Vec2FeatureExtractor."""
 
 
 @dataclass(frozen=True)
-class WaveformColumn:
-    """Cells of one column, a sound file each, to pieces of one length."""
+class WaveformColumn(SoundColumn, BatchColumn):
+    """A column of sound files, of which encoders take pieces of one length."""
 
-    name: str
     sampling_rate: int = 16_000
-    """Samples per second, of the encoder's."""
+    """Samples per second that the encoder takes."""
     num_samples: int = 80_000
-    """Of a piece."""
-
-    def __post_init__(self) -> None:
-        for name in ("sampling_rate", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-
-    @classmethod
-    def find(
-        cls,
-        features: datasets.Features,
-        name: str,
-        *,
-        sampling_rate: int = 16_000,
-        num_samples: int = 80_000,
-    ) -> WaveformColumn:
-        """The column of this name, which must hold sound files.
-
-        Raises:
-            ValueError: it does not, or soundfile is not installed.
-        """
-        check_audio_column(features, name)
-        return cls(name, sampling_rate, num_samples)
-
-    def prepare(self, table: Any) -> Any:
-        """A table of this column alone, its sound still encoded."""
-        return prepare_audio(table, self.name)
+    """Samples of a piece."""
 
     def decode(self, cell: Any) -> NDArray[np.float32]:
-        """The clip of a cell, (L,) float32.
-
-        Raises:
-            ImageError: it cannot be read or decoded.
-        """
-        return decode_sound(sound_file(cell), self.sampling_rate)
+        """The clip of a cell, (L,) float32; errors as in `Column.decode`."""
+        return decode_sound(self.encoded(cell), self.sampling_rate)
 
     def batch(
         self, items: Sequence[NDArray[np.float32]], rows: ArrayLike, epoch: int, seed: int
     ) -> Tensor:
-        """A keyed piece of each clip, of zero mean and unit variance.
+        """A random piece of each clip, of zero mean and unit variance: (B, num_samples) float32.
 
         A longer clip gives a piece about its middle, which is what spectrograms show: where it
         starts is drawn evenly within a quarter of the piece's length to either side. A clip that is
         too short is put into zeros at a place drawn evenly. The normalisation is
         Wav2Vec2FeatureExtractor's; it undoes any gain, so none is drawn.
-
-        Args:
-            items: B clips, (L,) each.
-            rows: (B,), which key the draws.
-
-        Returns:
-            (B, num_samples) float32.
         """
         draws = uniforms(rows, 1, seed=seed, epoch=epoch, stream=Stream.VIEW_PRIME)[:, 0]
         return self._cut(items, draws)
 
     def middle(self, items: Sequence[NDArray[np.float32]]) -> Tensor:
-        """The middle of each clip, for evaluation; shapes as of `batch`."""
+        """The middle of each clip, for evaluation: (B, num_samples) float32."""
         return self._cut(items, np.full(len(items), 0.5, np.float32))
 
     def _cut(self, items: Sequence[NDArray[np.float32]], draws: NDArray[np.float32]) -> Tensor:

@@ -5,50 +5,24 @@ Shapes: B samples per process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import datasets
 import timm
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vicreg_hf.configuration_vicreg import VICRegConfig
-from vicreg_hf.data.columns.base import BatchColumn, Column
+from vicreg_hf.data.columns.base import Column
 from vicreg_hf.data.columns.images import ImageColumn
+from vicreg_hf.data.columns.second_column import open_second_column
 from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
-from vicreg_hf.data.pairs import PairedInput, PairedSplit, paired_column
-from vicreg_hf.models.branch import Inputs
+from vicreg_hf.data.pairs import PairedSplit, SecondInput
 from vicreg_hf.models.tokenizers import default_max_length
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.views.presets import find_recipes, multi_crop_recipes
 from vicreg_hf.views.random_views import RandomViews
-
-
-class Collated:
-    """Texts, waveforms and vectors, which are whole when they leave the worker."""
-
-    def __init__(self, column: BatchColumn, seed: int) -> None:
-        self.column, self.seed = column, seed
-
-    def batch(self, items: Sequence[Any], rows: NDArray[Any], epoch: int) -> Inputs:
-        return self.column.batch(items, rows, epoch, self.seed)
-
-    def finish(self, batch: Inputs, rows: NDArray[Any], epoch: int) -> Inputs:  # noqa: ARG002
-        return batch
-
-
-class Seen:
-    """Images of another column, and sounds as spectrograms: one random view of each."""
-
-    def __init__(self, views: RandomViews[tuple[Tensor]]) -> None:
-        self.views = views
-
-    def batch(self, items: Sequence[Tensor], rows: NDArray[Any], epoch: int) -> Inputs:
-        return self.views.crop(items, rows, epoch)[0]
-
-    def finish(self, batch: Any, rows: NDArray[Any], epoch: int) -> Inputs:
-        return self.views.transform_crops((batch,), rows, epoch)[0]
 
 
 def takes_waveforms(args: PretrainingArguments) -> bool:
@@ -58,7 +32,7 @@ def takes_waveforms(args: PretrainingArguments) -> bool:
 
 
 def run_column(args: PretrainingArguments, table: datasets.Dataset) -> Column:
-    """The column that the second branch of a run reads; errors as of `paired_column`."""
+    """The column that the second branch of a run reads; errors as of `open_second_column`."""
     assert args.prime_modality is not None
     preparation: dict[str, Any] = {}
     name, waveforms = str(args.prime_architecture), takes_waveforms(args)
@@ -72,7 +46,7 @@ def run_column(args: PretrainingArguments, table: datasets.Dataset) -> Column:
     own = args.prime_model_args
     assert not isinstance(own, str)
     like_first = args.prime_architecture is None and own is None
-    return paired_column(
+    return open_second_column(
         table, args.prime_modality, args.prime_column, preparation, waveforms=waveforms,
         tokenizer=args.prime_tokenizer or args.prime_architecture,
         channels=args.in_chans if like_first else (own or {}).get("in_chans", 3),
@@ -90,7 +64,7 @@ def run_views(
     pairs: PairedSplit | None,
     *,
     compiled: bool = False,
-) -> tuple[RandomViews, PairedInput | None]:
+) -> tuple[RandomViews, SecondInput | None]:
     """The views of a run's images, and how the other halves of pairs become inputs.
 
     Args:
@@ -105,7 +79,7 @@ def run_views(
         return views, None
     if not isinstance(pairs.column, (ImageColumn, SpectrogramColumn)):
         column: Any = pairs.column
-        return views, Collated(column, args.seed)
+        return views, SecondInput(partial(column.batch, seed=args.seed))
     assert second is not None
     sound = isinstance(pairs.column, SpectrogramColumn)
     recipe = find_recipes("audio" if sound else args.augmentation or "").x_prime
@@ -113,7 +87,7 @@ def run_views(
         second["input_size"][-1], (recipe,), mean=second["mean"], std=second["std"],
         seed=args.seed, in_chans=second["input_size"][0], compile=compiled, numbers=(1,),
     )  # fmt: skip
-    return views, Seen(other)
+    return views, SecondInput(other.crop, other.transform_crops)
 
 
 def plain_views(args: PretrainingArguments, pairs: PairedSplit | None) -> RandomViews:

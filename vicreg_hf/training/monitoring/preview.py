@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.data import Inputs, open_inputs
@@ -67,14 +66,7 @@ def _first_images(
     train = inputs.train
     if isinstance(train, ImageSplit):
         return train.read_or_replace(rows.tolist())[0], rows
-    images: list[Tensor] = []
-    for cell in train.cells(0):
-        try:
-            images.append(train.column.decode(cell))
-        except ImageError:
-            continue
-        if len(images) == len(rows):
-            break
+    images = train.first(len(rows))
     return images, rows[: len(images)]
 
 
