@@ -12,28 +12,26 @@ from typing import Any
 
 import datasets
 import torch
+from sklearn.preprocessing import MultiLabelBinarizer
 from torch import Tensor
 
-from vicreg_hf.data.columns.finding import find_label_column
+from vicreg_hf.data.classes import check_class_names, renumber_classes
+from vicreg_hf.data.columns.finding import declares_classes, find_label_column, is_list
 from vicreg_hf.data.columns.spectrograms import SpectrogramSettings
-from vicreg_hf.data.opening.class_names import is_list, names_classes
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.opening.slicing import (
     EVAL_SPLITS,
-    Splits,
     add_parts,
     check_held_out,
+    held_out_names,
     list_splits,
-    share_images,
 )
-from vicreg_hf.data.splits import ImageSplit, image_split, renumbered
-
-CLASSES = (datasets.ClassLabel, datasets.Value)
+from vicreg_hf.data.splits import ImageSplit, image_split
 
 
 @dataclass
 class Labelled:
-    """A split and what its images show."""
+    """A split and the classes of its images."""
 
     split: ImageSplit
     classes: Tensor | None = None
@@ -44,12 +42,12 @@ class Labelled:
 
 @dataclass
 class LabelledData:
-    """What an evaluation learns from, and what it measures on."""
+    """The split that an evaluation learns from, and the one that it measures on."""
 
     train: Labelled
     test: Labelled
     names: tuple[str, ...]
-    """Of the K classes; empty where there are no labels."""
+    """(K,) names of classes; empty where there are no labels."""
     train_name: str
     test_name: str
 
@@ -76,167 +74,101 @@ def open_labelled(
         ValueError: no such split or column, or classes that differ between the splits.
     """
     splits = open_dataset(dataset_name, config_name)
-    whole = splits
     splits = add_parts(splits, train_split=train_split, eval_split=eval_split)
-    test_name = eval_split or _held_out(whole, train_split, dataset_name)
-    check_held_out(splits, test_name, train_split)
-    common: Any = {
-        "dataset_name": Path(dataset_name).name or dataset_name, "image_column": image_column,
-        "channels": channels, "sound": sound,
-    }  # fmt: skip
-    tables = [splits[name] for name in (train_split, test_name)]
-    column = _label_column(tables[0], label_column)
+    test_split = eval_split or next(held_out_names(splits, train_split), None)
+    if test_split is None:
+        raise ValueError(
+            f"eval_split must be given where none is called {', '.join(EVAL_SPLITS)}; "
+            f"{dataset_name} has {list_splits(splits)}."
+        )
+    check_held_out(splits, test_split, train_split)
+    tables = [splits[train_split], splits[test_split]]
+    column = _find_label_column(tables[0].features, label_column)
     several = column is not None and is_list(tables[0].features[column])
     train, test = (
-        image_split(splits, name, label_column=None if several else label_column, **common)
-        for name in (train_split, test_name)
-    )
-    shared = column is not None and column in tables[1].features
+        Labelled(image_split(
+            splits, split, dataset_name=Path(dataset_name).name or dataset_name, sound=sound,
+            image_column=image_column, label_column=None if several else label_column,
+            channels=channels,
+        ))
+        for split in (train_split, test_split)
+    )  # fmt: skip
+    names: tuple[str, ...] = ()
     if several:
         assert column is not None
-        needed = label_column is not None
-        names, targets = _targets(tables, column, (train.name, test.name), needed=needed)
-        parts = [Labelled(train, targets=targets[0]), Labelled(test, targets=targets[1])]
-    elif shared and train.labels is not None and test.labels is not None:
-        exact = all(isinstance(t.features[column], datasets.ClassLabel) for t in tables)
-        names = train.label_names
-        parts = [Labelled(train, train.labels), Labelled(test, matched_labels(train, test, exact))]
-    else:
-        names, parts = (), [Labelled(train), Labelled(test)]
-    return LabelledData(parts[0], parts[1], names, train_split, test_name)
+        names = _add_targets(train, test, tables, column, needed=label_column is not None)
+    elif column is not None and column in tables[1].features:
+        names = _add_classes(train, test, tables, column)
+    return LabelledData(train, test, names, train_split, test_split)
 
 
-def _held_out(splits: Splits, train: str, dataset_name: str) -> str:
-    for name in EVAL_SPLITS:
-        if name in splits and not share_images(splits, name, train):
-            return name
-    raise ValueError(
-        f"eval_split must be given where none is called {', '.join(EVAL_SPLITS)}; {dataset_name} "
-        f"has {list_splits(splits)}."
-    )
-
-
-def _label_column(table: Any, wanted: str | None) -> str | None:
-    found = find_label_column(table.features, wanted)
-    if found is not None:
-        kind = table.features[found]
-        if isinstance(kind.feature if is_list(kind) else kind, CLASSES):
-            return found
+def _find_label_column(features: Any, wanted: str | None) -> str | None:
+    found = find_label_column(features, wanted)
+    if found is None:
+        lists = [
+            name for name, kind in features.items() if is_list(kind) and declares_classes(kind)
+        ]
+        return lists[0] if len(lists) == 1 else None
+    kind = features[found]
+    inner = kind.feature if is_list(kind) else kind
+    if not isinstance(inner, (datasets.ClassLabel, datasets.Value)):
         raise ValueError(
             f"label_column must hold classes, or lists of them, got {found!r} of type "
-            f"{type(kind).__name__}; columns: {', '.join(table.features)}."
+            f"{type(kind).__name__}; columns: {', '.join(features)}."
         )
-    lists = [
-        name for name, kind in table.features.items()
-        if is_list(kind) and names_classes(kind)
-    ]  # fmt: skip
-    return lists[0] if len(lists) == 1 else None
+    return found
 
 
-def matched_labels(train: ImageSplit, test: ImageSplit, exact: bool) -> Tensor:
-    """The test labels, numbered as the training split's.
+def _add_classes(
+    train: Labelled, test: Labelled, tables: Sequence[Any], column: str
+) -> tuple[str, ...]:
+    """Add the classes of both splits, numbered as in the training split; returns their names."""
+    if train.split.labels is None or test.split.labels is None:
+        return ()
+    names, test_names = train.split.label_names, test.split.label_names
+    declared = all(declares_classes(table.features[column]) for table in tables)
+    check_class_names(names, test_names, (train.split.name, test.split.name), declared=declared)
+    train.classes = train.split.labels
+    test.classes = renumber_classes(test.split.labels, test_names, names)
+    return names
 
-    Args:
-        exact: whether the names are declared, and not merely those that occur.
 
-    Raises:
-        ValueError: classes that one of them lacks.
+def _add_targets(
+    train: Labelled, test: Labelled, tables: Sequence[Any], column: str, *, needed: bool
+) -> tuple[str, ...]:
+    """Add the targets of both splits, numbered as in the training split; returns the K names.
+
+    Adds none where some image has no list, unless they are needed.
     """
-    assert test.labels is not None
-    _check_names(train.label_names, test.label_names, (train.name, test.name), exact)
-    known = {name: number for number, name in enumerate(train.label_names)}
-    return renumbered(test.labels, [known[name] for name in test.label_names])
+    lists = [_read_lists(table, column) for table in tables]
+    for part, found in zip((train, test), lists, strict=True):
+        if found is None and needed:
+            raise ValueError(
+                "label_column must hold a list of classes in every row, got rows of "
+                f"{part.split.name} without one in {column!r}."
+            )
+    if lists[0] is None or lists[1] is None:
+        return ()
+    (names, train_rows), (test_names, test_rows) = lists
+    declared = all(declares_classes(table.features[column]) for table in tables)
+    check_class_names(names, test_names, (train.split.name, test.split.name), declared=declared)
+    binarizer = MultiLabelBinarizer(classes=names)
+    for part, rows in ((train, train_rows), (test, test_rows)):
+        part.targets = torch.from_numpy(binarizer.fit_transform(rows)).bool()
+    return names
 
 
-def _check_names(
-    train: Sequence[str], test: Sequence[str], splits: tuple[str, str], exact: bool
-) -> None:
-    strange = [name for name in test if name not in set(train)]
-    absent = sorted(set(train) - set(test)) if exact else []
-    if strange or absent:
-        parts = [f"only {splits[1]} has {few(strange)}"] if strange else []
-        parts += [f"only {splits[0]} has {few(absent)}"] if absent else []
-        raise ValueError(
-            f"class names must be the same in both splits, and {' and '.join(parts)}; choose "
-            "another --eval_split or --label_column."
-        )
-
-
-def unlearnt(
-    train: Tensor, test: Tensor, names: Sequence[str], splits: Sequence[str]
-) -> str | None:
-    """A sentence on test images that nothing can classify rightly, or anything, if there are any.
-
-    Args:
-        train: (N,) classes that are learnt from.
-        test: (M,) classes that are measured on.
-        names: of the classes.
-        splits: the names of both.
-    """
-    strange = ~torch.isin(test, train)
-    if not bool(strange.any()):
-        shown = test.unique()
-        if len(shown) > 1 or len(train.unique()) == 1:
-            return None
-        return (
-            f"All {len(test)} images of {splits[1]} are of one class, {names[int(shown[0])]}, as a "
-            "part of data that are sorted by class may be; accuracy says little then."
-        )
-    found = [names[int(k)] for k in test[strange].unique()]
-    return (
-        f"{int(strange.sum())} of {len(test)} images of {splits[1]} are of classes that no image "
-        f"of {splits[0]} has: {few(found)}."
-    )
-
-
-def few(names: Sequence[str]) -> str:
-    """Five names, and how many more there are."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
-
-
-def _targets(
-    tables: Sequence[Any], column: str, splits: tuple[str, str], *, needed: bool
-) -> tuple[tuple[str, ...], list[Tensor | None]]:
-    """Names of the K classes, and (N, K) of each table, by the names of the first.
-
-    Without names where some image has no list, unless they are needed.
-    """
-    found = [_listed(table, column) for table in tables]
-    lists = [each for each in found if each is not None]
-    if len(lists) < len(tables):
-        if not needed:
-            return (), [None, None]
-        raise ValueError(
-            "label_column must hold a list of classes in every row, got rows of "
-            f"{splits[found.index(None)]} without one in {column!r}."
-        )
-    kinds = [table.features[column].feature for table in tables]
-    exact = all(isinstance(kind, datasets.ClassLabel) for kind in kinds)
-    names = lists[0][0]
-    _check_names(names, lists[1][0], splits, exact)
-    place = {name: k for k, name in enumerate(names)}
-    targets: list[Tensor | None] = []
-    for _, rows in lists:
-        target = torch.zeros(len(rows), len(names), dtype=torch.bool)
-        for number, row in enumerate(rows):
-            target[number, [place[name] for name in row]] = True
-        targets.append(target)
-    return names, targets
-
-
-def _listed(table: Any, column: str) -> tuple[tuple[str, ...], list[list[str]]] | None:
-    """The names that are declared, or occur, and those of each image; None where some lack them."""
+def _read_lists(table: Any, column: str) -> tuple[tuple[str, ...], list[list[str]]] | None:
+    """The names that are declared, or occur, and those of each row; None where a row lacks them."""
     kind = table.features.get(column)
     if not is_list(kind):
         return None
     rows = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
     if any(row is None or None in row for row in rows):
         return None
-    if not isinstance(kind.feature, datasets.ClassLabel):
+    if not declares_classes(kind):
         names = tuple(map(str, sorted({entry for row in rows for entry in row})))
-        return names, [[str(entry) for entry in row] for row in rows]
+        return names, [list(map(str, row)) for row in rows]
     if any(number < 0 for row in rows for number in row):
         return None
-    names = tuple(kind.feature.names)
-    return names, [[names[number] for number in row] for row in rows]
+    return tuple(kind.feature.names), [kind.feature.int2str(row) for row in rows]

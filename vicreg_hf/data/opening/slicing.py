@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
 
-from vicreg_hf.data.opening.class_names import names_classes
+from vicreg_hf.data.columns.finding import declares_classes
 
 EVAL_SPLITS = ("test", "validation", "valid", "val")
 """Splits to measure on, where none is given; the first is preferred."""
@@ -45,6 +45,13 @@ def check_held_out(splits: Splits, held_out: str, train: str) -> None:
             f"eval_split must hold other images than train_split, got {held_out!r} and {train!r}; "
             "an image finds itself."
         )
+
+
+def held_out_names(splits: Splits, train: str) -> Iterator[str]:
+    """The names in `EVAL_SPLITS` of splits that share no image with the one trained on."""
+    return (
+        name for name in EVAL_SPLITS if name in splits and not share_images(splits, name, train)
+    )
 
 
 def list_splits(splits: Iterable[Any]) -> str:
@@ -85,7 +92,7 @@ def _check_class_names(parts: Sequence[Any], splits: Sequence[str], name: str) -
     for other, part in zip(splits[1:], parts[1:], strict=True):
         for column, kind in parts[0].features.items():
             own = part.features.get(column)
-            if names_classes(kind) and names_classes(own) and own != kind:
+            if declares_classes(kind) and declares_classes(own) and own != kind:
                 raise ValueError(
                     "class names must be the same in all files of a split, and in splits joined "
                     f"by +, got {name!r}, where {other} declares others for {column!r} than "
