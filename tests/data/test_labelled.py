@@ -211,7 +211,7 @@ def test_parts_of_one_split_are_learnt_from_and_measured_on(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("column", "sentence"),
     [
-        ("image", "must hold classes, or lists of them, got 'image' of type Image; columns: image"),
+        ("image", "must hold classes, or lists of them where images may be of several, got 'image' of type Image; columns: image"),
         ("kind", "must name a column, got 'kind'; columns: image, label"),
     ],
 )

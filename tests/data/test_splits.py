@@ -219,7 +219,7 @@ def test_numbers_that_are_none_are_no_classes() -> None:
 def test_a_column_that_holds_no_classes_is_refused(kind: Any) -> None:
     features = Features({"image": ImageFeature(), "kind": kind})
     table = Dataset.from_dict({"image": [None], "kind": [None]}, features=features)
-    with pytest.raises(ValueError, match=r"label_column must hold a class in each row, got 'kind'"):
+    with pytest.raises(ValueError, match=r"label_column must hold classes, .* got 'kind'"):
         image_split(
             {"train": table}, "train", dataset_name="flowers", image_column="image",
             label_column="kind",

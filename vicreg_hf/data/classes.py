@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from vicreg_hf.data.columns.finding import find_label_column
+from vicreg_hf.data.columns.finding import find_label_column, holds_class_lists
 from vicreg_hf.data.opening.slicing import Splits
 
 MANY_CLASSES = 50
@@ -36,7 +36,10 @@ def find_classes(
         ValueError: no such column, or one that holds no classes.
     """
     column = find_label_column(table.features, wanted)
-    if column is None or (wanted is None and not _holds_classes(splits, column)):
+    if column is None:
+        return None, ()
+    unsure = wanted is None
+    if unsure and (holds_class_lists(table.features[column]) or not _holds_classes(splits, column)):
         return None, ()
     return _read_classes(table, column)
 
@@ -45,8 +48,8 @@ def _read_classes(table: Any, column: str) -> tuple[Tensor | None, tuple[str, ..
     feature = table.features[column]
     if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
         raise ValueError(
-            f"label_column must hold a class in each row, got {column!r} of type "
-            f"{type(feature).__name__}; columns: {', '.join(table.features)}."
+            "label_column must hold classes, or lists of them where images may be of several, got "
+            f"{column!r} of type {type(feature).__name__}; columns: {', '.join(table.features)}."
         )
     cells = table.select_columns([column]).with_format("arrow")[:][column]
     known = ~cells.is_null(nan_is_null=True).to_numpy()

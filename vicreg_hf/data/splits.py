@@ -26,7 +26,6 @@ from vicreg_hf.data.opening.slicing import (
     Splits,
     check_held_out,
     held_out_names,
-    list_splits,
 )
 
 FINGERPRINTED = 64
@@ -141,7 +140,7 @@ def image_split(
         ValueError: no such split, no rows, no such column.
     """
     if name not in splits:
-        raise ValueError(f"split must be one of {list_splits(splits)}, got {name!r}.")
+        raise ValueError(f"split must be one of {', '.join(splits)}, got {name!r}.")
     table = splits[name]
     if len(table) == 0:
         raise ValueError(f"a split must have rows, got none in split {name!r} of {dataset_name}.")

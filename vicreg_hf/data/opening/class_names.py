@@ -27,21 +27,15 @@ def restore_class_names(
     """
     for split, table in splits.items():
         declared: dict[str, Any] = {}
-        for file in map(str, files.get(split, ())):
-            for column, feature in _declared_classes(file).items():
-                if declared.setdefault(column, feature) != feature:
+        for file in (str(file) for file in files.get(split, ()) if str(file).endswith(".parquet")):
+            schema = pq.read_schema(file)
+            if b"huggingface" not in (schema.metadata or {}):  # it declares no classes
+                continue
+            for column, kind in datasets.Features.from_arrow_schema(schema).items():
+                if declares_classes(kind) and declared.setdefault(column, kind) != kind:
                     raise ValueError(
                         f"class names must be the same in all files of a split, and {file} "
                         f"declares others for {column!r} than the first of {split}; write them "
                         "again with the same names, or as splits of their own."
                     )
         table.info.features = datasets.Features(table.features | declared)
-
-
-def _declared_classes(file: str) -> dict[str, Any]:
-    """The columns of classes, or of lists of them, that a parquet file declares."""
-    schema = pq.read_schema(file) if file.endswith(".parquet") else None
-    if schema is None or b"huggingface" not in (schema.metadata or {}):
-        return {}
-    features = datasets.Features.from_arrow_schema(schema)
-    return {column: kind for column, kind in features.items() if declares_classes(kind)}

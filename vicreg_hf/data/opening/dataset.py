@@ -7,23 +7,24 @@ import hashlib
 import os
 import sys
 from collections import Counter
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
 from datasets import config
 
+from vicreg_hf.data.columns.reading import zip_and_name
 from vicreg_hf.data.opening.archives import check_archives
 from vicreg_hf.data.opening.class_names import restore_class_names
 from vicreg_hf.data.opening.demo import load_demo
 from vicreg_hf.data.opening.folders import (
     IMAGES,
     SOUNDS,
-    File,
     column_of_paths,
     list_folder,
     list_zip,
+    suffix_of,
     tables_of_splits,
 )
 from vicreg_hf.data.opening.metadata import METADATA, ONE, read_metadata
@@ -35,8 +36,8 @@ NO_NAME_YET = "unnamed"
 """The data set's name in recipes for data of one's own, which must be replaced."""
 TABLE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 """The builder of `datasets` that opens a single file, by its ending."""
-MISNAMED_METADATA = (".csv", ".tsv", ".jsonl")
-"""Endings of files that may be meant as metadata, though they are not called so."""
+MAY_BE_METADATA = (".csv", ".tsv", ".jsonl", ".parquet")
+"""Endings of files that may be meant as metadata, also if they are not called so."""
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -56,171 +57,126 @@ def open_dataset(name: str, config_name: str | None = None, *, streaming: bool =
             "the Hub, or a local folder or file."
         )
     try:
-        loaded = _load(name, config_name, streaming)
+        return _load(name, config_name, streaming)
     except Exception as error:  # builders raise whatever their parsing meets
         if (fault := _cache_fault(error)) is not None:
             raise ValueError(
                 f"the cache of data sets must be writable, got {config.HF_DATASETS_CACHE}: "
                 f"{fault}; free some space, or set HF_HOME or HF_DATASETS_CACHE to another folder."
             ) from error
-        reasons = [
+        first, cause = (
             next(iter(str(each).strip().splitlines()), type(each).__name__)
-            for each in (error, error.__cause__)
-            if each is not None
-        ]
-        if reasons[-1] in reasons[0]:
-            del reasons[1:]
+            for each in (error, error.__cause__ or error)
+        )
+        reason = first if cause in first else f"{first} {cause}"
         raise ValueError(
             f"dataset_name must be {DEMO}, a data set on the Hub, or a local folder or file that "
-            f"datasets.load_dataset takes, got {name!r}: {' '.join(reasons)}"
+            f"datasets.load_dataset takes, got {name!r}: {reason}"
         ) from error
-    if isinstance(loaded, (datasets.Dataset, datasets.IterableDataset)):
-        return {str(loaded.split or "train"): loaded}
-    return loaded
 
 
 def _cache_fault(error: BaseException | None) -> OSError | None:
     """The error that kept `datasets` from writing to its cache, among this one and its causes."""
     caches = [Path(cache) for cache in (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE)]
     while error is not None:
-        if isinstance(error, OSError):
-            if error.errno in FULL or "disk space" in str(error):  # reading takes no room
-                return error
-            place = Path(os.fsdecode(error.filename or "/"))
-            near = any(place.is_relative_to(c) or c.is_relative_to(place) for c in caches)
-            if error.errno in NOT_WRITABLE and error.filename is not None and near:
+        if isinstance(error, OSError) and (error.errno in FULL or "disk space" in str(error)):
+            return error  # reading takes no room
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE and error.filename:
+            place = Path(os.fsdecode(error.filename))
+            if any(place.is_relative_to(c) or c.is_relative_to(place) for c in caches):
                 return error
         error = error.__cause__
     return None
 
 
-def _load(name: str, config_name: str | None, streaming: bool) -> Any:
-    path = Path(name)
+def _load(name: str, config_name: str | None, streaming: bool) -> Splits:
+    path, place = Path(name), os.path.abspath(name)
+    is_zip = path.suffix.lower() == ".zip" and path.is_file()
+    files = [place] if is_zip else list_folder(place)
     if name == DEMO:
-        loaded = load_demo()
+        splits = load_demo()
     elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        loaded = datasets.load_from_disk(name)
-    elif _is_media(files := _list_files(path)) and not _card_has_configs(path):
-        loaded = _tables_of_files(path, files)
+        splits = datasets.load_from_disk(name)
+        if isinstance(splits, datasets.Dataset):
+            splits = {str(splits.split or "train"): splits}
+    elif _holds_media(files) and not _card_has_configs(path):
+        splits = _tables_of_files(place, files)
     else:
         return _load_by_datasets(path, name, config_name, streaming, files)
     if config_name is not None:
         raise ValueError(f"{name} has no configs; leave out dataset_config_name.")
     if not streaming:
-        return loaded
-    if isinstance(loaded, datasets.Dataset):
-        return _stream(loaded)
-    return {split: _stream(table) for split, table in loaded.items()}
+        return splits
+    return {
+        split: table.to_iterable_dataset(num_shards=min(64, max(1, len(table))))  # for workers
+        for split, table in splits.items()
+    }
 
 
-def _stream(table: datasets.Dataset) -> datasets.IterableDataset:
-    """A stream of as many shards as workers may want to share."""
-    return table.to_iterable_dataset(num_shards=min(64, max(1, len(table))))
-
-
-def _list_files(path: Path) -> list[File]:
-    """The files in a folder, or a zip itself."""
-    if path.is_dir():
-        return list_folder(path)
-    file = File(os.path.abspath(path), path.name)
-    return [file] if file.is_zip and path.is_file() else []
-
-
-def _is_media(files: list[File]) -> bool:
+def _holds_media(files: list[str]) -> bool:
     """Whether there are images or sounds, or zips which may hold them, and no tables or tars.
 
     `datasets` would take a folder for the commonest sort of its files.
     """
-    if any(Path(f.name).suffix.lower() in TABLE_BUILDERS for f in files if f.name not in METADATA):
-        return False
-    return any(IMAGES.has(file.name) or SOUNDS.has(file.name) or file.is_zip for file in files)
+    suffixes = {suffix_of(file) for file in files if os.path.basename(file) not in METADATA}
+    return suffixes.isdisjoint(TABLE_BUILDERS) and not suffixes.isdisjoint(
+        IMAGES.suffixes | SOUNDS.suffixes | {".zip"}
+    )
 
 
-def _tables_of_files(place: Path, files: list[File]) -> Splits:
+def _tables_of_files(place: str, files: list[str]) -> Splits:
     """Tables of the images in a folder or zip, or of its sounds where there are no images.
 
     Zips in a folder are read if nothing of that sort lies beside them.
     """
-    zips = [file for file in files if file.is_zip]
-    zipped: list[File] = []
-    for file in zips:
-        above = (*file.folders, Path(file.name).stem) if place.is_dir() else ()
-        zipped += list_zip(file.path, above)
-    for media, found in (
-        (media, [file for file in among if media.has(file.name)])
-        for media in (IMAGES, SOUNDS)
-        for among in (files, zipped)
-    ):
-        if found:
+    zips = [file for file in files if suffix_of(file) == ".zip"]
+    zipped = [file for archive in zips for file in list_zip(archive)]
+    found: list[str] = []
+    for media, among in product((IMAGES, SOUNDS), (files, zipped)):
+        if found := list(filter(media.has, among)):
             break
     else:
         raise ValueError(f"there are neither images nor sounds in {place}.")
-    if zips and not found[0].in_zip:
+    if zips and among is files:
         _warn(
             f"{len(zips)} zips in {place} are not read, as there are other files beside them: "
-            f"{zips[0].path} is the first; unpack them, if these are not what was in them."
+            f"{zips[0]} is the first; unpack them, if these are not what was in them."
         )
-    metadata = _find_metadata(files, zipped, media.plural, in_zip=found[0].in_zip)
+    tables = [file for file in files + zipped if suffix_of(file) in MAY_BE_METADATA]
+    metadata = [file for file in among if os.path.basename(zip_and_name(file)[1]) in METADATA]
     if not metadata:
-        paths = pa.table({media.column: column_of_paths([file.path for file in found])})
-        features = datasets.Features({media.column: media.feature})
-        return tables_of_splits(found, paths, features, media, warn=_warn)
+        if tables:
+            _warn(
+                f"{tables[0]} is not read: what belongs to each of the {media.plural} must be in a "
+                f"file called {METADATA[0]} beside or above them, with a column {ONE}."
+            )
+        paths = pa.table({media.column: column_of_paths(found)})
+        return tables_of_splits(place, found, paths, {media.column: media.feature}, warn=_warn)
     rows = read_metadata(metadata, media)
-    missing = [file.path for file in found if file.path not in rows.named]
+    missing = [file for file in found if file not in rows.named]
     if len(missing) == len(found):
         raise ValueError(
             f"metadata must name files that are there, by their paths from its folder, and "
-            f"{metadata[0].path} names none of the {len(found)} {media.plural} in {place}; it has "
-            f"{rows.files[0].path}, and {found[0].path} is there."
+            f"{metadata[0]} names none of the {len(found)} {media.plural} in {place}; it has "
+            f"{rows.files[0]}, and {found[0]} is there."
         )
-    uses = Counter(file.path for file in rows.files)
-    if (again := uses.total() - len(uses)) > 0:
+    ((first, uses),) = Counter(rows.files).most_common(1)
+    if uses > 1:
         _warn(
-            f"{again} of {uses.total()} rows of metadata name {media.plural} that others name too, "
-            f"as {uses.most_common(1)[0][0]}."
+            f"{len(rows.files) - len(set(rows.files))} of {len(rows.files)} rows of metadata name "
+            f"{media.plural} that others name too, as {first}."
         )
     if missing:
         _warn(
             f"{len(missing)} of {len(found)} {media.plural} in {place} are left out, as no "
             f"metadata file lists them: {missing[0]} is the first."
         )
-    return tables_of_splits(rows.files, rows.table, rows.features, media, warn=_warn)
-
-
-def _find_metadata(
-    files: list[File], zipped: list[File], plural: str, *, in_zip: bool
-) -> list[File]:
-    """The metadata files, unless they are not where the images are; warns of any that is not read.
-
-    Args:
-        files: those in the folder.
-        zipped: those in its zips.
-        plural: the word for images or sounds.
-        in_zip: whether these are in zips.
-    """
-    tables, inside = (
-        [
-            file for file in among
-            if file.name in METADATA or Path(file.name).suffix.lower() in MISNAMED_METADATA
-        ]
-        for among in (files, zipped)
-    )  # fmt: skip
-    tables = tables or inside
-    metadata = [file for file in tables if file.name in METADATA]
-    if metadata and metadata[0].in_zip != in_zip:
-        _warn(f"{metadata[0].path} is not read, as the {plural} are not where it is.")
-        return []
-    if tables and not metadata:
-        _warn(
-            f"{tables[0].path} is not read: what belongs to each of the {plural} must be in a "
-            f"file called {METADATA[0]}, with a column {ONE}."
-        )
-    return metadata
+    return tables_of_splits(place, rows.files, rows.table, rows.features, warn=_warn)
 
 
 def _load_by_datasets(
-    path: Path, name: str, config_name: str | None, streaming: bool, files: list[File]
-) -> Any:
+    path: Path, name: str, config_name: str | None, streaming: bool, files: list[str]
+) -> Splits:
     if _is_main():
         check_archives(path)
     if path.is_file():
@@ -229,7 +185,7 @@ def _load_by_datasets(
             raise ValueError(f"a file must end in {', '.join(TABLE_BUILDERS)} or .zip.")
         return datasets.load_dataset(builder, data_files=name, streaming=streaming)
     cache = _own_cache(path) if _card_has_configs(path) else None
-    images = [file.path for file in files if IMAGES.has(file.name)]
+    images = list(filter(IMAGES.has, files))
     if images and cache is None:
         _warn(
             f"{len(images)} images in {path} are left out, as it holds tables or archives too: "

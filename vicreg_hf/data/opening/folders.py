@@ -7,12 +7,11 @@ a word, what then belongs to none.
 from __future__ import annotations
 
 import os
-import posixpath
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import datasets
@@ -23,7 +22,7 @@ from datasets.table import table_cast
 
 from vicreg_hf.data.columns.finding import LABEL
 from vicreg_hf.data.columns.image_files import HEIF_SUFFIXES, SUFFIXES
-from vicreg_hf.data.columns.reading import IN_ZIP, ZIP
+from vicreg_hf.data.columns.reading import IN_ZIP, ZIP, zip_and_name
 
 SPLIT_OF = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 
@@ -37,61 +36,40 @@ class Media(NamedTuple):
     feature: Any
     suffixes: frozenset[str]
 
-    def has(self, name: str) -> bool:
+    def has(self, path: str) -> bool:
         """Whether a file is of this sort, by its ending."""
-        return os.path.splitext(name)[1].lower() in self.suffixes
+        return suffix_of(path) in self.suffixes
 
 
 IMAGES = Media("images", "image", datasets.Image(), SUFFIXES | HEIF_SUFFIXES)
 SOUNDS = Media("sounds", "audio", datasets.Audio(), frozenset(AudioFolder.EXTENSIONS))
 
 
-class File(NamedTuple):
-    """A file in a folder or in a zip."""
-
-    path: str
-    """The file, as `read_file` takes it."""
-    name: str
-    folders: tuple[str, ...] = ()
-    """The names of the folders from the data set's down to the file's."""
-
-    @property
-    def is_zip(self) -> bool:
-        """Whether it is a zip, by its ending."""
-        return self.name.lower().endswith(".zip")
-
-    @property
-    def in_zip(self) -> bool:
-        """Whether it lies in a zip."""
-        return self.path.startswith(ZIP)
+def suffix_of(path: str) -> str:
+    """The ending of a file, which may lie in a zip, in small letters."""
+    return os.path.splitext(zip_and_name(path)[1])[1].lower()
 
 
-def list_folder(folder: Path) -> list[File]:
-    """List the files at any depth, sorted by path.
+def list_folder(folder: str) -> list[str]:
+    """List the files at any depth, sorted.
 
     Like `datasets`, leaves out what is hidden or called __something, and follows links.
     """
-    found: list[File] = []
+    found: list[str] = []
     seen: set[str] = set()
-    root = os.path.abspath(folder)
-    for place, folders, names in os.walk(root, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:  # a link back to where it stands
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        above = Path(place).relative_to(root).parts
-        found += [File(os.path.join(place, name), name, above)
-                  for name in names if not name.startswith(".")]  # fmt: skip
+        found += [os.path.join(place, name) for name in names if not name.startswith(".")]
     return sorted(found)
 
 
-def list_zip(archive: str, above: tuple[str, ...] = ()) -> list[File]:
-    """List the files in a zip, which stays as it is, sorted by path.
-
-    Args:
-        above: the names of the folders that all of the zip is taken to lie in.
+def list_zip(archive: str) -> list[str]:
+    """List the files in a zip, which stays as it is, sorted; leaves out what `list_folder` does.
 
     Raises:
         ValueError: it is damaged, or no zip.
@@ -103,13 +81,8 @@ def list_zip(archive: str, above: tuple[str, ...] = ()) -> list[File]:
         raise ValueError(
             f"an archive must be whole, and {archive} is not: {error}; get it once more."
         ) from error
-    found: list[File] = []
-    for path in names:
-        folder, name = posixpath.split(path)
-        folders = PurePosixPath(folder).parts
-        if name and not any(part.startswith((".", "__")) for part in (*folders, name)):
-            found.append(File(f"{ZIP}{path}{IN_ZIP}{archive}", name, (*above, *folders)))
-    return sorted(found)
+    hidden = re.compile(r"(^|/)(\.|__)|/$")
+    return sorted(f"{ZIP}{name}{IN_ZIP}{archive}" for name in names if not hidden.search(name))
 
 
 def split_of_folder(name: str) -> str | None:
@@ -123,10 +96,10 @@ def split_of_folder(name: str) -> str | None:
 
 
 def tables_of_splits(
-    files: Sequence[File],
+    place: str,
+    files: Sequence[str],
     rows: pa.Table,
-    features: datasets.Features,
-    media: Media,
+    features: Mapping[str, Any],
     *,
     warn: Callable[[str], object],
 ) -> dict[str, datasets.Dataset]:
@@ -136,7 +109,8 @@ def tables_of_splits(
     split's own, and there are several in all.
 
     Args:
-        files: N files, which stay where they are.
+        place: the folder or zip that holds the files.
+        files: paths of N files, which stay where they are.
         rows: N rows, in which files are given by their paths.
         features: what the columns of `rows` hold.
         warn: called with a sentence on files that are in no split.
@@ -144,7 +118,7 @@ def tables_of_splits(
     Raises:
         ValueError: a path that is not UTF-8, as all text in tables is.
     """
-    splits = _divide_into_splits(files, media, warn)
+    splits = _divide_into_splits(place, files, warn)
     named = {
         split: [folders[-1] for folders in within.values()]
         for split, within in splits.items()
@@ -164,14 +138,14 @@ def tables_of_splits(
     return tables
 
 
-def column_of_paths(paths: Sequence[Any], kind: Any = pa.string()) -> pa.Array:
+def column_of_paths(paths: Sequence[Any]) -> pa.Array:
     """A column of paths, or of lists of them, which `table_cast` turns into one of files.
 
     Raises:
         ValueError: a path that is not UTF-8, as all text in tables is.
     """
     try:
-        return pa.array(paths, kind)
+        return pa.array(paths)
     except UnicodeEncodeError as error:
         raise ValueError(
             "names of files and of their folders must be UTF-8, got "
@@ -180,7 +154,7 @@ def column_of_paths(paths: Sequence[Any], kind: Any = pa.string()) -> pa.Array:
 
 
 def _divide_into_splits(
-    files: Sequence[File], media: Media, warn: Callable[[str], object]
+    place: str, files: Sequence[str], warn: Callable[[str], object]
 ) -> dict[str, dict[int, tuple[str, ...]]]:
     """Divide files by the outermost folder that is called after a split.
 
@@ -188,24 +162,32 @@ def _divide_into_splits(
     to measure on. So a class may be called train.
 
     Returns:
-        For each split, the folders of each of its files but for the split's own, by the file's
-        number.
+        The numbers of each split's files, with the folders of each but for the split's own.
     """
-    known = {folders: _take_split(folders) for folders in {file.folders for file in files}}
+    folders = [_folders_of(file, place) for file in files]
+    known = {each: _take_split(each) for each in set(folders)}
     names = {split for split, _ in known.values()}
-    if names == {None} or (None in names and not ("train" in names and len(names) > 2)):
-        return {"train": {number: file.folders for number, file in enumerate(files)}}
+    if None in names and not ("train" in names and len(names) > 2):
+        return {"train": dict(enumerate(folders))}
     splits: dict[str | None, dict[int, tuple[str, ...]]] = defaultdict(dict)
-    for number, file in enumerate(files):
-        split, within = known[file.folders]
+    for number, each in enumerate(folders):
+        split, within = known[each]
         splits[split][number] = within
     if outside := splits[None]:
         warn(
-            f"{len(outside)} {media.plural} are in no split, as they are below no folder that is "
-            f"called after one, and are left out: {files[min(outside)].path} is the first; move "
-            "them into a folder called train, or name theirs alone."
+            f"{len(outside)} files are in no split, as they are below no folder that is called "
+            f"after one, and are left out: {files[min(outside)]} is the first; move them into a "
+            "folder called train, or name theirs alone."
         )
     return {name: splits[name] for name in map(str, SPLIT_KEYWORDS) if name in splits}
+
+
+def _folders_of(file: str, place: str) -> tuple[str, ...]:
+    """The folders from a folder or zip down to a file; a zip within counts as a folder."""
+    archive, path = zip_and_name(file)
+    if archive is not None:
+        path = os.path.join(place if archive == place else os.path.splitext(archive)[0], path)
+    return PurePath(os.path.dirname(path).removeprefix(place).lstrip(os.sep)).parts
 
 
 def _take_split(folders: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:

@@ -10,7 +10,6 @@ import posixpath
 import re
 from collections.abc import Sequence
 from io import BytesIO
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import datasets
@@ -22,7 +21,7 @@ import pyarrow.parquet as pq
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 
 from vicreg_hf.data.columns.reading import beside, read_file
-from vicreg_hf.data.opening.folders import File, Media, column_of_paths
+from vicreg_hf.data.opening.folders import Media, column_of_paths, suffix_of
 from vicreg_hf.runtime.checks import one_line
 
 METADATA = tuple(FolderBasedBuilder.METADATA_FILENAMES)
@@ -40,7 +39,7 @@ CSV_TYPES = {
 class MetadataRows(NamedTuple):
     """The N rows of metadata files."""
 
-    files: list[File]
+    files: list[str]
     """(N,) the first file that each row names, or the metadata file where it names none."""
     table: pa.Table
     """(N,) rows, in which files are given by their paths."""
@@ -49,7 +48,7 @@ class MetadataRows(NamedTuple):
     """The paths of all files that are named."""
 
 
-def read_metadata(metadata: Sequence[File], media: Media) -> MetadataRows:
+def read_metadata(metadata: Sequence[str], media: Media) -> MetadataRows:
     """Read metadata files, one after the other.
 
     Raises:
@@ -58,73 +57,51 @@ def read_metadata(metadata: Sequence[File], media: Media) -> MetadataRows:
     """
     folders: dict[str, str] = {}
     for file in metadata:
-        if (other := folders.setdefault(beside(file.path, "."), file.path)) != file.path:
-            raise ValueError(f"a folder must have one metadata file, got {other} and {file.path}.")
+        if (other := folders.setdefault(beside(file, "."), file)) != file:
+            raise ValueError(f"a folder must have one metadata file, got {other} and {file}.")
     tables = [_parse(file) for file in metadata]
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise ValueError(
-            f"metadata files must have columns of the same types, and {metadata[0].path} and others"
+            f"metadata files must have columns of the same types, and {metadata[0]} and others"
             f" have not: {error}"
         ) from error
     if not len(table):
-        raise ValueError(f"a metadata file must have rows, got none in {metadata[0].path}.")
+        raise ValueError(f"a metadata file must have rows, got none in {metadata[0]}.")
     features = datasets.Features.from_arrow_schema(table.schema)
     sources = [file for file, each in zip(metadata, tables, strict=True) for _ in range(len(each))]
-    cells = {
-        name: list(map(_named_files, table[name].to_pylist(), sources))
+    columns = {
+        name: re.sub(r"_?file_names?$", "", name) or media.column + "s" * name.endswith(SEVERAL)
         for name, feature in features.items()
         if _names_files(name, feature)
     }
-    if not cells:
+    if not columns:
         raise ValueError(
             f"metadata must name its files in a column {ONE} of text, got {', '.join(features)} in "
-            f"{metadata[0].path}."
+            f"{metadata[0]}."
         )
-    firsts = [
-        next(filter(None, named), [source])[0]
-        for source, *named in zip(sources, *cells.values(), strict=True)
-    ]
-    paths = {file.path for column in cells.values() for files in column for file in files}
-    return MetadataRows(firsts, *_replace_names(table, features, cells, media), paths)
+    replaced = {*columns.values(), "__index_level_0__"} - columns.keys()  # pandas leaves the latter
+    table = table.drop_columns([name for name in table.column_names if name in replaced])
+    rows: list[list[str]] = [[] for _ in sources]
+    for name, column in columns.items():
+        cells = list(map(_paths, table[name].to_pylist(), sources))
+        rows = [row + files for row, files in zip(rows, cells, strict=True)]
+        several = name.endswith(SEVERAL)
+        paths = column_of_paths(cells if several else [(*files, None)[0] for files in cells])
+        table = table.set_column(table.column_names.index(name), column, paths)
+        features[column] = datasets.List(media.feature) if several else media.feature
+    features = datasets.Features({name: features[name] for name in table.column_names})
+    firsts = [(*row, source)[0] for row, source in zip(rows, sources, strict=True)]
+    return MetadataRows(firsts, table, features, {file for row in rows for file in row})
 
 
-def _replace_names(
-    table: pa.Table,
-    features: datasets.Features,
-    cells: dict[str, list[list[File]]],
-    media: Media,
-) -> tuple[pa.Table, datasets.Features]:
-    """Put columns of files where the columns that name them are, as `datasets` calls them."""
-    columns: dict[str, Any] = {}
-    kinds = datasets.Features()
-    named = {
-        name: re.sub(f"_?({ONE}|{SEVERAL})$", "", name)
-        or media.column + "s" * name.endswith(SEVERAL)
-        for name in cells
-    }
-    for name, feature in features.items():
-        column = named.get(name, name)
-        if name in cells:
-            paths = [[file.path for file in files] for files in cells[name]]
-            if name.endswith(ONE):
-                kinds[column] = media.feature
-                columns[column] = column_of_paths([next(iter(files), None) for files in paths])
-            else:
-                kinds[column] = datasets.List(media.feature)
-                columns[column] = column_of_paths(paths, pa.list_(pa.string()))
-        elif name not in named.values() and name != "__index_level_0__":  # as pandas leaves behind
-            columns[name], kinds[name] = table[name], feature
-    return pa.table(columns), kinds
-
-
-def _parse(file: File) -> pa.Table:
+def _parse(file: str) -> pa.Table:
     try:
-        content = BytesIO(read_file(file.path))
-        if file.name.endswith(".csv"):
+        content = BytesIO(read_file(file))
+        if suffix_of(file) == ".csv":
             return _parse_csv(content)
-        if file.name.endswith(".jsonl"):
+        if suffix_of(file) == ".jsonl":
             options = pj.ReadOptions(block_size=max(1, content.getbuffer().nbytes))
             return pj.read_json(content, read_options=options)
         return pq.read_table(content)
@@ -133,7 +110,7 @@ def _parse(file: File) -> pa.Table:
         if isinstance(error, UnicodeDecodeError):
             reason = f"it must be in UTF-8, so save it anew ({reason})"
         raise ValueError(
-            f"a metadata file must be readable, and {file.path} is not: {reason}"
+            f"a metadata file must be readable, and {file} is not: {reason}"
         ) from error
 
 
@@ -168,9 +145,9 @@ def _names_files(name: str, feature: Any) -> bool:
     return re.fullmatch(f"(.*_)?{ONE}", name) is not None and feature in STRINGS
 
 
-def _named_files(cell: str | list[str | None] | None, source: File) -> list[File]:
+def _paths(cell: str | list[str | None] | None, source: str) -> list[str]:
     """The files that a cell of a metadata file names."""
-    found: list[File] = []
+    found: list[str] = []
     for name in cell if isinstance(cell, list) else [cell]:
         if name is None:
             continue
@@ -178,8 +155,7 @@ def _named_files(cell: str | list[str | None] | None, source: File) -> list[File
         if "://" in name or re.match(r"/|\.\.(/|$)|[A-Za-z]:/", within):
             raise ValueError(
                 "a metadata file must name files by their paths from its own folder, and "
-                f"{source.path} names {name!r}."
+                f"{source} names {name!r}."
             )
-        *folders, last = PurePosixPath(within).parts or ("",)
-        found.append(File(beside(source.path, within), last, (*source.folders, *folders)))
+        found.append(beside(source, within))
     return found
