@@ -32,11 +32,8 @@ def without(*names: str) -> Features:
     return Features({name: kind for name, kind in FEATURES.items() if name not in names})
 
 
-def test_the_only_image_column_is_found() -> None:
+def test_the_image_column_is_the_one_asked_for_or_the_only_one() -> None:
     assert find_image_column(without("mask"), None) == "photo"
-
-
-def test_the_image_column_asked_for_is_taken() -> None:
     assert find_image_column(FEATURES, "mask") == "mask"
 
 
@@ -50,9 +47,7 @@ def test_the_image_column_asked_for_is_taken() -> None:
             "got 0; columns of images: none; all: kind, author, jpg. Bytes of files may be images: "
             "--image_column jpg.",
         ),
-        (without("photo", "mask"), None, "got 0; columns of images: none; all: kind, author"),
         (FEATURES, "img", "got 'img'; columns of images: photo, mask; all: photo, mask, kind"),
-        (FEATURES, "author", "got 'author'; columns of images: photo, mask; all: photo"),
     ],
 )
 def test_an_unclear_image_column_is_answered_with_all_columns(
@@ -67,11 +62,9 @@ def test_an_unclear_image_column_is_answered_with_all_columns(
     [
         (FEATURES, None, "kind"),
         (FEATURES, "author", "author"),
-        (without("kind"), None, None),
         (Features({**FEATURES, "other": ClassLabel(names=["c"])}), None, None),
         (Features({**FEATURES, "label": Value("string")}), None, "kind"),
         (Features({**without("kind"), "label": Value("string")}), None, "label"),
-        (Features({**without("kind"), "label": Value("int64")}), None, "label"),
         (Features({**without("kind"), "label": Value("float32")}), None, "label"),
         (Features({**without("kind"), "label": List(Value("int64"))}), None, None),
     ],
@@ -80,11 +73,8 @@ def test_the_label_column_is_the_one_asked_for_or_the_only_one(
     features: Features, wanted: str | None, expected: str | None
 ) -> None:
     assert find_label_column(features, wanted) == expected
-
-
-def test_a_missing_label_column_is_answered_with_all_columns() -> None:
-    with pytest.raises(ValueError, match="got 'label'; columns: photo, mask, kind, author"):
-        find_label_column(FEATURES, "label")
+    with pytest.raises(ValueError, match="got 'none'; columns: photo, mask, "):
+        find_label_column(features, "none")
 
 
 @pytest.mark.parametrize(
@@ -130,23 +120,12 @@ def kind_of(labels: list[Any]) -> str:
     ("labels", "names"),
     [
         (["tulip", "china", "tulip", "china"], ("china", "tulip")),
-        (["cup", "sea", "tulip"], ("cup", "sea", "tulip")),
         ([f"{number}" for number in range(10, 70)] * 2, tuple(map(str, range(10, 70)))),
         ([f"tulip {number}" for number in range(60)], ()),
         ([-1, -1, -1, -1], ()),
         ([2.0, None, 10.0, 2.0], ("2", "10")),
         ([0.5, 1.0, 2.0, 1.0], ()),
         (["tulip", "", "china", "tulip"], ("china", "tulip")),
-    ],
-    ids=[
-        "classes",
-        "few",
-        "sixty-classes",
-        "captions",
-        "no-class",
-        "gaps",
-        "scores",
-        "empty-words",
     ],
 )
 def test_a_column_called_label_is_taken_for_classes_if_it_looks_like_them(
@@ -219,7 +198,7 @@ def test_numbers_that_are_none_are_no_classes() -> None:
 def test_a_column_that_holds_no_classes_is_refused(kind: Any) -> None:
     features = Features({"image": ImageFeature(), "kind": kind})
     table = Dataset.from_dict({"image": [None], "kind": [None]}, features=features)
-    with pytest.raises(ValueError, match=r"label_column must hold a class in each row, got 'kind'"):
+    with pytest.raises(ValueError, match=r"label_column must hold classes, .* got 'kind'"):
         image_split(
             {"train": table}, "train", dataset_name="flowers", image_column="image",
             label_column="kind",
@@ -230,7 +209,6 @@ def test_a_column_that_holds_no_classes_is_refused(kind: Any) -> None:
     ("names", "wanted", "expected"),
     [
         (["train", "validation", "test"], None, "test"),
-        (["train", "validation"], None, "validation"),
         (["train"], None, None),
         (["test"], None, None),  # trained on
         (["train", "test", "extra"], "extra", "extra"),
@@ -279,16 +257,6 @@ def test_a_bad_image_names_its_row(cell: bytes | None) -> None:
         split.read([3, 2])
 
 
-def test_bytes_in_the_column_asked_for_are_images() -> None:
-    features = Features({"content": Value("binary"), "size": Value("int64")})
-    encoded = [png(image) for image in photographs(2)]
-    table = Dataset.from_dict({"content": encoded, "size": [1, 2]}, features=features)
-    split = image_split(
-        DatasetDict({"train": table}), "train", dataset_name="bytes", image_column="content"
-    )
-    torch.testing.assert_close(torch.stack(split.read([0, 1])), photographs(2), rtol=0, atol=0)
-
-
 def test_images_stored_without_their_type_are_found() -> None:
     """As parquet files hold them that other programs have written."""
     cell = {"bytes": Value("binary"), "path": Value("string")}
@@ -296,8 +264,9 @@ def test_images_stored_without_their_type_are_found() -> None:
     rows = [{"bytes": content, "path": None} for content in encoded]
     features = Features({"picture": cell, "size": Value("int64")})
     table = Dataset.from_dict({"picture": rows, "size": [1, 2]}, features=features)
-    for wanted in (None, "picture"):
-        split = image_split({"train": table}, "train", dataset_name="x", image_column=wanted)
+    plain = Dataset.from_dict({"picture": encoded}, features=Features({"picture": Value("binary")}))
+    for each, wanted in ((table, None), (table, "picture"), (plain, "picture")):
+        split = image_split({"train": each}, "train", dataset_name="x", image_column=wanted)
         torch.testing.assert_close(torch.stack(split.read([0, 1])), photographs(2), rtol=0, atol=0)
 
 
@@ -312,13 +281,6 @@ def test_arrays_are_images_of_as_many_channels(last: bool) -> None:
     )
     read = torch.stack(split.read(range(3)))
     torch.testing.assert_close(read, torch.from_numpy(bands), rtol=0, atol=0)
-
-
-def test_an_array_of_other_channels_is_a_bad_image() -> None:
-    features = Features({"bands": Array3D((5, 8, 9), "uint8")})
-    table = Dataset.from_dict({"bands": [np.zeros((5, 8, 9), np.uint8)]}, features=features)
-    split = image_split(
-        DatasetDict({"train": table}), "train", dataset_name="satellite", channels=4
-    )
-    with pytest.raises(ImageError, match=r"shape \(4, H, W\) or \(H, W, 4\), got \(5, 8, 9\)"):
-        split.read([0])
+    other = image_split({"train": table}, "train", dataset_name="satellite", channels=4)
+    with pytest.raises(ImageError, match=r"shape \(4, H, W\) or \(H, W, 4\), got \("):
+        other.read([0])

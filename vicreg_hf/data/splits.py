@@ -6,27 +6,23 @@ Shapes: N images, C channels, H x W pixels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from torch import Tensor
 
-from vicreg_hf.data.classes import _holds_classes, _labels
-from vicreg_hf.data.columns.finding import find_image_column, find_label_column
+from vicreg_hf.data.classes import find_classes
+from vicreg_hf.data.columns.finding import find_image_column
 from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.data.columns.images import ImageColumn
 from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
 from vicreg_hf.data.opening.slicing import (
-    EVAL_SPLITS,
     Splits,
     check_held_out,
-    list_splits,
-    share_images,
+    held_out_names,
 )
 from vicreg_hf.data.samples import Samples
 
@@ -79,15 +75,12 @@ def image_split(
         ValueError: no such split, no rows, no such column.
     """
     if name not in splits:
-        raise ValueError(f"split must be one of {list_splits(splits)}, got {name!r}.")
+        raise ValueError(f"split must be one of {', '.join(splits)}, got {name!r}.")
     table = splits[name]
     if len(table) == 0:
         raise ValueError(f"a split must have rows, got none in split {name!r} of {dataset_name}.")
     column = open_column(table.features, image_column, channels=channels, sound=sound)
-    label = find_label_column(table.features, label_column)
-    labels, names = (None, ()) if label is None else _labels(table, label)
-    if label is not None and label_column is None and not _holds_classes(splits, label):
-        labels, names = None, ()
+    labels, names = find_classes(splits, table, label_column)
     if label_column is not None and labels is None:
         raise ValueError(
             f"label_column must hold a class in some row, got none in {label_column!r} of "
@@ -114,11 +107,6 @@ def open_column(
     return ImageColumn(found, features[found], channels)
 
 
-def renumbered(labels: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Each class by its number among other names; -1 remains."""
-    return torch.tensor([*numbers, -1])[labels]
-
-
 def held_out_split(
     splits: Splits, wanted: str | None, train: str, **columns: Any
 ) -> tuple[ImageSplit | None, str | None]:
@@ -136,10 +124,9 @@ def held_out_split(
     if wanted is not None:
         check_held_out(splits, wanted, train)
         return image_split(splits, wanted, **columns), wanted
-    for name in EVAL_SPLITS:
-        if name in splits and not share_images(splits, name, train):
-            with suppress(ValueError):
-                found = image_split(splits, name, **columns)
-                if found.labels is not None:
-                    return found, name
+    for name in held_out_names(splits, train):
+        with suppress(ValueError):
+            found = image_split(splits, name, **columns)
+            if found.labels is not None:
+                return found, name
     return None, None

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from yaml import YAMLError
 
-from vicreg_hf.data.labelled import Labelled, LabelledData, open_labelled, unlearnt
+from vicreg_hf.data.classes import describe_missing_classes
+from vicreg_hf.data.labelled import Labelled, LabelledData, open_labelled
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.opening.slicing import add_parts
 from vicreg_hf.evaluation.card import add_evaluation
@@ -140,7 +141,7 @@ def _say_what_is_unlearnt(found: Evaluation, say: Callable[[str], object]) -> No
     if train is None or test is None:
         return
     splits = found.data.train.split.name, found.data.test.split.name
-    sentence = unlearnt(train, test, found.data.names, splits)
+    sentence = describe_missing_classes(train, test, found.data.names, splits)
     if sentence is not None:
         say(sentence)
 

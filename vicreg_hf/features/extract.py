@@ -20,9 +20,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from vicreg_hf.data.bad_images import BadImages, check_share
+from vicreg_hf.data.classes import renumber_classes
 from vicreg_hf.data.columns.base import BadImage
 from vicreg_hf.data.opening.dataset import open_dataset
-from vicreg_hf.data.splits import ImageSplit, image_split, renumbered
+from vicreg_hf.data.splits import ImageSplit, image_split
 from vicreg_hf.data.workers import loading_errors
 from vicreg_hf.features.encode import features_of
 from vicreg_hf.features.encoders import Encoder, open_encoder
@@ -167,7 +168,7 @@ def _of_the_same_classes(splits: list[ImageSplit]) -> list[ImageSplit]:
     for split in splits:
         labels = torch.full((len(split),), -1) if split.labels is None else split.labels
         if split.labels is not None and split.label_names:
-            labels = renumbered(labels, [names.index(name) for name in split.label_names])
+            labels = renumber_classes(labels, split.label_names, names)
         found.append(replace(split, labels=labels, label_names=names))
     return found
 

@@ -30,7 +30,7 @@ def write_metadata(file: Path, **columns: list[Any]) -> None:
 def rows_of(place: Path) -> dict[str, list[dict[str, Any]]]:
     """What each split holds, images as their names."""
     return {
-        name: [row(each) for each in undecoded(t)] for name, t in open_dataset(str(place)).items()
+        name: [base(each) for each in undecoded(t)] for name, t in open_dataset(str(place)).items()
     }
 
 
@@ -43,14 +43,10 @@ def undecoded(table: Any) -> list[dict[str, Any]]:
     return table.to_list()
 
 
-def row(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: base(value) for name, value in given.items()}
-
-
 def base(value: Any) -> Any:
-    if isinstance(value, list):
-        return list(map(base, value))
     path = path_of(value)
+    if isinstance(value, dict) and path is None:
+        return {name: base(each) for name, each in value.items()}
     return value if path is None else Path(path.split("::")[0]).name
 
 
@@ -67,11 +63,7 @@ LISTS: list[dict[str, list[Any]]] = [
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # theirs stay open
 @pytest.mark.parametrize(
     ("suffix", "columns"),
-    [
-        (s, c)
-        for s in (".csv", ".jsonl", ".parquet")
-        for c in PLAIN + (LISTS if s != ".csv" else [])
-    ],
+    [(".csv", PLAIN[0]), (".jsonl", PLAIN[1]), (".jsonl", LISTS[0]), (".parquet", LISTS[1])],
 )
 def test_rows_are_those_of_datasets(suffix: str, columns: dict[str, Any], tmp_path: Path) -> None:
     folder = write(tmp_path / "pictures", ["1.png", "2.png", "a/3.png"])
@@ -85,8 +77,9 @@ def test_rows_are_those_of_datasets(suffix: str, columns: dict[str, Any], tmp_pa
     assert undecoded(ours) == undecoded(theirs)
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-@pytest.mark.parametrize("in_zip", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize(
+    ("suffix", "in_zip"), [(".csv", True), (".jsonl", True), (".parquet", False)]
+)
 def test_a_metadata_file_above_the_splits_is_read(
     suffix: str, in_zip: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,16 +100,6 @@ def test_a_metadata_file_above_the_splits_is_read(
     split = image_split(open_dataset(str(place)), "test", dataset_name="pictures")
     torch.testing.assert_close(split.read([1])[0], photographs(1)[0])
     assert not capsys.readouterr().err
-
-
-def test_each_split_may_have_a_metadata_file(tmp_path: Path) -> None:
-    folder = write(tmp_path, ["train/1.png", "test/2.png"])
-    write_metadata(folder / "train" / "metadata.csv", file_name=["1.png"], caption=["an oak"])
-    write_metadata(folder / "test" / "metadata.jsonl", file_name=["2.png"], wide=[3])
-    assert rows_of(folder) == {
-        "train": [{"image": "1.png", "caption": "an oak", "wide": None}],
-        "test": [{"image": "2.png", "caption": None, "wide": 3}],
-    }
 
 
 @pytest.mark.parametrize(
@@ -142,36 +125,15 @@ def test_values_of_a_csv_stay_what_they_are(tmp_path: Path) -> None:
         "3.png,,100,-1,2,True,z,\n"
     )
     (table,) = open_dataset(str(folder)).values()
-    assert rows_of(folder)["train"] == [
-        {
-            "image": name,
-            "label": label,
-            "code": code,
-            "number": number,
-            "share": share,
-            "right": right,
-        }
-        for name, label, code, number, share, right in (
-            ("1.png", "NA", "007", 3, 0.5, True),
-            ("2.png", "None", "010", None, 0.001, False),
-            ("3.png", None, "100", -1, 2.0, True),
-        )
+    names = ("image", "label", "code", "number", "share", "right")
+    rows = [
+        ("1.png", "NA", "007", 3, 0.5, True),
+        ("2.png", "None", "010", None, 0.001, False),
+        ("3.png", None, "100", -1, 2.0, True),
     ]
+    assert rows_of(folder)["train"] == [dict(zip(names, row, strict=True)) for row in rows]
     split = image_split({"train": table}, "train", dataset_name="pictures")
     torch.testing.assert_close(split.read([0, 1, 2])[1], photographs(1)[0])
-
-
-def test_files_that_are_named_twice_are_told_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = write(tmp_path, ["train/1.png"])
-    write_metadata(folder / "metadata.csv", file_name=["train/1.png"], caption=["an oak"])
-    write_metadata(folder / "train" / "metadata.csv", file_name=["1.png"], caption=["an elm"])
-    assert len(open_dataset(str(folder))["train"]) == 2
-    assert (
-        "warning: 1 of 2 rows of metadata name images that others name too"
-        in capsys.readouterr().err
-    )
 
 
 def test_images_that_no_metadata_lists_are_told_of(
@@ -187,31 +149,6 @@ def test_images_that_no_metadata_lists_are_told_of(
     write_metadata(folder / "b" / "metadata.jsonl", file_name=["3.png"], caption=["an ash"])
     assert len(open_dataset(str(folder))["train"]) == 3
     assert "warning" not in capsys.readouterr().err
-
-
-def test_a_metadata_file_beside_zips_is_told_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    zipped(write(tmp_path / "source", ["1.png"]), folder / "train.zip")
-    write_metadata(folder / "metadata.csv", file_name=["1.png"], caption=["an oak"])
-    assert rows_of(folder) == {"train": [{"image": "1.png"}]}
-    sentence = f"warning: {folder / 'metadata.csv'} is not read, as the images are not where it is."
-    assert sentence in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["Metadata.csv", "train.csv", "labels.tsv", "in a.zip"])
-def test_a_table_of_another_name_is_told_of(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = write(tmp_path / "in", ["1.png"])
-    (folder / name.replace("in a.zip", "labels.csv")).write_text("file_name,label\n1.png,3\n")
-    place = zipped(folder, tmp_path / name) if name == "in a.zip" else folder
-    assert "label" not in open_dataset(str(place))["train"].column_names
-    said = capsys.readouterr().err
-    assert "is not read: what belongs to each of the images must be in a file called" in said
-    assert "metadata.csv, with a column file_name." in said
 
 
 def test_an_image_that_is_listed_and_not_there_is_a_bad_one(tmp_path: Path) -> None:
@@ -245,9 +182,7 @@ REFUSALS = {
         r"metadata\.csv is not: it must be in UTF-8, so save it anew \(.*0xe4",
     ),
     "above": ("file_name\n../1.png\n", r"paths from its own folder, and .* names '\.\./1\.png'"),
-    "above, further on": ("file_name\na\\..\\..\\1.png\n", r"paths from its own folder, and "),
     "drive": ("file_name\nC:\\1.png\n", r"paths from its own folder, and .* names 'C:"),
-    "absolute": ("file_name\n/1.png\n", r"paths from its own folder, and .* names '/1\.png'"),
     "address": (
         "file_name\nhttp://x/1.png\n",
         r"paths from its own folder, and .* names 'http://x",
@@ -265,22 +200,42 @@ def test_metadata_that_cannot_be_read_is_refused(
         open_dataset(str(tmp_path))
 
 
-def test_metadata_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
-    folder = write(tmp_path, ["train/1.png", "test/2.png"])
-    write_metadata(folder / "train" / "metadata.csv", file_name=["1.png"], size=[3])
-    write_metadata(folder / "test" / "metadata.csv", file_name=["2.png"], size=["large"])
+@pytest.mark.parametrize("name", ["Metadata.csv", "labels.tsv", "in a.zip", "beside a.zip"])
+def test_a_table_that_is_not_read_is_told_of(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = write(tmp_path / "in", ["1.png"])
+    table = b"file_name,label\n1.png,3\n"
+    if name == "in a.zip":
+        place = zipped(write(place, ["labels.csv"], table), tmp_path / name)
+    elif name == "beside a.zip":
+        folder = write(tmp_path / "out", ["metadata.csv"], table)
+        place = zipped(place, folder / name).parent
+    else:
+        write(place, [name], table)
+    assert "label" not in open_dataset(str(place))["train"].column_names
+    said = capsys.readouterr().err
+    assert "is not read: what belongs to each of the images must be in a file called" in said
+    assert "metadata.csv beside or above them, with a column file_name." in said
+
+
+def test_several_metadata_files_are_read_together_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path, ["train/1.wav", "test/2.wav"], b"no sound")
+    write_metadata(folder / "train" / "metadata.csv", file_name=["1.wav"], caption=["a bell"])
+    write_metadata(folder / "test" / "metadata.jsonl", file_name=["2.wav", "2.wav"], wide=[3, 4])
+    splits = open_dataset(str(folder))
+    assert isinstance(splits["train"].features["audio"], datasets.Audio)
+    assert splits["train"].remove_columns("audio").to_list() == [
+        {"caption": "a bell", "wide": None}
+    ]
+    assert splits["test"]["wide"][:] == [3, 4]
+    said = capsys.readouterr().err
+    assert "warning: 1 of 3 rows of metadata name sounds that others name too" in said
+    write_metadata(folder / "train" / "metadata.csv", file_name=["1.wav"], wide=["large"])
     with pytest.raises(ValueError, match="metadata files must have columns of the same types, and"):
         open_dataset(str(folder))
-    write_metadata(folder / "test" / "metadata.jsonl", file_name=["2.png"], size=[4])
+    write_metadata(folder / "train" / "metadata.jsonl", file_name=["1.wav"])
     with pytest.raises(ValueError, match="a folder must have one metadata file, got "):
         open_dataset(str(folder))
-
-
-def test_sounds_have_metadata_too(tmp_path: Path) -> None:
-    folder = write(tmp_path, ["1.wav", "2.wav"], b"no sound")
-    write_metadata(
-        folder / "metadata.csv", file_name=["2.wav", "1.wav"], caption=["a bell", "rain"]
-    )
-    table = open_dataset(str(folder))["train"]
-    assert isinstance(table.features["audio"], datasets.Audio)
-    assert table["caption"][:] == ["a bell", "rain"]

@@ -1,4 +1,4 @@
-"""What the numbers of classes mean in the parquet files of a local folder.
+"""The names of classes in the parquet files of a local folder.
 
 `datasets` gives every split the class names of the first, whatever the files of the others say.
 """
@@ -11,6 +11,8 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 
+from vicreg_hf.data.columns.finding import declares_classes
+
 
 def restore_class_names(
     splits: Mapping[Any, datasets.Dataset], files: Mapping[Any, Iterable[Any]]
@@ -18,42 +20,22 @@ def restore_class_names(
     """Give each split, in place, the class names that its own files declare.
 
     Args:
-        files: paths of the files of each split, by its name; others than parquet are passed over.
+        files: paths of the files of each split, by its name; only those of parquet files are read.
 
     Raises:
         ValueError: files of one split that declare different names.
     """
-    for name, table in splits.items():
-        declared = _declared(str(name), map(str, files.get(name, ())))
-        table.info.features = datasets.Features(table.features | declared)
-
-
-def _declared(split: str, files: Iterable[str]) -> dict[str, Any]:
-    """The columns of classes, or of lists of them, that are declared."""
-    found: dict[str, Any] = {}
-    for file in files:
-        if not file.endswith(".parquet"):
-            continue
-        schema = pq.read_schema(file)
-        if b"huggingface" not in (schema.metadata or {}):  # it declares no classes
-            continue
-        for column, kind in datasets.Features.from_arrow_schema(schema).items():
-            if not names_classes(kind):
+    for split, table in splits.items():
+        declared: dict[str, Any] = {}
+        for file in (str(file) for file in files.get(split, ()) if str(file).endswith(".parquet")):
+            schema = pq.read_schema(file)
+            if b"huggingface" not in (schema.metadata or {}):  # it declares no classes
                 continue
-            if found.setdefault(column, kind) != kind:
-                raise ValueError(
-                    f"class names must be the same in all files of a split, and {file} declares "
-                    f"others for {column!r} than the first of {split}; write them again with the "
-                    "same names, or as splits of their own."
-                )
-    return found
-
-
-def names_classes(kind: Any) -> bool:
-    """Whether a column of this kind holds numbers of classes, or lists of them."""
-    return isinstance(kind.feature if is_list(kind) else kind, datasets.ClassLabel)
-
-
-def is_list(kind: Any) -> bool:
-    """Whether a column of this kind holds lists."""
-    return isinstance(kind, (datasets.List, datasets.LargeList))
+            for column, kind in datasets.Features.from_arrow_schema(schema).items():
+                if declares_classes(kind) and declared.setdefault(column, kind) != kind:
+                    raise ValueError(
+                        f"class names must be the same in all files of a split, and {file} "
+                        f"declares others for {column!r} than the first of {split}; write them "
+                        "again with the same names, or as splits of their own."
+                    )
+        table.info.features = datasets.Features(table.features | declared)

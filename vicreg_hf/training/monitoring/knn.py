@@ -18,7 +18,11 @@ from torch import Tensor, nn
 
 from vicreg_hf.data.bad_images import BadImages
 from vicreg_hf.data.batches import evaluation_batches
-from vicreg_hf.data.labelled import matched_labels, unlearnt
+from vicreg_hf.data.classes import (
+    check_class_names,
+    describe_missing_classes,
+    renumber_classes,
+)
 from vicreg_hf.data.memory import MEMORY_BUDGET, SMALL_IMAGE, common_side, load_in_memory
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.streams import ImageStream
@@ -71,7 +75,10 @@ class KNNMonitor:
             return None
         assert held_out is not None
         if train.label_names != held_out.label_names:
-            labels = matched_labels(train, held_out, exact=False)
+            assert held_out.labels is not None
+            names, own = train.label_names, held_out.label_names
+            check_class_names(names, own, (train.name, held_out.name), declared=False)
+            labels = renumber_classes(held_out.labels, own, names)
             held_out = replace(held_out, labels=labels, label_names=train.label_names)
         settings = {"crop_pct": crop_pct, "num_workers": num_workers}
         return cls(train, train_images, held_out, image_size, settings, mean, std, bad)
@@ -97,7 +104,9 @@ class KNNMonitor:
     def unlearnt(self) -> str | None:
         """A sentence on held-out images of classes without a training image, if there are any."""
         train, test = (_labels_of(part, _labelled(part)) for part in (self.train, self.held_out))
-        return unlearnt(train, test, self.train.label_names, (self.train.name, self.held_out.name))
+        return describe_missing_classes(
+            train, test, self.train.label_names, (self.train.name, self.held_out.name)
+        )
 
     def measure(
         self,
