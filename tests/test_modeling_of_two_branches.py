@@ -16,7 +16,7 @@ from transformers import AutoModel, BertConfig, T5Config, Wav2Vec2Config
 from vicreg_hf import VICRegConfig, VICRegModel, vicreg_loss
 from vicreg_hf.hub.export import export_encoder
 from vicreg_hf.loss.multi_view import multi_view_loss
-from vicreg_hf.models.branch import Inputs
+from vicreg_hf.models.branch import BranchInput
 from vicreg_hf.training.gradcache import backward_in_chunks
 
 ROWS = 12
@@ -63,7 +63,7 @@ def random(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def taken_by(kind: str) -> Inputs:
+def taken_by(kind: str) -> BranchInput:
     """What the second branch takes of each sample."""
     if kind.startswith("text"):
         tokens = torch.randint(50, (ROWS, 7), generator=torch.Generator().manual_seed(2))

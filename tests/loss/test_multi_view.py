@@ -228,8 +228,16 @@ Z = torch.zeros(4, 3)
     [
         ([], [], "at least 2 views, got 0"),
         ([Z], [Z, Z], "at least 2 views, got 1"),
-        ([Z, Z], [Z[:2]], r"same shape \(rows, dimensions\), got \(4, 3\), \(4, 3\), \(2, 3\)"),
-        ([Z[0], Z[0], Z[0]], [], r"same shape \(rows, dimensions\), got \(3,\), \(3,\), \(3,\)"),
+        (
+            [Z, Z],
+            [Z[:2]],
+            r"same shape \(rows, dimensions\), got \(4, 3\) and \(4, 3\) and \(2, 3\)",
+        ),
+        (
+            [Z[0], Z[0], Z[0]],
+            [],
+            r"same shape \(rows, dimensions\), got \(3,\) and \(3,\) and \(3,\)",
+        ),
         ([Z, Z, Z.long()], [], "floating point, got torch.float32 and torch.float32 and torch.int"),
         ([Z[:1]] * 3, [], "at least 2 rows over all processes, got 1"),
         (Z, Z, r"^global_views must be a list of tensors .*, got Tensor of shape \(4, 3\)\.$"),

@@ -49,7 +49,7 @@ def one_pass(model: VICRegModel, x: Tensor, x_prime: Tensor, chunk_size: int) ->
         torch.cat([model.backbone(chunk) for chunk in view.split(chunk_size)])
         for view in (x, x_prime)
     )
-    loss = model.compare(y, y_prime).loss
+    loss = model(y, y_prime, encoded=True).loss
     assert loss is not None
     return loss
 

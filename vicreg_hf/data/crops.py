@@ -22,7 +22,7 @@ from vicreg_hf.data.pairs import PairedInput, PairedSplit
 from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.streams import ImageStream
-from vicreg_hf.models.branch import Inputs
+from vicreg_hf.models.branch import BranchInput
 from vicreg_hf.runtime.signals import ignore_requests
 from vicreg_hf.views.random_views import RandomViews
 
@@ -45,7 +45,7 @@ class Crops(NamedTuple):
     """(B,): what they were drawn by."""
     bad: list[BadImage]
     """What was replaced."""
-    paired: Inputs | None = None
+    paired: BranchInput | None = None
     """What belongs to the images, on its way to the second branch."""
 
 

@@ -26,7 +26,7 @@ from vicreg_hf.data.columns.texts import TextColumn, check_text_column, is_text
 from vicreg_hf.data.columns.vectors import VectorColumn, is_vector
 from vicreg_hf.data.columns.waveforms import WaveformColumn
 from vicreg_hf.data.splits import ImageSplit
-from vicreg_hf.models.branch import Inputs
+from vicreg_hf.models.branch import BranchInput
 from vicreg_hf.models.tokenizers import load_tokenizer
 
 
@@ -104,11 +104,11 @@ Pair = tuple[Tensor, Any]
 class PairedInput(Protocol):
     """How what belongs to an image becomes what the second branch takes."""
 
-    def batch(self, items: Sequence[Any], rows: NDArray[Any], epoch: int) -> Inputs:
+    def batch(self, items: Sequence[Any], rows: NDArray[Any], epoch: int) -> BranchInput:
         """In a loading worker, of B decoded cells."""
         ...
 
-    def finish(self, batch: Inputs, rows: NDArray[Any], epoch: int) -> Inputs:
+    def finish(self, batch: BranchInput, rows: NDArray[Any], epoch: int) -> BranchInput:
         """On the device."""
         ...
 

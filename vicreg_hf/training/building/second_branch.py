@@ -18,7 +18,7 @@ from vicreg_hf.data.columns.base import BatchColumn, Column
 from vicreg_hf.data.columns.images import ImageColumn
 from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
 from vicreg_hf.data.pairs import PairedInput, PairedSplit, paired_column
-from vicreg_hf.models.branch import Inputs
+from vicreg_hf.models.branch import BranchInput
 from vicreg_hf.models.tokenizers import default_max_length
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.views.presets import find_recipes, multi_crop_recipes
@@ -31,10 +31,10 @@ class Collated:
     def __init__(self, column: BatchColumn, seed: int) -> None:
         self.column, self.seed = column, seed
 
-    def batch(self, items: Sequence[Any], rows: NDArray[Any], epoch: int) -> Inputs:
+    def batch(self, items: Sequence[Any], rows: NDArray[Any], epoch: int) -> BranchInput:
         return self.column.batch(items, rows, epoch, self.seed)
 
-    def finish(self, batch: Inputs, rows: NDArray[Any], epoch: int) -> Inputs:  # noqa: ARG002
+    def finish(self, batch: BranchInput, rows: NDArray[Any], epoch: int) -> BranchInput:  # noqa: ARG002
         return batch
 
 
@@ -44,10 +44,10 @@ class Seen:
     def __init__(self, views: RandomViews[tuple[Tensor]]) -> None:
         self.views = views
 
-    def batch(self, items: Sequence[Tensor], rows: NDArray[Any], epoch: int) -> Inputs:
+    def batch(self, items: Sequence[Tensor], rows: NDArray[Any], epoch: int) -> BranchInput:
         return self.views.crop(items, rows, epoch)[0]
 
-    def finish(self, batch: Any, rows: NDArray[Any], epoch: int) -> Inputs:
+    def finish(self, batch: Any, rows: NDArray[Any], epoch: int) -> BranchInput:
         return self.views.colour((batch,), rows, epoch)[0]
 
 
