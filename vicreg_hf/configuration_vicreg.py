@@ -107,8 +107,8 @@ class VICRegConfig(PreTrainedConfig):
         architecture: timm model name, without a pretrained tag.
         model_args: keyword arguments for `timm.create_model`.
         pretrained_cfg: timm's record of input size, mean and std; None takes the registry's.
-        expander_dims: widths of the expander's layers, the last being the embedding's; also joined
-            by '-', as "8192-8192-8192".
+        expander_dims: widths of the expander's layers, of which the last is the embedding's; a
+            string such as "8192-8192-8192" is read too.
         sim_coeff: weight of the invariance term.
         std_coeff: weight of the variance term.
         cov_coeff: weight of the covariance term.

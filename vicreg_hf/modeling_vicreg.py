@@ -40,10 +40,10 @@ _WITHOUT_EFFECT = ("max_shard_size", "save_function", "safe_serialization")
 
 @dataclass
 class VICRegOutput(ModelOutput):
-    """What `VICRegModel` returns; fields that were not computed are None."""
+    """The output of `VICRegModel`; fields that were not computed are None."""
 
     loss: Tensor | None = None
-    """Scalar, over all processes; present when both views were given."""
+    """Scalar, over all processes; present when there are two views or more."""
     invariance: Tensor | None = None
     """Scalar, detached and not weighted; likewise the next two."""
     variance: Tensor | None = None
@@ -141,7 +141,7 @@ class VICRegModel(PreTrainedModel):
 
     @property
     def encoder(self) -> nn.Module:
-        """The bare timm module: what is published."""
+        """The bare timm module, which is published."""
         return self.backbone
 
     @property
@@ -151,13 +151,13 @@ class VICRegModel(PreTrainedModel):
 
     @property
     def branches_compiled(self) -> bool:
-        """Whether `compile_branches` was called."""
+        """True once `compile_branches` was called."""
         return self._call is not call_directly
 
     def compile_branches(self, *, expanders: bool = True) -> None:
         """Have torch.compile fuse timm's backbones and the expanders, when each is first needed.
 
-        `encoder` itself, weights, their names and copies are as without.
+        `encoder` itself, the weights, their names and copies stay as they are.
 
         Args:
             expanders: these too. Their batch normalisation ends a graph in each layer where it
@@ -210,7 +210,7 @@ class VICRegModel(PreTrainedModel):
 
         Returns:
             last_hidden_state and pooler_output of the first views; with second views also loss,
-            invariance, variance, covariance and embeddings. Of second views alone pooler_output.
+            invariance, variance, covariance and embeddings; with second views alone pooler_output.
             With return_dict=False, a tuple of what there is, in the order of `VICRegOutput`.
 
         Raises:
@@ -370,9 +370,10 @@ class VICRegModel(PreTrainedModel):
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.gradient_checkpointing = enable
         for branch in self.branches:
-            if is_timm(branch.backbone):
-                branch.backbone.set_grad_checkpointing(enable)
-            for part in branch.backbone.modules():  # such as a text encoder's model
+            backbone: Any = branch.backbone
+            if is_timm(backbone):
+                backbone.set_grad_checkpointing(enable)
+            for part in backbone.modules():  # such as a text encoder's model
                 if isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing:
                     part._set_gradient_checkpointing(enable, *args, **kwargs)
         while self._hooks:

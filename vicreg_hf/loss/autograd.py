@@ -72,7 +72,11 @@ def _forward(
     z, num_views = views[0], len(views)
     (n, dim), processes = z.shape, world_size(group)
     check_same_shape(z, group, counts=(num_global, num_views - num_global))
-    total, pairs = _count_rows(n, group), _pairs(num_views, num_global)
+    total, pairs = n * processes, _pairs(num_views, num_global)
+    if total < 2:
+        raise ValueError(
+            f"variance needs at least 2 rows over all processes, got {total}; use a larger batch."
+        )
     with torch.autocast(z.device.type, enabled=False):
         gathered = z.new_empty(0)
         if product and processes > 1 and covariance.prefers_gram(total, dim):
@@ -82,10 +86,8 @@ def _forward(
             for rows in (gathered.unbind(1) if gathered.numel() else views)
         ]
         shares = torch.stack([share for _, share in analysed])
-        distances = [
-            shares.new_zeros(()),
-            *(_squared_distance(views[i], views[j]) for i, j in pairs),
-        ]
+        distances = [_squared_distance(views[i], views[j]) for i, j in pairs]
+        distances = [shares.new_zeros(()), *distances]
         sums = torch.stack([torch.stack(distances).sum(), shares.sum()])
         distance, squares = sum_over_processes(sums, group)
         invariance = distance / (total * dim * max(1, len(pairs)))
@@ -129,7 +131,7 @@ def _backward(
                 grads.append(views[index].new_empty(0))
                 continue
             partners = [views[sum(pair) - index] for pair in pairs if index in pair]
-            # The sum over partners of twice the difference is that from their mean, so often.
+            # Twice the difference, summed over partners, is as many times that from their mean.
             difference = 2 * by.sim * len(partners) / (total * dim * max(1, len(pairs)))
             other = _mean(partners) if partners else views[index]
             lacking, deviation = _hinge(statistics, by)
@@ -148,7 +150,7 @@ def _backward(
 
 
 def _pairs(num_views: int, num_global: int) -> list[tuple[int, int]]:
-    """The pairs of views that the invariance term compares: none of two local ones."""
+    """List the pairs of views that the invariance term compares: no two local ones."""
     return [(i, j) for i in range(num_global) for j in range(i + 1, num_views)]
 
 
@@ -259,16 +261,6 @@ def weighted_terms(
     # Nothing is kept for a backward pass; dynamo, too, calls a Function wrongly without one.
     run = _forward_op if torch.compiler.is_compiling() else _forward
     return VICRegTerms(*run(views, num_global, product, settings, name)[:4])
-
-
-def _count_rows(n: int, group: ProcessGroup) -> int:
-    """Count the rows of all processes; fewer than two are refused."""
-    total = n * world_size(group)
-    if total < 2:
-        raise ValueError(
-            f"variance needs at least 2 rows over all processes, got {total}; use a larger batch."
-        )
-    return total
 
 
 def _squared_distance(z: Tensor, z_prime: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def compute_dtype(z: Tensor) -> torch.dtype:
 
 
 def prefers_gram(num_rows: int, dim: int) -> bool:
-    """Whether the Gram form of N rows costs less than the covariance form."""
+    """Say whether the Gram form of N rows costs less than the covariance form."""
     return num_rows < dim
 
 
@@ -102,7 +102,7 @@ def allocate(like: Tensor, n: int, total: int, dim: int, *, product: bool = True
 def _gram(rows: Tensor, n: int, total: int, group: ProcessGroup) -> tuple[ViewStatistics, Tensor]:
     """Form this process's rows of the Gram matrix.
 
-    That matrix also holds the variances, which are then taken off. This loses digits where few
+    That matrix also holds the variances, which are then subtracted. This loses digits where few
     dimensions hold nearly all the variance, so the `LEADING` ones are set apart: their covariances
     with all dimensions are formed directly, and the Gram matrix is that of the others.
     """

@@ -29,7 +29,7 @@ def multi_view_loss(
     """The VICReg loss of more than two views of the same images, over all processes.
 
     Invariance is the mean of the mean squared errors of all pairs of global views and all pairs of
-    a global and a local one; two local ones are never drawn together. Variance and covariance
+    a global and a local one; two local ones are never compared. Variance and covariance
     are those of `vicreg_loss` with the mean over all views in place of that over two, so that
     weights found for two views keep their meaning. Of two global views alone it is `vicreg_loss`.
     Precision, processes and gradient are as there.
@@ -42,11 +42,7 @@ def multi_view_loss(
     Args:
         global_views: two or more (n, D) embeddings, row by row of the same images.
         local_views: further ones, of smaller crops.
-        sim_coeff: weight of the invariance term.
-        std_coeff: weight of the variance term.
-        cov_coeff: weight of the covariance term.
-        gamma: the standard deviation that the variance term asks of every dimension.
-        eps: added to the variance before the root.
+        sim_coeff: as in `vicreg_loss`; likewise std_coeff, cov_coeff, gamma and eps.
         variance_reduction: "mean" averages the variance term over the views, "sum" doubles that,
             which for two views is their sum.
         group: the processes that share the batch; None is the default group. All must hold equally

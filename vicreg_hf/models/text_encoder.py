@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 from vicreg_hf.models.transformers_models import TransformersEncoder, open_config
 
 TEXT_PART = "text_config"
-"""Where models of text and something else, such as CLIP, keep their text model's configuration."""
+"""The field in which models of text and images, such as CLIP, keep the text model's."""
 NO_DROPPED_LAYERS = ("layerdrop", "encoder_layerdrop")
 """Fields that are set to 0, as skipped layers would get no gradient."""
 

@@ -19,7 +19,7 @@ from vicreg_hf.runtime.checks import one_line
 
 
 def is_model_type(architecture: str) -> bool:
-    """Whether a name is one of transformers' model types, such as bert, and no directory."""
+    """Say whether a name is one of transformers' model types, such as bert, and no directory."""
     return architecture in CONFIG_MAPPING and not Path(architecture).is_dir()
 
 
@@ -72,22 +72,12 @@ def with_args(config: PretrainedConfig, model_args: Mapping[str, Any] | None) ->
 def freeze_unused(module: nn.Module, output: Tensor) -> None:
     """Freeze the parameters that an output does not depend on.
 
-    They would get no gradient, which DistributedDataParallel takes for an error. The graph behind
-    the output is walked as it does that.
+    They would get no gradient, which DistributedDataParallel takes for an error.
     """
-    reached: set[int] = set()
-    seen: set[Any] = set()
-    pending: list[Any] = [output.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):  # a leaf
-            reached.add(id(node.variable))
-        pending += [following for following, _ in node.next_functions]
-    for parameter in module.parameters():
-        parameter.requires_grad_(parameter.requires_grad and id(parameter) in reached)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.requires_grad_(grad is not None)
 
 
 class TransformersEncoder(nn.Module):
@@ -97,9 +87,9 @@ class TransformersEncoder(nn.Module):
     """
 
     rule: ClassVar[str]
-    """What a model must do to be such an encoder, as an error says it."""
+    """The rule for models of this kind, as an error states it."""
     part: ClassVar[str | None] = None
-    """Where models of several modalities keep the configuration of this modality's part."""
+    """The field in which models of several modalities keep this one's configuration."""
     model: PreTrainedModel
     num_features: int
     """F."""
