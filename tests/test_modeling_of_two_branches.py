@@ -16,7 +16,8 @@ from transformers import AutoModel, BertConfig, T5Config, Wav2Vec2Config
 from vicreg_hf import VICRegConfig, VICRegModel, vicreg_loss
 from vicreg_hf.hub.export import export_encoder
 from vicreg_hf.loss.multi_view import multi_view_loss
-from vicreg_hf.models.branch import Inputs
+from vicreg_hf.modeling_vicreg import VICRegOutput
+from vicreg_hf.models.branch import BranchInput
 from vicreg_hf.training.gradcache import backward_in_chunks
 
 ROWS = 12
@@ -63,7 +64,7 @@ def random(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def taken_by(kind: str) -> Inputs:
+def taken_by(kind: str) -> BranchInput:
     """What the second branch takes of each sample."""
     if kind.startswith("text"):
         tokens = torch.randint(50, (ROWS, 7), generator=torch.Generator().manual_seed(2))
@@ -81,9 +82,13 @@ def gradients(model: VICRegModel) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", SECOND)
-def test_each_view_goes_to_its_own_branch(kind: str) -> None:
+def test_each_view_goes_to_its_own_branch_and_reaches_all_its_parameters(kind: str) -> None:
     model, x, other = build(kind), random(ROWS, 3, 32, 32), taken_by(kind)
     output = model(x, other)
+    output.loss.backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    assert any(name.startswith("prime.") for name in gradients(model))
     assert model.prime is not None
     z = model.expander(model.backbone(x))
     z_prime = model.prime.expander(model.prime.represent(other))
@@ -93,15 +98,6 @@ def test_each_view_goes_to_its_own_branch(kind: str) -> None:
         model(pixel_values_prime=other).pooler_output, model.prime.represent(other)
     )
     assert output.embeddings[0].shape == output.embeddings[1].shape == (ROWS, 16)
-
-
-@pytest.mark.parametrize("kind", SECOND)
-def test_every_parameter_of_both_branches_gets_a_gradient(kind: str) -> None:
-    model = build(kind)
-    model(random(ROWS, 3, 32, 32), taken_by(kind)).loss.backward()
-    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert without == []
-    assert any(name.startswith("prime.") for name in gradients(model))
 
 
 def test_weights_that_are_separate_begin_apart_and_those_shared_are_one() -> None:
@@ -150,67 +146,58 @@ def test_the_second_encoder_loads_with_the_stock_loaders(tmp_path: Path) -> None
     torch.testing.assert_close(again.expander(again.encoder(x)), expected)
 
 
-@pytest.mark.parametrize("kind", ["separate", "text", "waveforms", "embedding"])
-@pytest.mark.parametrize("chunk_size", [5, 12])
-def test_chunks_give_the_gradients_of_one_pass(kind: str, chunk_size: int) -> None:
-    whole, model = build(kind).eval(), build(kind).eval()  # batch statistics would be a chunk's
-    x, other = random(ROWS, 3, 32, 32), taken_by(kind)
-    expected = whole(x, other)
+SMOOTH: dict[str, Any] = {
+    "architecture": "test_vit", "model_args": {"img_size": 32, "drop_rate": 0.4},
+    "expander_dims": [16],
+}  # fmt: skip
+"""A model without ReLU, which no rounding sets one way or the other."""
+
+
+def assert_chunks_give_one_pass(
+    settings: dict[str, Any], *views: Any, chunk_size: int, **more: list[Tensor]
+) -> VICRegOutput:
+    """Compare loss and gradients in float32, in which encoders of other modalities end."""
+    torch.manual_seed(0)
+    whole = VICRegModel(VICRegConfig(**SMOOTH | settings)).train(chunk_size == ROWS)
+    model = copy.deepcopy(whole)
+    torch.manual_seed(5)  # dropout takes the same numbers where there is one chunk
+    expected = whole(*views, **more)
     expected.loss.backward()
-    output = backward_in_chunks(model, x, other, chunk_size=chunk_size)
+    torch.manual_seed(5)
+    output = backward_in_chunks(model, *views, chunk_size=chunk_size, **more)
     torch.testing.assert_close(output.loss, expected.loss.detach())
     assert gradients(model).keys() == gradients(whole).keys()
     for name, gradient in gradients(whole).items():
-        torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+        atol = 1e-4 * float(gradient.abs().max()) + 1e-6
+        torch.testing.assert_close(gradients(model)[name], gradient, rtol=0, atol=atol, msg=name)
+    return expected
 
 
-def test_dropout_in_both_branches_is_drawn_alike_in_both_passes() -> None:
-    def made() -> VICRegModel:
-        torch.manual_seed(0)
-        text = copy.deepcopy(TEXT)
-        text.hidden_dropout_prob = 0.4
-        config = VICRegConfig(
-            architecture="test_vit", model_args={"img_size": 32, "drop_rate": 0.4},
-            expander_dims=[24, 16], prime={"modality": "text", "encoder_config": text.to_dict()},
-        )  # fmt: skip
-        return VICRegModel(config).train()
-
-    whole, model = made(), made()
-    x, other = random(ROWS, 3, 32, 32), taken_by("text")
-    torch.manual_seed(5)
-    expected = whole(x, other)
-    expected.loss.backward()
-    torch.manual_seed(5)
-    output = backward_in_chunks(model, x, other, chunk_size=ROWS)
-    torch.testing.assert_close(output.loss, expected.loss.detach())
-    for name, gradient in gradients(whole).items():
-        torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+@pytest.mark.parametrize("kind", ["separate", "text", "waveforms", "embedding"])
+@pytest.mark.parametrize("chunk_size", [5, 12])
+def test_chunks_give_the_gradients_of_one_pass(kind: str, chunk_size: int) -> None:
+    x, settings = random(ROWS, 3, 32, 32), SECOND[kind]
+    if kind == "text":
+        fields = TEXT.to_dict() | {"hidden_dropout_prob": 0.4}
+        settings = {"prime": {"modality": "text", "encoder_config": fields}}
+    assert_chunks_give_one_pass(settings, x, taken_by(kind), chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize("kind", ["shared", "separate"])
-def test_further_views_go_to_the_first_branch_in_chunks_too(kind: str) -> None:
-    def made() -> VICRegModel:
-        torch.manual_seed(0)
-        config = VICRegConfig(architecture="test_resnet", expander_dims=[24, 16], weights=kind)
-        return VICRegModel(config).eval()
-
-    whole, model = made(), made()
-    x, x_prime, further = (random(ROWS, 3, 32, 32, seed=seed) for seed in range(3))
-    local = [random(ROWS, 3, 16, 16, seed=seed) for seed in (5, 6)]
-    expected = whole(x, x_prime, further_views=[further], local_views=local)
-    second = whole.prime if whole.prime is not None else whole
-    global_z = [whole.expander(whole.backbone(x)), second.expander(second.backbone(x_prime)),
-                whole.expander(whole.backbone(further))]  # fmt: skip
-    local_z = [whole.expander(whole.backbone(view)) for view in local]
-    torch.testing.assert_close(expected.loss, multi_view_loss(global_z, local_z).loss)
-    assert len(expected.embeddings) == 5
-    expected.loss.backward()
-    output = backward_in_chunks(
-        model, x, x_prime, further_views=[further], local_views=local, chunk_size=5
+@pytest.mark.parametrize("weights", ["shared", "separate"])
+def test_further_views_go_to_the_first_branch_in_chunks_too(weights: str) -> None:
+    x, x_prime, further, *local = (random(ROWS, 3, 32, 32, seed=seed) for seed in range(5))
+    expected = assert_chunks_give_one_pass(
+        {"weights": weights}, x, x_prime, chunk_size=5, further_views=[further], local_views=local
     )
-    torch.testing.assert_close(output.loss, expected.loss.detach())
-    for name, gradient in gradients(whole).items():
-        torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    assert expected.embeddings is not None
+    assert len(expected.embeddings) == 5
+    loss = multi_view_loss(expected.embeddings[:3], expected.embeddings[3:]).loss
+    torch.testing.assert_close(expected.loss, loss)
+    torch.manual_seed(0)
+    model = VICRegModel(VICRegConfig(**SMOOTH, weights=weights)).eval()
+    second = model.branches[-1]
+    torch.testing.assert_close(expected.embeddings[1], second.expander(second.backbone(x_prime)))
+    torch.testing.assert_close(expected.embeddings[4], model.expander(model.backbone(local[1])))
 
 
 @pytest.mark.parametrize(
@@ -228,11 +215,6 @@ def test_further_views_go_to_the_first_branch_in_chunks_too(kind: str) -> None:
 def test_a_second_branch_that_cannot_be_is_refused(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         VICRegConfig(architecture="test_resnet", expander_dims=[8, 6], **settings)
-
-
-def test_without_views_there_is_nothing_to_encode() -> None:
-    with pytest.raises(ValueError, match="needs pixel_values or pixel_values_prime, got neither"):
-        build("separate")()
 
 
 def test_a_config_survives_json(tmp_path: Path) -> None:
@@ -257,12 +239,11 @@ def test_a_second_branch_of_the_same_architecture_takes_over_how_it_sees() -> No
     assert prime["pretrained_cfg"] is not config.pretrained_cfg
 
 
-def test_what_is_no_vicreg_model_is_not_taken_for_one(tmp_path: Path) -> None:
+def test_what_cannot_be_encoded_or_loaded_is_refused(tmp_path: Path) -> None:
     TEXT.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"must be in a training checkpoint, .* got 'bert'"):
         VICRegModel.from_pretrained(tmp_path)
-
-
-def test_only_encoders_of_timm_become_models_of_their_own() -> None:
+    with pytest.raises(ValueError, match="needs pixel_values or pixel_values_prime, got neither"):
+        build("separate")()
     with pytest.raises(ValueError, match="needs a second branch with an encoder of timm"):
         build("text").second_model()

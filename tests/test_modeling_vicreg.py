@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ import timm
 import torch
 from families import FAMILIES, config, pixels, same_state, trained
 from transformers import AutoConfig
+from workflow import SMALL, write_images
 
-from vicreg_hf import VICRegConfig, VICRegModel, vicreg_loss
+from vicreg_hf import VICRegConfig, VICRegModel, pretrain, vicreg_loss
+from vicreg_hf.settings.command_line import parse_arguments
 
 WIDTHS = (
     "expander_dims must be positive widths, as [8192, 8192, 8192], or these joined by '-', as "
@@ -29,23 +33,16 @@ WIDTHS = (
     ("settings", "message"),
     [
         ({"sim_coeff": float("nan")}, "sim_coeff must be a finite number of at least 0, got nan."),
-        ({"std_coeff": -1}, "std_coeff must be a finite number of at least 0, got -1."),
         ({"cov_coeff": "1"}, "cov_coeff must be a finite number of at least 0, got '1'."),
         ({"gamma": None}, "gamma must be a finite number of at least 0, got None."),
-        ({"gamma": True}, "gamma must be a finite number of at least 0, got True."),
         ({"eps": float("inf")}, "eps must be a finite number above 0, got inf."),
         ({"eps": 0.0}, "eps must be a finite number above 0, got 0.0."),
         ({"variance_reduction": "max"}, "variance_reduction must be mean or sum, got 'max'."),
-        ({"variance_reduction": ["sum"]}, "variance_reduction must be mean or sum, got ['sum']."),
         ({"expander_dims": [8, 0]}, f"{WIDTHS} got [8, 0]."),
-        ({"expander_dims": (-8,)}, f"{WIDTHS} got (-8,)."),
         ({"expander_dims": [8.5]}, f"{WIDTHS} got [8.5]."),
-        ({"expander_dims": [True]}, f"{WIDTHS} got [True]."),
         ({"expander_dims": ["8"]}, f"{WIDTHS} got ['8']."),
         ({"expander_dims": 8}, f"{WIDTHS} got 8."),
-        ({"expander_dims": None}, f"{WIDTHS} got None."),
         ({"expander_dims": "8,8"}, f"{WIDTHS} got '8,8'."),
-        ({"expander_dims": ""}, f"{WIDTHS} got ''."),
         ({"architecture": None}, "architecture must be the name of a timm model, got None."),
         ({"model_args": "{}"}, "model_args must map names to values, as a dict, or be None,"),
         ({"pretrained_cfg": 3}, "pretrained_cfg must map names to values, as a dict, or be None,"),
@@ -114,20 +111,10 @@ def test_timms_own_initialisation_is_kept(architecture: str) -> None:
     assert same_state(VICRegModel(config(architecture)).encoder, bare)
 
 
-def test_the_last_norm_of_every_residual_branch_starts_at_zero() -> None:
-    encoder = VICRegModel(config("resnet10t")).encoder
-    last = {k: v for k, v in encoder.state_dict().items() if k.endswith("0.bn2.weight")}
-    assert len(last) == 4
-    assert not any(weight.any() for weight in last.values())
-
-
-def test_classes_in_model_args_are_left_out() -> None:
+def test_classes_and_pretrained_tags_are_left_out() -> None:
     model = VICRegModel(config(model_args={"num_classes": 10, "drop_path_rate": 0.1}))
     assert model(pixels()).pooler_output.shape == (2, model.num_features)
     assert model.config.model_args == {"drop_path_rate": 0.1}
-
-
-def test_a_pretrained_tag_is_no_part_of_the_architecture() -> None:
     assert VICRegModel(config("test_resnet.r160_in1k")).config.architecture == "test_resnet"
 
 
@@ -139,12 +126,9 @@ def test_an_unknown_architecture_is_refused_with_names_that_come_close(
         VICRegModel(config(name))
 
 
-def test_an_architecture_like_no_other_is_refused_with_where_to_look() -> None:
+def test_an_unknown_architecture_is_refused_before_any_download() -> None:
     with pytest.raises(ValueError, match=r"timm\.list_models\(\) lists them"):
         VICRegModel(config("0123456789"))
-
-
-def test_from_timm_refuses_an_unknown_architecture_before_any_download() -> None:
     with pytest.raises(ValueError, match=r"'resnet51\.a1_in1k'; close to it are .*resnet50"):
         VICRegModel.from_timm("resnet51.a1_in1k")
 
@@ -171,7 +155,7 @@ def test_one_view_gives_timms_features_and_no_loss() -> None:
     assert torch.equal(output.pooler_output, model.encoder(x))
 
 
-def test_outputs_are_a_tuple_where_that_is_asked_for() -> None:
+def test_outputs_are_a_tuple_and_without_a_loss_where_that_is_said() -> None:
     model, x, x_prime = trained(), pixels(), pixels(seed=1)
     output = model(x, x_prime)
     loss, *_, features, y = model(x, x_prime, return_dict=False)
@@ -179,6 +163,7 @@ def test_outputs_are_a_tuple_where_that_is_asked_for() -> None:
     assert torch.equal(features, output.last_hidden_state)
     assert torch.equal(y, output.pooler_output)
     assert model(x, return_dict=True).loss is None
+    assert model(x, x_prime, return_loss=False).keys() == model(x).keys()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -199,12 +184,6 @@ def test_two_views_give_what_the_parts_give_by_hand(training: bool) -> None:
     assert same_state(model, parts)  # running statistics as well
 
 
-def test_the_loss_reaches_every_parameter() -> None:
-    model = trained().train()
-    model(pixels(batch=4), pixels(batch=4, seed=1)).loss.backward()
-    assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
-
-
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     plain = trained("test_vit").train()
     saving = copy.deepcopy(plain)
@@ -221,13 +200,10 @@ def test_with_gradient_checkpointing_statistics_count_each_batch_once() -> None:
     plain = trained().train()
     saving = copy.deepcopy(plain)
     saving.activation_checkpointing_enable()
-    for model in (plain, saving, saving):
+    for model in (plain, saving):
         model(pixels(batch=4), pixels(batch=4, seed=1)).loss.backward()
-        if model is plain:
-            continue
-        assert same_state(saving, plain)
-        saving.activation_checkpointing_disable()
-        plain(pixels(batch=4), pixels(batch=4, seed=1))
+    assert same_state(saving, plain)
+    saving.activation_checkpointing_disable()
     assert not saving.encoder.bn1._forward_hooks  # pyright: ignore
 
 
@@ -244,7 +220,33 @@ def test_local_views_need_two_others() -> None:
         trained()(pixels(), local_views=[pixels()])
 
 
-def test_without_a_loss_two_views_are_those_of_an_encoder() -> None:
-    model = trained()
-    output = model(pixels(), pixels(seed=1), return_loss=False)
-    assert output.keys() == model(pixels()).keys()
+# From the training step to the loss
+
+
+@pytest.mark.parametrize(
+    ("flags", "calls"),
+    [
+        ([], ["forward"]),
+        (["--micro_batch_size=8"], ["backward_in_chunks", "forward"]),
+    ],
+    ids=["one pass", "chunks"],
+)
+def test_training_calls_vicreg_loss_and_few_functions_before_it(
+    flags: list[str], calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacks: list[list[str]] = []
+
+    def refuse(*_: Any, **__: Any) -> None:
+        frames = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
+        names = [f.f_code.co_name for f in frames if "/vicreg_hf/" in f.f_code.co_filename]
+        stacks.append(names[::-1])
+        raise ValueError("the loss was called")
+
+    monkeypatch.setattr("vicreg_hf.modeling_vicreg.vicreg_loss", refuse)
+    images = write_images(tmp_path / "images", rows=16)
+    arguments = [*SMALL, f"--dataset_name={images}", f"--output_dir={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match="the loss was called"):
+        pretrain(parse_arguments([*arguments, "--max_steps=2", *flags]))
+    (names,) = stacks
+    assert names[names.index("take_gradients") :] == ["take_gradients", *calls]
+    assert names[:2] == ["pretrain", "fit"]

@@ -16,54 +16,53 @@ from vicreg_hf.runtime.checks import check_number, read_widths
 
 INDEX_FILE = "vicreg.safetensors.index.json"
 NESTED_KEY = "vicreg"
-METHOD_FIELDS = (
-    "expander_dims", "sim_coeff", "std_coeff", "cov_coeff", "gamma", "eps", "variance_reduction",
-    "spectrogram",
-)  # fmt: skip
+LOSS_FIELDS = ("sim_coeff", "std_coeff", "cov_coeff", "gamma", "eps", "variance_reduction")
+METHOD_FIELDS = ("expander_dims", *LOSS_FIELDS, "spectrogram")
 PRIME_FIELDS = ("weights", "prime")
-"""Said of a published model only where the weights of its second branch are published too."""
+"""Fields that config.json holds only where the weights of a second branch stand beside it."""
 MODALITIES = ("image", "text", "audio", "embedding")
-"""What a branch may take: pixels or spectrograms, token ids, waveforms, precomputed vectors."""
+"""Inputs of a branch: pixels; token ids; waveforms or spectrograms; precomputed vectors."""
+PRIME_KEYS = (
+    "modality", "architecture", "model_args", "pretrained_cfg", "encoder_config", "preparation",
+    "num_features", "expander_dims",
+)  # fmt: skip
+"""The fields of `VICRegConfig.prime`, see `complete_prime`."""
 OWN_FIELDS = (
     "architecture", "model_args", "pretrained_cfg", *METHOD_FIELDS, "weights", "prime",
 )  # fmt: skip
-"""Beside these a config holds whatever transformers keeps in one."""
+"""Our fields of a configuration; transformers adds its own."""
 
 
-def complete_prime(given: Mapping[str, Any], config: VICRegConfig) -> dict[str, Any]:
-    """The description of a second branch with everything in it that the first one settles.
+def complete_prime(description: Mapping[str, Any], config: VICRegConfig) -> dict[str, Any]:
+    """Complete the description of a second branch with what the first one settles.
 
     Args:
-        given: some of
+        description: some of
             modality: one of `MODALITIES`, by default image.
-            architecture: timm model, of images and of audio as spectrograms; by default the
-                first branch's, with its model_args. Of text and of audio as waveforms a model type
-                of transformers, which encoder_config settles.
+            architecture: for images and spectrograms a timm model, by default the first branch's
+                with its model_args; for texts and waveforms the name that encoder_config came from.
             model_args: keyword arguments for `timm.create_model`; likewise pretrained_cfg, as of
                 the first branch.
-            encoder_config: of a transformers model, all of it.
-            preparation: of text max_length in tokens, of waveforms sampling_rate and seconds, of
-                spectrograms the fields of `SpectrogramSettings`.
-            num_features: width of precomputed embeddings.
+            encoder_config: for texts and waveforms, the whole configuration of a model of
+                transformers.
+            preparation: for texts max_length in tokens, for waveforms sampling_rate in hertz and
+                seconds, for spectrograms the fields of `SpectrogramSettings`.
+            num_features: for precomputed embeddings, their width.
             expander_dims: widths of the second expander; by default the first's.
-        config: of the first branch.
+        config: the configuration of the first branch.
 
     Raises:
         ValueError: an unknown field or modality, expanders that end in different widths, a field
             that the modality needs and lacks, or one that is not what it must be.
     """
-    _check_mapping("prime", given)
-    prime: dict[str, Any] = {
-        "modality": "image", "architecture": None, "model_args": None, "pretrained_cfg": None,
-        "encoder_config": None, "preparation": None, "num_features": None,
-        "expander_dims": list(config.expander_dims),
-    }  # fmt: skip
-    unknown = sorted(given.keys() - prime.keys())
-    if unknown:
+    _check_mapping("prime", description)
+    if unknown := sorted(description.keys() - set(PRIME_KEYS)):
         raise ValueError(
-            f"prime must hold some of {', '.join(prime)}, got {', '.join(map(str, unknown))}."
+            f"prime must hold some of {', '.join(PRIME_KEYS)}, got {', '.join(map(str, unknown))}."
         )
-    prime |= {key: value for key, value in given.items() if value is not None}
+    defaults = {"modality": "image", "expander_dims": list(config.expander_dims)}
+    prime: dict[str, Any] = dict.fromkeys(PRIME_KEYS) | defaults
+    prime |= {key: value for key, value in description.items() if value is not None}
     for key in ("model_args", "pretrained_cfg", "encoder_config", "preparation"):
         _check_mapping(f"prime's {key}", prime[key])
     if not isinstance(prime["architecture"], str | None):
@@ -74,24 +73,25 @@ def complete_prime(given: Mapping[str, Any], config: VICRegConfig) -> dict[str, 
     if modality not in MODALITIES:
         raise ValueError(f"modality must be one of {', '.join(MODALITIES)}, got {modality!r}.")
     if modality == "image" and prime["architecture"] is None:
-        own = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
-        prime |= {
-            "architecture": config.architecture.partition(".")[0], "model_args": own or None,
-            "pretrained_cfg": prime["pretrained_cfg"] or copy.deepcopy(config.pretrained_cfg),
-        }  # fmt: skip
-    needed = {"text": "encoder_config", "embedding": "num_features"}.get(modality)
-    if modality == "audio" and prime["encoder_config"] is None:
-        needed = "architecture"
-    if needed is not None and not prime[needed]:
-        raise ValueError(f"prime must hold {needed} for the modality {modality}, got none.")
+        prime["architecture"] = config.architecture.partition(".")[0]
+        prime["model_args"] = without_classes(config.model_args)
+        prime["pretrained_cfg"] = prime["pretrained_cfg"] or copy.deepcopy(config.pretrained_cfg)
+    audio = "encoder_config" if prime["encoder_config"] else "architecture"
+    required = {"text": "encoder_config", "audio": audio, "embedding": "num_features"}.get(modality)
+    if required is not None and not prime[required]:
+        raise ValueError(f"prime must hold {required} for the modality {modality}, got none.")
     widths = read_widths("prime's expander_dims", prime["expander_dims"])
-    last, own = (list(dims)[-1:] for dims in (config.expander_dims, widths))
-    if last != own:
+    if list(config.expander_dims)[-1:] != widths[-1:]:
         raise ValueError(
             "both expanders must end in the same width, got expander_dims="
             f"{list(config.expander_dims)} and, of the second branch, {widths}."
         )
     return prime | {"expander_dims": widths}
+
+
+def without_classes(model_args: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Leave num_classes out of timm's arguments, as encoders have no classifier."""
+    return {k: v for k, v in (model_args or {}).items() if k != "num_classes"} or None
 
 
 def _check_mapping(name: str, value: Any) -> None:
@@ -107,12 +107,12 @@ class VICRegConfig(PreTrainedConfig):
         architecture: timm model name, without a pretrained tag.
         model_args: keyword arguments for `timm.create_model`.
         pretrained_cfg: timm's record of input size, mean and std; None takes the registry's.
-        expander_dims: widths of the expander's layers, the last being the embedding's; also joined
-            by '-', as "8192-8192-8192".
+        expander_dims: widths of the expander's layers, of which the last is the embedding's; a
+            string such as "8192-8192-8192" is read too.
         sim_coeff: weight of the invariance term.
         std_coeff: weight of the variance term.
         cov_coeff: weight of the covariance term.
-        gamma: standard deviation asked of every embedding dimension.
+        gamma: standard deviation below which an embedding dimension is penalised.
         eps: added to the variance before the root.
         variance_reduction: "mean" (the authors' code) or "sum" (the paper) over the branches.
         spectrogram: how sound becomes the backbone's images, if it does: fields of
@@ -171,9 +171,14 @@ class VICRegConfig(PreTrainedConfig):
         if not isinstance(self.expander_dims, (list, tuple)):
             self.expander_dims = widths
 
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """The arguments of `vicreg_loss` and `multi_view_loss`."""
+        return {name: getattr(self, name) for name in LOSS_FIELDS}
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As of any configuration; fields that are given beside it are checked too."""
+        """Read as transformers does, and check also the fields that replace others."""
         loaded = super().from_dict(config_dict, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._check_fields()
         return loaded

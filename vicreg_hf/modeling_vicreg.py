@@ -6,9 +6,8 @@ Shapes: B images per process, F representation, D embedding, S side in pixels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from vicreg_hf.configuration_vicreg import METHOD_FIELDS, VICRegConfig
+from vicreg_hf.configuration_vicreg import METHOD_FIELDS, VICRegConfig, without_classes
 from vicreg_hf.hub.layout import write_layout
 from vicreg_hf.loss.multi_view import multi_view_loss
+from vicreg_hf.loss.vicreg import vicreg_loss
 from vicreg_hf.models.batch_norm import count_once
-from vicreg_hf.models.branch import Inputs, create_branch
-from vicreg_hf.models.compiling import Compiled, plainly
+from vicreg_hf.models.branch import Branch, BranchInput
+from vicreg_hf.models.compiling import Compiled, call_directly
 from vicreg_hf.models.expander import expander
 from vicreg_hf.models.timm_models import (
     check_architecture,
@@ -34,16 +34,16 @@ from vicreg_hf.models.timm_models import (
     width_of,
 )
 
-_ALIKE = ("max_shard_size", "save_function", "safe_serialization")
+_WITHOUT_EFFECT = ("max_shard_size", "save_function", "safe_serialization")
 """Arguments of transformers' save_pretrained that change nothing where there is one file."""
 
 
 @dataclass
 class VICRegOutput(ModelOutput):
-    """What `VICRegModel` returns; fields that were not computed are None."""
+    """The output of `VICRegModel`; fields that were not computed are None."""
 
     loss: Tensor | None = None
-    """Scalar, over all processes; present when both views were given."""
+    """Scalar, over all processes; present when there are two views or more."""
     invariance: Tensor | None = None
     """Scalar, detached and not weighted; likewise the next two."""
     variance: Tensor | None = None
@@ -89,32 +89,29 @@ class VICRegModel(PreTrainedModel):
     ) -> None:
         super().__init__(config)
         config.architecture = check_architecture(config.architecture)
-        args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
-        config.model_args = args or None
+        config.model_args = without_classes(config.model_args)
         if backbone is None:
-            backbone = create_backbone(config.architecture, args)
+            backbone = create_backbone(config.architecture, config.model_args or {})
         self.backbone = backbone
         self.num_features = width_of(backbone)
         self.expander = expander(self.num_features, config.expander_dims)
-        self.prime = None if config.prime is None else create_branch(config.prime, backbone_prime)
+        self.prime = None if config.prime is None else Branch(config.prime, backbone_prime)
         self.gradient_checkpointing = False
         self._hooks: list[RemovableHandle] = []
-        self._call: Callable[..., Any] = plainly
-        self._call_expander: Callable[..., Any] = plainly
+        self._call: Callable[..., Any] = call_directly
+        self._call_expander: Callable[..., Any] = call_directly
         # timm has initialised its own tensors; transformers must not do it again. On the meta
         # device nothing has a value yet, so there `_init_weights` fills what a file does not.
         for tensor in itertools.chain(self.parameters(), self.buffers()):
             tensor._is_hf_initialized = tensor.device.type != "meta"  # pyright: ignore
         self.post_init()
         if config.pretrained_cfg is None:
-            registry: Any = backbone.pretrained_cfg
-            config.pretrained_cfg = encoder_pretrained_cfg(registry, args)
+            config.pretrained_cfg = _pretrained_cfg(backbone, config.model_args)
+        prime = config.prime
         if self.prime is not None and is_timm(self.prime.backbone):
-            assert config.prime is not None
-            if config.prime["pretrained_cfg"] is None:
-                registry: Any = self.prime.backbone.pretrained_cfg
-                args = config.prime["model_args"] or {}
-                config.prime["pretrained_cfg"] = encoder_pretrained_cfg(registry, args)
+            assert prime is not None
+            if prime["pretrained_cfg"] is None:
+                prime["pretrained_cfg"] = _pretrained_cfg(self.prime.backbone, prime["model_args"])
 
     @classmethod
     def from_timm(
@@ -130,23 +127,21 @@ class VICRegModel(PreTrainedModel):
             **config: further fields of `VICRegConfig`.
         """
         architecture = check_architecture(name)
-        args = model_args or {}
-        backbone = create_backbone(name, args, pretrained=True)
-        pretrained_cfg = encoder_pretrained_cfg(backbone.pretrained_cfg, args)  # pyright: ignore
+        backbone = create_backbone(name, model_args or {}, pretrained=True)
         settings = VICRegConfig(
             architecture=architecture,
             model_args=model_args,
-            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg=_pretrained_cfg(backbone, model_args),
             **config,
         )
         second = None
         if settings.prime is not None and not config.get("prime"):  # the same architecture
-            second = create_backbone(name, args, pretrained=True)
+            second = create_backbone(name, model_args or {}, pretrained=True)
         return cls(settings, backbone=backbone, backbone_prime=second)
 
     @property
     def encoder(self) -> nn.Module:
-        """The bare timm module: what is published."""
+        """The bare timm module, which is published."""
         return self.backbone
 
     def set_image_size(self, image_size: int) -> None:
@@ -166,21 +161,26 @@ class VICRegModel(PreTrainedModel):
         self.config.pretrained_cfg = cfg
 
     @property
+    def branches(self) -> list[VICRegModel | Branch]:
+        """One for each set of weights, with a backbone and an expander: itself, and `prime`."""
+        return [self] if self.prime is None else [self, self.prime]
+
+    @property
     def branches_compiled(self) -> bool:
-        """Whether `compile_branches` was called."""
-        return self._call is not plainly
+        """True once `compile_branches` was called."""
+        return self._call is not call_directly
 
     def compile_branches(self, *, expanders: bool = True) -> None:
         """Have torch.compile fuse timm's backbones and the expanders, when each is first needed.
 
-        `encoder` itself, weights, their names and copies are as without.
+        `encoder` itself, the weights, their names and copies stay as they are.
 
         Args:
             expanders: these too. Their batch normalisation ends a graph in each layer where it
                 waits for other processes.
         """
         self._call = Compiled()
-        self._call_expander = self._call if expanders else plainly
+        self._call_expander = self._call if expanders else call_directly
 
     def second_model(self) -> VICRegModel:
         """The second branch as a model of one branch, with the same tensors.
@@ -193,8 +193,8 @@ class VICRegModel(PreTrainedModel):
             raise ValueError("second_model needs a second branch with an encoder of timm.")
         own = {key: prime[key] for key in ("architecture", "model_args", "pretrained_cfg")}
         method: Any = {key: getattr(self.config, key) for key in METHOD_FIELDS}
-        seen = prime["preparation"] if prime["modality"] == "audio" else None
-        settings = VICRegConfig(**method | own | {"expander_dims": [], "spectrogram": seen})
+        spectrogram = prime["preparation"] if prime["modality"] == "audio" else None
+        settings = VICRegConfig(**method | own | {"expander_dims": [], "spectrogram": spectrogram})
         model = VICRegModel(settings, backbone=self.prime.backbone)
         model.expander, settings.expander_dims = self.prime.expander, prime["expander_dims"]
         return model
@@ -203,11 +203,12 @@ class VICRegModel(PreTrainedModel):
     def forward(
         self,
         pixel_values: Tensor | None = None,
-        pixel_values_prime: Inputs | None = None,
+        pixel_values_prime: BranchInput | None = None,
         *,
         further_views: Sequence[Tensor] = (),
         local_views: Sequence[Tensor] = (),
         return_loss: bool = True,
+        encoded: bool = False,
     ) -> VICRegOutput:
         """Encode one batch of views, or two and more and compute the loss.
 
@@ -220,10 +221,12 @@ class VICRegModel(PreTrainedModel):
             local_views: small crops, each (B, C, S', S').
             return_loss: False leaves out the loss of two views, and their embeddings. `Trainer`
                 evaluates the loss of models that have this parameter.
+            encoded: whether all views are representations (B, F) already, so that only expanders
+                and loss are left to compute; there is no last_hidden_state then.
 
         Returns:
             last_hidden_state and pooler_output of the first views; with second views also loss,
-            invariance, variance, covariance and embeddings. Of second views alone pooler_output.
+            invariance, variance, covariance and embeddings; with second views alone pooler_output.
             With return_dict=False, a tuple of what there is, in the order of `VICRegOutput`.
 
         Raises:
@@ -238,67 +241,42 @@ class VICRegModel(PreTrainedModel):
             if pixel_values_prime is None:
                 raise ValueError("a model needs pixel_values or pixel_values_prime, got neither.")
             return VICRegOutput(pooler_output=self._represent_prime(pixel_values_prime))
-        features, y = self._call(pooled, self.backbone, pixel_values)
-        if pixel_values_prime is None or not return_loss:
-            return VICRegOutput(last_hidden_state=features, pooler_output=y)
-        # Each view passes by itself, so that batch statistics are a view's own, as the authors'.
-        y_prime = self._represent_prime(pixel_values_prime)
-        further, local = (
-            [self._call(pooled, self.backbone, view)[1] for view in views]
-            for views in (further_views, local_views)
+        others = [*further_views, *local_views]
+        if encoded:
+            features, y, y_prime = None, pixel_values, pixel_values_prime
+        else:
+            features, y = self._call(pooled, self.backbone, pixel_values)
+            if pixel_values_prime is None or not return_loss:
+                return VICRegOutput(last_hidden_state=features, pooler_output=y)
+            # Each view passes by itself, so that batch statistics are its own, as the authors'.
+            y_prime = self._represent_prime(pixel_values_prime)
+            others = [self._call(pooled, self.backbone, view)[1] for view in others]
+        # The second view alone goes to the second branch.
+        z = [self._call_expander(_embed, self.expander, y)]
+        z += [self._call_expander(_embed, self.branches[-1].expander, y_prime)]
+        z += [self._call_expander(_embed, self.expander, other) for other in others]
+        if others:
+            num_global = 2 + len(further_views)
+            terms = multi_view_loss(z[:num_global], z[num_global:], **self.config.loss_settings)
+        else:
+            terms = vicreg_loss(*z, **self.config.loss_settings)
+        return VICRegOutput(
+            **terms._asdict(), embeddings=tuple(z), last_hidden_state=features, pooler_output=y
         )
-        compared = self.compare(y, y_prime, further=further, local=local)
-        return VICRegOutput(**compared, last_hidden_state=features)
 
-    def compare(
-        self,
-        y: Tensor,
-        y_prime: Tensor,
-        *,
-        further: Iterable[Tensor] = (),
-        local: Iterable[Tensor] = (),
-    ) -> VICRegOutput:
-        """Embed the representations of all views and compute the loss.
-
-        Args:
-            y: (B, F) representations of the first views.
-            y_prime: (B, F) representations of the second views.
-            further: (B, F) of further global views; likewise local, of local ones.
-
-        Returns:
-            loss, its terms, embeddings, and y as pooler_output.
-        """
-        second = self.expander if self.prime is None else self.prime.expander
-        embed = partial(self._call_expander, _embed)
-        z = [embed(self.expander, y), embed(second, y_prime)]
-        z += [embed(self.expander, other) for other in further]
-        z_local = [embed(self.expander, other) for other in local]
-        terms = multi_view_loss(
-            z,
-            z_local,
-            sim_coeff=self.config.sim_coeff,
-            std_coeff=self.config.std_coeff,
-            cov_coeff=self.config.cov_coeff,
-            gamma=self.config.gamma,
-            eps=self.config.eps,
-            variance_reduction=self.config.variance_reduction,  # pyright: ignore
-        )
-        return VICRegOutput(**terms._asdict(), embeddings=(*z, *z_local), pooler_output=y)
-
-    def _represent_prime(self, inputs: Inputs) -> Tensor:
+    def _represent_prime(self, inputs: BranchInput) -> Tensor:
         if self.prime is not None and not is_timm(self.prime.backbone):
             return self.prime.represent(inputs)  # texts come in many lengths
-        backbone = self.backbone if self.prime is None else self.prime.backbone
-        return self._call(pooled, backbone, inputs)[1]
+        return self._call(pooled, self.branches[-1].backbone, inputs)[1]
 
     def load_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As of any module, of a dictionary with its keys.
+        """Load the weights of a whole model, as of any module.
 
         Raises:
-            ValueError: weights of a published encoder, of which none bears a key of this model, so
-                that `strict=False`, as of `Trainer`, would pass over them all.
+            ValueError: weights of a published encoder, none of which has a key of this model, so
+                that `strict=False`, as `Trainer` has it, would pass over them all.
         """
         if state_dict and state_dict.keys() == self.backbone.state_dict().keys():
             raise ValueError(
@@ -331,7 +309,9 @@ class VICRegModel(PreTrainedModel):
         Raises:
             ValueError: anything that would be another layout or place.
         """
-        others = {name: value for name, value in unused.items() if value and name not in _ALIKE}
+        others = {
+            name: value for name, value in unused.items() if value and name not in _WITHOUT_EFFECT
+        }
         if others:
             raise ValueError(
                 "save_pretrained writes the one layout that stock loaders take, got "
@@ -405,10 +385,11 @@ class VICRegModel(PreTrainedModel):
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.gradient_checkpointing = enable
-        for backbone in [self.backbone] + ([] if self.prime is None else [self.prime.backbone]):
+        for branch in self.branches:
+            backbone: Any = branch.backbone
             if is_timm(backbone):
-                backbone.set_grad_checkpointing(enable)  # pyright: ignore[reportCallIssue]
-            for part in backbone.modules():  # of a second branch, such as one of texts
+                backbone.set_grad_checkpointing(enable)
+            for part in backbone.modules():  # such as a text encoder's model
                 if isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing:
                     part._set_gradient_checkpointing(enable, *args, **kwargs)
         while self._hooks:
@@ -418,6 +399,10 @@ class VICRegModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError("a VICRegModel reads images and has no token embeddings.")
+
+
+def _pretrained_cfg(backbone: Any, model_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    return encoder_pretrained_cfg(backbone.pretrained_cfg, model_args or {})
 
 
 def _embed(expander: nn.Module, y: Tensor) -> Tensor:

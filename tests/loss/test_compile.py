@@ -1,8 +1,8 @@
-"""Under torch.compile the loss is one graph, and to the last bit what it is without."""
+"""Under torch.compile a loss is one graph, and to the last bit what it is without."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,11 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from vicreg_hf import VICRegLoss, vicreg_loss
-from vicreg_hf.loss import autograd as terms
+from vicreg_hf import VICRegLoss, covariance_term, multi_view_loss, variance_term, vicreg_loss
+from vicreg_hf.loss import autograd
 
 SHAPES = [(6, 4), (4, 9)]  # N > D, N < D: both forms of the covariance term
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+MODULE = VICRegLoss(2.0, 3.0, 5.0, gamma=1.5, eps=1e-3, variance_reduction="sum")
+LOSSES: dict[str, tuple[int, Callable[..., Any]]] = {
+    "two views": (2, vicreg_loss),
+    "module": (2, MODULE),
+    "five views": (5, lambda *z: multi_view_loss(z[:2], z[2:])),
+    "variance": (1, variance_term),
+    "covariance": (1, covariance_term),
+}  # fmt: skip
+"""By name: how many views it takes, and the loss or its terms."""
 
 
 @pytest.fixture(autouse=True)
@@ -26,223 +34,130 @@ def nothing_compiled_before() -> Iterator[None]:
 
 
 def compiled(function: Any, **settings: Any) -> Any:
-    """As one graph, or an error; without inductor's code, which takes seconds to build."""
+    """One graph, or an error; without inductor's code, which takes seconds to build."""
     return torch.compile(function, fullgraph=True, **{"backend": "aot_eager", **settings})
 
 
-def embeddings(rows: int, dim: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def embeddings(
+    rows: int, dim: int, dtype: torch.dtype = torch.float32, *, count: int = 2
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    z, z_prime = torch.randn(2, rows, dim, generator=generator, dtype=torch.float64) * 0.9 + 0.3
-    return [x.to(dtype).requires_grad_() for x in (z, z_prime)]
+    z = torch.randn(count, rows, dim, generator=generator, dtype=torch.float64) * 0.9 + 0.3
+    return [x.to(dtype).requires_grad_() for x in z]
+
+
+def terms_of(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
 def assert_same_terms_and_gradients(
-    compiled: Any, eager: Any, inputs: list[Tensor], weight: float = 1.0
-) -> None:
-    """To the last bit; the loss is weighted, so that backward gets a gradient other than 1."""
-    actual, expected = compiled(*inputs), eager(*inputs)
-    assert type(actual) is type(expected)
-    for name, value in expected._asdict().items():
-        torch.testing.assert_close(getattr(actual, name), value, rtol=0, atol=0)
-        assert getattr(actual, name).requires_grad == value.requires_grad
+    compiled: Any, eager: Any, inputs: list[Tensor], weight: float = 3.0
+) -> Tensor:
+    """Compare bits; the loss is weighted, so that backward gets a gradient other than 1."""
+    actual, expected = terms_of(compiled(*inputs)), terms_of(eager(*inputs))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert [x.requires_grad for x in actual] == [x.requires_grad for x in expected]
     differentiable = [x for x in inputs if x.requires_grad]
     grads, expected_grads = (
-        torch.autograd.grad(weight * terms.loss, differentiable) for terms in (actual, expected)
+        torch.autograd.grad(weight * terms[0], differentiable, retain_graph=True)
+        for terms in (actual, expected)
     )
     torch.testing.assert_close(grads, expected_grads, rtol=0, atol=0)
+    return actual[0]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_compiled_loss_and_its_gradients_are_the_eager_ones(kind: str) -> None:
+    count, loss = LOSSES[kind]
+    shape = (6, 4) if kind == "module" else (4, 9)
+    assert_same_terms_and_gradients(compiled(loss), loss, embeddings(*shape, count=count))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", True), ("inductor", False)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize(("rows", "dim"), SHAPES)
-def test_the_compiled_loss_and_its_gradients_are_the_eager_ones(
-    rows: int, dim: int, dtype: torch.dtype, dynamic: bool
+@pytest.mark.parametrize("kind", LOSSES)
+def test_every_dtype_and_backend_gives_the_eager_loss_and_gradients(
+    kind: str, rows: int, dim: int, dtype: torch.dtype, backend: str, dynamic: bool
 ) -> None:
-    inputs = embeddings(rows, dim, dtype)
-    assert_same_terms_and_gradients(compiled(vicreg_loss, dynamic=dynamic), vicreg_loss, inputs)
+    count, loss = LOSSES[kind]
+    function = compiled(loss, dynamic=dynamic, backend=backend)
+    assert_same_terms_and_gradients(function, loss, embeddings(rows, dim, dtype, count=count))
 
 
-class Projected(nn.Module):
-    """A layer in front and a weight behind the loss: both compiled into one graph with it."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(dim, dim)
-        self.loss = VICRegLoss()
-
-    def forward(self, x: Tensor, x_prime: Tensor) -> Tensor:
-        return 3 * self.loss(self.layer(x).tanh(), self.layer(x_prime).tanh()).loss
+def test_a_compiled_loss_may_overflow_be_repeated_and_leaves_its_inputs() -> None:
+    inputs = embeddings(6, 4, torch.float16)
+    before = [x.detach().clone() for x in inputs]
+    value = assert_same_terms_and_gradients(compiled(vicreg_loss), vicreg_loss, inputs, 65536.0)
+    first, second = (torch.autograd.grad(value, inputs, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, inputs, before))
+    with pytest.raises(RuntimeError):  # second derivatives are not left out silently
+        torch.autograd.grad(value, inputs[0], create_graph=True)[0].sum().backward()
 
 
-@pytest.mark.parametrize(("rows", "dim"), SHAPES)
-def test_inductor_compiles_a_layer_with_the_loss(rows: int, dim: int) -> None:
-    model, inputs = Projected(dim).double(), embeddings(rows, dim, torch.float64)
-    parameters = [*inputs, *model.parameters()]
-    eager = model(*inputs)
-    value = compiled(model, backend="inductor")(*inputs)
+def test_inductor_compiles_a_layer_with_the_loss() -> None:
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(9, 9).double(), embeddings(4, 9, torch.float64)
+
+    def projected(x: Tensor, x_prime: Tensor) -> Tensor:
+        return 3 * vicreg_loss(layer(x).tanh(), layer(x_prime).tanh()).loss
+
+    parameters = [*inputs, *layer.parameters()]
+    eager, value = projected(*inputs), compiled(projected, backend="inductor")(*inputs)
     torch.testing.assert_close(value, eager)
     torch.testing.assert_close(
         torch.autograd.grad(value, parameters), torch.autograd.grad(eager, parameters)
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_inductor_leaves_the_loss_as_it_is(dtype: torch.dtype) -> None:
-    function = compiled(vicreg_loss, backend="inductor")
-    assert_same_terms_and_gradients(function, vicreg_loss, embeddings(4, 9, dtype))
-
-
-@pytest.mark.parametrize(("rows", "dim"), SHAPES)
-def test_dynamo_finds_one_graph_without_a_break(rows: int, dim: int) -> None:
-    found = torch._dynamo.explain(vicreg_loss)(*embeddings(rows, dim))
-    assert (found.graph_count, found.graph_break_count) == (1, 0)
-    assert not found.break_reasons
-
-
-@pytest.mark.parametrize(("rows", "dim"), SHAPES)
-def test_the_module_compiles_with_its_settings(rows: int, dim: int) -> None:
-    module = VICRegLoss(2.0, 3.0, 5.0, gamma=1.5, eps=1e-3, variance_reduction="sum")
-    assert_same_terms_and_gradients(compiled(module), module, embeddings(rows, dim))
-
-
-@pytest.mark.parametrize("weight", [0.5, 65536.0])  # the second, a gradient scaler's, overflows
-@pytest.mark.parametrize(("rows", "dim"), SHAPES)
-def test_a_weighted_loss_in_float16_has_the_eager_gradients(
-    rows: int, dim: int, weight: float
-) -> None:
-    inputs = embeddings(rows, dim, torch.float16)
-    assert_same_terms_and_gradients(compiled(vicreg_loss), vicreg_loss, inputs, weight)
-
-
-@pytest.mark.parametrize("needed", [[True, True], [True, False], [False, True]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("product", [True, False])
 @pytest.mark.parametrize(("rows", "dim"), SHAPES)
 def test_the_compiler_is_told_the_true_shapes_and_dtypes_and_that_no_input_changes(
-    rows: int, dim: int, dtype: torch.dtype, needed: list[bool]
+    rows: int, dim: int, product: bool
 ) -> None:
-    z, z_prime = (x.detach() for x in embeddings(rows, dim, dtype))
-    settings, group = [25.0, 25.0, 1.0, 1.0, 1e-4, 0.5], ""
-    forward = ([z, z_prime], 2, True, settings, group)
-    value, _, _, _, *saved = terms._forward_op(*forward)
-    backward = (torch.ones_like(value), [z, z_prime], saved, needed, 2, settings, group)
+    views = [x.detach() for x in embeddings(rows, dim, torch.float16, count=3)]
+    settings = [25.0, 25.0, 1.0, 1.0, 1e-4, 0.5]
+    forward = (views, 2, product, settings, "")
+    value, _, _, _, *saved = autograd._forward_op(*forward)
+    backward = (torch.ones_like(value), views, saved, [True, False, True], 2, settings, "")
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(terms._forward_op, forward, test_utils=checks)
-    torch.library.opcheck(terms._backward_op, backward, test_utils=checks)
+    torch.library.opcheck(autograd._forward_op, forward, test_utils=checks)
+    torch.library.opcheck(autograd._backward_op, backward, test_utils=checks)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("dtype", [torch.float32])
-@pytest.mark.parametrize(("rows", "dim"), SHAPES)
-def test_transposed_embeddings_give_the_eager_loss_and_gradients(
-    rows: int, dim: int, dtype: torch.dtype, backend: str
-) -> None:
-    transposed = [x.detach().T.requires_grad_() for x in embeddings(dim, rows, dtype)]
-    assert not any(x.is_contiguous() for x in transposed)
-    assert_same_terms_and_gradients(compiled(vicreg_loss, backend=backend), vicreg_loss, transposed)
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize(
-    "dtypes", [(torch.float32, torch.bfloat16), (torch.float16, torch.float64)]
-)
-@pytest.mark.parametrize(("rows", "dim"), SHAPES)
-def test_branches_of_different_dtypes_give_the_eager_loss_and_gradients(
-    rows: int, dim: int, dtypes: tuple[torch.dtype, torch.dtype], backend: str
-) -> None:
-    branches = zip(embeddings(rows, dim, torch.float64), dtypes, strict=True)
-    inputs = [x.detach().to(dtype).requires_grad_() for x, dtype in branches]
-    function = compiled(vicreg_loss, backend=backend)
-    assert_same_terms_and_gradients(function, vicreg_loss, inputs)
-
-
-@pytest.mark.parametrize("branch", [0, 1])
-@pytest.mark.parametrize(("rows", "dim"), SHAPES)
-def test_one_branch_alone_gets_the_eager_gradient(rows: int, dim: int, branch: int) -> None:
-    inputs = embeddings(rows, dim)
-    inputs[1 - branch].requires_grad_(False)
+def test_transposed_views_of_two_dtypes_of_which_one_needs_a_gradient() -> None:
+    z, z_prime = (x.detach().T for x in embeddings(9, 4))
+    inputs = [z.requires_grad_(), z_prime.to(torch.bfloat16)]
+    assert not any(x.is_contiguous() for x in inputs)
     assert_same_terms_and_gradients(compiled(vicreg_loss), vicreg_loss, inputs)
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize(("rows", "dim"), SHAPES)
-def test_without_gradients_the_compiled_loss_is_the_eager_one(
-    rows: int, dim: int, mode: Any
-) -> None:
-    inputs = [x.detach() for x in embeddings(rows, dim)]
-    with mode():
+def test_without_gradients_the_compiled_loss_is_the_eager_one() -> None:
+    inputs = embeddings(4, 9)
+    with torch.inference_mode():
         actual, expected = compiled(vicreg_loss)(*inputs), vicreg_loss(*inputs)
     torch.testing.assert_close(tuple(actual), tuple(expected), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize(("rows", "dim"), [(64, 32), (32, 64)])
-def test_under_autocast_the_compiled_loss_is_computed_in_float32(
-    rows: int, dim: int, inside: bool
-) -> None:
+def test_under_autocast_the_compiled_loss_is_computed_in_float32() -> None:
     def under_autocast(z: Tensor, z_prime: Tensor) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
             return vicreg_loss(z, z_prime)
 
-    inputs = embeddings(rows, dim)
-    if inside:
-        terms = compiled(under_autocast)(*inputs)
-    else:
-        with torch.autocast("cpu", torch.bfloat16):
-            terms = compiled(vicreg_loss)(*inputs)
-    expected = vicreg_loss(*inputs)  # not under autocast
-    assert terms.loss.dtype == torch.float32
-    torch.testing.assert_close(tuple(terms), tuple(expected), rtol=0, atol=0)
-    torch.testing.assert_close(
-        torch.autograd.grad(terms.loss, inputs),
-        torch.autograd.grad(expected.loss, inputs),
-        rtol=0,
-        atol=0,
-    )
+    inputs = embeddings(64, 32)
+    assert_same_terms_and_gradients(compiled(under_autocast), vicreg_loss, inputs)
 
 
-@pytest.mark.parametrize("dynamic", [None, False, True])
-def test_other_batch_sizes_give_the_eager_loss_and_gradients(dynamic: bool | None) -> None:
-    function = compiled(vicreg_loss, dynamic=dynamic)
-    for rows in (4, 6, 12, 4, 9, 8):  # on either side of D = 8, and equal to it
-        assert_same_terms_and_gradients(function, vicreg_loss, embeddings(rows, 8))
-
-
-def test_batch_sizes_of_one_form_share_a_graph() -> None:
+def test_batch_sizes_of_one_form_share_a_graph_and_others_give_the_eager_loss() -> None:
     counter = CompileCounterWithBackend("eager")  # aot_eager would count backward too
     function = compiled(vicreg_loss, backend=counter, dynamic=True)
     for rows in (16, 20, 24):
         assert_same_terms_and_gradients(function, vicreg_loss, embeddings(rows, 8))
     assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize(("rows", "dim"), SHAPES)
-def test_embeddings_are_left_as_they_were(rows: int, dim: int) -> None:
-    inputs = embeddings(rows, dim)
-    before = [x.detach().clone() for x in inputs]
-    compiled(vicreg_loss)(*inputs).loss.backward()
-    assert all(map(torch.equal, inputs, before))
-
-
-@pytest.mark.parametrize(("rows", "dim"), SHAPES)
-def test_a_retained_graph_gives_the_same_gradients_again(rows: int, dim: int) -> None:
-    inputs = embeddings(rows, dim)
-    value = compiled(vicreg_loss)(*inputs).loss
-    first, second = (torch.autograd.grad(value, inputs, retain_graph=True) for _ in range(2))
-    assert all(map(torch.equal, first, second))
-
-
-@pytest.mark.parametrize(("rows", "dim"), SHAPES)
-def test_second_order_gradients_are_refused_and_not_silently_left_out(rows: int, dim: int) -> None:
-    z, z_prime = embeddings(rows, dim)
-    value = compiled(vicreg_loss)(z, z_prime).loss
-
-    def gradient_of_a_gradient_penalty() -> None:
-        (grad,) = torch.autograd.grad(value, z, create_graph=True)
-        (value + grad.square().sum()).backward()
-
-    with pytest.raises(RuntimeError):
-        gradient_of_a_gradient_penalty()
+    for rows in (4, 8):  # below D, and equal to it
+        assert_same_terms_and_gradients(function, vicreg_loss, embeddings(rows, 8))
 
 
 def test_a_single_row_is_refused_when_compiled() -> None:

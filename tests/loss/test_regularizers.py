@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from authors_loss import SHAPES, plain_loss, views_of
 from scipy.linalg import hadamard
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,51 +16,20 @@ from workflow import ROOT
 from vicreg_hf import covariance_term, variance_term, vicreg_loss
 from vicreg_hf.loss import covariance
 
-SHAPES = [(6, 4), (5, 5), (4, 9), (40, 30), (30, 40)]  # both forms of the covariance term
 
-
-def plain_variance(z: Tensor, *, gamma: float = 1.0, eps: float = 1e-4) -> Tensor:
-    return F.relu(gamma - torch.sqrt(z.var(dim=0) + eps)).mean()
+def plain_variance(z: Tensor) -> Tensor:
+    return plain_loss([z], 1).variance
 
 
 def plain_covariance(z: Tensor) -> Tensor:
-    """The sum over pairs of dimensions, each by its own definition."""
-    centred, dim = z - z.mean(dim=0), z.shape[1]
-    pairs = [(i, j) for i in range(dim) for j in range(dim) if i != j]
-    squares = [((centred[:, i] * centred[:, j]).sum() / (len(z) - 1)) ** 2 for i, j in pairs]
-    return torch.stack(squares).sum() / dim if pairs else 0 * z.sum()
-
-
-TERMS = [(variance_term, plain_variance), (covariance_term, plain_covariance)]
-
-
-def embeddings(
-    rows: int, dim: int, *, dtype: torch.dtype = torch.float64, seed: int = 0, mean: float = 0.3
-) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(rows, dim, generator=generator, dtype=torch.float64) * 0.9 + mean
-    return z.to(dtype).requires_grad_()
-
-
-@pytest.mark.parametrize(("term", "plain"), TERMS)
-@pytest.mark.parametrize(("rows", "dim"), [*SHAPES, (2, 1), (2, 7)])
-def test_term_and_gradient_are_those_of_the_formula(
-    rows: int, dim: int, term: Any, plain: Any
-) -> None:
-    z = embeddings(rows, dim)
-    actual, expected = term(z), plain(z)
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
-    (grad,), (right,) = (torch.autograd.grad(3 * value, z) for value in (actual, expected))
-    torch.testing.assert_close(grad, right, rtol=1e-11, atol=1e-13)
+    return plain_loss([z], 1).covariance / 2
 
 
 def test_settings_of_the_variance_term_count() -> None:
-    z = embeddings(6, 4)
-    settings: Any = {"gamma": 1.7, "eps": 0.3}
-    actual, expected = variance_term(z, **settings), plain_variance(z, **settings)
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
-    assert not torch.allclose(expected, plain_variance(z))
-    torch.testing.assert_close(torch.autograd.grad(actual, z), torch.autograd.grad(expected, z))
+    (z,) = views_of(1, 6, 4)
+    actual, expected = variance_term(z, gamma=1.7, eps=0.3), plain_loss([z], 1, gamma=1.7, eps=0.3)
+    torch.testing.assert_close(actual, expected.variance, rtol=1e-12, atol=0)
+    assert not torch.allclose(actual, plain_variance(z))
 
 
 def test_terms_match_values_worked_by_hand() -> None:
@@ -73,7 +42,7 @@ def test_terms_match_values_worked_by_hand() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize(("rows", "dim"), SHAPES)
 def test_vicreg_loss_is_put_together_of_the_terms(rows: int, dim: int, reduction: Any) -> None:
-    z, z_prime = branches = embeddings(rows, dim), embeddings(rows, dim, seed=1)
+    z, z_prime = branches = views_of(2, rows, dim)
     weights: Any = {"sim_coeff": 3.0, "std_coeff": 5.0, "cov_coeff": 2.0}
     whole = vicreg_loss(z, z_prime, **weights, variance_reduction=reduction)
     variance = variance_term(z) + variance_term(z_prime)
@@ -87,49 +56,9 @@ def test_vicreg_loss_is_put_together_of_the_terms(rows: int, dim: int, reduction
     torch.testing.assert_close(grads, right, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize(("term", "_"), TERMS)
-@pytest.mark.parametrize(("rows", "dim"), SHAPES[:3])
-def test_gradients_match_finite_differences(rows: int, dim: int, term: Any, _: Any) -> None:
-    assert torch.autograd.gradcheck(term, [embeddings(rows, dim)])
-
-
-@pytest.mark.parametrize(("term", "plain"), TERMS)
-@pytest.mark.parametrize("mean", [0.0, 100.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "dim"), [(64, 16), (16, 24)])
-def test_lower_precision_under_autocast_is_computed_in_float32(
-    rows: int, dim: int, dtype: torch.dtype, mean: float, term: Any, plain: Any
-) -> None:
-    z = embeddings(rows, dim, dtype=dtype, mean=mean)
-    with torch.autocast("cpu", torch.bfloat16):
-        value = term(z)
-    assert value.dtype == torch.float32
-    exact = z.detach().double().requires_grad_()
-    expected = plain(exact)
-    torch.testing.assert_close(value, expected.float(), rtol=2e-5, atol=1e-6)
-    (grad,), (right,) = torch.autograd.grad(value, z), torch.autograd.grad(expected, exact)
-    assert grad.dtype == dtype
-    rtol = 0.51 * torch.finfo(dtype).eps if dtype != torch.float32 else 0
-    tolerance = 5e-5 * float(right.abs().max())
-    torch.testing.assert_close(grad.double(), right, rtol=rtol, atol=tolerance)
-
-
-@pytest.mark.parametrize("block_elements", [1, 23])
-@pytest.mark.parametrize(("rows", "dim"), SHAPES[:3])
-@pytest.mark.parametrize(("term", "plain"), TERMS)
-def test_work_in_blocks_gives_the_same(
-    rows: int, dim: int, block_elements: int, term: Any, plain: Any, monkeypatch: Any
-) -> None:
-    monkeypatch.setitem(covariance.BLOCK_ELEMENTS, "cpu", block_elements)
-    monkeypatch.setitem(covariance.STRIPE_ROWS, "cpu", 1 + block_elements // 8)
-    z = embeddings(rows, dim)
-    actual, expected = (torch.autograd.grad(function(z), z) for function in (term, plain))
-    torch.testing.assert_close(actual, expected)
-
-
 @pytest.mark.parametrize(("rows", "dim"), [(512, 64), (64, 512)])
 def test_the_variance_term_forms_no_product(rows: int, dim: int) -> None:
-    z = embeddings(rows, dim)
+    (z,) = views_of(1, rows, dim)
     names = {}
     for term in (variance_term, covariance_term):
         with torch.profiler.profile() as profile:
@@ -138,70 +67,6 @@ def test_the_variance_term_forms_no_product(rows: int, dim: int) -> None:
     products = {"aten::mm", "aten::addmm_"}
     assert products <= names[covariance_term]
     assert not products & names[variance_term]
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-@pytest.mark.parametrize(("term", "_"), TERMS)
-@pytest.mark.parametrize(("rows", "dim"), SHAPES[:3])
-def test_compiled_as_one_graph_it_is_the_eager_term_to_the_last_bit(
-    rows: int, dim: int, term: Any, _: Any, dtype: torch.dtype, dynamic: bool
-) -> None:
-    torch.compiler.reset()
-    z = embeddings(rows, dim, dtype=dtype)
-    compiled = torch.compile(term, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    actual, expected = compiled(z), term(z)
-    assert torch.equal(actual, expected)
-    grads = (torch.autograd.grad(3 * value, z)[0] for value in (actual, expected))
-    assert torch.equal(*grads)
-
-
-@pytest.mark.parametrize(("term", "_"), TERMS)
-@pytest.mark.parametrize(("rows", "dim"), SHAPES[:3])
-def test_a_retained_graph_gives_the_same_again_and_second_derivatives_are_refused(
-    rows: int, dim: int, term: Any, _: Any
-) -> None:
-    z = embeddings(rows, dim)
-    value = term(z)
-    first, second = (torch.autograd.grad(value, z, retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
-    with pytest.raises(RuntimeError, match="no second derivative; call backward without"):
-        torch.autograd.grad(value, z, create_graph=True)
-
-
-@pytest.mark.parametrize(("term", "_"), TERMS)
-def test_without_gradients_the_term_is_the_same(term: Any, _: Any) -> None:
-    z = embeddings(6, 9)
-    with torch.inference_mode():
-        value = term(z)
-    assert not value.requires_grad
-    assert torch.equal(value, term(z))
-
-
-@pytest.mark.parametrize(("term", "_"), TERMS)
-@pytest.mark.parametrize(
-    ("z", "message"),
-    [
-        (torch.zeros(4), r"z must have shape \(rows, dimensions\), got \(4,\)"),
-        (torch.zeros(4, 3, 2), r"z must have shape \(rows, dimensions\), got \(4, 3, 2\)"),
-        (torch.zeros(4, 3).long(), "must be floating point, got torch.int64; convert"),
-        (torch.zeros(1, 3), "at least 2 rows over all processes, got 1"),
-        (torch.zeros(0, 3), "at least 2 rows over all processes, got 0"),
-        (torch.zeros(4, 0), r"at least 1 dimension, got shape \(4, 0\)"),
-        (np.zeros((4, 3)), r"must be tensors, got ndarray; convert arrays with torch\.as_tensor"),
-        (None, "must be tensors, got NoneType"),
-    ],
-)
-def test_embeddings_that_cannot_be_are_refused(term: Any, _: Any, z: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        term(z)
-
-
-@pytest.mark.parametrize("name", ["gamma", "eps"])
-def test_constants_that_cannot_be_are_refused(name: str) -> None:
-    settings: dict[str, Any] = {name: "1"}
-    with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 0, got '1'"):
-        variance_term(embeddings(4, 3), **settings)
 
 
 def uncorrelated() -> Tensor:
@@ -237,7 +102,9 @@ def test_what_is_cut_off_at_zero_has_its_gradient() -> None:
 
 
 def readme_example() -> str:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    texts = [path.read_text() for path in (ROOT / "README.md", ROOT / "vicreg_hf/loss/README.md")
+             if path.exists()]  # fmt: skip
+    blocks = re.findall(r"```python\n(.*?)```", "\n".join(texts), flags=re.DOTALL)
     (block,) = [block for block in blocks if "covariance_term(" in block]
     return block
 

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from vicreg_hf.data.columns.texts import TextColumn
-from vicreg_hf.models.text_encoder import TextEncoder, create_text_encoder, text_encoder_from_config
-from vicreg_hf.models.tokenizers import check_tokenizer, load_tokenizer, save_text_encoder
+from vicreg_hf.models.text_encoder import TextEncoder
+from vicreg_hf.models.tokenizers import check_tokenizer, load_tokenizer
 
 TOKENIZER = word_tokenizer()
 BERT_LIKE: dict[str, Any] = {
@@ -65,7 +65,7 @@ def tokens_of(texts: list[str]) -> dict[str, Tensor]:
 
 def encoder_of(kind: str) -> TextEncoder:
     torch.manual_seed(0)
-    return create_text_encoder(kind, MODELS[kind])
+    return TextEncoder.create(kind, MODELS[kind])
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +104,13 @@ def test_stock_loaders_and_the_configuration_give_the_same_features(
 ) -> None:
     encoder = encoder_of(kind).eval()
     described = json.loads(json.dumps(encoder.model.config.to_dict()))
-    rebuilt = text_encoder_from_config(described).eval()
+    rebuilt = TextEncoder.from_config(described).eval()
     rebuilt.load_state_dict(encoder.state_dict())
     needed = [[p.requires_grad for p in e.parameters()] for e in (encoder, rebuilt)]
     assert needed[0] == needed[1]
     with torch.no_grad():
         assert torch.equal(rebuilt(tokens_of(CAPTIONS)), encoder(tokens_of(CAPTIONS)))
-    save_text_encoder(encoder.half(), TOKENIZER, tmp_path)
+    encoder.half().save(tmp_path, TOKENIZER)
     assert (tmp_path / "model.safetensors").is_file()
     assert encoder.model.dtype == torch.float16  # left as it was
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
@@ -127,12 +127,12 @@ def test_stock_loaders_and_the_configuration_give_the_same_features(
 
 def test_pretrained_weights_are_those_of_the_files(bert: Path) -> None:
     torch.manual_seed(1)
-    pretrained = create_text_encoder(str(bert), pretrained=True)
+    pretrained = TextEncoder.create(str(bert), pretrained=True)
     stock: Any = AutoModel.from_pretrained(bert)
     theirs = stock.state_dict()
     for name, value in pretrained.model.state_dict().items():
         assert torch.equal(value, theirs[name])
-    random = create_text_encoder(str(bert))
+    random = TextEncoder.create(str(bert))
     name = "embeddings.word_embeddings.weight"
     assert random.model.state_dict().keys() == pretrained.model.state_dict().keys()
     assert not torch.equal(random.model.state_dict()[name], theirs[name])
@@ -141,7 +141,7 @@ def test_pretrained_weights_are_those_of_the_files(bert: Path) -> None:
 def test_an_encoder_decoder_starts_from_its_encoder(tmp_path: Path) -> None:
     both = T5ForConditionalGeneration(T5Config(**T5))
     both.save_pretrained(tmp_path)
-    encoder = create_text_encoder(str(tmp_path), pretrained=True)
+    encoder = TextEncoder.create(str(tmp_path), pretrained=True)
     for name, value in encoder.model.state_dict().items():
         assert torch.equal(value, both.state_dict()[name]), name
     assert not any("decoder" in name for name, _ in encoder.named_parameters())
@@ -151,7 +151,7 @@ def test_a_dual_model_starts_from_its_text_model(tmp_path: Path) -> None:
     vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
               "intermediate_size": 48, "image_size": 32, "patch_size": 16}  # fmt: skip
     CLIPModel(CLIPConfig(text_config=BERT_LIKE, vision_config=vision)).save_pretrained(tmp_path)
-    encoder = create_text_encoder(str(tmp_path), {"attention_dropout": 0.25}, pretrained=True)
+    encoder = TextEncoder.create(str(tmp_path), {"attention_dropout": 0.25}, pretrained=True)
     stock: Any = CLIPModel.from_pretrained(tmp_path)
     theirs = stock.text_model.state_dict()
     mine = encoder.model.state_dict()
@@ -162,40 +162,40 @@ def test_a_dual_model_starts_from_its_text_model(tmp_path: Path) -> None:
 
 
 def test_model_args_replace_fields(bert: Path) -> None:
-    shallow: Any = create_text_encoder(str(bert), {"num_hidden_layers": 1}).model
+    shallow: Any = TextEncoder.create(str(bert), {"num_hidden_layers": 1}).model
     assert len(shallow.encoder.layer) == 1
-    short = create_text_encoder("gpt2", GPT2 | {"hidden_size": 16})  # its alias of n_embd
+    short = TextEncoder.create("gpt2", GPT2 | {"hidden_size": 16})  # its alias of n_embd
     assert short.num_features == 16
     with pytest.raises(ValueError, match="must be fields of BertConfig, got depth; fields: "):
-        create_text_encoder(str(bert), {"depth": 3})
+        TextEncoder.create(str(bert), {"depth": 3})
     with pytest.raises(ValueError, match=r"^model_args must .*multiple of the number of attention"):
-        create_text_encoder(str(bert), {"num_attention_heads": 5})
+        TextEncoder.create(str(bert), {"num_attention_heads": 5})
 
 
 def test_what_is_no_text_encoder_is_refused_in_a_sentence(tmp_path: Path, bert: Path) -> None:
     for kind in ("vit", "wav2vec2"):
         with pytest.raises(ValueError, match=r"^a text encoder must give a last_hidden_state"):
-            create_text_encoder(kind, {"num_hidden_layers": 1, "hidden_size": 48})
+            TextEncoder.create(kind, {"num_hidden_layers": 1, "hidden_size": 48})
     with pytest.raises(ValueError, match=r"^architecture must be a model type of transformers"):
-        create_text_encoder("no_such_model_type")
+        TextEncoder.create("no_such_model_type")
     with pytest.raises(ValueError, match=r"^architecture must be a model type of transformers"):
-        create_text_encoder(str(tmp_path))
+        TextEncoder.create(str(tmp_path))
     with pytest.raises(ValueError, match="got the model type 'bert'"):
-        create_text_encoder("bert", MODELS["bert"], pretrained=True)
+        TextEncoder.create("bert", MODELS["bert"], pretrained=True)
     with pytest.raises(ValueError, match=r"^model_type must be one that transformers knows"):
-        text_encoder_from_config({"model_type": "no_such_model_type"})
+        TextEncoder.from_config({"model_type": "no_such_model_type"})
     with pytest.raises(ValueError, match=r"^pretrained weights must be in a directory"):
-        create_text_encoder(str(bert), {"hidden_size": 64}, pretrained=True)
+        TextEncoder.create(str(bert), {"hidden_size": 64}, pretrained=True)
     (tmp_path / "config.json").write_text((bert / "config.json").read_text())
     with pytest.raises(ValueError, match=r"^pretrained weights must be in a directory"):
-        create_text_encoder(str(tmp_path), pretrained=True)
+        TextEncoder.create(str(tmp_path), pretrained=True)
 
 
 def test_weights_that_lack_a_layer_are_refused(bert: Path) -> None:
     with pytest.raises(
         ValueError, match=r"must be whole, and 16 are missing, such as encoder\.lay"
     ):
-        create_text_encoder(str(bert), {"num_hidden_layers": 3}, pretrained=True)
+        TextEncoder.create(str(bert), {"num_hidden_layers": 3}, pretrained=True)
 
 
 def test_a_tokenizer_that_cannot_pad_pads_with_the_end_or_is_refused(
@@ -229,7 +229,7 @@ def test_a_tokenizer_must_suit_its_encoder(kind: str) -> None:
     if kind != "t5":  # which has no positions to run out of
         with pytest.raises(ValueError, match=r"^prime_max_length must be at most what"):
             check_tokenizer(encoder, TOKENIZER, longest + 1)
-    small = create_text_encoder(kind, MODELS[kind] | {"vocab_size": 20})
+    small = TextEncoder.create(kind, MODELS[kind] | {"vocab_size": 20})
     with pytest.raises(ValueError, match=f"got 20 for {len(TOKENIZER)} tokens; set vocab_size"):
         check_tokenizer(small, TOKENIZER, 10)
 

@@ -14,9 +14,7 @@ from transformers import AutoFeatureExtractor, AutoModel
 from vicreg_hf.data.columns.waveforms import WaveformColumn
 from vicreg_hf.models.waveform_encoder import (
     WaveformEncoder,
-    create_waveform_encoder,
     save_waveform_encoder,
-    waveform_encoder_from_config,
 )
 
 TINY: dict[str, Any] = {
@@ -32,7 +30,7 @@ RECEPTIVE = 105  # 10 + 5 * (8 - 1) + 5 * 4 * (4 - 1)
 
 def encoder_of(kind: str) -> WaveformEncoder:
     torch.manual_seed(0)
-    return create_waveform_encoder(kind, TINY)
+    return WaveformEncoder.create(kind, TINY)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,7 +61,7 @@ def test_stock_loaders_and_the_configuration_give_the_same_features(
     batch = WaveformColumn("sound", 8000, 1600).batch([clip], [0], 0, 0)
     encoder = encoder_of(kind).eval()
     described = json.loads(json.dumps(encoder.model.config.to_dict()))
-    rebuilt = waveform_encoder_from_config(described).eval()
+    rebuilt = WaveformEncoder.from_config(described).eval()
     rebuilt.load_state_dict(encoder.state_dict())
     with torch.no_grad():
         assert torch.equal(rebuilt(batch), encoder(batch))
@@ -81,15 +79,15 @@ def test_stock_loaders_and_the_configuration_give_the_same_features(
 
 def test_pretrained_weights_are_those_of_the_files(tmp_path: Path) -> None:
     save_waveform_encoder(encoder_of("hubert"), 16_000, tmp_path)
-    encoder = create_waveform_encoder(str(tmp_path), {"hidden_dropout": 0.3}, pretrained=True)
+    encoder = WaveformEncoder.create(str(tmp_path), {"hidden_dropout": 0.3}, pretrained=True)
     stock: Any = AutoModel.from_pretrained(tmp_path)
     theirs = stock.state_dict()
     assert all(torch.equal(value, theirs[k]) for k, value in encoder.model.state_dict().items())
     assert encoder.model.config.hidden_dropout == 0.3
     with pytest.raises(ValueError, match="must be whole, and 16 are missing"):
-        create_waveform_encoder(str(tmp_path), {"num_hidden_layers": 3}, pretrained=True)
+        WaveformEncoder.create(str(tmp_path), {"num_hidden_layers": 3}, pretrained=True)
     with pytest.raises(ValueError, match=r"^pretrained weights must be in a directory"):
-        create_waveform_encoder(str(tmp_path), {"hidden_size": 64}, pretrained=True)
+        WaveformEncoder.create(str(tmp_path), {"hidden_size": 64}, pretrained=True)
 
 
 def test_short_waveforms_and_other_models_are_refused_in_a_sentence(tmp_path: Path) -> None:
@@ -99,16 +97,16 @@ def test_short_waveforms_and_other_models_are_refused_in_a_sentence(tmp_path: Pa
         assert encoder(torch.randn(1, RECEPTIVE)).shape == (1, 32)
     with pytest.raises(ValueError, match=r"at least 105 samples, the receptive field .* got 104"):
         encoder(torch.randn(1, RECEPTIVE - 1))
-    assert create_waveform_encoder("wav2vec2", {"num_hidden_layers": 1}).min_samples == 400
+    assert WaveformEncoder.create("wav2vec2", {"num_hidden_layers": 1}).min_samples == 400
     for kind in ("bert", "audio-spectrogram-transformer"):
         with pytest.raises(ValueError, match=r"^architecture must be an encoder of raw waveforms"):
-            create_waveform_encoder(kind)
+            WaveformEncoder.create(kind)
     for name in ("no_such_model_type", str(tmp_path)):
         with pytest.raises(ValueError, match=r"^architecture must be a model type of transformers"):
-            create_waveform_encoder(name)
+            WaveformEncoder.create(name)
     with pytest.raises(ValueError, match="got the model type 'hubert'"):
-        create_waveform_encoder("hubert", TINY, pretrained=True)
+        WaveformEncoder.create("hubert", TINY, pretrained=True)
     with pytest.raises(ValueError, match=r"^model_args must be fields of HubertConfig, got depth"):
-        create_waveform_encoder("hubert", {"depth": 1})
+        WaveformEncoder.create("hubert", {"depth": 1})
     with pytest.raises(ValueError, match=r"must make a HubertModel that can be built"):
-        create_waveform_encoder("hubert", {"hidden_size": 40})
+        WaveformEncoder.create("hubert", {"hidden_size": 40})

@@ -49,7 +49,7 @@ def one_pass(model: VICRegModel, x: Tensor, x_prime: Tensor, chunk_size: int) ->
         torch.cat([model.backbone(chunk) for chunk in view.split(chunk_size)])
         for view in (x, x_prime)
     )
-    loss = model.compare(y, y_prime).loss
+    loss = model(y, y_prime, encoded=True).loss
     assert loss is not None
     return loss
 
@@ -69,8 +69,9 @@ def assert_all_close(actual: Results, expected: Results, tolerance: float = 1e-1
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("chunk_size", [2, 4, 5, 12])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("kind", "chunk_size"), [*((kind, 5) for kind in MODELS), ("batch norm", 2), ("dropout", 12)]
+)
 def test_chunks_give_loss_gradients_statistics_and_random_numbers_of_one_pass(
     kind: str, chunk_size: int
 ) -> None:
@@ -86,7 +87,7 @@ def test_chunks_give_loss_gradients_statistics_and_random_numbers_of_one_pass(
     assert torch.equal(torch.rand(3), after)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 5, 6, 20])
+@pytest.mark.parametrize("chunk_size", [1, 20])
 def test_without_batch_norm_in_the_backbone_any_chunks_give_what_the_model_gives(
     chunk_size: int,
 ) -> None:
@@ -99,48 +100,39 @@ def test_without_batch_norm_in_the_backbone_any_chunks_give_what_the_model_gives
     for name in ("invariance", "variance", "covariance", "pooler_output"):
         torch.testing.assert_close(output[name], expected[name])
     torch.testing.assert_close(output.embeddings, expected.embeddings)
+    assert "last_hidden_state" not in output
+    kept = [output.loss, *(output.embeddings or ())]
+    assert not any(value is not None and value.requires_grad for value in kept)
 
 
-def test_gradients_are_added_to_those_already_there() -> None:
+def test_gradients_are_added_to_those_already_there_unless_parameters_are_frozen() -> None:
     once, twice = build("batch norm"), build("batch norm")
-    output = backward_in_chunks(once, *views(), chunk_size=4)
+    for model in (once, twice):
+        model.expander[0].requires_grad_(False)
+        for parameter in list(model.backbone.parameters())[:4]:
+            parameter.requires_grad_(False)
+    backward_in_chunks(once, *views(), chunk_size=4)
     for _ in range(2):
         backward_in_chunks(twice, *views(), chunk_size=4)
-    for one, two in zip(once.parameters(), twice.parameters(), strict=True):
-        assert one.grad is not None
-        assert two.grad is not None
-        torch.testing.assert_close(two.grad, 2 * one.grad)
-    assert output.loss is not None
-    assert not output.loss.requires_grad
+    for (name, one), two in zip(once.named_parameters(), twice.parameters(), strict=True):
+        assert (one.grad is not None) == one.requires_grad, name
+        if one.grad is not None:
+            torch.testing.assert_close(two.grad, 2 * one.grad)
 
 
-def test_frozen_parameters_get_no_gradient() -> None:
-    model, whole = build("batch norm"), build("batch norm")
-    for m in (model, whole):
-        m.expander[0].requires_grad_(False)
-        for parameter in list(m.backbone.parameters())[:4]:
-            parameter.requires_grad_(False)
-    loss = one_pass(whole, *views(), 4)
-    loss.backward()
-    output = backward_in_chunks(model, *views(), chunk_size=4)
-    assert_all_close(state(model, output.loss), state(whole, loss))
-
-
-@pytest.mark.parametrize("chunk_size", [0, -1, 2.5, 2.0, True, "2", None])
+@pytest.mark.parametrize("chunk_size", [0, 2.5, True, "2", None])
 def test_a_chunk_of_no_whole_number_of_images_is_refused(chunk_size: Any) -> None:
     message = f"^chunk_size must be a whole number of at least 1, got {chunk_size!r}.$"
     with pytest.raises(ValueError, match=message):
         backward_in_chunks(build("batch norm"), *views(), chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize("scale", [None, 2.0**10])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**10)])
 def test_half_precision_and_loss_scaling_give_gradients_of_one_pass(
-    dtype: torch.dtype, scale: float | None
+    dtype: torch.dtype, factor: float
 ) -> None:
     # Rounding at the chunks' seams is that of one pass: exact but for the order of sums.
     autocast = partial(torch.autocast, "cpu", dtype)
-    factor = scale or 1.0
     whole, model = (build("batch norm and drop path").float() for _ in range(2))
     x, x_prime = (view.float() for view in views())
     torch.manual_seed(2)
@@ -215,8 +207,7 @@ def chunks_under_ddp(kind: str, micro_batch_size: int, steps: int) -> tuple[Resu
     return result, reductions.at
 
 
-@pytest.mark.parametrize("micro_batch_size", [4, 6])
-@pytest.mark.parametrize("kind", ["batch norm", "layer norm"])
+@pytest.mark.parametrize(("kind", "micro_batch_size"), [("batch norm", 4), ("layer norm", 6)])
 def test_two_processes_give_the_gradients_of_one_and_reduce_them_with_the_last_chunk(
     gloo: GlooPool, kind: str, micro_batch_size: int
 ) -> None:
@@ -229,7 +220,8 @@ def test_two_processes_give_the_gradients_of_one_and_reduce_them_with_the_last_c
     num_chunks = ROWS // micro_batch_size
     for actual, reduced_at in gloo.run(2, chunks_under_ddp, kind, micro_batch_size, steps):
         assert_all_close(actual, expected)
-        assert set(reduced_at) == {4 * num_chunks}  # after two views of all chunks, twice
+        # after two views of all chunks, twice, and the loss of all
+        assert set(reduced_at) == {4 * num_chunks + 1}
 
 
 # Memory
@@ -239,14 +231,14 @@ def test_memory_follows_the_chunk_and_not_the_batch() -> None:
     if not Path("/proc/self/clear_refs").is_file():
         pytest.skip("peak memory is read from Linux's /proc")
     model = build("batch norm").float()
-    x, x_prime = torch.randn(2, 256, 3, 96, 96)
+    x, x_prime = torch.randn(2, 64, 3, 64, 64)
     cpu = torch.device("cpu")
 
     def whole() -> None:
         model(x, x_prime).loss.backward()
 
     def in_chunks() -> None:
-        backward_in_chunks(model, x, x_prime, chunk_size=16)
+        backward_in_chunks(model, x, x_prime, chunk_size=4)
 
     in_chunks()
     measured, bounded = peak_extra_mib(whole, cpu), peak_extra_mib(in_chunks, cpu)

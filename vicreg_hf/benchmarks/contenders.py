@@ -26,7 +26,7 @@ from vicreg_hf.benchmarks.peers import (
     plain_step,
     projector,
 )
-from vicreg_hf.models.compiling import Compiled, plainly
+from vicreg_hf.models.compiling import Compiled, call_directly
 from vicreg_hf.training.run import Run
 from vicreg_hf.training.step import Verdicts, take_gradients, take_step, views_from_here
 
@@ -64,7 +64,7 @@ def bare(run: Run, precision: str, channels_last: bool) -> Contender:
     model = _backbone(run).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     side = run.views.image_sizes[0]
     shape = (args.batch_size, args.in_chans, side, side)
-    call = Compiled() if run.model.branches_compiled else plainly
+    call = Compiled() if run.model.branches_compiled else call_directly
     pair = tuple(torch.randn(shape, device=device).to(memory_format=layout) for _ in range(2))
 
     def step(x: Tensor, x_prime: Tensor) -> None:

@@ -29,7 +29,7 @@ from vicreg_hf.runtime.machine import available_cores
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.run import Run
 from vicreg_hf.training.setup import setup
-from vicreg_hf.training.step import backward
+from vicreg_hf.training.step import take_gradients
 from vicreg_hf.views.presets import PRESETS, ViewRecipe
 from vicreg_hf.views.two_views import TwoViews
 
@@ -259,7 +259,7 @@ def _stages(run: Run) -> str:
     made = tuple(map(channels_last, made))
 
     def step() -> None:
-        backward(run, made)
+        take_gradients(run, made)
         run.optimizer.step()
         run.optimizer.zero_grad()
 

@@ -84,7 +84,7 @@ def open_labelled(
         "label_column": None if several else label_column,
     }
     parts = [Labelled(image_split(splits, each, **columns)) for each in (train_split, test_split)]
-    data = LabelledData(*parts, (), train_split, test_split)
+    data = LabelledData(parts[0], parts[1], (), train_split, test_split)
     if column is None:
         return data
     read = _lists_of_rows if several else _class_of_rows
@@ -94,9 +94,10 @@ def open_labelled(
             "label_column must hold a list of classes in every row, got rows of "
             f"{parts[found.index(None)].split.name} without one in {column!r}."
         )
-    if found[0] is None or found[1] is None:
+    train, test = found
+    if train is None or test is None:
         return data
-    (names, train_labels), (test_names, test_labels) = found
+    (names, train_labels), (test_names, test_labels) = train, test
     check_class_names(
         names, test_names, [part.split.name for part in parts],
         declared=all(declares_classes(table.features[column]) for table in tables),

@@ -1,1 +1,5 @@
-"""The VICReg loss: `vicreg_loss` for two views, `multi_view_loss` for more, its single terms."""
+"""The VICReg loss: `vicreg` for two views, `multi_view` for more, `regularizers` for single terms.
+
+`checks` refuses what none of them takes, `autograd` adds the terms up and differentiates them, and
+`covariance` holds the two forms of the covariance term.
+"""

@@ -10,11 +10,12 @@ X X^T (N, N). So the covariance term has two exact forms, and the cheaper one is
     covariance, otherwise:    each process adds its rows' share of X^T X
 
 With that product a process has all that its own gradient needs: backward communicates nothing.
-`vicreg_hf.covariance` holds the two forms.
+`vicreg_hf.loss.covariance` holds the two forms.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from vicreg_hf.loss import covariance
-from vicreg_hf.loss.covariance import Branch, Gradient
+from vicreg_hf.loss.checks import VarianceReduction, check_coefficients
+from vicreg_hf.loss.covariance import GradientWeights, ViewStatistics
 from vicreg_hf.runtime.distributed import (
     ProcessGroup,
     check_same_shape,
@@ -43,14 +45,15 @@ class VICRegTerms(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Weights and constants; branch_weight is what each view counts in the variance term."""
+    """Coefficients and constants of the loss."""
 
     sim: float
     std: float
     cov: float
     gamma: float
     eps: float
-    branch_weight: float
+    view_weight: float
+    """Factor of each view in the variance term."""
 
 
 def _forward(
@@ -60,40 +63,42 @@ def _forward(
     settings: Sequence[float],
     group_name: str,
 ) -> list[Tensor]:
-    """The four of `VICRegTerms`, the gathered rows (empty if none are), and V `Branch`es.
+    """Compute the four `VICRegTerms`, the gathered rows or an empty tensor, V `ViewStatistics`.
 
     Args:
-        product: False leaves out what only the covariance term needs, which is then zero.
+        product: False leaves out the covariance term, which is then zero.
     """
     by, group = Settings(*settings), find_group(group_name)
     z, num_views = views[0], len(views)
     (n, dim), processes = z.shape, world_size(group)
     check_same_shape(z, group, counts=(num_global, num_views - num_global))
-    total, pairs = _count_rows(n, group), _pairs(num_views, num_global)
+    total, pairs = n * processes, _pairs(num_views, num_global)
+    if total < 2:
+        raise ValueError(
+            f"variance needs at least 2 rows over all processes, got {total}; use a larger batch."
+        )
     with torch.autocast(z.device.type, enabled=False):
         gathered = z.new_empty(0)
         if product and processes > 1 and covariance.prefers_gram(total, dim):
             gathered = gather_rows(torch.stack(list(views), 1), group)
         analysed = [
             covariance.analyse(rows, n, total, group, product=product)
-            for rows in _rows_of(views, gathered)
+            for rows in (gathered.unbind(1) if gathered.numel() else views)
         ]
         shares = torch.stack([share for _, share in analysed])
-        distances = [
-            shares.new_zeros(()),
-            *(_squared_distance(views[i], views[j]) for i, j in pairs),
-        ]
+        distances = [_squared_distance(views[i], views[j]) for i, j in pairs]
+        distances = [shares.new_zeros(()), *distances]
         sums = torch.stack([torch.stack(distances).sum(), shares.sum()])
         distance, squares = sum_over_processes(sums, group)
         invariance = distance / (total * dim * max(1, len(pairs)))
         squares = squares * (2 / num_views)
         if product and covariance.prefers_gram(total, dim):
-            # of what the Gram form takes off, rounding may leave less than nothing
+            # rounding can make the difference that the Gram form takes negative
             squares = squares.clamp_(min=0)
-        hinges = [_hinge(branch, by)[0].mean() for branch, _ in analysed]
-        variance = torch.stack(hinges).sum() * by.branch_weight
+        hinges = [_hinge(statistics, by)[0].mean() for statistics, _ in analysed]
+        variance = torch.stack(hinges).sum() * by.view_weight
         loss = by.sim * invariance + by.std * variance + by.cov * squares
-    saved = [tensor for branch, _ in analysed for tensor in branch]
+    saved = [tensor for statistics, _ in analysed for tensor in statistics]
     return [loss, invariance, variance, squares, gathered, *saved]
 
 
@@ -106,46 +111,47 @@ def _backward(
     settings: Sequence[float],
     group_name: str,
 ) -> list[Tensor]:
-    """Gradients of all views, from what `_forward` returned; empty where not needed.
+    """Compute the gradients of all views from the results of `_forward`; empty where not needed.
 
-    `saved` is emptied, so that a view's product is gone when its gradient is there.
+    `saved` is emptied, so that a view's product is freed before its gradient is returned.
     """
     by, group = Settings(*settings), find_group(group_name)
     by = by._replace(cov=by.cov * 2 / len(views))
-    size = len(Branch._fields)
+    size = len(ViewStatistics._fields)
     gathered = saved[0]
-    branches = [Branch(*saved[i : i + size]) for i in range(len(saved) - size, 0, -size)]
+    last_first = [ViewStatistics(*saved[i : i + size]) for i in range(len(saved) - size, 0, -size)]
     saved.clear()
     (n, dim), processes = views[0].shape, world_size(group)
-    total, num_pairs = n * processes, max(1, len(_pairs(len(views), num_global)))
+    total, pairs = n * processes, _pairs(len(views), num_global)
     grads = []
     with torch.autocast(grad.device.type, enabled=False):
-        for index, rows in enumerate(_rows_of(views, gathered)):
-            branch = branches.pop()
+        for index, rows in enumerate(gathered.unbind(1) if gathered.numel() else views):
+            statistics = last_first.pop()
             if not needed[index]:
                 grads.append(views[index].new_empty(0))
                 continue
-            partners = _partners(views, index, num_global)
-            # The sum over partners of twice the difference is that from their mean, so often.
-            difference = 2 * by.sim * len(partners) / (total * dim * num_pairs)
+            partners = [views[sum(pair) - index] for pair in pairs if index in pair]
+            # Twice the difference, summed over partners, is as many times that from their mean.
+            difference = 2 * by.sim * len(partners) / (total * dim * max(1, len(pairs)))
             other = _mean(partners) if partners else views[index]
-            # DDP averages over processes; what is global must survive that.
-            weights = _weigh(branch, by, total, difference, grad * processes)
+            lacking, deviation = _hinge(statistics, by)
+            slope = by.std * by.view_weight / ((total - 1) * dim)
+            weights = GradientWeights(
+                covariance=4 * by.cov / ((total - 1) * dim),
+                columns=(lacking > 0) / deviation * -slope,
+                difference=difference,
+                # DDP averages over processes; the global gradient must survive that.
+                total=grad * processes,
+            )
             grads.append(
-                covariance.differentiate(branch, rows, views[index], other, weights, group)
+                covariance.differentiate(statistics, rows, views[index], other, weights, group)
             )
     return grads
 
 
 def _pairs(num_views: int, num_global: int) -> list[tuple[int, int]]:
-    """The pairs of views that are drawn together: none of two local ones."""
+    """List the pairs of views that the invariance term compares: no two local ones."""
     return [(i, j) for i in range(num_global) for j in range(i + 1, num_views)]
-
-
-def _partners(views: Sequence[Tensor], index: int, num_global: int) -> list[Tensor]:
-    """The views that a view is paired with."""
-    pairs = _pairs(len(views), num_global)
-    return [views[sum(pair) - index] for pair in pairs if index in pair]
 
 
 def _mean(views: Sequence[Tensor]) -> Tensor:
@@ -157,7 +163,7 @@ def _mean(views: Sequence[Tensor]) -> Tensor:
     return total.div_(len(views))
 
 
-# torch.compile takes each as one node: nothing to trace, and the same arithmetic as without it.
+# torch.compile takes each as one node and traces nothing inside, so the arithmetic is the same.
 _forward_op = torch.library.custom_op("vicreg_hf::views_forward", _forward, mutates_args=())
 _backward_op = torch.library.custom_op("vicreg_hf::views_backward", _backward, mutates_args=())
 
@@ -170,8 +176,8 @@ def _(views: Sequence[Tensor], _: int, product: bool, __: Sequence[float], name:
     gathers = product and processes > 1 and covariance.prefers_gram(total, dim)
     gathered = z.new_empty((total, num_views, dim) if gathers else 0)
     x = z.new_empty(0, dtype=covariance.compute_dtype(z))
-    branches = [covariance.allocate(x, n, total, dim, product=product) for _ in views]
-    saved = [tensor for branch in branches for tensor in branch]
+    statistics = [covariance.allocate(x, n, total, dim, product=product) for _ in views]
+    saved = [tensor for one in statistics for tensor in one]
     return [*(x.new_empty(()) for _ in range(4)), gathered, *saved]
 
 
@@ -194,11 +200,10 @@ class _Terms(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         run = _forward_op if torch.compiler.is_compiling() else _forward
         results = run(list(views), num_global, product, settings, group_name)
-        loss, invariance, variance, covariance, *saved = results
-        ctx.save_for_backward(*views, *saved)
+        ctx.save_for_backward(*views, *results[4:])
         ctx.num_views, ctx.settings = len(views), (num_global, settings, group_name)
-        ctx.mark_non_differentiable(invariance, variance, covariance)
-        return loss, invariance, variance, covariance
+        ctx.mark_non_differentiable(*results[1:4])
+        return tuple(results[:4])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -220,41 +225,42 @@ class _Terms(torch.autograd.Function):
         return (None, None, None, None, *own)
 
 
-def compute(
+def weighted_terms(
     views: Sequence[Tensor],
     num_global: int,
-    settings: Settings,
-    group: ProcessGroup,
     *,
+    sim_coeff: float,
+    std_coeff: float,
+    cov_coeff: float,
+    gamma: float = 1.0,
+    eps: float = 1e-4,
+    variance_reduction: VarianceReduction = "mean",
+    group: ProcessGroup,
     product: bool = True,
 ) -> VICRegTerms:
-    """The loss of some views, with a gradient.
+    """Compute the loss of V views, with a gradient; see `multi_view_loss` for the arguments.
 
     Args:
-        views: (n, D) each, of one floating-point dtype; the first `num_global` are the global ones.
-        product: False leaves out what only the covariance term needs, which is then zero.
+        views: (n, D) each, checked; the first `num_global` are the global ones.
+        product: False leaves out the covariance term, which is then zero.
+
+    Raises:
+        ValueError: a coefficient or a reduction that cannot be, or shapes that differ between
+            processes.
     """
-    name = "" if group is None else group.group_name
-    if not (torch.is_grad_enabled() and any(z.requires_grad for z in views)):
-        # nothing to keep for a backward pass; dynamo, too, calls a Function wrongly without one
-        run = _forward_op if torch.compiler.is_compiling() else _forward
-        return VICRegTerms(*run(list(views), num_global, product, list(settings), name)[:4])
-    return VICRegTerms(*_Terms.apply(num_global, product, list(settings), name, *views))
-
-
-def _count_rows(n: int, group: ProcessGroup) -> int:
-    """The rows of all processes; fewer than two are refused."""
-    total = n * world_size(group)
-    if total < 2:
-        raise ValueError(
-            f"variance needs at least 2 rows over all processes, got {total}; use a larger batch."
-        )
-    return total
-
-
-def _rows_of(branches: Sequence[Tensor], gathered: Tensor) -> Sequence[Tensor]:
-    """What each branch's product is formed of: all processes' rows if gathered, else the own."""
-    return gathered.unbind(1) if gathered.numel() else branches
+    check_coefficients(
+        variance_reduction=variance_reduction, sim_coeff=sim_coeff, std_coeff=std_coeff,
+        cov_coeff=cov_coeff, gamma=gamma, eps=eps,
+    )  # fmt: skip
+    view_weight = (1 if variance_reduction == "mean" else 2) / len(views)
+    settings = list(Settings(sim_coeff, std_coeff, cov_coeff, gamma, eps, view_weight))
+    dtype = functools.reduce(torch.promote_types, [z.dtype for z in views])
+    views, name = [z.to(dtype) for z in views], "" if group is None else group.group_name
+    if torch.is_grad_enabled() and any(z.requires_grad for z in views):
+        return VICRegTerms(*_Terms.apply(num_global, product, settings, name, *views))
+    # Nothing is kept for a backward pass; dynamo, too, calls a Function wrongly without one.
+    run = _forward_op if torch.compiler.is_compiling() else _forward
+    return VICRegTerms(*run(views, num_global, product, settings, name)[:4])
 
 
 def _squared_distance(z: Tensor, z_prime: Tensor) -> Tensor:
@@ -264,22 +270,7 @@ def _squared_distance(z: Tensor, z_prime: Tensor) -> Tensor:
     return torch.stack([(a.to(dtype) - b.to(dtype)).square_().sum() for a, b in blocks]).sum()
 
 
-def _hinge(branch: Branch, by: Settings) -> tuple[Tensor, Tensor]:
-    """What each dimension's standard deviation lacks, and that deviation."""
-    deviation = (branch.variance + by.eps).sqrt()
+def _hinge(statistics: ViewStatistics, by: Settings) -> tuple[Tensor, Tensor]:
+    """By how much each dimension's standard deviation is below gamma, and that deviation."""
+    deviation = (statistics.variance + by.eps).sqrt()
     return (by.gamma - deviation).clamp(min=0), deviation
-
-
-def _weigh(
-    branch: Branch, by: Settings, total: int, difference: float, total_grad: Tensor
-) -> Gradient:
-    """The weights of a branch's gradient, where all processes hold `total` rows."""
-    lacking, deviation = _hinge(branch, by)
-    pairs = (total - 1) * len(deviation)
-    slope = by.std * by.branch_weight / pairs
-    return Gradient(
-        covariance=4 * by.cov / pairs,
-        columns=(lacking > 0) / deviation * -slope,
-        difference=difference,
-        total=total_grad,
-    )

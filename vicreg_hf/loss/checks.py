@@ -1,4 +1,4 @@
-"""What the loss takes: embeddings, weights and constants."""
+"""Embeddings, coefficients and constants that the loss takes; all others are refused."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from vicreg_hf.runtime.checks import check_number
 VarianceReduction = Literal["mean", "sum"]
 
 
-def check_tensors(*branches: Any) -> None:
-    """Refuse what is no tensor."""
-    if not all(isinstance(z, Tensor) for z in branches):
-        received = " and ".join(type(z).__name__ for z in branches)
+def check_embeddings(rule: str, *views: Any) -> None:
+    """Refuse embeddings that are not alike: tensors (rows, dimensions) of floats on one device.
+
+    Args:
+        rule: how the message about their shape begins, with the caller's names for them.
+    """
+    if not all(isinstance(z, Tensor) for z in views):
+        received = " and ".join(type(z).__name__ for z in views)
         raise ValueError(
             f"embeddings must be tensors, got {received}; convert arrays with torch.as_tensor."
         )
-
-
-def check_embeddings(*branches: Tensor) -> None:
-    """Refuse integer embeddings, those of no dimensions, and branches on several devices."""
-    if not all(z.is_floating_point() for z in branches):
-        received = " and ".join(str(z.dtype) for z in branches)
+    if views[0].ndim != 2 or any(z.shape != views[0].shape for z in views):
+        received = " and ".join(str(tuple(z.shape)) for z in views)
+        raise ValueError(f"{rule} (rows, dimensions), got {received}.")
+    if not all(z.is_floating_point() for z in views):
+        received = " and ".join(str(z.dtype) for z in views)
         raise ValueError(
             f"embeddings must be floating point, got {received}; convert them with .float()."
         )
-    if branches[0].shape[1] == 0:
+    if views[0].shape[1] == 0:
         raise ValueError(
-            f"embeddings must have at least 1 dimension, got shape {tuple(branches[0].shape)}."
+            f"embeddings must have at least 1 dimension, got shape {tuple(views[0].shape)}."
         )
-    if any(z.device != branches[0].device for z in branches):
-        received = " and ".join(str(z.device) for z in branches)
+    if any(z.device != views[0].device for z in views):
+        received = " and ".join(str(z.device) for z in views)
         raise ValueError(
             f"embeddings must be on the same device, got {received}; move them with .to(device)."
         )
 
 
-def check_weights(**given: float) -> None:
-    """Refuse weights and constants of the loss that are not finite numbers of at least 0."""
-    for name, value in given.items():
+def check_coefficients(
+    *, variance_reduction: VarianceReduction = "mean", **coefficients: float
+) -> None:
+    """Refuse coefficients that are not finite numbers of at least 0, and unknown reductions."""
+    for name, value in coefficients.items():
         check_number(name, value)
-
-
-def find_branch_weight(variance_reduction: VarianceReduction) -> float:
-    """What each of two branches counts in the variance term."""
     if variance_reduction not in ("mean", "sum"):
         raise ValueError(f"variance_reduction must be mean or sum, got {variance_reduction!r}.")
-    return 0.5 if variance_reduction == "mean" else 1.0

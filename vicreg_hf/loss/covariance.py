@@ -13,17 +13,17 @@ from torch import Tensor
 from vicreg_hf.runtime.distributed import ProcessGroup, rank, sum_over_processes
 
 BLOCK_ELEMENTS = {"cpu": 2**20}
-"""Entries of a gradient formed at once; on other devices than these 2**21."""
+"""Entries of a gradient that are computed at once; 2**21 on devices that are not listed."""
 
 STRIPE_ROWS = {"cpu": 256}
-"""Rows of a symmetric product formed at once; on other devices than these 2048."""
+"""Rows of a symmetric product that are computed at once; 2048 on devices that are not listed."""
 
 LEADING = 8
-"""Dimensions of largest variance that the Gram form treats apart, see `_gram`."""
+"""Number of dimensions of largest variance that the Gram form treats apart, see `_gram`."""
 
 
-class Branch(NamedTuple):
-    """One branch's statistics over all processes, and the product that its gradient needs."""
+class ViewStatistics(NamedTuple):
+    """A view's statistics over all processes, and the product that its gradient needs."""
 
     mean: Tensor
     """(D,)"""
@@ -31,55 +31,66 @@ class Branch(NamedTuple):
     """(D,): unbiased."""
     product: Tensor
     """Gram form: (n, N), this process's rows of X X^T / (N - 1), without the leading dimensions;
-    otherwise (D, D), the covariance matrix with a diagonal of zeros; empty where not asked for."""
+    otherwise (D, D), the covariance matrix with a diagonal of zeros; empty without the term."""
     leading: Tensor
     """(K,): indices of the dimensions of largest variance; empty in the covariance form."""
     cross: Tensor
     """(K, D): covariances of the leading dimensions with all; empty in the covariance form."""
 
 
-class Gradient(NamedTuple):
-    """Weights of what is added up to the gradient of a branch."""
+class GradientWeights(NamedTuple):
+    """The factors of the parts that add up to the gradient of a view."""
 
     covariance: float
-    """Of X (product): everything in front of the sum over dimensions."""
+    """Factor of X (product): all that stands in front of the sum over dimensions."""
     columns: Tensor
-    """(D,): of X, by dimension; the variance term's."""
+    """(D,): factor of each column of X, of the variance term."""
     difference: float
-    """Of this branch minus the other."""
+    """Factor of this view minus its partners' mean, of the invariance term."""
     total: Tensor
-    """Scalar, of all of it: the gradient of the loss itself."""
+    """Scalar: the gradient of the loss itself, a factor of the whole."""
 
 
 def compute_dtype(z: Tensor) -> torch.dtype:
-    """The precision that embeddings are computed in: float32, for float64 itself."""
+    """Choose the dtype of the arithmetic: float64 for float64 embeddings, otherwise float32."""
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
 def prefers_gram(num_rows: int, dim: int) -> bool:
-    """Whether the Gram form of N rows costs less than the covariance form."""
+    """Say whether the Gram form of N rows costs less than the covariance form."""
     return num_rows < dim
 
 
 def analyse(
     rows: Tensor, n: int, total: int, group: ProcessGroup, *, product: bool = True
-) -> tuple[Branch, Tensor]:
-    """Statistics of a branch and this process's share of its covariance term.
+) -> tuple[ViewStatistics, Tensor]:
+    """Compute a view's statistics and this process's share of its covariance term.
 
     Args:
-        rows: Gram form: (N, D) of all processes; otherwise this process's (n, D).
-        product: form it; without it the variance alone is computed, and that share is zero.
+        rows: in the Gram form (N, D) of all processes; otherwise (n, D) of this process.
+        product: False computes the mean and the variance alone, and that share is zero.
     """
+    if product and prefers_gram(total, rows.shape[1]):
+        return _gram(rows, n, total, group)
+    mean = sum_over_processes(rows.sum(0, dtype=compute_dtype(rows)), group) / total
+    empty = mean.new_empty(0)
     if not product:
-        return _spread(rows, total, group)
-    form = _gram if prefers_gram(total, rows.shape[1]) else _covariance
-    return form(rows, n, total, group)
+        variance = sum_over_processes(sum_of_squares(rows - mean, 0), group) / (total - 1)
+        return ViewStatistics(mean, variance, empty, empty.long(), empty.clone()), mean.new_zeros(
+            ()
+        )
+    x = (rows - mean).contiguous()
+    matrix = sum_over_processes(_symmetric_product(x.T), group).div_(total - 1)
+    variance = matrix.diagonal().clone()
+    matrix.fill_diagonal_(0)
+    squares = sum_of_squares(matrix) / rows.shape[1] * (n / total)
+    return ViewStatistics(mean, variance, matrix, empty.long(), empty), squares
 
 
-def allocate(like: Tensor, n: int, total: int, dim: int, *, product: bool = True) -> Branch:
-    """What `analyse` gives, without values."""
+def allocate(like: Tensor, n: int, total: int, dim: int, *, product: bool = True) -> ViewStatistics:
+    """Allocate tensors of the shapes that `analyse` returns, without values."""
     gram, num_leading = product and prefers_gram(total, dim), min(LEADING, dim)
-    return Branch(
+    return ViewStatistics(
         mean=like.new_empty(dim),
         variance=like.new_empty(dim),
         product=like.new_empty(((n, total) if gram else (dim, dim)) if product else 0),
@@ -88,10 +99,10 @@ def allocate(like: Tensor, n: int, total: int, dim: int, *, product: bool = True
     )
 
 
-def _gram(rows: Tensor, n: int, total: int, group: ProcessGroup) -> tuple[Branch, Tensor]:
+def _gram(rows: Tensor, n: int, total: int, group: ProcessGroup) -> tuple[ViewStatistics, Tensor]:
     """Form this process's rows of the Gram matrix.
 
-    That matrix also holds the variances, which are then taken off. This loses digits where few
+    That matrix also holds the variances, which are then subtracted. This loses digits where few
     dimensions hold nearly all the variance, so the `LEADING` ones are set apart: their covariances
     with all dimensions are formed directly, and the Gram matrix is that of the others.
     """
@@ -108,74 +119,61 @@ def _gram(rows: Tensor, n: int, total: int, group: ProcessGroup) -> tuple[Branch
     product.div_(total - 1)
     among = cross[:, leading].square().sum()
     others = variance.index_fill(0, leading, 0).square().sum()
-    # Every process holds the same of these: one of the W shares.
+    # Every process holds the same values of these, and counts one of the W shares.
     share = (2 * sum_of_squares(cross) - among - others) * (n / total)
     squares = share + sum_of_squares(product)
-    return Branch(mean, variance, product, leading, cross), squares / dim
-
-
-def _covariance(rows: Tensor, n: int, total: int, group: ProcessGroup) -> tuple[Branch, Tensor]:
-    """Form the covariance matrix."""
-    dim = rows.shape[1]
-    mean = sum_over_processes(rows.sum(0, dtype=compute_dtype(rows)), group) / total
-    x = (rows - mean).contiguous()
-    product = sum_over_processes(_symmetric_product(x.T), group).div_(total - 1)
-    variance = product.diagonal().clone()
-    product.fill_diagonal_(0)
-    squares = sum_of_squares(product) / dim * (n / total)
-    empty = product.new_empty(0)
-    return Branch(mean, variance, product, empty.long(), empty), squares
-
-
-def _spread(rows: Tensor, total: int, group: ProcessGroup) -> tuple[Branch, Tensor]:
-    """Mean and variance of this process's rows (n, D) and all others'."""
-    mean = sum_over_processes(rows.sum(0, dtype=compute_dtype(rows)), group) / total
-    variance = sum_over_processes(sum_of_squares(rows - mean, 0), group) / (total - 1)
-    empty = mean.new_empty(0)
-    return Branch(mean, variance, empty, empty.long(), empty.clone()), mean.new_zeros(())
+    return ViewStatistics(mean, variance, product, leading, cross), squares / dim
 
 
 def differentiate(
-    branch: Branch, rows: Tensor, z: Tensor, other: Tensor, weights: Gradient, group: ProcessGroup
-) -> Tensor:
-    """The gradient (n, D) of a branch z; `rows` are what `analyse` was given."""
-    x = (rows - branch.mean).contiguous()
+    stats: ViewStatistics, rows: Tensor, z: Tensor, other: Tensor, by: GradientWeights,
+    group: ProcessGroup,
+) -> Tensor:  # fmt: skip
+    """Compute the gradient (n, D) of a view z from the `rows` that `analyse` took.
+
+    Args:
+        other: (n, D): the mean of the views that z is compared with.
+    """
+    x = (rows - stats.mean).contiguous()
     n, dim = z.shape
     # Where X is this process's alone, its memory becomes that of the gradient.
     grad = x if len(x) == n and x.dtype == z.dtype else z.new_empty(z.shape)
-    if len(branch.leading):
-        _through_gram(branch, x, x[_own(n, group)], grad, z, other, weights)
+    if len(stats.leading):
+        _differentiate_gram(stats, x, x[_own(n, group)], grad, z, other, by)
     else:
         for start in range(0, n, step := _block_length(x, dim)):
             part = slice(start, start + step)
-            out = _local_part(x[part], z[part], other[part], weights.columns, weights)
-            if branch.product.numel():
-                out.addmm_(x[part], branch.product, alpha=weights.covariance)
-            grad[part] = _scaled(out, weights.total, z.dtype)
+            out = _local_part(x[part], z[part], other[part], by.columns, by)
+            if stats.product.numel():
+                out.addmm_(x[part], stats.product, alpha=by.covariance)
+            grad[part] = _scaled(out, by.total, z.dtype)
     return grad
 
 
-def _through_gram(
-    branch: Branch, x: Tensor, own: Tensor, grad: Tensor, z: Tensor, other: Tensor, by: Gradient
-) -> None:
+def _differentiate_gram(
+    stats: ViewStatistics, x: Tensor, own: Tensor, grad: Tensor, z: Tensor, other: Tensor,
+    by: GradientWeights,
+) -> None:  # fmt: skip
     """Fill grad by blocks of columns, each of which needs only its own columns of X."""
-    leading, cross = branch.leading, branch.cross
+    leading, cross = stats.leading, stats.cross
     top = own[:, leading]
     out = _local_part(top, z[:, leading], other[:, leading], by.columns[leading], by)
     top_grad = _scaled(out.addmm_(own, cross.T, alpha=by.covariance), by.total, z.dtype)
     x.index_fill_(1, leading, 0)
-    columns = by.columns - by.covariance * branch.variance
+    columns = by.columns - by.covariance * stats.variance
     for start in range(0, z.shape[1], step := _block_length(x, len(z))):
         part = (slice(None), slice(start, start + step))
         out = _local_part(own[part], z[part], other[part], columns[part[1]], by)
-        out.addmm_(branch.product, x[part], alpha=by.covariance)
+        out.addmm_(stats.product, x[part], alpha=by.covariance)
         out.addmm_(top, cross[part], alpha=by.covariance)
         grad[part] = _scaled(out, by.total, z.dtype)
     grad[:, leading] = top_grad.to(grad.dtype)
 
 
-def _local_part(x: Tensor, z: Tensor, other: Tensor, columns: Tensor, by: Gradient) -> Tensor:
-    """What a block's own entries add to their gradient: invariance and variance."""
+def _local_part(
+    x: Tensor, z: Tensor, other: Tensor, columns: Tensor, by: GradientWeights
+) -> Tensor:
+    """Compute the part of a block's gradient that needs no other rows: invariance and variance."""
     difference = z.to(x.dtype) - other.to(x.dtype)
     return difference.mul_(by.difference).addcmul_(x, columns)
 
@@ -208,16 +206,16 @@ def sum_of_squares(x: Tensor, dim: int | None = None) -> Tensor:
 
 
 def in_blocks(x: Tensor) -> tuple[Tensor, ...]:
-    """Views of successive rows of x."""
+    """Split x into blocks of successive rows, without a copy."""
     return x.split(_block_length(x, x.shape[1]))
 
 
 def _block_length(x: Tensor, width: int) -> int:
-    """How many rows of some width make a block on x's device."""
+    """Count the rows of this width that make a block on x's device."""
     return max(1, BLOCK_ELEMENTS.get(x.device.type, 2**21) // width)
 
 
 def _own(n: int, group: ProcessGroup) -> slice:
-    """This process's rows among all."""
+    """Find this process's rows among all."""
     start = rank(group) * n
     return slice(start, start + n)

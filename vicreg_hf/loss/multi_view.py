@@ -1,4 +1,4 @@
-"""The loss of more than two views, and its terms for one batch, as a regulariser.
+"""The VICReg loss of more than two views.
 
 Shapes: n rows in this process, N = n * world size rows in all, D embedding dimensions, V views.
 """
@@ -6,29 +6,12 @@ Shapes: n rows in this process, N = n * world size rows in all, D embedding dime
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from vicreg_hf.loss.autograd import Settings, VICRegTerms, compute
-from vicreg_hf.loss.checks import (
-    VarianceReduction,
-    check_embeddings,
-    check_tensors,
-    check_weights,
-    find_branch_weight,
-)
+from vicreg_hf.loss.autograd import VICRegTerms, weighted_terms
+from vicreg_hf.loss.checks import VarianceReduction, check_embeddings
 from vicreg_hf.runtime.distributed import ProcessGroup
-
-
-def _check_views(name: str, views: Any) -> None:
-    if not isinstance(views, Sequence):
-        shape = f" of shape {tuple(views.shape)}" if isinstance(views, Tensor) else ""
-        raise ValueError(
-            f"{name} must be a list of tensors (rows, dimensions), one for each view, got "
-            f"{type(views).__name__}{shape}."
-        )
 
 
 def multi_view_loss(
@@ -46,7 +29,7 @@ def multi_view_loss(
     """The VICReg loss of more than two views of the same images, over all processes.
 
     Invariance is the mean of the mean squared errors of all pairs of global views and all pairs of
-    a global and a local one; two local ones are never drawn together. Variance and covariance
+    a global and a local one; two local ones are never compared. Variance and covariance
     are those of `vicreg_loss` with the mean over all views in place of that over two, so that
     weights found for two views keep their meaning. Of two global views alone it is `vicreg_loss`.
     Precision, processes and gradient are as there.
@@ -59,11 +42,7 @@ def multi_view_loss(
     Args:
         global_views: two or more (n, D) embeddings, row by row of the same images.
         local_views: further ones, of smaller crops.
-        sim_coeff: weight of the invariance term.
-        std_coeff: weight of the variance term.
-        cov_coeff: weight of the covariance term.
-        gamma: the standard deviation that the variance term asks of every dimension.
-        eps: added to the variance before the root.
+        sim_coeff: as in `vicreg_loss`; likewise std_coeff, cov_coeff, gamma and eps.
         variance_reduction: "mean" averages the variance term over the views, "sum" doubles that,
             which for two views is their sum.
         group: the processes that share the batch; None is the default group. All must hold equally
@@ -82,25 +61,21 @@ def multi_view_loss(
     Source: the terms of Bardes et al. 2022, arXiv:2105.04906; local views as in Caron et al. 2020,
     arXiv:2006.09882.
     """
-    _check_views("global_views", global_views)
-    _check_views("local_views", local_views)
-    views = [*global_views, *local_views]
+    for name, views in (("global_views", global_views), ("local_views", local_views)):
+        if not isinstance(views, Sequence):
+            shape = f" of shape {tuple(views.shape)}" if isinstance(views, Tensor) else ""
+            raise ValueError(
+                f"{name} must be a list of tensors (rows, dimensions), one for each view, got "
+                f"{type(views).__name__}{shape}."
+            )
     if len(global_views) < 2:
         raise ValueError(
             f"global_views must hold at least 2 views, got {len(global_views)}; "
             "give them as a sequence of (rows, dimensions)."
         )
-    check_tensors(*views)
-    if views[0].ndim != 2 or any(z.shape != views[0].shape for z in views):
-        received = ", ".join(str(tuple(z.shape)) for z in views)
-        raise ValueError(f"views must all have the same shape (rows, dimensions), got {received}.")
-    check_embeddings(*views)
-    check_weights(
-        sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff, gamma=gamma, eps=eps
-    )
-    dtype = views[0].dtype
-    for z in views[1:]:
-        dtype = torch.promote_types(dtype, z.dtype)
-    weight = find_branch_weight(variance_reduction) * 2 / len(views)
-    settings = Settings(sim_coeff, std_coeff, cov_coeff, gamma, eps, weight)
-    return compute([z.to(dtype) for z in views], len(global_views), settings, group)
+    views = [*global_views, *local_views]
+    check_embeddings("views must all have the same shape", *views)
+    return weighted_terms(
+        views, len(global_views), sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff,
+        gamma=gamma, eps=eps, variance_reduction=variance_reduction, group=group,
+    )  # fmt: skip

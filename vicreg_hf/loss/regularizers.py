@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vicreg_hf.loss.autograd import Settings, compute
-from vicreg_hf.loss.checks import check_embeddings, check_tensors, check_weights
+from vicreg_hf.loss.autograd import weighted_terms
+from vicreg_hf.loss.checks import check_embeddings
 from vicreg_hf.runtime.distributed import ProcessGroup
 
 
 def variance_term(
     z: Tensor, *, gamma: float = 1.0, eps: float = 1e-4, group: ProcessGroup = None
 ) -> Tensor:
-    """What the standard deviations of one batch's dimensions lack of gamma, over all processes.
+    """Penalise dimensions of one batch that vary too little, over all processes.
 
-    The mean over D of relu(gamma - sqrt(Var + eps)), the variance unbiased. Computed in float32
-    whatever the autocast (in float64 for float64 input), in O(N D), without a product of z.
+    It is the mean over D of relu(gamma - sqrt(Var + eps)), the variance unbiased. It is computed in
+    float32 whatever the autocast (in float64 for float64 input), in O(N D), without a product of z.
 
     Where torch.distributed is initialised the variance is that of the rows of all processes, and
     the gradient is scaled for an average over processes, as DistributedDataParallel and with it
@@ -28,7 +28,7 @@ def variance_term(
 
     Args:
         z: (n, D) embeddings or representations, the same n in every process.
-        gamma: the standard deviation that is asked of every dimension.
+        gamma: the standard deviation below which a dimension is penalised.
         eps: added to the variance before the root.
         group: the processes that share the batch; None is the default group.
 
@@ -43,18 +43,19 @@ def variance_term(
     Source: Bardes et al. 2022, arXiv:2105.04906, eq. 1-2. As a regulariser of supervised training:
     Zhu et al. 2023, arXiv:2306.13292.
     """
-    _check_one(z)
-    check_weights(gamma=gamma, eps=eps)
-    settings = Settings(0.0, 1.0, 0.0, gamma, eps, branch_weight=1.0)
-    return compute([z], 1, settings, group, product=False).loss
+    check_embeddings("z must have shape", z)
+    return weighted_terms(
+        [z], 1, sim_coeff=0.0, std_coeff=1.0, cov_coeff=0.0, gamma=gamma, eps=eps, group=group,
+        product=False,
+    ).loss  # fmt: skip
 
 
 def covariance_term(z: Tensor, *, group: ProcessGroup = None) -> Tensor:
-    """The squared covariances of one batch's dimensions with each other, over all processes.
+    """Penalise correlated dimensions of one batch, over all processes.
 
-    The sum of squares off the diagonal, over D. The cheaper of two exact forms is taken, the
-    (N, N) Gram matrix if N < D, otherwise the (D, D) covariance matrix; precision, processes and
-    gradient are as in `variance_term`.
+    It is the sum of the squared covariances of different dimensions, divided by D. The cheaper of
+    two exact forms is taken, the (N, N) Gram matrix if N < D, otherwise the (D, D) covariance
+    matrix; precision, processes and gradient are as in `variance_term`.
 
     Args:
         z: (n, D) embeddings or representations, the same n in every process.
@@ -69,13 +70,6 @@ def covariance_term(z: Tensor, *, group: ProcessGroup = None) -> Tensor:
     Source: Bardes et al. 2022, arXiv:2105.04906, eq. 3-4; scaling as vicreg@4e12602. As a
     regulariser of supervised training: Zhu et al. 2023, arXiv:2306.13292.
     """
-    _check_one(z)
-    # The term doubles the mean over views.
-    return compute([z], 1, Settings(0.0, 0.0, 0.5, 1.0, 1e-4, branch_weight=0.0), group).loss
-
-
-def _check_one(z: Tensor) -> None:
-    check_tensors(z)
-    if z.ndim != 2:
-        raise ValueError(f"z must have shape (rows, dimensions), got {tuple(z.shape)}.")
-    check_embeddings(z)
+    check_embeddings("z must have shape", z)
+    # The loss doubles the mean over views.
+    return weighted_terms([z], 1, sim_coeff=0.0, std_coeff=0.0, cov_coeff=0.5, group=group).loss

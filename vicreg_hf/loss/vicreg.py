@@ -5,17 +5,12 @@ Shapes: n rows in this process, N = n * world size rows in all, D embedding dime
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
-from vicreg_hf.loss.autograd import Settings, VICRegTerms, compute
-from vicreg_hf.loss.checks import (
-    VarianceReduction,
-    check_embeddings,
-    check_tensors,
-    check_weights,
-    find_branch_weight,
-)
+from vicreg_hf.loss.autograd import VICRegTerms, weighted_terms
+from vicreg_hf.loss.checks import VarianceReduction, check_coefficients, check_embeddings
 from vicreg_hf.runtime.distributed import ProcessGroup
 
 
@@ -53,7 +48,7 @@ def vicreg_loss(
         cov_coeff: nu, weight of the covariance term.
         gamma: the standard deviation that the variance term asks of every dimension.
         eps: added to the variance before the root.
-        variance_reduction: "mean" averages the variance term over the two branches, as the
+        variance_reduction: "mean" averages the variance term over the two views, as the
             authors' code; "sum" adds them, as the paper's pseudo-code.
         group: the processes that share the batch; None is the default group.
 
@@ -69,20 +64,11 @@ def vicreg_loss(
 
     Source: Bardes et al. 2022, arXiv:2105.04906, eq. 1-6; scaling as vicreg@4e12602.
     """
-    check_tensors(z, z_prime)
-    if z.shape != z_prime.shape or z.ndim != 2:
-        raise ValueError(
-            "z and z_prime must both have shape (rows, dimensions), got "
-            f"{tuple(z.shape)} and {tuple(z_prime.shape)}."
-        )
-    check_embeddings(z, z_prime)
-    check_weights(
-        sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff, gamma=gamma, eps=eps
-    )
-    branch_weight = find_branch_weight(variance_reduction)
-    settings = Settings(sim_coeff, std_coeff, cov_coeff, gamma, eps, branch_weight)
-    dtype = torch.promote_types(z.dtype, z_prime.dtype)
-    return compute([z.to(dtype), z_prime.to(dtype)], 2, settings, group)
+    check_embeddings("z and z_prime must both have shape", z, z_prime)
+    return weighted_terms(
+        [z, z_prime], 2, sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff,
+        gamma=gamma, eps=eps, variance_reduction=variance_reduction, group=group,
+    )  # fmt: skip
 
 
 class VICRegLoss(nn.Module):
@@ -105,28 +91,18 @@ class VICRegLoss(nn.Module):
         group: ProcessGroup = None,
     ) -> None:
         super().__init__()
-        check_weights(
-            sim_coeff=sim_coeff, std_coeff=std_coeff, cov_coeff=cov_coeff, gamma=gamma, eps=eps
-        )
-        find_branch_weight(variance_reduction)
         self.sim_coeff, self.std_coeff, self.cov_coeff = sim_coeff, std_coeff, cov_coeff
-        self.gamma, self.eps = gamma, eps
-        self.variance_reduction: VarianceReduction = variance_reduction
+        self.gamma, self.eps, self.variance_reduction = gamma, eps, variance_reduction
         self.group = group
+        check_coefficients(**self._settings)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        names = ("sim_coeff", "std_coeff", "cov_coeff", "gamma", "eps", "variance_reduction")
+        return {name: getattr(self, name) for name in names}
 
     def forward(self, z: Tensor, z_prime: Tensor) -> VICRegTerms:
-        return vicreg_loss(
-            z,
-            z_prime,
-            sim_coeff=self.sim_coeff,
-            std_coeff=self.std_coeff,
-            cov_coeff=self.cov_coeff,
-            gamma=self.gamma,
-            eps=self.eps,
-            variance_reduction=self.variance_reduction,
-            group=self.group,
-        )
+        return vicreg_loss(z, z_prime, **self._settings, group=self.group)
 
     def extra_repr(self) -> str:
-        names = ("sim_coeff", "std_coeff", "cov_coeff", "gamma", "eps", "variance_reduction")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return ", ".join(f"{name}={value}" for name, value in self._settings.items())

@@ -35,12 +35,12 @@ default_cfgs = generate_default_cfgs(
 
 
 def is_ours(architecture: str) -> bool:
-    """Whether timm knows an architecture only after `import vicreg_hf`."""
+    """Say whether timm knows an architecture only after `import vicreg_hf`."""
     return architecture.partition(".")[0] in default_cfgs
 
 
 def published_name(architecture: str) -> str:
-    """The name for config.json: with the tag that says what is needed, where something is."""
+    """Name an architecture for config.json, with the tag if it needs `import vicreg_hf`."""
     return f"{architecture}.{TAG}" if is_ours(architecture) else architecture
 
 

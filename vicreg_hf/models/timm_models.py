@@ -1,4 +1,4 @@
-"""What the model and its configuration ask of timm.
+"""Backbones of timm: their names, creation, pooling and preprocessing.
 
 Shapes: B samples per process, C channels, S side in pixels, F representation.
 """
@@ -18,12 +18,12 @@ from vicreg_hf.runtime.checks import one_line
 
 
 def is_timm(encoder: nn.Module) -> bool:
-    """Whether an encoder is published in timm's layout."""
+    """Say whether an encoder is a model of timm, and so published in timm's layout."""
     return hasattr(encoder, "forward_head")
 
 
 def pooled(backbone: Any, pixel_values: Any) -> tuple[Tensor, Tensor]:
-    """A timm backbone's feature map or tokens, and the representations (B, F).
+    """Compute a timm backbone's feature map or tokens, and the representations (B, F).
 
     Raises:
         ValueError: a backbone that does not pool.
@@ -39,7 +39,7 @@ def pooled(backbone: Any, pixel_values: Any) -> tuple[Tensor, Tensor]:
 
 
 def width_of(backbone: Any) -> int:
-    """F of a timm backbone: after pooling and any head layer, which num_features is not."""
+    """Return F of a timm backbone, after pooling and any head layer, unlike its num_features."""
     return int(backbone.head_hidden_size)
 
 
@@ -47,7 +47,7 @@ def check_architecture(name: str, setting: str = "architecture") -> str:
     """Return a timm architecture's name without its tag, or say which names come close.
 
     Args:
-        setting: what the sentence calls it.
+        setting: the name of the setting, for the message.
 
     Raises:
         ValueError: timm has no such model.
@@ -63,10 +63,10 @@ def check_architecture(name: str, setting: str = "architecture") -> str:
 def create_backbone(
     name: str, model_args: Mapping[str, Any], *, pretrained: bool = False
 ) -> nn.Module:
-    """A timm model without a classifier.
+    """Create a timm model without a classifier.
 
     Raises:
-        ValueError: arguments that timm refuses, or weights that are not to be had.
+        ValueError: arguments that timm refuses, or weights that cannot be loaded.
     """
     try:
         return timm.create_model(name, pretrained=pretrained, **{**model_args, "num_classes": 0})
@@ -98,7 +98,7 @@ _PROVENANCE = (
 def encoder_pretrained_cfg(
     registry: Mapping[str, Any], model_args: Mapping[str, Any], image_size: int | None = None
 ) -> dict[str, Any]:
-    """The `pretrained_cfg` of a published encoder: what timm and AutoImageProcessor need.
+    """Make the `pretrained_cfg` of a published encoder, which timm and AutoImageProcessor read.
 
     Args:
         registry: the backbone's own pretrained_cfg.

@@ -5,7 +5,6 @@ Shapes: B texts, T tokens, F features.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +15,17 @@ from vicreg_hf.models.transformers_models import is_model_type, open_config
 from vicreg_hf.runtime.checks import one_line
 
 USUAL_LENGTH = 64
-"""Tokens, enough for captions."""
+"""Number of tokens that is enough for captions."""
 
 
 def default_max_length(architecture: str) -> int:
-    """`USUAL_LENGTH` tokens, or as many as an encoder has positions for, if those are fewer."""
+    """Take `USUAL_LENGTH` tokens, or as many as the encoder has positions for if fewer."""
     config = open_config(architecture, TEXT_PART)
     return min(USUAL_LENGTH, getattr(config, "max_position_embeddings", None) or USUAL_LENGTH)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a directory or on the Hub; it pads on the right.
+    """Load the tokenizer in a directory or on the Hub; it pads on the right.
 
     One that has no token for padding, as GPT-2's, pads with the one that ends a text: the
     attention mask keeps padding out of the features either way.
@@ -48,7 +47,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"prime_tokenizer must be a directory or a Hub id that AutoTokenizer loads, got "
             f"{name!r}: {one_line(error)}"
         ) from error
-    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # of a lone config
+    if set(tokenizer.get_vocab().values()) <= set(
+        tokenizer.all_special_ids
+    ):  # as where only a config is
         raise ValueError(
             f"prime_tokenizer must have a vocabulary, and {name!r} holds none; save the tokenizer "
             "there, beside the model."
@@ -92,17 +93,3 @@ def check_tokenizer(
         ) from error
     finally:
         encoder.train(training)
-
-
-def save_text_encoder(
-    encoder: TextEncoder, tokenizer: PreTrainedTokenizerBase, directory: str | Path
-) -> None:
-    """Write an encoder and its tokenizer as stock transformers does, weights in float32.
-
-    AutoModel and AutoTokenizer load them, and the mean of last_hidden_state over the attention
-    mask is this encoder's output. Of encoder-decoders take `AutoModel.get_encoder()`, or load T5
-    with AutoModelForTextEncoding, as only its encoder is written; text models that have no entry in
-    AutoModel, such as SigLIP's, are loaded by the class that config.json names.
-    """
-    encoder.save(directory)
-    tokenizer.save_pretrained(directory)

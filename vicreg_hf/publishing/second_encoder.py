@@ -23,10 +23,9 @@ from vicreg_hf.hub.card import CARD_FILE, personalise
 from vicreg_hf.hub.export import ExportError, export_encoder
 from vicreg_hf.hub.push import REMOVABLE, UPLOAD
 from vicreg_hf.modeling_vicreg import VICRegModel
-from vicreg_hf.models.text_encoder import TextEncoder, create_text_encoder
+from vicreg_hf.models.text_encoder import TextEncoder
 from vicreg_hf.models.timm_models import is_timm
-from vicreg_hf.models.tokenizers import save_text_encoder
-from vicreg_hf.models.waveform_encoder import create_waveform_encoder, save_waveform_encoder
+from vicreg_hf.models.waveform_encoder import WaveformEncoder, save_waveform_encoder
 from vicreg_hf.publishing.loading import load_model
 from vicreg_hf.runtime.checks import one_line
 from vicreg_hf.runtime.files import temporary_folder
@@ -61,13 +60,13 @@ def export_second_encoder(model: VICRegModel, directory: str | Path, *, column: 
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as aside:
         if isinstance(column, TextColumn):
-            save_text_encoder(encoder, column.tokenizer, aside)
+            encoder.save(aside, column.tokenizer)
             _verify_stock_text(encoder, aside)
-            again: nn.Module = create_text_encoder(aside, pretrained=True)
+            again: nn.Module = TextEncoder.create(aside, pretrained=True)
         else:
             assert isinstance(column, WaveformColumn)
             save_waveform_encoder(encoder, column.sampling_rate, aside)
-            again = create_waveform_encoder(aside, pretrained=True)
+            again = WaveformEncoder.create(aside, pretrained=True)
         found, expected = again.state_dict(), encoder.state_dict()
         different = [
             name for name in found.keys() | expected.keys()

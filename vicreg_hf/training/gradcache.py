@@ -15,24 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vicreg_hf.loss.autograd import VICRegTerms
 from vicreg_hf.modeling_vicreg import VICRegModel, VICRegOutput
-from vicreg_hf.models.branch import Inputs
+from vicreg_hf.models.branch import BranchInput
 from vicreg_hf.runtime.checks import is_whole
-
-RandomState = tuple[Tensor, Tensor | None]
-"""Of torch's generator on CPU and of the accelerator's, if there is one."""
 
 
 def backward_in_chunks(
     model: VICRegModel,
     pixel_values: Tensor,
-    pixel_values_prime: Inputs,
+    pixel_values_prime: BranchInput,
     *,
     chunk_size: int,
     further_views: Sequence[Tensor] = (),
@@ -58,7 +56,7 @@ def backward_in_chunks(
         autocast: makes the context in which expander and loss run; `wrapped` sees to its own.
 
     Returns:
-        As the model's, without last_hidden_state; nothing in it carries a gradient.
+        The model's output, without last_hidden_state; nothing in it carries a gradient.
 
     Raises:
         ValueError: a chunk_size that is no whole number or below 1.
@@ -66,109 +64,95 @@ def backward_in_chunks(
     if not is_whole(chunk_size) or chunk_size < 1:
         raise ValueError(f"chunk_size must be a whole number of at least 1, got {chunk_size!r}.")
     run = model if wrapped is None else wrapped
-    names = ["pixel_values", "pixel_values_prime"]
-    names += ["pixel_values"] * (len(further_views) + len(local_views))
-    views = [
-        _split(view, chunk_size)
-        for view in (pixel_values, pixel_values_prime, *further_views, *local_views)
+    views = [pixel_values, pixel_values_prime, *further_views, *local_views]
+    names = [
+        "pixel_values_prime" if number == 1 else "pixel_values" for number in range(len(views))
     ]
-    states, representations = zip(
-        *(_represent(run, name, view) for name, view in zip(names, views, strict=True)),
-        strict=True,
-    )
-    y, y_prime, *others = representations
+    chunks = [_split(view, chunk_size) for view in views]
+    device, num_global = pixel_values.device, 2 + len(further_views)
+    states, y = zip(*map(partial(_represent, run, device), names, chunks), strict=True)
     with autocast():
-        output = model.compare(
-            y, y_prime, further=others[: len(further_views)], local=others[len(further_views) :]
+        output = model(
+            *y[:2], further_views=y[2:num_global], local_views=y[num_global:], encoded=True
         )
-    expanders = [p for e in _expanders(model) for p in e.parameters() if p.requires_grad]
-    expander_grads = _separately(expanders, lambda: backward(cast(Tensor, output.loss)))
-    with _unchanged(_backbones(model), pixel_values.device):
-        for number, chunks in enumerate(zip(*views, strict=True)):
-            last = number == len(views[0]) - 1
+    expanders = [p for b in model.branches for p in b.expander.parameters() if p.requires_grad]
+    expander_grads = _separately(expanders, lambda: backward(output.loss))
+    with _unchanged(nn.ModuleList([b.backbone for b in model.branches]), device):
+        for number in range(len(chunks[0])):
+            last = number == len(chunks[0]) - 1
             with nullcontext() if last else getattr(run, "no_sync", nullcontext)():
                 roots, grads = [], []
-                for name, chunk, state, y in zip(
-                    names, chunks, states, representations, strict=True
-                ):
-                    _set_random_state(state[number], pixel_values.device)
-                    found = run(**{name: chunk}).pooler_output
-                    if found.requires_grad:  # not so of precomputed embeddings
-                        roots.append(found)
-                        grads.append(y.grad.split(chunk_size)[number])
+                for name, parts, state, whole in zip(names, chunks, states, y, strict=True):
+                    _set_random_state(state[number], device)
+                    again = run(**{name: parts[number]}).pooler_output
+                    if again.requires_grad:  # not so of precomputed embeddings
+                        roots.append(again)
+                        grads.append(whole.grad.split(chunk_size)[number])
                 if last:  # the expanders' gradients are reduced in this pass too
                     roots, grads = roots + expanders, grads + expander_grads
                 torch.autograd.backward(roots, grads)
-    embeddings = cast(tuple[Tensor, ...], output.embeddings)
     return VICRegOutput(
-        **{name: getattr(output, name).detach() for name in VICRegTerms._fields},
-        embeddings=tuple(z.detach() for z in embeddings),
-        pooler_output=representations[0].detach(),
+        **{name: output[name].detach() for name in VICRegTerms._fields},
+        embeddings=tuple(z.detach() for z in output.embeddings),
+        pooler_output=y[0].detach(),
     )
 
 
-def _split(view: Inputs, size: int) -> list[Inputs]:
-    """Successive samples, at most `size` at a time."""
+def _split(view: BranchInput, size: int) -> list[Any]:
+    """Split samples into successive parts of at most `size`."""
     if isinstance(view, Tensor):
         return list(view.split(size))
     parts = {name: values.split(size) for name, values in view.items()}
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
-def _expanders(model: VICRegModel) -> list[nn.Module]:
-    return [model.expander] if model.prime is None else [model.expander, model.prime.expander]
-
-
-def _backbones(model: VICRegModel) -> nn.ModuleList:
-    second = [] if model.prime is None else [model.prime.backbone]
-    return nn.ModuleList([model.backbone, *second])
-
-
 @torch.no_grad()
 def _represent(
-    run: nn.Module, name: str, chunks: Sequence[Inputs]
-) -> tuple[list[RandomState], Tensor]:
-    """The state of the random numbers before each chunk, and the representations of all."""
+    run: nn.Module, device: torch.device, name: str, chunks: Sequence[Any]
+) -> tuple[list[Any], Tensor]:
+    """Encode all chunks, and keep the state of the random numbers before each."""
     states, representations = [], []
     for chunk in chunks:
-        one = chunk if isinstance(chunk, Tensor) else next(iter(chunk.values()))
-        states.append(_random_state(one.device))
+        states.append(_random_state(device))
         representations.append(run(**{name: chunk}).pooler_output)
     torch.clear_autocast_cache()  # weights that were cast here have no gradient
     return states, torch.cat(representations).requires_grad_()
 
 
 def _separately(parameters: Sequence[nn.Parameter], backward: Callable[[], Any]) -> list[Tensor]:
-    """The gradients that a backward pass gives to parameters, without adding them to theirs."""
+    """Return the gradients of a backward pass without adding them to the parameters' own."""
     before = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
     backward()
-    grads = [p.grad for p in parameters]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     for p, grad in zip(parameters, before, strict=True):
         p.grad = grad
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+    return grads
 
 
 @contextmanager
 def _unchanged(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Leave running statistics, other buffers and random numbers as they are now."""
-    kept = [buffer.clone() for buffer in module.buffers()]
-    accelerators = [] if device.type == "cpu" else [device]
-    kind = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng(accelerators, device_type=kind):
+    """Restore running statistics, other buffers and random numbers afterwards."""
+    kept, state = [buffer.clone() for buffer in module.buffers()], _random_state(device)
+    try:
         yield
+    finally:
+        _set_random_state(state, device)
     with torch.no_grad():
         for buffer, value in zip(module.buffers(), kept, strict=True):
             buffer.copy_(value)
 
 
-def _random_state(device: torch.device) -> RandomState:
-    own = torch.get_device_module(device).get_rng_state(device) if device.type != "cpu" else None
-    return torch.get_rng_state(), own
+def _random_state(device: torch.device) -> list[Tensor]:
+    """Read the state of torch's generator on CPU and, if there is one, of the accelerator's."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
 
 
-def _set_random_state(state: RandomState, device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.get_device_module(device).set_rng_state(state[1], device)
+def _set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.get_device_module(device).set_rng_state(state, device)

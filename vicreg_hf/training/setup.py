@@ -24,7 +24,7 @@ from vicreg_hf.hub.export import check_exportable
 from vicreg_hf.hub.layout import DIRECTORY
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.models.batch_norm import synchronize
-from vicreg_hf.models.compiling import why_not
+from vicreg_hf.models.compiling import compiler_fault
 from vicreg_hf.models.timm_models import check_architecture
 from vicreg_hf.publishing.second_encoder import check_second_exportable
 from vicreg_hf.runtime.distributed import any_process
@@ -195,7 +195,7 @@ def _compiles_model(
             return False
     elif not args.compile_model:
         return False
-    fault = why_not(accelerator.device)
+    fault = compiler_fault(accelerator.device)
     (cannot,) = any_process([fault is not None], accelerator.device)
     if cannot and accelerator.is_local_main_process:
         reason = fault or "in another process"

@@ -58,7 +58,24 @@ def take_gradients(run: Run, views: tuple[Any, ...]) -> Step:
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
-    output = backward(run, views)
+    x, x_prime, *others = views
+    num_further, batches = run.args.num_global_views - 2, run.batches
+    more: Any = {"further_views": others[:num_further], "local_views": others[num_further:]}
+    with shapes_compared(run.shapes_compared):
+        if batches.micro_batch_size < batches.batch_size:
+            output = backward_in_chunks(
+                run.model, x, x_prime, **more,
+                chunk_size=batches.micro_batch_size // run.accelerator.num_processes,
+                wrapped=run.wrapped, backward=run.accelerator.backward,
+                autocast=run.accelerator.autocast,
+            )  # fmt: skip
+        else:
+            output = run.wrapped(x, x_prime, **more)
+            run.accelerator.backward(output.loss)
+            # last_hidden_state is large, and of no use here
+            kept = {k: v for k, v in output.items() if k != "last_hidden_state"}
+            output = VICRegOutput(**kept)
+    run.shapes_compared = True
     names, norms = gradient_norms(run)
     return Step(run.step + 1, lr, output, names, norms, torch.linalg.vector_norm(norms))
 
@@ -76,35 +93,6 @@ def take_step(run: Run) -> None:
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.step += 1
-
-
-def backward(run: Run, views: tuple[Any, ...]) -> VICRegOutput:
-    """The loss of a step's views, and its gradient in every parameter's `grad`.
-
-    Returns:
-        As the model's, without last_hidden_state.
-    """
-    with shapes_compared(run.shapes_compared):
-        output = _backward(run, views)
-    run.shapes_compared = True
-    return output
-
-
-def _backward(run: Run, views: tuple[Any, ...]) -> VICRegOutput:
-    accelerator, batches = run.accelerator, run.batches
-    x, x_prime, *others = views
-    num_further = run.args.num_global_views - 2
-    more: Any = {"further_views": others[:num_further], "local_views": others[num_further:]}
-    if batches.micro_batch_size < batches.batch_size:
-        return backward_in_chunks(
-            run.model, x, x_prime, **more,
-            chunk_size=batches.micro_batch_size // accelerator.num_processes,
-            wrapped=run.wrapped, backward=accelerator.backward, autocast=accelerator.autocast,
-        )  # fmt: skip
-    output = run.wrapped(x, x_prime, **more)
-    accelerator.backward(output.loss)
-    # which is large, and of no use here
-    return VICRegOutput(**{k: v for k, v in output.items() if k != "last_hidden_state"})
 
 
 LEAST_SCALE = 1.0

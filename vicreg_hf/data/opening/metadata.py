@@ -13,9 +13,9 @@ from io import BytesIO
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.json as pj
 import pyarrow.parquet as pq
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
@@ -127,14 +127,14 @@ def _parse_csv(content: BytesIO) -> pa.Table:
     return pa.table({
         name: _narrow(name, pa.array(table[name], pa.large_string(), from_pandas=True))
         for name in table.columns
-        if not (name.startswith("Unnamed: ") and table[name].isna().all())  # a comma at each end
+        if not (name.startswith("Unnamed: ") and np.all(table[name].isna()))  # a comma at each end
     })  # fmt: skip
 
 
 def _narrow(name: str, words: pa.Array) -> pa.Array:
     if words.null_count < len(words) and not name.endswith((ONE, SEVERAL)):
         for pattern, kind in CSV_TYPES.items():
-            if pc.all(pc.match_substring_regex(words, f"^(?:{pattern})$")).as_py():
+            if all(re.fullmatch(pattern, word) for word in words.drop_null().to_pylist()):
                 return words.cast(kind)
     return words
 

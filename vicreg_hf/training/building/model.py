@@ -22,10 +22,10 @@ from vicreg_hf.data.columns.waveforms import WaveformColumn
 from vicreg_hf.data.memory import SMALL_IMAGE
 from vicreg_hf.data.pairs import PairedSplit
 from vicreg_hf.modeling_vicreg import VICRegModel
-from vicreg_hf.models.text_encoder import TextEncoder, create_text_encoder
+from vicreg_hf.models.text_encoder import TextEncoder
 from vicreg_hf.models.timm_models import check_architecture, create_backbone, encoder_pretrained_cfg
 from vicreg_hf.models.tokenizers import check_tokenizer
-from vicreg_hf.models.waveform_encoder import WaveformEncoder, create_waveform_encoder
+from vicreg_hf.models.waveform_encoder import WaveformEncoder
 from vicreg_hf.runtime.checks import one_line
 from vicreg_hf.runtime.randomness import Stream, derive_seed
 from vicreg_hf.settings.pretraining import PretrainingArguments
@@ -84,11 +84,11 @@ def create_prime(
     name = args.prime_architecture or args.architecture
     found: dict[str, Any] = {"modality": modality, "expander_dims": args.prime_expander_widths}
     if isinstance(column, TextColumn):
-        encoder = create_text_encoder(name, own, pretrained=args.prime_pretrained)
+        encoder = TextEncoder.create(name, own, pretrained=args.prime_pretrained)
         check_tokenizer(encoder, column.tokenizer, column.max_length)
         found["preparation"] = {"max_length": column.max_length}
     elif isinstance(column, WaveformColumn):
-        encoder = create_waveform_encoder(name, own, pretrained=args.prime_pretrained)
+        encoder = WaveformEncoder.create(name, own, pretrained=args.prime_pretrained)
         found["preparation"] = {
             "sampling_rate": column.sampling_rate, "seconds": args.audio_seconds,
         }  # fmt: skip
