@@ -17,16 +17,12 @@ from transformers import AutoImageProcessor, AutoModel
 
 from vicreg_hf import VICRegModel
 from vicreg_hf.benchmarks.data import photographs
-from vicreg_hf.features.encode import normalise_images
+from vicreg_hf.features.encode import encode_with
 from vicreg_hf.features.encoders import Encoder, open_encoder
 
 
 def features_of(encoder: Encoder, image: Tensor) -> Tensor:
-    pixels = encoder.prepare(image)[None]
-    if pixels.dtype == torch.uint8:
-        pixels = normalise_images(pixels, encoder.mean, encoder.std)
-    with torch.inference_mode():
-        return encoder.module(pixels)
+    return encode_with(encoder, encoder.prepare(image)[None], torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("make", "width"), [(vit, 16), (resnet, 16)])
@@ -119,3 +115,19 @@ def test_a_fingerprint_tells_weights_architecture_and_preprocessing_apart(tmp_pa
         fingerprint(vicreg(output_stride=16)),
     ]
     assert len({first, *changed}) == 7
+
+
+@pytest.mark.parametrize(
+    ("layers", "sentence"),
+    [
+        ([torch.nn.Flatten(), torch.nn.Linear(12, 2)], "must give finite features, and some are"),
+        ([torch.nn.Conv2d(3, 2, 1)], r"must pool to shape .*, got \(4, 2, 2, 2\)"),
+    ],
+)
+def test_features_that_cannot_be_used_are_refused(layers: list[Any], sentence: str) -> None:
+    torch.nn.init.constant_(layers[-1].weight, torch.inf)
+    config = {"input_size": (3, 2, 2), "mean": (0,) * 3, "std": (1,) * 3}
+    encoder = Encoder(torch.nn.Sequential(*layers), 2, lambda image: image, config, {})
+    images = torch.ones(4, 3, 2, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=sentence):
+        encode_with(encoder, images, torch.device("cpu"))
