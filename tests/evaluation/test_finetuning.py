@@ -268,7 +268,7 @@ def test_what_replaces_a_bad_image_is_not_taken_for_its_class(
 
 @contextmanager
 def accelerator_of_rank() -> Iterator[Accelerator]:
-    """What `accelerate launch` gives a process, in one of the pool."""
+    """An accelerator in a process of the pool, as `accelerate launch` makes it."""
     rank, world_size = str(torch.distributed.get_rank()), str(torch.distributed.get_world_size())
     launched = {
         "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size,

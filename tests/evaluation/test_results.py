@@ -1,4 +1,4 @@
-"""Where results go: into files that keep earlier ones, and into the card of the model."""
+"""Results are written to files, which keep previous ones, and to the model's card."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_a_card_gets_each_result_once(few: Path, tmp_path: Path) -> None:
     measure(run / "encoder", tmp_path / "other", tmp_path, "knn", knn_k="5")
     measure(run, few, tmp_path, "linear")  # results of earlier evaluations stay
     assert strict(tmp_path / "out" / "results.json")["model"] == "run"
-    card, after = (ModelCard(content) for content in (before, path.read_text()))
-    results: Any = after.data.eval_results
+    after: Any = ModelCard(path.read_text())
+    results = after.data.eval_results
     values = {(e.dataset_name, e.metric_name): e.metric_value for e in results}
     assert len(values) == len(results) == 1 + 5 + 1 + 1
     section = after.text.split("<!-- evaluation: few (test) -->")[1].split("<!-- end")[0]
@@ -93,7 +93,7 @@ def test_a_card_gets_each_result_once(few: Path, tmp_path: Path) -> None:
     assert after.text.index("## Evaluation on other") < after.text.index("\n## Training\n")
     assert after.data.license == "mit"
     lines = after.text.splitlines()
-    for line in card.text.splitlines():  # in their order
+    for line in ModelCard(before).text.splitlines():  # in their order
         lines = lines[lines.index(line) + 1 :]
     assert not [path for path in (run / "encoder").iterdir() if path.suffix == ".partial"]
 

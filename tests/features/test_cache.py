@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,59 +112,35 @@ def test_weights_and_preprocessing_and_precision_have_places_of_their_own(
     assert same(again, first)
 
 
-def as_parquet(images: list[Any], root: Path) -> Path:
-    return write(root, train=(images, [0, 1] * 6), test=digits(range(24, 32)))
-
-
-def as_saved(images: list[Any], root: Path) -> Path:
-    as_parquet(images, root.with_suffix(".parquets"))
-    names = ("train", "test")
-    tables = {n: Dataset.from_parquet(f"{root}.parquets/{n}.parquet") for n in names}
-    saved: Any = DatasetDict
-    saved(tables).save_to_disk(root)
-    return root
-
-
-def as_files(images: list[Any], root: Path) -> Path:
-    if not root.exists():
-        write_folder(root, 12, 20)
-    for path, image in zip(sorted(root.glob("train/*/*.png")), images, strict=True):
-        if path.read_bytes() != image["bytes"]:
-            path.write_bytes(image["bytes"])
-    return root
-
-
-@pytest.mark.parametrize("save", [as_parquet, as_saved, as_files])
-def test_an_image_that_is_replaced_is_seen(
-    save: Callable[[list[Any], Path], Path], directory: Path, tmp_path: Path
-) -> None:
-    images, _ = digits(range(12))
-    data, cache = save(images, tmp_path / "data"), tmp_path / "cache"
-    first, _ = features(directory, data, cache)
-    for row in (0, 11):
-        (images[row],), _ = digits(range(50, 51))
-        again, seen = features(directory, save(images, tmp_path / "data"), cache)
-        assert seen >= 12
-        changed = (again["train"].x != first["train"].x).any(1)
-        assert changed.nonzero().flatten().tolist() == [row]
-        assert torch.equal(again["test"].x, first["test"].x)
-        first = again
-
-
-def test_a_file_that_a_table_only_names_is_seen_when_it_is_replaced(
-    directory: Path, tmp_path: Path
-) -> None:
+def test_an_image_that_is_replaced_is_seen(directory: Path, tmp_path: Path) -> None:
+    """In a table, in one that was saved, in files, and in files that a table only names."""
     images, numbers = digits(range(12))
+    test, cache = digits(range(24, 32)), tmp_path / "cache"
+    table, saved, named = (tmp_path / name for name in ("table", "saved", "named"))
+    folder = write_folder(tmp_path / "folder", 12, 20)
     paths = [tmp_path / image["path"] for image in images]
-    for path, image in zip(paths, images, strict=True):
-        path.write_bytes(image["bytes"])
+
+    def save(row: int) -> None:
+        write(table, train=(images, numbers), test=test)
+        tables = {n: Dataset.from_parquet(f"{table}/{n}.parquet") for n in ("train", "test")}
+        DatasetDict(tables).save_to_disk(saved)  # pyright: ignore[reportCallIssue]
+        paths[row].write_bytes(images[row]["bytes"])
+        sorted(folder.glob("train/*/*.png"))[row].write_bytes(images[row]["bytes"])
+
+    for row in range(12):
+        save(row)
     cells = [{"bytes": None, "path": str(path)} for path in paths]
-    data = write(tmp_path / "data", train=(cells, numbers), test=digits(range(12, 20)))
-    first, _ = features(directory, data, tmp_path / "cache")
-    paths[9].write_bytes(images[3]["bytes"])
-    again, seen = features(directory, data, tmp_path / "cache")
-    assert seen == 12
-    assert torch.equal(again["train"].x[9], first["train"].x[3])
+    write(named, train=(cells, numbers), test=test)
+    places = (table, saved, folder, named)
+    found = [features(directory, data, cache)[0] for data in places]
+    (images[9],), _ = digits(range(50, 51))  # far from the first images
+    save(9)
+    for data, before in zip(places, found, strict=True):
+        again, seen = features(directory, data, cache)
+        assert seen >= 12
+        changed = (again["train"].x != before["train"].x).any(1)
+        assert changed.nonzero().flatten().tolist() == [9]
+        assert torch.equal(again["test"].x, before["test"].x)
 
 
 def test_a_split_has_its_own_place_and_labels_have_none(directory: Path, tmp_path: Path) -> None:
@@ -195,8 +170,8 @@ def test_a_damaged_file_is_said_and_made_anew(
         assert seen == 16
         assert same(again, first)
         assert damaged.read_bytes() == whole
-    again, seen = features(directory, folder, tmp_path / "cache")
-    assert (seen, capsys.readouterr().out) == (0, "")
+    assert features(directory, folder, tmp_path / "cache")[1] == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_what_was_finished_before_a_stop_is_used(
@@ -240,11 +215,6 @@ def test_bad_images_are_left_out_and_counted_when_they_are_cached_too(
     again, seen = features(directory, data, tmp_path / "cache", max_bad_fraction=0.15)
     assert seen == 0
     assert same(again, found)
-
-
-def test_a_cache_that_cannot_be_written_is_said(
-    directory: Path, folder: Path, tmp_path: Path
-) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cache_dir must be a directory that can be written, got"):
-        features(directory, folder, tmp_path / "file")
+        features(directory, data, tmp_path / "file")

@@ -115,19 +115,3 @@ def test_a_fingerprint_tells_weights_architecture_and_preprocessing_apart(tmp_pa
         fingerprint(vicreg(output_stride=16)),
     ]
     assert len({first, *changed}) == 7
-
-
-@pytest.mark.parametrize(
-    ("layers", "sentence"),
-    [
-        ([torch.nn.Flatten(), torch.nn.Linear(12, 2)], "must give finite features, and some are"),
-        ([torch.nn.Conv2d(3, 2, 1)], r"must pool to shape .*, got \(4, 2, 2, 2\)"),
-    ],
-)
-def test_features_that_cannot_be_used_are_refused(layers: list[Any], sentence: str) -> None:
-    torch.nn.init.constant_(layers[-1].weight, torch.inf)
-    config = {"input_size": (3, 2, 2), "mean": (0,) * 3, "std": (1,) * 3}
-    encoder = Encoder(torch.nn.Sequential(*layers), 2, lambda image: image, config, {})
-    images = torch.ones(4, 3, 2, 2, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=sentence):
-        encode_with(encoder, images, torch.device("cpu"))

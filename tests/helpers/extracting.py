@@ -42,8 +42,8 @@ def write_encoder(directory: Path) -> Path:
 
 
 def extract(encoder: Path, data: Path, output: Path, **settings: Any) -> Path:
-    words = [str(encoder), str(data), str(output)]
-    return extract_dataset(ExtractionArguments(*words, **(SETTINGS | settings)))
+    given = SETTINGS | settings
+    return extract_dataset(ExtractionArguments(str(encoder), str(data), str(output), **given))
 
 
 def load(directory: Path, tmp_path: Path) -> Any:

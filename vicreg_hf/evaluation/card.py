@@ -15,7 +15,7 @@ from vicreg_hf.hub.card import write_card
 def add_evaluation(
     path: Path, measurements: Sequence[Measurement], *, dataset: str, split: str
 ) -> None:
-    """Add results of an evaluation to a card. They replace earlier ones of the same data.
+    """Add results of an evaluation to a card. They replace those of the same data.
 
     Args:
         path: the card's.

@@ -45,7 +45,7 @@ class Classifier(nn.Module):
 
 def create_head(num_features: int, num_classes: int, *, seed: int) -> nn.Linear:
     """A linear classifier with the authors' first weights, a function of its size and the seed."""
-    # torch's own first weights would be drawn from the caller's generator
+    # torch's own initialisation would advance the caller's generator
     head = nn.Linear(num_features, num_classes, device="meta").to_empty(device="cpu")
     generator = torch.Generator()
     generator.manual_seed(derive_seed(seed, epoch=0, index=0, stream=Stream.MODEL))

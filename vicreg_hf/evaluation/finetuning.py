@@ -193,15 +193,13 @@ def _checked_rows(
     chosen = np.arange(len(train)) if rows is None else np.asarray(rows, dtype=np.int64)
     if chosen.ndim != 1 or len(chosen) == 0:
         raise ValueError(f"rows must be a list of numbers, got shape {chosen.shape}.")
-    if chosen.min() < 0 or chosen.max() >= len(train):
-        outside = chosen[(chosen < 0) | (chosen >= len(train))][0]
-        raise ValueError(f"rows must be from 0 to {len(train) - 1}, got {outside}.")
+    if len(outside := chosen[(chosen < 0) | (chosen >= len(train))]):
+        raise ValueError(f"rows must be from 0 to {len(train) - 1}, got {outside[0]}.")
     used = labels[torch.from_numpy(chosen)]
-    if used.min() < 0 or used.max() >= num_classes:
-        outside = used[(used < 0) | (used >= num_classes)][0]
+    if len(unknown := used[(used < 0) | (used >= num_classes)]):
         raise ValueError(
-            f"labels must be from 0 to {num_classes - 1}, got {outside}; leave such rows out, or "
-            "raise num_classes."
+            f"labels must be from 0 to {num_classes - 1}, got {unknown[0]}; leave such rows out, "
+            "or raise num_classes."
         )
     return chosen
 
@@ -231,16 +229,11 @@ def _fit(
     with bar:
         for step, (x,) in enumerate(crops):
             epoch, rows = batches.batch(step)
-            for group, lr in zip(
-                optimizer.param_groups, settings.learning_rates(epoch), strict=True
-            ):
+            rates = settings.learning_rates(epoch)
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr
-            torch.manual_seed(
-                derive_seed(
-                    settings.seed, epoch=step, index=accelerator.process_index,
-                    stream=Stream.DROPOUT,
-                )
-            )  # fmt: skip
+            own = {"epoch": step, "index": accelerator.process_index}
+            torch.manual_seed(derive_seed(settings.seed, **own, stream=Stream.DROPOUT))
             wanted = bad.labels(labels, rows)
             with autocast():
                 logits = wrapped(x.to(memory_format=torch.channels_last))

@@ -39,4 +39,4 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """The entry in results.json."""
-        return {**asdict(self), "settings": dict(self.settings), "details": dict(self.details)}
+        return asdict(self)

@@ -1,4 +1,4 @@
-"""What each protocol needs of labels and images, made sure of before it is measured."""
+"""Each protocol's needs of labels and images, checked before anything is measured."""
 
 from __future__ import annotations
 

@@ -89,7 +89,8 @@ def cached_features(
 
 
 def _key(encoder: str, precision: str, split: ImageSplit) -> str:
-    # of the whole table; the digest of the first images tells those apart that datasets mistakes
+    # datasets' own fingerprint is of the whole table; that of some images tells tables apart that
+    # datasets takes for one another
     data = {"table": split.table._fingerprint, "column": split.column.name} | split.fingerprint()
     text = json.dumps([LAYOUT, encoder, precision, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

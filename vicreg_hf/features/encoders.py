@@ -213,7 +213,7 @@ class _Pooled(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         model: Any = self.model
-        if hasattr(model, "get_image_features"):  # of image and text, as CLIP
+        if hasattr(model, "get_image_features"):  # a model of images and texts, such as CLIP
             found = model.get_image_features(pixel_values=pixels)
             return found if isinstance(found, Tensor) else found.pooler_output
         output = model(pixel_values=pixels)

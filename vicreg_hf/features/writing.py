@@ -66,7 +66,7 @@ def complete_parts(
         left_out += write_parts(encoder, splits, missing, accelerator, **settings)
     bad = BadImages(total, max_bad_fraction, listed_in, fate="left out")
     if main:
-        bad.forget()  # what earlier runs have listed is found again
+        bad.forget()  # all bad images are found again and listed anew
     bad.add(left_out)
     bad.agree(gather_object, seen=total, write=main, say=accelerator.print)
     check_share(sum(gather_object([len(left_out)])), total, max_bad_fraction)

@@ -24,7 +24,7 @@ def points(svg: str) -> NDArray[np.float64]:
 
 
 def spectrum_marks(svg: str) -> NDArray[np.float64]:
-    """Those of the curve, without the ticks of the axes."""
+    """The marks of the curve, without the ticks of the axes."""
     curve = re.search(r'clip-path="[^"]*">\s*(<use.*?)</g>', svg, re.DOTALL)
     assert curve is not None
     return points(curve[1])

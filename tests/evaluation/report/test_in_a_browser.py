@@ -36,7 +36,7 @@ class Browser:
     def __init__(self, binary: str, profile: Path) -> None:
         commands, self._commands = os.pipe()
         self._answers, answers = os.pipe()
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [
                 sys.executable, "-c", START, str(commands), str(answers), binary,
                 "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -47,7 +47,7 @@ class Browser:
         )  # fmt: skip
         os.close(commands)
         os.close(answers)
-        self._buffer, self._number, self._session = b"", 0, {}
+        self._buffer, self._session = b"", {}
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
@@ -65,10 +65,9 @@ class Browser:
         return json.loads(message)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        self._number += 1
-        command = {"id": self._number, "method": method, "params": params, **self._session}
+        command = {"id": 1, "method": method, "params": params, **self._session}
         os.write(self._commands, json.dumps(command).encode() + b"\0")
-        while (answer := self._message()).get("id") != self._number:
+        while "id" not in (answer := self._message()):
             self.events.append(answer)
         assert "error" not in answer, answer
         return answer["result"]
@@ -90,12 +89,6 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(timeout=30)
-        os.close(self._commands)
-        os.close(self._answers)
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
@@ -105,7 +98,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         pytest.skip(f"no browser to open the report in: none of {', '.join(names)} is installed")
     browser = Browser(binary, tmp_path_factory.mktemp("profile"))
     yield browser
-    browser.close()
+    browser.process.terminate()
+    browser.process.wait(timeout=30)
 
 
 @pytest.fixture(scope="module", params=[11, 60], ids=["few classes", "many classes"])

@@ -31,7 +31,7 @@ from vicreg_hf.metrics.collapse import effective_rank
 MAX_NUMBERS = 2**25
 """Rows times columns of the features that a spectrum is of: all 50,000 rows of ResNet-18."""
 MAX_CORRELATED = 2048
-"""Dimensions whose correlations are drawn."""
+"""Number of dimensions whose correlations are shown, at most."""
 MAX_MAPPED = 2000
 MIN_TSNE = 30
 """A map of fewer images is a PCA."""
@@ -111,7 +111,7 @@ def spectrum(gallery: Gallery, *, seed: int) -> dict[str, Any] | None:
 def _draw_singular(singular: NDArray[np.float64]) -> Markup:
     figure, axes = _figure()
     relative = singular / singular[0]
-    # what rounding leaves of a zero says nothing
+    # smaller values are rounding errors of zero
     shown = np.where(relative > 1e-7, relative, np.nan)
     axes.semilogy(np.arange(1, len(shown) + 1), shown, ".-", color=ACCENT, lw=1.3, markersize=2)
     if np.nanmin(shown) > 0.02:  # too few powers of ten for an axis

@@ -44,7 +44,7 @@ def finite_rows(features: Tensor) -> NDArray[np.int64]:
 
 
 def sample(rows: NDArray[np.int64], most: int, seed: int) -> NDArray[np.int64]:
-    """At most so many of the rows, drawn at random and in order."""
+    """At most so many of the rows, chosen at random, ascending."""
     if len(rows) <= most:
         return rows
     return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))

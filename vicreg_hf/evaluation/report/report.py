@@ -47,9 +47,9 @@ def write_report(
         facts: model, data set, preprocessing, hardware and the like, by name.
         predictions: (M,) classes of the test images, by name of the classifier such as "20-NN".
         class_names: those of all classes; a blank one is shown as "class 7".
-        train: whose spectrum is drawn, and among which neighbours are looked for.
-        test: of which a map is drawn, and whose images are looked up.
-        seed: of what is drawn at random.
+        train: images whose spectrum is shown, and which are searched for neighbours.
+        test: images that are mapped and looked up.
+        seed: seed of every random choice.
     """
     truth = None if test.labels is None else test.labels.numpy()
     predicted = {name: rows.numpy() for name, rows in predictions.items()}
