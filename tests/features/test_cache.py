@@ -122,8 +122,8 @@ def test_an_image_that_is_replaced_is_seen(directory: Path, tmp_path: Path) -> N
 
     def save(row: int) -> None:
         write(table, train=(images, numbers), test=test)
-        tables = {n: Dataset.from_parquet(f"{table}/{n}.parquet") for n in ("train", "test")}
-        DatasetDict(tables).save_to_disk(saved)  # pyright: ignore[reportCallIssue]
+        tables: Any = {n: Dataset.from_parquet(f"{table}/{n}.parquet") for n in ("train", "test")}
+        DatasetDict(tables).save_to_disk(saved)
         paths[row].write_bytes(images[row]["bytes"])
         sorted(folder.glob("train/*/*.png"))[row].write_bytes(images[row]["bytes"])
 
