@@ -25,8 +25,9 @@ from vicreg_hf.data.memory import load_in_memory
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.data.splits import ImageSplit, image_split
-from vicreg_hf.evaluation.finetuning import FinetuneResult, create_head, finetune
-from vicreg_hf.settings.finetuning import LINEAR, ONE_PERCENT, TEN_PERCENT, FinetuneSettings
+from vicreg_hf.evaluation.classifier import create_head
+from vicreg_hf.evaluation.finetuning import FinetuneResult, finetune
+from vicreg_hf.settings.finetuning import FinetuneSettings
 from vicreg_hf.views.presets import ViewRecipe
 from vicreg_hf.views.random_views import RandomViews
 
@@ -36,7 +37,10 @@ TUNED = replace(QUICK, lr_backbone=0.1)
 
 
 class Encoder(nn.Module):
-    """Four features of edges and colours; it notes in which mode it was used."""
+    """Four features of edges and colours, smooth, so that rounding stays rounding as it trains.
+
+    It notes in which mode it was used.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +54,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.modes.append((self.norm.training, torch.is_grad_enabled()))
-        return self.drop(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+        return self.drop(F.softplus(self.norm(self.conv(x))).mean((2, 3)))
 
 
 def two_classes(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -102,9 +106,6 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [name for name in one if torch.equal(one[name], other[name])]
 
 
-# --- what is learned, and what is left alone
-
-
 @pytest.mark.parametrize("was_training", [True, False])
 def test_a_frozen_encoder_is_classified_as_it_is(
     accelerator: Accelerator, was_training: bool
@@ -151,51 +152,15 @@ def test_a_split_of_files_is_learned_by_workers_as_from_memory(
 
 def test_an_encoder_without_weights_can_be_classified(accelerator: Accelerator) -> None:
     given: dict[str, Any] = {"encoder": nn.Flatten(), "num_features": 3 * 12 * 12}
-    for settings in (QUICK, TUNED):
-        assert accuracy(trained(accelerator, replace(settings, lr_head=0.01), **given)) > 0.9
+    assert accuracy(trained(accelerator, replace(TUNED, lr_head=0.01), **given)) > 0.9
 
 
-@pytest.mark.parametrize("settings", [QUICK, TUNED], ids=["frozen", "tuned"])
-def test_bfloat16_is_of_the_encoder_and_not_of_the_classifier(
-    accelerator: Accelerator, settings: FinetuneSettings
-) -> None:
-    exact, coarse = (trained(accelerator, settings, bf16=bf16) for bf16 in (False, True))
+def test_bfloat16_is_of_the_encoder_and_not_of_the_classifier(accelerator: Accelerator) -> None:
+    exact, coarse = (trained(accelerator, TUNED, bf16=bf16) for bf16 in (False, True))
     assert coarse.losses != exact.losses
     assert coarse.losses == pytest.approx(exact.losses, rel=0.05)
     assert coarse.logits.dtype == torch.float32
     assert not torch.equal(coarse.logits.bfloat16().float(), coarse.logits)
-
-
-# --- the authors' recipe
-
-
-def test_settings_are_the_authors() -> None:
-    common = {"batch_size": 256, "scale": (0.08, 1.0), "flip": 0.5}
-    linear = {"epochs": 100, "lr_head": 0.02, "lr_backbone": 0.0, "weight_decay": 1e-6}
-    few = {"epochs": 20, "weight_decay": 0.0}
-    for settings, expected in (
-        (LINEAR, linear),
-        (ONE_PERCENT, few | {"lr_backbone": 0.03, "lr_head": 0.08}),
-        (TEN_PERCENT, few | {"lr_backbone": 0.01, "lr_head": 0.1}),
-    ):
-        for name, value in (common | expected).items():
-            assert getattr(settings, name) == value
-
-
-@pytest.mark.parametrize("settings", [LINEAR, TEN_PERCENT, QUICK], ids=["100", "20", "4"])
-def test_learning_rates_are_those_of_torchs_scheduler(settings: FinetuneSettings) -> None:
-    head, backbone = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    groups = [
-        {"params": [head], "lr": settings.lr_head},
-        {"params": [backbone], "lr": settings.lr_backbone},
-    ]
-    optimizer = torch.optim.SGD(groups, 0)
-    scheduler = CosineAnnealingLR(optimizer, settings.epochs)
-    for epoch in range(settings.epochs):
-        expected = [group["lr"] for group in optimizer.param_groups]
-        assert settings.learning_rates(epoch) == pytest.approx(expected, rel=1e-9, abs=1e-15)
-        optimizer.step()
-        scheduler.step()
 
 
 def test_the_classifier_begins_as_the_authors() -> None:
@@ -243,8 +208,9 @@ def reference(settings: FinetuneSettings, rows: Tensor) -> tuple[list[float], Te
         return losses, model.eval()(normal)
 
 
-@pytest.mark.parametrize("settings", [QUICK, TUNED], ids=["frozen", "tuned"])
-@pytest.mark.parametrize("part", [slice(None), slice(3, 31)], ids=["all rows", "some"])
+@pytest.mark.parametrize(
+    ("settings", "part"), [(QUICK, slice(None)), (TUNED, slice(3, 31))], ids=["frozen", "tuned"]
+)
 def test_training_is_the_authors_on_the_same_crops(
     accelerator: Accelerator, settings: FinetuneSettings, part: slice
 ) -> None:
@@ -255,31 +221,20 @@ def test_training_is_the_authors_on_the_same_crops(
     torch.testing.assert_close(result.logits, logits, rtol=1e-4, atol=1e-5)
 
 
-def test_crops_and_order_follow_the_seed_alone(accelerator: Accelerator) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        state = torch.get_rng_state()
-        first = trained(accelerator, TUNED)
-        assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is left alone
-        torch.manual_seed(1)
-        assert trained(accelerator, TUNED).losses == first.losses
-    assert trained(accelerator, replace(TUNED, seed=4)).losses != first.losses
-
-
-def test_dropout_follows_the_seed(accelerator: Accelerator) -> None:
+def test_crops_order_and_dropout_follow_the_seed_alone(accelerator: Accelerator) -> None:
     encoder = Encoder()
     encoder.drop.p = 0.5
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        state = torch.get_rng_state()
         first = trained(accelerator, TUNED, encoder=encoder)
+        assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is left alone
         torch.manual_seed(1)
         assert trained(accelerator, TUNED, encoder=encoder).losses == first.losses
+    assert trained(accelerator, replace(TUNED, seed=4), encoder=encoder).losses != first.losses
     assert first.losses != trained(accelerator, TUNED).losses
     plain, frozen = trained(accelerator), trained(accelerator, encoder=encoder)
-    assert frozen.losses == plain.losses  # a frozen encoder has none
-
-
-# --- subsets and images that cannot be used
+    assert frozen.losses == plain.losses  # a frozen encoder has no dropout
 
 
 def test_a_subset_smaller_than_a_batch_is_the_batch(accelerator: Accelerator) -> None:
@@ -311,12 +266,9 @@ def test_what_replaces_a_bad_image_is_not_taken_for_its_class(
     assert learned.head.bias[2] > left_out.head.bias[2] + 0.1
 
 
-# --- several processes
-
-
 @contextmanager
 def accelerator_of_rank() -> Iterator[Accelerator]:
-    """What `accelerate launch` gives a process, in one of the pool."""
+    """An accelerator in a process of the pool, as `accelerate launch` makes it."""
     rank, world_size = str(torch.distributed.get_rank()), str(torch.distributed.get_world_size())
     launched = {
         "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size,
@@ -332,10 +284,9 @@ def accelerator_of_rank() -> Iterator[Accelerator]:
     forget_accelerator()
 
 
-def as_rank(settings: FinetuneSettings, encoded: bool) -> dict[str, Any]:
+def as_rank(settings: FinetuneSettings, test: Tensor) -> dict[str, Any]:
     with accelerator_of_rank() as accelerator:
-        train = split_with_a_bad_image() if encoded else TRAIN
-        result = trained(accelerator, settings, train=train)
+        result = trained(accelerator, settings, train=split_with_a_bad_image(), test=test)
     model: Any = result.model
     return {
         "losses": result.losses, "logits": result.logits, "state": state_of(model.encoder),
@@ -349,33 +300,23 @@ def split_with_a_bad_image() -> ImageSplit:
     return image_split(DatasetDict({"train": table_of(cells)}), "train", dataset_name="noise")
 
 
-@pytest.mark.parametrize("encoded", [False, True], ids=["memory", "files"])
 @pytest.mark.parametrize("settings", [QUICK, TUNED], ids=["frozen", "tuned"])
 def test_two_processes_do_what_one_does(
-    accelerator: Accelerator, gloo: GlooPool, settings: FinetuneSettings, encoded: bool
+    accelerator: Accelerator, gloo: GlooPool, settings: FinetuneSettings
 ) -> None:
-    train = split_with_a_bad_image() if encoded else TRAIN
-    alone = trained(accelerator, settings, train=train)
+    alone = trained(accelerator, settings, train=split_with_a_bad_image())
     model: Any = alone.model
-    for together in gloo.run(2, as_rank, settings, encoded):
+    for together in gloo.run(2, as_rank, settings, TEST):
         assert together["losses"] == pytest.approx(alone.losses, rel=2e-5)
         torch.testing.assert_close(together["logits"], alone.logits, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(together["state"], state_of(model.encoder), rtol=1e-4, atol=1e-5)
         assert together["modes"] == set(model.encoder.modes[1:])
 
 
-def logits_of_one_test_image() -> Tensor:
-    with accelerator_of_rank() as accelerator:
-        return trained(accelerator, test=TEST[:1]).logits
-
-
 def test_a_process_may_have_no_test_image(gloo: GlooPool) -> None:
-    first, second = gloo.run(2, logits_of_one_test_image)
+    first, second = (each["logits"] for each in gloo.run(2, as_rank, QUICK, TEST[:1]))
     assert first.shape == (1, 2)
     assert torch.equal(first, second)
-
-
-# --- errors
 
 
 @pytest.mark.parametrize(
@@ -383,9 +324,7 @@ def test_a_process_may_have_no_test_image(gloo: GlooPool) -> None:
     [
         ({"train_labels": LABELS[:3]}, "one label, got 40 images and 3 labels"),
         ({"train_labels": LABELS + 1}, "labels must be from 0 to 1, got 2"),
-        ({"train_labels": LABELS - 1}, "labels must be from 0 to 1, got -1"),
         ({"rows": [0, 40]}, "rows must be from 0 to 39, got 40"),
-        ({"rows": [0, -1]}, "rows must be from 0 to 39, got -1"),
         ({"rows": []}, r"rows must be a list of numbers, got shape \(0,\)"),
         ({"rows": [3]}, "at least 2 images per process, got 1 images"),
         ({"num_features": 5}, r"shape \(2, 5\) for images of .*\(2, 3, 12, 12\), got \(2, 4\)"),
@@ -397,23 +336,6 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         trained(accelerator, **changes)
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"epochs": 0}, "epochs must be positive, got 0"),
-        ({"batch_size": 0}, "batch_size must be positive, got 0"),
-        ({"lr_head": 0.0}, "lr_head must be a positive number, got 0.0"),
-        ({"lr_backbone": -1.0}, "lr_backbone must be a number from 0, got -1.0"),
-        ({"weight_decay": float("nan")}, "weight_decay must be a number from 0, got nan"),
-        ({"scale": (0.5, 0.1)}, "scale must be two positive numbers"),
-        ({"flip": 2.0}, "flip must be a number between 0 and 1, got 2.0"),
-    ],
-)
-def test_a_setting_that_cannot_be_is_refused(setting: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        FinetuneSettings(**setting)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(accelerator: Accelerator) -> None:

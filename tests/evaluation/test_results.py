@@ -1,4 +1,4 @@
-"""Where results go: into files that keep earlier ones, and into the card of the model."""
+"""Results are written to files, which keep previous ones, and to the model's card."""
 
 from __future__ import annotations
 
@@ -6,29 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
-from measuring import arguments, digits, measure, strict, write, write_encoder, write_few
-from workflow import SMALL, leave_behind, small_files
+from measuring import arguments, digits, measure, strict, write, write_encoder
+from workflow import leave_behind, small_files
 
-from vicreg_hf import pretrain
 from vicreg_hf.evaluation.evaluate import evaluate
 from vicreg_hf.evaluation.measurements import Measurement
-from vicreg_hf.settings.command_line import parse_arguments
 
 pytestmark = pytest.mark.usefixtures("one_core", "own_cache")
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_few(tmp_path_factory.mktemp("few") / "few")
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_encoder(tmp_path_factory.mktemp("encoder") / "untrained")
-
-
-# Files
 
 
 def test_results_that_are_not_measured_anew_are_kept(few: Path, tmp_path: Path) -> None:
@@ -72,65 +58,44 @@ def test_results_that_cannot_be_written_leave_those_before(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-# The card
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data") / "digits"
-    return write(root, train=digits(range(300)), test=digits(range(300, 420)))
-
-
-@pytest.fixture(scope="module")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output_dir of a run, with a card."""
-    directory = tmp_path_factory.mktemp("trained") / "run"
-    own = [f"--dataset_name={data}", f"--output_dir={directory}", "--max_steps=2"]
-    pretrain(parse_arguments([*SMALL, *own]))
-    return directory
-
-
-def own_results(card: Any, dataset: str) -> list[tuple[str, float]]:
-    results = card.data.eval_results or []
-    return [(each.metric_name, each.metric_value) for each in results
-            if each.dataset_name == dataset and "accuracy" in each.metric_name]  # fmt: skip
-
-
-def test_the_card_of_a_run_gets_each_result_once(
-    trained: Path, few: Path, encoder: Path, tmp_path: Path
-) -> None:
-    path = trained / "encoder" / "README.md"
+def test_a_card_gets_each_result_once(few: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_encoder(run / "encoder")
+    path = run / "encoder" / "README.md"
+    old = {"name": "run", "results": [{
+        "task": {"type": "image-classification"}, "dataset": {"type": "a", "name": "a"},
+        "metrics": [{"type": "accuracy", "value": 12.5, "name": "of training"}],
+    }]}  # fmt: skip
+    text = f"---\n{yaml.safe_dump({'license': 'mit', 'model-index': [old]})}---\n# mine\n"
+    path.write_text(text + "\n## Training\n\nLong.\n")
     before = path.read_text()
-    measure(trained, few, tmp_path, "knn", knn_k="5", update_card=False)
+    measure(run, few, tmp_path, "knn", knn_k="5", update_card=False)
     assert path.read_text() == before
-    card: Any = ModelCard(before)
-    others = card.data.eval_results or []
     for protocols in ("knn,linear", "knn,retrieval,collapse"):
-        found = measure(trained, few, tmp_path, protocols, knn_k="5")
+        found = measure(run, few, tmp_path, protocols, knn_k="5")
     write(tmp_path / "other", train=digits(range(30)), test=digits(range(80, 90)))
-    measure(trained / "encoder", tmp_path / "other", tmp_path, "knn", knn_k="5")
-    measure(trained, few, tmp_path, "linear")  # results of earlier evaluations stay
+    measure(run / "encoder", tmp_path / "other", tmp_path, "knn", knn_k="5")
+    measure(run, few, tmp_path, "linear")  # results of earlier evaluations stay
     assert strict(tmp_path / "out" / "results.json")["model"] == "run"
     after: Any = ModelCard(path.read_text())
-    results = {(e.dataset_name, e.metric_name): e.metric_value for e in after.data.eval_results}
-    assert len(results) == len(after.data.eval_results) == len(others) + 5 + 1 + 1
+    results = after.data.eval_results
+    values = {(e.dataset_name, e.metric_name): e.metric_value for e in results}
+    assert len(values) == len(results) == 1 + 5 + 1 + 1
     section = after.text.split("<!-- evaluation: few (test) -->")[1].split("<!-- end")[0]
     for name, each in found.items():
         shown = Measurement(**each).shown
         assert section.count(f"| {name} | {shown} | 20 |") == 1
         if each["percent"]:
-            assert results["few", name] == round(100 * each["value"], 2)
+            assert values["few", name] == round(100 * each["value"], 2)
+    assert values["a", "of training"] == 12.5
     assert after.text.count("## Evaluation on few (test)") == 1
     assert after.text.count("## Evaluation on other (test)") == 1
     assert after.text.index("## Evaluation on other") < after.text.index("\n## Training\n")
-    assert {(e.dataset_name, e.metric_name) for e in others} <= results.keys()
-    assert after.data.license == card.data.license
-    assert after.data.tags == card.data.tags
+    assert after.data.license == "mit"
     lines = after.text.splitlines()
-    for line in card.text.splitlines():  # in their order
+    for line in ModelCard(before).text.splitlines():  # in their order
         lines = lines[lines.index(line) + 1 :]
-    assert not [path for path in (trained / "encoder").iterdir() if path.suffix == ".partial"]
-    assert not (encoder / "README.md").exists()  # none is made where there was none
+    assert not [path for path in (run / "encoder").iterdir() if path.suffix == ".partial"]
 
 
 def test_a_card_with_metadata_that_cannot_be_read_is_left_as_it_is(
@@ -153,4 +118,4 @@ def test_a_card_with_metadata_that_cannot_be_read_is_left_as_it_is(
     assert said[-1].startswith(f"The results were added to {model / 'README.md'}; --no_update_card")
     card: Any = ModelCard.load(model / "README.md")
     assert card.text.strip().startswith("# mine\n\nNo metadata.\n")
-    assert [name for name, _ in own_results(card, "few")] == ["5-NN top-1 accuracy"]
+    assert [each.metric_name for each in card.data.eval_results] == ["5-NN top-1 accuracy"]

@@ -1,9 +1,7 @@
-"""Features are computed once, and anew whenever anything they depend on is another."""
+"""Features are computed once, and again when anything that they depend on has changed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +10,20 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
 from measuring import digits, write, write_encoder
-from torch import Tensor
 from workflow import leave_behind
 
 from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.data.labelled import open_labelled
 from vicreg_hf.features import cache as feature_cache
 from vicreg_hf.features.cache import Features, cached_features
-from vicreg_hf.features.encoders import Encoder, open_encoder
+from vicreg_hf.features.encoders import open_encoder
 
 pytestmark = pytest.mark.usefixtures("one_core", "own_cache")
 
 
-def write_folder(root: Path) -> Path:
-    for split, rows in {"train": range(24), "test": range(24, 40)}.items():
+def write_folder(root: Path, train: int, end: int) -> Path:
+    """Image files of as many training images, and the test images up to the end."""
+    for split, rows in {"train": range(train), "test": range(train, end)}.items():
         for image in digits(rows)[0]:
             path = root / split / ("left" if int(image["path"][:-4]) % 3 else "right")
             path.mkdir(parents=True, exist_ok=True)
@@ -33,28 +31,14 @@ def write_folder(root: Path) -> Path:
     return root
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Image files."""
-    return write_folder(tmp_path / "folder")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("images") / "folder", 24, 40)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_encoder(tmp_path_factory.mktemp("encoder"))
-
-
-@contextmanager
-def counted(encoder: Encoder) -> Any:
-    """The number of images that an encoder sees."""
-    seen: list[int] = []
-
-    def count(_: Any, inputs: tuple[Tensor, ...], __: Any) -> None:
-        seen.append(len(inputs[0]))
-
-    hook = encoder.module.register_forward_hook(count)
-    yield seen
-    hook.remove()
 
 
 def features(
@@ -67,8 +51,9 @@ def features(
         str(data), train_split="train", eval_split=test, label_column=label_column
     )
     splits = {"train": opened.train.split, "test": opened.test.split}
-    with counted(encoder) as seen:
-        found = cached_features(encoder, splits, cache, Accelerator(), num_workers=0, **given)
+    seen: list[int] = []
+    encoder.module.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    found = cached_features(encoder, splits, cache, Accelerator(), num_workers=0, **given)
     return found, sum(seen)
 
 
@@ -127,58 +112,35 @@ def test_weights_and_preprocessing_and_precision_have_places_of_their_own(
     assert same(again, first)
 
 
-def as_parquet(images: list[Any], root: Path) -> Path:
-    return write(root, train=(images, [0, 1] * 12), test=digits(range(24, 40)))
-
-
-def as_saved(images: list[Any], root: Path) -> Path:
-    as_parquet(images, root.with_suffix(".parquets"))
-    names = ("train", "test")
-    tables = {n: Dataset.from_parquet(f"{root}.parquets/{n}.parquet") for n in names}
-    saved: Any = DatasetDict
-    saved(tables).save_to_disk(root)
-    return root
-
-
-def as_files(images: list[Any], root: Path) -> Path:
-    if not root.exists():
-        write_folder(root)
-    for path, image in zip(sorted(root.glob("train/*/*.png")), images, strict=True):
-        if path.read_bytes() != image["bytes"]:
-            path.write_bytes(image["bytes"])
-    return root
-
-
-@pytest.mark.parametrize("row", [0, 23], ids=["first", "late"])
-@pytest.mark.parametrize("save", [as_parquet, as_saved, as_files])
-def test_an_image_that_is_replaced_is_seen(
-    save: Callable[[list[Any], Path], Path], row: int, directory: Path, tmp_path: Path
-) -> None:
-    images, _ = digits(range(24))
-    data = save(images, tmp_path / "data")
-    first, _ = features(directory, data, tmp_path / "cache")
-    (images[row],), _ = digits(range(50, 51))
-    again, seen = features(directory, save(images, tmp_path / "data"), tmp_path / "cache")
-    assert seen >= 24
-    changed = (again["train"].x != first["train"].x).any(1)
-    assert changed.nonzero().flatten().tolist() == [row]
-    assert torch.equal(again["test"].x, first["test"].x)
-
-
-def test_a_file_that_a_table_only_names_is_seen_when_it_is_replaced(
-    directory: Path, tmp_path: Path
-) -> None:
+def test_an_image_that_is_replaced_is_seen(directory: Path, tmp_path: Path) -> None:
+    """In a table, in one that was saved, in files, and in files that a table only names."""
     images, numbers = digits(range(12))
+    test, cache = digits(range(24, 32)), tmp_path / "cache"
+    table, saved, named = (tmp_path / name for name in ("table", "saved", "named"))
+    folder = write_folder(tmp_path / "folder", 12, 20)
     paths = [tmp_path / image["path"] for image in images]
-    for path, image in zip(paths, images, strict=True):
-        path.write_bytes(image["bytes"])
+
+    def save(row: int) -> None:
+        write(table, train=(images, numbers), test=test)
+        tables: Any = {n: Dataset.from_parquet(f"{table}/{n}.parquet") for n in ("train", "test")}
+        DatasetDict(tables).save_to_disk(saved)
+        paths[row].write_bytes(images[row]["bytes"])
+        sorted(folder.glob("train/*/*.png"))[row].write_bytes(images[row]["bytes"])
+
+    for row in range(12):
+        save(row)
     cells = [{"bytes": None, "path": str(path)} for path in paths]
-    data = write(tmp_path / "data", train=(cells, numbers), test=digits(range(12, 20)))
-    first, _ = features(directory, data, tmp_path / "cache")
-    paths[9].write_bytes(images[3]["bytes"])
-    again, seen = features(directory, data, tmp_path / "cache")
-    assert seen == 12
-    assert torch.equal(again["train"].x[9], first["train"].x[3])
+    write(named, train=(cells, numbers), test=test)
+    places = (table, saved, folder, named)
+    found = [features(directory, data, cache)[0] for data in places]
+    (images[9],), _ = digits(range(50, 51))  # far from the first images
+    save(9)
+    for data, before in zip(places, found, strict=True):
+        again, seen = features(directory, data, cache)
+        assert seen >= 12
+        changed = (again["train"].x != before["train"].x).any(1)
+        assert changed.nonzero().flatten().tolist() == [9]
+        assert torch.equal(again["test"].x, before["test"].x)
 
 
 def test_a_split_has_its_own_place_and_labels_have_none(directory: Path, tmp_path: Path) -> None:
@@ -193,35 +155,23 @@ def test_a_split_has_its_own_place_and_labels_have_none(directory: Path, tmp_pat
     assert same(other, first)
 
 
-def cut(whole: bytes, left: int) -> bytes:
-    return whole[:left]
-
-
-def flip(whole: bytes, place: int) -> bytes:
-    content = bytearray(whole)
-    for k in range(place, place + 8):
-        content[k] ^= 0xFF
-    return bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("damage", "place"), [(cut, 0), (cut, 4), (cut, 200), (flip, 8), (flip, 3000), (flip, -300)]
-)
 def test_a_damaged_file_is_said_and_made_anew(
-    damage: Callable[[bytes, int], bytes], place: int, directory: Path, folder: Path,
-    tmp_path: Path, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    directory: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, _ = features(directory, folder, tmp_path / "cache")
     (damaged,) = (tmp_path / "cache").glob("*/test-*.parquet")
     whole = damaged.read_bytes()
-    damaged.write_bytes(damage(whole, place))
-    again, seen = features(directory, folder, tmp_path / "cache")
-    assert f"warning: {damaged} is damaged and is computed again: " in capsys.readouterr().out
-    assert seen == 16
-    assert same(again, first)
-    assert damaged.read_bytes() == whole
-    again, seen = features(directory, folder, tmp_path / "cache")
-    assert (seen, capsys.readouterr().out) == (0, "")
+    flipped = bytearray(whole)
+    flipped[3000] ^= 0xFF
+    for content in (b"", whole[:200], flipped):
+        damaged.write_bytes(content)
+        again, seen = features(directory, folder, tmp_path / "cache")
+        assert f"warning: {damaged} is damaged and is made again: " in capsys.readouterr().out
+        assert seen == 16
+        assert same(again, first)
+        assert damaged.read_bytes() == whole
+    assert features(directory, folder, tmp_path / "cache")[1] == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_what_was_finished_before_a_stop_is_used(
@@ -265,11 +215,6 @@ def test_bad_images_are_left_out_and_counted_when_they_are_cached_too(
     again, seen = features(directory, data, tmp_path / "cache", max_bad_fraction=0.15)
     assert seen == 0
     assert same(again, found)
-
-
-def test_a_cache_that_cannot_be_written_is_said(
-    directory: Path, folder: Path, tmp_path: Path
-) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cache_dir must be a directory that can be written, got"):
-        features(directory, folder, tmp_path / "file")
+        features(directory, data, tmp_path / "file")

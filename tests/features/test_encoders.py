@@ -17,16 +17,12 @@ from transformers import AutoImageProcessor, AutoModel
 
 from vicreg_hf import VICRegModel
 from vicreg_hf.benchmarks.data import photographs
-from vicreg_hf.features.encode import normalise_images
+from vicreg_hf.features.encode import encode_with
 from vicreg_hf.features.encoders import Encoder, open_encoder
 
 
 def features_of(encoder: Encoder, image: Tensor) -> Tensor:
-    pixels = encoder.prepare(image)[None]
-    if pixels.dtype == torch.uint8:
-        pixels = normalise_images(pixels, encoder.mean, encoder.std)
-    with torch.inference_mode():
-        return encoder.module(pixels)
+    return encode_with(encoder, encoder.prepare(image)[None], torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("make", "width"), [(vit, 16), (resnet, 16)])

@@ -1,10 +1,9 @@
-"""A report to look at, and what stands in its page."""
+"""A report, and its page as a test reads it."""
 
 from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ MEASUREMENTS = (
 
 
 class Page(HTMLParser):
-    """What stands in a page: tables by id, text, and every element's attributes."""
+    """A page that is read: tables by id, text, and every element's attributes."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -45,11 +44,13 @@ class Page(HTMLParser):
         self.feed(self.html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        self.elements.append((tag, given))
+        attributes = dict(attrs)
+        self.elements.append((tag, attributes))
         self._hidden = tag in ("style", "script")
         if tag == "table":
-            self._cells = self.tables.setdefault(given.get("id") or given["class"] or "", [])
+            self._cells = self.tables.setdefault(
+                attributes.get("id") or attributes["class"] or "", []
+            )
         elif tag == "tr" and self._cells is not None:
             self._cells.append([])
         elif tag in ("td", "th") and self._cells:
@@ -74,8 +75,8 @@ class Page(HTMLParser):
         return " ".join(self.lines)
 
     def values(self, tag: str, attribute: str) -> list[str]:
-        return [given[attribute] or "" for name, given in self.elements
-                if name == tag and attribute in given]  # fmt: skip
+        return [own[attribute] or "" for name, own in self.elements
+                if name == tag and attribute in own]  # fmt: skip
 
     def figure(self, name: str) -> str:
         """An inline figure by the name before its ids."""
@@ -89,37 +90,43 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gallery(features: Tensor, labels: Tensor | None, images: Sequence[Tensor]) -> Gallery:
+def gallery(features: Tensor, labels: Tensor | None = None, images: Any = ()) -> Gallery:
     return Gallery(features, labels, lambda rows: [images[row % len(images)] for row in rows])
 
 
-def example(num_classes: int = 4, *, test_images: int = 60) -> Any:
+def undrawn(labels: Tensor | None = None) -> Gallery:
+    """Features that are not finite, of which nothing is drawn."""
+    return gallery(torch.full((1 if labels is None else len(labels), 1), torch.nan), labels)
+
+
+def example(num_classes: int = 4, *, test_images: int = 60, drawn: bool = True) -> dict[str, Any]:
     """Features that lie about their class's centre, and two classifiers of different accuracy."""
-    images = list(photographs(24))
-    centres = 1.2 * random(num_classes, 12, seed=1)
-    train_labels = torch.arange(120) % num_classes
     labels = torch.arange(test_images) % num_classes
     noise = torch.rand(2, test_images, generator=torch.Generator().manual_seed(2))
     wrong = (labels + 1 + (noise[1] * 3).long() // 2) % num_classes
+    train, test = undrawn(), undrawn(labels)
+    if drawn:
+        images = list(photographs(24))
+        centres = 1.2 * random(num_classes, 12, seed=1)
+        of_train = torch.arange(120) % num_classes
+        train = gallery(centres[of_train] + random(120, 12), of_train, images)
+        test = gallery(centres[labels] + random(test_images, 12, seed=3), labels, images)
     return {
         "title": "vicreg-r18 on pictures", "facts": FACTS, "measurements": MEASUREMENTS,
         "predictions": {
             "20-NN": torch.where(noise[0] < 0.75, labels, wrong),
             "linear": torch.where(noise[1] < 0.9, labels, wrong),
         },
-        "labels": labels,
-        "class_names": NAMES,
-        "train": gallery(centres[train_labels] + random(120, 12), train_labels, images),
-        "test": gallery(centres[labels] + random(test_images, 12, seed=3), labels, images),
+        "class_names": [*NAMES, *(f"class {k}" for k in range(4, num_classes))],
+        "train": train, "test": test,
     }  # fmt: skip
 
 
-ONLY_CLASSES: dict[str, Any] = {"train": None, "test": None}
-"""Leaves out of an example what takes time to draw."""
-
-
-def written(directory: Path, **given: Any) -> Page:
-    return Page(write_report(directory / "report.html", **given))
+def written(directory: Path, **changes: Any) -> Page:
+    """The page of an undrawn example without classifiers, but for some changes."""
+    plain = example(drawn=False) | {"predictions": {}, "test": undrawn()}
+    write_report(directory / "report.html", **plain | changes)
+    return Page(directory / "report.html")
 
 
 def decoded(uri: str) -> bytes:

@@ -10,13 +10,14 @@ from typing import Any
 import datasets
 import timm
 import torch
+from accelerate import Accelerator
 
 from vicreg_hf.benchmarks.data import jpeg, photographs
 from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
 from vicreg_hf.data.splits import image_split
-from vicreg_hf.features.encode import features_of
 from vicreg_hf.features.encoders import timm_encoder
 from vicreg_hf.features.parts import Part
+from vicreg_hf.features.writing import write_parts
 from vicreg_hf.runtime.machine import default_num_workers
 
 
@@ -29,6 +30,7 @@ def extraction(
         side: of the images in pixels, square; None takes 500 x 375.
     """
     place = torch.device(device)
+    accelerator = Accelerator(cpu=place.type == "cpu")
     encoder = timm.create_model(architecture, num_classes=0).eval().to(device)
     encoder = encoder.to(memory_format=torch.channels_last)
     registry: Any = encoder.pretrained_cfg
@@ -56,11 +58,10 @@ def extraction(
 
         def whole() -> None:
             shutil.rmtree(part.file.parent, ignore_errors=True)
-            for _ in features_of(
-                opened, splits, [part], device=place, batch_size=batch_size,
+            write_parts(
+                opened, splits, [part], accelerator, batch_size=batch_size,
                 num_workers=default_num_workers(1),
-            ):  # fmt: skip
-                pass
+            )  # fmt: skip
 
         seconds = median_seconds({"bare": bare, "whole": whole}, place, seconds=20, max_repeats=5)
     rates = {name: num_images / each for name, each in seconds.items()}

@@ -15,11 +15,11 @@ from vicreg_hf.hub.card import write_card
 def add_evaluation(
     path: Path, measurements: Sequence[Measurement], *, dataset: str, split: str
 ) -> None:
-    """Add results of an evaluation to a card, in the place of earlier ones of the same data.
+    """Add results of an evaluation to a card. They replace those of the same data.
 
     Args:
-        path: of the card.
-        dataset: id on the Hub, or a name; likewise split.
+        path: the card's.
+        dataset: id on the Hub, or a name.
 
     Raises:
         ValueError, YAMLError: metadata that cannot be read, which would be lost.
@@ -56,19 +56,19 @@ def _with_section(text: str, dataset: str, split: str, measurements: Sequence[Me
     """A card's text with a table for one data set, before its training or at its end."""
     begin, end = f"<!-- evaluation: {dataset} ({split}) -->", "<!-- end of evaluation -->"
     rows = {m.name: f"| {m.name} | {m.shown} | {m.num_images:,} |" for m in measurements}
-    if begin in text and end not in text.partition(begin)[2]:
-        raise ValueError(f"a card's table must end with {end}, got none after {begin}.")
-    if begin in text:
-        before, _, rest = text.partition(begin)
-        old, _, after = rest.partition(end)
-        earlier = [line for line in old.splitlines() if line.startswith("| ")][1:]
-        rows = {line.split("|")[1].strip(): line for line in earlier} | rows
+    before, found, rest = text.partition(begin)
+    if found:
+        table, ended, after = rest.partition(end)
+        if not ended:
+            raise ValueError(f"a card's table must end with {end}, got none after {begin}.")
+        lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
+        rows = {line.split("|")[1].strip(): line for line in lines} | rows
     else:
         place = text.find("\n## Training\n") + 1 or len(text)
         before, after = text[:place].rstrip() + "\n\n", "\n\n" + text[place:].lstrip()
-    lines = [
+    section = [
         begin, f"## Evaluation on {dataset} ({split})", "",
         "| measure | value, 95 % interval over resampled images | images |", "|---|---|---|",
         *rows.values(), end,
     ]  # fmt: skip
-    return before + "\n".join(lines) + after
+    return before + "\n".join(section) + after

@@ -1,20 +1,14 @@
-"""Measuring an encoder on a labelled data set, by several protocols at once.
-
-Shapes: N training and M test images that can be used, F features, K classes.
-"""
+"""Measuring an encoder on a labelled data set, by several protocols at once."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import datasets
-import torch
-from torch import Tensor
 from yaml import YAMLError
 
 from vicreg_hf.data.classes import describe_missing_classes
@@ -22,11 +16,11 @@ from vicreg_hf.data.labelled import Labelled, LabelledData, open_labelled
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.opening.slicing import add_parts
 from vicreg_hf.evaluation.card import add_evaluation
-from vicreg_hf.evaluation.measurements import Measurement
 from vicreg_hf.evaluation.pair_embeddings import Pairs, open_pairs
-from vicreg_hf.evaluation.protocols import NO_LABELS, Measured, Task, run_protocol
+from vicreg_hf.evaluation.protocols import run_protocol
 from vicreg_hf.evaluation.report.gallery import Gallery
-from vicreg_hf.evaluation.requirements import check_labels, check_neighbours
+from vicreg_hf.evaluation.requirements import require_labels, require_neighbours
+from vicreg_hf.evaluation.task import Task
 from vicreg_hf.features.cache import Features, cached_features
 from vicreg_hf.features.encoders import Encoder, open_encoder
 from vicreg_hf.hub.card import CARD_FILE
@@ -40,27 +34,12 @@ from vicreg_hf.runtime.processes import start_accelerator
 from vicreg_hf.settings.evaluation import TRAINED, EvaluationArguments
 
 RESULTS, REPORT = "results.json", "report.html"
-SUBJECT = ("encoder_sha256", "dataset", "train_split", "eval_split", "preprocessing", "bf16")
-"""What results of an encoder must share to take one another's place."""
+SAME_FACTS = ("encoder_sha256", "dataset", "train_split", "eval_split", "preprocessing", "bf16")
+"""Facts in which results must agree to take one another's place."""
+Say = Callable[[str], object]
 
 
-@dataclass
-class Evaluation:
-    """What an evaluation has found."""
-
-    args: EvaluationArguments
-    encoder: Encoder
-    data: LabelledData
-    device: torch.device
-    num_processes: int
-    measurements: list[Measurement] = field(default_factory=list)
-    predictions: dict[str, Tensor] = field(default_factory=dict)
-    """(M,) classes by the name of the classifier."""
-    features: dict[str, Features] = field(default_factory=dict)
-    """Of train and test; where there are classes, of the images that have one."""
-
-
-def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print) -> dict[str, Any]:
+def evaluate(args: EvaluationArguments, *, say: Say = print) -> dict[str, Any]:
     """Measure an encoder, write results.json and report.html, and add to its card.
 
     Everything that can be refused is refused before an image is encoded. Every process must call
@@ -70,7 +49,7 @@ def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print)
         say: told what was measured.
 
     Returns:
-        What results.json holds.
+        The contents of results.json.
 
     Raises:
         ValueError: a setting, encoder or data set that cannot be, or labels that do not suffice.
@@ -79,74 +58,65 @@ def evaluate(args: EvaluationArguments, *, say: Callable[[str], object] = print)
     """
     accelerator = start_accelerator()
     datasets.disable_progress_bars()
-    output_dir = Path(str(args.output_dir))
+    output_dir, main = Path(str(args.output_dir)), accelerator.is_main_process
+    tell = say if main else lambda _: None
     encoder = open_encoder(args.model, args.revision)
-    data: Any = None
-    pairs: Pairs | None = None
+    opened: list[tuple[LabelledData, Pairs | None]] = []
     for main_first in (True, False):
         with failing_together(accelerator.device):
-            if accelerator.is_main_process == main_first:
-                data = open_labelled(
-                    args.dataset_name, train_split=args.train_split, eval_split=args.eval_split,
-                    config_name=args.dataset_config_name, image_column=args.image_column,
-                    label_column=args.label_column, channels=encoder.in_chans,
-                    sound=encoder.sound,
-                )  # fmt: skip
-                if "cross-retrieval" in args.protocol_names:
-                    pairs = _pairs(args, data)
-    check_labels(args, data, num_processes=accelerator.num_processes)
-    _claim(output_dir)
+            if main == main_first:
+                opened.append(_open_data(args, encoder))
+    ((data, pairs),) = opened
+    require_labels(args, data, num_processes=accelerator.num_processes)
+    with writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=output_dir).close()
     encoder.module.to(accelerator.device)
-    found = Evaluation(args, encoder, data, accelerator.device, accelerator.num_processes)
-    features = cached_features(
+    task = Task(args, accelerator, encoder, data, pairs)
+    task.usable = cached_features(
         encoder, {"train": data.train.split, "test": data.test.split}, Path(args.cache_dir),
         accelerator, batch_size=args.batch_size, num_workers=args.num_workers, bf16=args.bf16,
         max_bad_fraction=args.max_bad_fraction,
     )  # fmt: skip
-    tell = say if accelerator.is_main_process else lambda _: None
-    found.features = {
-        "train": _labelled(data.train, features["train"], tell),
-        "test": _labelled(data.test, features["test"], tell),
-    }
-    _say_what_is_unlearnt(found, tell)
-    check_neighbours(args, len(found.features["train"].rows), data.train.split.name)
+    for name, features in task.usable.items():
+        task.features[name] = _with_class(task.part(name), features, tell)
+    _tell_of_missing_classes(task, tell)
+    require_neighbours(args, len(task.features["train"].rows), data.train.split.name)
     for protocol in args.protocol_names:
-        measured = Measured()
-        seen = features if protocol in NO_LABELS else found.features
-        task = Task(args, accelerator, encoder, data, seen, pairs)
+        before = len(task.measurements)
         if protocol in TRAINED:
-            measured = run_protocol(protocol, task)
+            run_protocol(protocol, task)
         else:
             with failing_together(accelerator.device):
-                if accelerator.is_main_process:
-                    measured = run_protocol(protocol, task)
-        found.measurements += measured.measurements
-        found.predictions |= measured.predictions
-        for measurement in measured.measurements if accelerator.is_main_process else ():
-            say(f"{measurement.name}: {measurement.shown}")
-    results = summary(found)
+                if main:
+                    run_protocol(protocol, task)
+        for measurement in task.measurements[before:]:
+            tell(f"{measurement.name}: {measurement.shown}")
+    results = _results(task)
     with failing_together(accelerator.device):
-        if accelerator.is_main_process:
-            _write(found, results, output_dir, say)
+        if main:
+            _write(task, results, output_dir, say)
     accelerator.end_training()
     return results
 
 
-def _say_what_is_unlearnt(found: Evaluation, say: Callable[[str], object]) -> None:
-    """Tell of test images that nothing can classify rightly."""
-    train, test = (
-        _used(part, found.features[name])
-        for name, part in (("train", found.data.train), ("test", found.data.test))
-    )
-    if train is None or test is None:
-        return
-    splits = found.data.train.split.name, found.data.test.split.name
-    sentence = describe_missing_classes(train, test, found.data.names, splits)
-    if sentence is not None:
-        say(sentence)
+def _open_data(args: EvaluationArguments, encoder: Encoder) -> tuple[LabelledData, Pairs | None]:
+    data = open_labelled(
+        args.dataset_name, train_split=args.train_split, eval_split=args.eval_split,
+        config_name=args.dataset_config_name, image_column=args.image_column,
+        label_column=args.label_column, channels=encoder.in_chans, sound=encoder.sound,
+    )  # fmt: skip
+    if "cross-retrieval" not in args.protocol_names:
+        return data, None
+    splits = open_dataset(args.dataset_name, args.dataset_config_name)
+    splits = add_parts(splits, eval_split=data.test_name)
+    return data, open_pairs(
+        args.model, splits[data.test_name], data.test.split, column=args.prime_column,
+        tokenizer=args.prime_tokenizer,
+    )  # fmt: skip
 
 
-def _labelled(part: Labelled, features: Features, say: Callable[[str], object]) -> Features:
+def _with_class(part: Labelled, features: Features, tell: Say) -> Features:
     """The features of images that have a class, where there are classes."""
     if part.classes is None:
         return features
@@ -154,34 +124,33 @@ def _labelled(part: Labelled, features: Features, say: Callable[[str], object]) 
     if bool(known.all()):
         return features
     without = int((~known).sum())
-    say(f"{without} of {len(known)} images of {part.split.name} have no class and are left out.")
+    tell(f"{without} of {len(known)} images of {part.split.name} have no class and are left out.")
     x = features.x[known] if len(features.x) else features.x  # other processes have none
     return Features(x, features.rows[known])
 
 
-def _pairs(args: EvaluationArguments, data: LabelledData) -> Pairs:
-    splits = open_dataset(args.dataset_name, args.dataset_config_name)
-    splits = add_parts(splits, eval_split=data.test_name)
-    return open_pairs(
-        args.model, splits[data.test_name], data.test.split, column=args.prime_column,
-        tokenizer=args.prime_tokenizer,
-    )  # fmt: skip
+def _tell_of_missing_classes(task: Task, tell: Say) -> None:
+    train, test, data = task.classes("train"), task.classes("test"), task.data
+    if train is None or test is None:
+        return
+    splits = data.train.split.name, data.test.split.name
+    sentence = describe_missing_classes(train, test, data.names, splits)
+    if sentence is not None:
+        tell(sentence)
 
 
-def _write(
-    found: Evaluation, results: dict[str, Any], output_dir: Path, say: Callable[[str], object]
-) -> None:
+def _write(task: Task, results: dict[str, Any], output_dir: Path, say: Say) -> None:
     clear_leftovers(output_dir)
     remedy = "What was in it is as it was; free some space or choose another."
     with writing(output_dir, remedy=remedy), replacing(output_dir / RESULTS) as aside:
         aside.write_text(json.dumps(results, indent=2) + "\n")
         with replacing(output_dir / REPORT) as report:
-            _write_report(found, results, report)
+            _write_report(task, results, report)
             if not _measured_anew(output_dir / RESULTS, results):
                 set_aside(output_dir, (RESULTS, REPORT), say)
     say(f"In {output_dir}: {RESULTS}, and {REPORT} to open in a browser.")
-    if found.args.update_card:
-        _update_card(found, say)
+    if task.args.update_card:
+        _update_card(task, say)
 
 
 def _measured_anew(path: Path, results: dict[str, Any]) -> bool:
@@ -190,7 +159,7 @@ def _measured_anew(path: Path, results: dict[str, Any]) -> bool:
         return True
     try:
         before = json.loads(path.read_text())
-        same = all(before[fact] == results[fact] for fact in SUBJECT)
+        same = all(before[fact] == results[fact] for fact in SAME_FACTS)
         return same and {m["name"] for m in before["results"]} <= {
             m["name"] for m in results["results"]
         }
@@ -198,37 +167,31 @@ def _measured_anew(path: Path, results: dict[str, Any]) -> bool:
         return False
 
 
-def _claim(output_dir: Path) -> None:
-    with writing(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=output_dir).close()
-
-
-def summary(found: Evaluation) -> dict[str, Any]:
-    """What results.json holds."""
-    encoder, data = found.encoder, found.data
+def _results(task: Task) -> dict[str, Any]:
+    """The contents of results.json."""
+    args, data, encoder = task.args, task.data, task.encoder
     return {
-        "model": impersonal(found.args.model),
-        "revision": found.args.revision,
+        "model": impersonal(args.model),
+        "revision": args.revision,
         "encoder_sha256": encoder.fingerprint(),
-        "dataset": impersonal(found.args.dataset_name),
+        "dataset": impersonal(args.dataset_name),
         "train_split": data.train_name,
         "eval_split": data.test_name,
-        "num_train_images": len(found.features["train"].rows),
-        "num_eval_images": len(found.features["test"].rows),
+        "num_train_images": len(task.features["train"].rows),
+        "num_eval_images": len(task.features["test"].rows),
         "num_features": encoder.num_features,
         "preprocessing": json.loads(json.dumps(dict(encoder.data_config))),
-        "bf16": found.args.bf16,
-        "hardware": hardware(found.device, found.num_processes),
+        "bf16": args.bf16,
+        "hardware": hardware(task.device, task.accelerator.num_processes),
         "software": software("vicreg_hf", "torch", "timm", "transformers", "python"),
-        "results": [measurement.to_dict() for measurement in found.measurements],
+        "results": [measurement.to_dict() for measurement in task.measurements],
     }
 
 
-def _write_report(found: Evaluation, results: dict[str, Any], path: Path) -> None:
+def _write_report(task: Task, results: dict[str, Any], path: Path) -> None:
     from vicreg_hf.evaluation.report.report import write_report
 
-    data = found.data
+    data, seed = task.data, task.args.seed
     side = " x ".join(map(str, results["preprocessing"]["input_size"]))
     facts = {
         "model": str(results["model"]),
@@ -238,39 +201,32 @@ def _write_report(found: Evaluation, results: dict[str, Any], path: Path) -> Non
         "features": str(results["num_features"]),
         "hardware": results["hardware"],
         "software": ", ".join(f"{name} {of}" for name, of in results["software"].items()),
-        "seed": str(found.args.seed),
+        "seed": str(seed),
     }  # fmt: skip
-    labels = _used(data.test, found.features["test"])
     write_report(
         path, title=f"{results['model']} on {results['dataset']}", facts=facts,
-        measurements=found.measurements, predictions=found.predictions or None, labels=labels,
-        class_names=data.names if labels is not None else (),
-        train=_gallery(data.train, found.features["train"]),
-        test=_gallery(data.test, found.features["test"]), seed=found.args.seed,
+        measurements=task.measurements, predictions=task.predictions, class_names=data.names,
+        train=_gallery(task, "train"), test=_gallery(task, "test"), seed=seed,
     )  # fmt: skip
 
 
-def _used(part: Labelled, features: Features) -> Tensor | None:
-    """The classes of the images that can be used."""
-    return None if part.classes is None else part.classes[features.rows]
+def _gallery(task: Task, name: str) -> Gallery:
+    features, split = task.features[name], task.part(name).split
+    return Gallery(
+        features.x, task.classes(name),
+        lambda places: split.read([int(features.rows[int(place)]) for place in places]),
+    )  # fmt: skip
 
 
-def _gallery(part: Labelled, features: Features) -> Gallery:
-    def read(places: Any) -> list[Tensor]:
-        return part.split.read([int(features.rows[int(place)]) for place in places])
-
-    return Gallery(features.x, _used(part, features), read)
-
-
-def _update_card(found: Evaluation, say: Callable[[str], object]) -> None:
-    model = Path(found.args.model)
+def _update_card(task: Task, say: Say) -> None:
+    model = Path(task.args.model)
     for directory in (model / "encoder", model):
         card = directory / CARD_FILE
         if card.is_file() and (directory / "config.json").is_file():
             try:
                 add_evaluation(
-                    card, found.measurements, dataset=str(impersonal(found.args.dataset_name)),
-                    split=found.data.test_name,
+                    card, task.measurements, dataset=str(impersonal(task.args.dataset_name)),
+                    split=task.data.test_name,
                 )  # fmt: skip
             except (OSError, ValueError, YAMLError) as error:  # one that people have written
                 say(f"warning: {card} was left as it was: {one_line(error)}")

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,7 +34,8 @@ from vicreg_hf.data.batches import evaluation_batches, training_views
 from vicreg_hf.data.columns.base import BadImage
 from vicreg_hf.data.sampler import EpochRows, GlobalBatches
 from vicreg_hf.data.splits import ImageSplit
-from vicreg_hf.features.encode import normalise_images
+from vicreg_hf.evaluation.classifier import Classifier, create_head, freeze_unused
+from vicreg_hf.features.encode import Autocast, encode, encoding_precision
 from vicreg_hf.models.batch_norm import synchronize
 from vicreg_hf.runtime.distributed import gather_rows, sum_over_processes
 from vicreg_hf.runtime.randomness import Stream, derive_seed
@@ -43,27 +43,23 @@ from vicreg_hf.runtime.transfer import on_device
 from vicreg_hf.settings.finetuning import FinetuneSettings
 from vicreg_hf.views.random_views import RandomViews
 
-Autocast = Callable[[], AbstractContextManager[None]]
-"""Of a forward pass."""
 MOMENTUM = 0.9
-HEAD_STD = 0.01
-"""Of the classifier's first weights; its first biases are zero."""
 NO_CLASS = -100
-"""In the place of a label, leaves an image out of the loss."""
+"""A label that leaves an image out of the loss."""
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What came of it, the same in every process."""
+    """A trained classifier and its answers, the same in every process."""
 
     logits: Tensor
     """(M, K) float32 on the CPU, a row for every test image in order."""
     losses: list[float]
     """Mean training loss of every epoch."""
     batch_size: int
-    """As it was, which is less than asked for where there were fewer rows."""
+    """Images per step, which are no more than there were rows."""
     seconds: float
-    """Of training and testing."""
+    """Duration of training and testing."""
     model: nn.Module = field(repr=False)
     """Logits (B, K) of images (B, C, S, S), in eval mode on the device."""
 
@@ -71,33 +67,6 @@ class FinetuneResult:
     def predictions(self) -> Tensor:
         """(M,) classes."""
         return self.logits.argmax(1)
-
-
-class Classifier(nn.Module):
-    """A linear classifier of an encoder's features, in float32 whatever the autocast.
-
-    Args:
-        encoder: gives (B, F) for (B, C, S, S).
-        head: gives (B, K).
-        frozen: keep the encoder in eval mode, and give it no gradients.
-    """
-
-    def __init__(self, encoder: nn.Module, head: nn.Linear, *, frozen: bool) -> None:
-        super().__init__()
-        self.encoder, self.head, self.frozen = encoder.requires_grad_(not frozen), head, frozen
-        self.train()
-
-    def train(self, mode: bool = True) -> Classifier:
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad() if self.frozen else nullcontext():
-            features = self.encoder(x)
-        with torch.autocast(features.device.type, enabled=False):
-            return self.head(features.to(self.head.weight.dtype))
 
 
 def finetune(
@@ -136,7 +105,7 @@ def finetune(
         crop_pct: of test images, the part of the shorter side that is seen.
         mean: per channel, of the encoder's preprocessing; likewise std.
         settings: the authors' are `LINEAR`, `ONE_PERCENT` and `TEN_PERCENT`.
-        rows: of the training images, those to learn from; by default all.
+        rows: numbers of the training images to learn from; by default all.
         num_workers: loading processes per process, for splits.
         bf16: encode in bfloat16, unless the accelerator has a mixed precision of its own.
 
@@ -156,23 +125,20 @@ def finetune(
     copy = copy.to(memory_format=torch.channels_last)
     head = create_head(num_features, num_classes, seed=settings.seed)
     model = Classifier(copy, head, frozen=settings.frozen).to(device)
-    _check_features(model, torch.zeros(2, in_chans, image_size, image_size, device=device))
+    freeze_unused(model, torch.zeros(2, in_chans, image_size, image_size, device=device))
     if world_size > 1 and not settings.frozen:
         synchronize(model, device)
     views: RandomViews[tuple[Tensor, ...]] = RandomViews(
         image_size, (settings.recipe,), mean=mean, std=std, seed=settings.seed, in_chans=in_chans
     )
-    unusable = _Unusable(len(train))
+    bad = _LeftOutImages(len(train))
     steps = range(settings.epochs * batches.steps_per_epoch)
     crops = training_views(
-        train, batches, views, steps=steps, device=device, num_workers=num_workers, bad=unusable
+        train, batches, views, steps=steps, device=device, num_workers=num_workers, bad=bad
     )
-    kept = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    autocast = partial(_autocast, accelerator, bf16)
-    with kept:
-        losses = _fit(
-            model, crops, train_labels, batches, unusable, settings, accelerator, autocast
-        )
+    autocast = partial(encoding_precision, accelerator, bf16)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        losses = _fit(model, crops, train_labels, batches, bad, settings, accelerator, autocast)
         logits = _classify(
             model, test, num_classes, accelerator, autocast, mean=mean, std=std,
             image_size=image_size, crop_pct=crop_pct, num_workers=num_workers,
@@ -180,17 +146,6 @@ def finetune(
         )  # fmt: skip
     seconds = time.perf_counter() - started
     return FinetuneResult(logits, losses, batches.batch_size, seconds, model)
-
-
-def create_head(num_features: int, num_classes: int, *, seed: int) -> nn.Linear:
-    """A linear classifier with the authors' first weights, a function of its size and the seed."""
-    # torch's own first weights would be drawn from the caller's generator
-    head = nn.Linear(num_features, num_classes, device="meta").to_empty(device="cpu")
-    generator = torch.Generator()
-    generator.manual_seed(derive_seed(seed, epoch=0, index=0, stream=Stream.MODEL))
-    nn.init.normal_(head.weight, std=HEAD_STD, generator=generator)
-    nn.init.zeros_(head.bias)
-    return head
 
 
 class _SubsetBatches(GlobalBatches):
@@ -205,8 +160,10 @@ class _SubsetBatches(GlobalBatches):
         return epoch, self.rows[places]
 
 
-class _Unusable(BadImages):
-    """Images that this process could not decode: what is seen in their place has another class."""
+class _LeftOutImages(BadImages):
+    """Images that this process could not decode. They are left out of the loss, as the images that
+    are shown in their place have other classes.
+    """
 
     def __init__(self, num_images: int) -> None:
         super().__init__(num_images, 1.0, None, fate="left out of the loss")
@@ -217,12 +174,12 @@ class _Unusable(BadImages):
         self.rows.update(image.row for image in images)
         super().add(images)
 
-    def without(self, labels: Tensor, rows: NDArray[np.int64]) -> Tensor:
-        """The labels of some rows, but for those that are not to be learned."""
-        if not self.rows:
-            return labels
-        bad = torch.tensor([row in self.rows for row in rows.tolist()])
-        return labels.masked_fill(bad, NO_CLASS)
+    def labels(self, labels: Tensor, rows: NDArray[np.int64]) -> Tensor:
+        """The labels of some rows, with `NO_CLASS` for those that are left out."""
+        chosen = labels[torch.from_numpy(rows)]
+        return chosen.masked_fill(
+            torch.tensor([row in self.rows for row in rows.tolist()]), NO_CLASS
+        )
 
 
 def _checked_rows(
@@ -236,47 +193,15 @@ def _checked_rows(
     chosen = np.arange(len(train)) if rows is None else np.asarray(rows, dtype=np.int64)
     if chosen.ndim != 1 or len(chosen) == 0:
         raise ValueError(f"rows must be a list of numbers, got shape {chosen.shape}.")
-    if chosen.min() < 0 or chosen.max() >= len(train):
-        outside = chosen[(chosen < 0) | (chosen >= len(train))][0]
-        raise ValueError(f"rows must be from 0 to {len(train) - 1}, got {outside}.")
+    if len(outside := chosen[(chosen < 0) | (chosen >= len(train))]):
+        raise ValueError(f"rows must be from 0 to {len(train) - 1}, got {outside[0]}.")
     used = labels[torch.from_numpy(chosen)]
-    if used.min() < 0 or used.max() >= num_classes:
-        outside = used[(used < 0) | (used >= num_classes)][0]
+    if len(unknown := used[(used < 0) | (used >= num_classes)]):
         raise ValueError(
-            f"labels must be from 0 to {num_classes - 1}, got {outside}; leave such rows out, or "
-            "raise num_classes."
+            f"labels must be from 0 to {num_classes - 1}, got {unknown[0]}; leave such rows out, "
+            "or raise num_classes."
         )
     return chosen
-
-
-def _check_features(model: Classifier, images: Tensor) -> None:
-    """Encode some images, and freeze what their features do not depend on.
-
-    Of every parameter that is not frozen DistributedDataParallel awaits a gradient.
-    """
-    with torch.set_grad_enabled(not model.frozen):
-        features = model.encoder.eval()(images)
-    model.train()
-    expected = (len(images), model.head.in_features)
-    if not isinstance(features, Tensor) or features.shape != expected:
-        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(
-            f"the encoder must give features of shape {expected} for images of shape "
-            f"{tuple(images.shape)}, got {got}."
-        )
-    if features.requires_grad:
-        parameters = list(model.encoder.parameters())
-        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.requires_grad_(gradient is not None)
-
-
-@contextmanager
-def _autocast(accelerator: Accelerator, bf16: bool) -> Iterator[None]:
-    """For one forward pass: until it is left, weights are those that it has seen first."""
-    kind = accelerator.device.type
-    with torch.autocast(kind, torch.bfloat16, enabled=bf16), accelerator.autocast():
-        yield
 
 
 def _fit(
@@ -284,7 +209,7 @@ def _fit(
     crops: Iterator[tuple[Tensor, ...]],
     labels: Tensor,
     batches: GlobalBatches,
-    unusable: _Unusable,
+    bad: _LeftOutImages,
     settings: FinetuneSettings,
     accelerator: Accelerator,
     autocast: Autocast,
@@ -304,17 +229,12 @@ def _fit(
     with bar:
         for step, (x,) in enumerate(crops):
             epoch, rows = batches.batch(step)
-            for group, lr in zip(
-                optimizer.param_groups, settings.learning_rates(epoch), strict=True
-            ):
+            rates = settings.learning_rates(epoch)
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr
-            torch.manual_seed(
-                derive_seed(
-                    settings.seed, epoch=step, index=accelerator.process_index,
-                    stream=Stream.DROPOUT,
-                )
-            )  # fmt: skip
-            wanted = unusable.without(labels[torch.from_numpy(rows)], rows)
+            own = {"epoch": step, "index": accelerator.process_index}
+            torch.manual_seed(derive_seed(settings.seed, **own, stream=Stream.DROPOUT))
+            wanted = bad.labels(labels, rows)
             with autocast():
                 logits = wrapped(x.to(memory_format=torch.channels_last))
             # over all rows, so that those left out weigh the same on any number of processes
@@ -329,7 +249,7 @@ def _fit(
                 losses.append(_finite(mean.item(), epoch, settings))
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 total.zero_()
-    unusable.agree(gather_object, write=False, say=accelerator.print)
+    bad.agree(gather_object, write=False, say=accelerator.print)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
     return losses
@@ -345,7 +265,6 @@ def _finite(loss: float, epoch: int, settings: FinetuneSettings) -> float:
     )
 
 
-@torch.inference_mode()
 def _classify(
     model: Classifier,
     test: ImageSplit | Tensor,
@@ -366,8 +285,9 @@ def _classify(
     logits = torch.zeros(share, num_classes, device=device)
     done = 0
     for images in evaluation_batches(test, own, **settings) if len(own) else ():
-        x = normalise_images(images.to(device), mean, std).to(memory_format=torch.channels_last)
-        with autocast():
-            logits[done : done + len(x)] = model(x)
-        done += len(x)
+        logits[done : done + len(images)] = encode(
+            model, images, mean=mean, std=std, device=device, autocast=autocast,
+            memory_format=torch.channels_last,
+        )  # fmt: skip
+        done += len(images)
     return gather_rows(logits)[: len(test)].cpu()

@@ -1,4 +1,4 @@
-"""Which of the labels semi-supervised learning may use: a balanced share, or a published list.
+"""Lists of the images whose labels semi-supervised learning may use.
 
 Shapes: N images.
 """
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vicreg_hf.data.splits import ImageSplit
 
 SYNSET_TWICE = re.compile(r"^(n\d{8}_\d+)_n\d{8}(\.\w+)$")
-"""n01440764_10026_n01440764.JPEG: how ImageNet on the Hub names n01440764_10026.JPEG."""
+"""ImageNet on the Hub names n01440764_10026.JPEG n01440764_10026_n01440764.JPEG."""
 ROWS_AT_ONCE = 1024
 
 
@@ -47,18 +47,53 @@ def listed_subset(
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"a list of images must be a text file, got {path}: {error}.") from error
-    rows_by_name = _rows_by_name(image_paths)
-    rows = set()
-    for number, line in enumerate(map(str.strip, lines), 1):
-        if line and not line.startswith("#"):
-            place = f"line {number} of {path}"
-            if line.isdecimal():
-                rows.add(_row_of_number(int(line), num_rows, place))
-            else:
-                rows.add(_row_of_name(line, rows_by_name, image_paths, place))
+    named: dict[str, list[int]] = {}
+    for row, image_path in enumerate(image_paths):
+        name = PurePosixPath(image_path or "").name
+        for known in {name, SYNSET_TWICE.sub(r"\1\2", name)} - {""}:
+            named.setdefault(known, []).append(row)
+    rows = {
+        _row_of(line, named, image_paths, num_rows, f"line {number} of {path}")
+        for number, line in enumerate(map(str.strip, lines), 1)
+        if line and not line.startswith("#")
+    }
     if not rows:
         raise ValueError(f"a list of images must name some, got none in {path}.")
     return np.array(sorted(rows), dtype=np.int64)
+
+
+def _row_of(
+    line: str,
+    named: dict[str, list[int]],
+    image_paths: Sequence[str | None],
+    num_rows: int,
+    place: str,
+) -> int:
+    if line.isdecimal():
+        if int(line) >= num_rows:
+            raise ValueError(f"a row must be one of 0 to {num_rows - 1}, got {line} in {place}.")
+        return int(line)
+    if not named:
+        raise ValueError(
+            f"images without file names must be listed by row numbers, got {line!r} in {place}."
+        )
+    parts = PurePosixPath(line).parts
+    rows = named.get(parts[-1], [])
+    if not rows:
+        raise ValueError(
+            f"every listed name must be an image's, got {line!r} in {place}; the images are named "
+            f"like {next(iter(named))!r}."
+        )
+    if len(rows) > 1:
+        paths = {row: PurePosixPath(image_paths[row] or "").parts for row in rows}
+        ends = [row for row in rows if paths[row][-len(parts) :] == parts]
+        rows = ends if len(parts) > 1 and ends else rows
+    if len(rows) > 1:
+        raise ValueError(
+            f"a listed name must be that of one image, got {line!r} in {place}, which rows "
+            f"{rows[0]} and {rows[1]} have; add its folder, or list row numbers."
+        )
+    return rows[0]
 
 
 def paths_of_images(split: ImageSplit) -> list[str | None]:
@@ -71,51 +106,3 @@ def paths_of_images(split: ImageSplit) -> list[str | None]:
         for chunk in rows[split.column.name].chunks:
             paths += chunk.field("path").to_pylist()
     return paths
-
-
-def _rows_by_name(image_paths: Sequence[str | None]) -> dict[str, list[int]]:
-    rows: dict[str, list[int]] = {}
-    for row, path in enumerate(image_paths):
-        if path is not None:
-            name = PurePosixPath(path).name
-            for known in {name, SYNSET_TWICE.sub(r"\1\2", name)}:
-                rows.setdefault(known, []).append(row)
-    return rows
-
-
-def _row_of_number(row: int, num_rows: int, place: str) -> int:
-    if row >= num_rows:
-        raise ValueError(f"a row must be one of 0 to {num_rows - 1}, got {row} in {place}.")
-    return row
-
-
-def _row_of_name(
-    line: str,
-    rows_by_name: dict[str, list[int]],
-    image_paths: Sequence[str | None],
-    place: str,
-) -> int:
-    if not rows_by_name:
-        raise ValueError(
-            f"images without file names must be listed by row numbers, got {line!r} in {place}."
-        )
-    parts = PurePosixPath(line).parts
-    rows = rows_by_name.get(parts[-1], [])
-    if not rows:
-        known = next(iter(rows_by_name))
-        raise ValueError(
-            f"every listed name must be an image's, got {line!r} in {place}; the images are named "
-            f"like {known!r}."
-        )
-    if len(rows) > 1:
-        ends = [
-            row for row in rows
-            if PurePosixPath(image_paths[row] or "").parts[-len(parts) :] == parts
-        ]  # fmt: skip
-        rows = ends if len(parts) > 1 and ends else rows
-    if len(rows) > 1:
-        raise ValueError(
-            f"a listed name must be that of one image, got {line!r} in {place}, which rows "
-            f"{rows[0]} and {rows[1]} have; add its folder, or list row numbers."
-        )
-    return rows[0]

@@ -1,7 +1,4 @@
-"""A measurement of an encoder, and how far chance alone may have moved it.
-
-Shapes: M test images.
-"""
+"""A measurement of an encoder, and how far chance alone may have moved it."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ class Measurement:
     """One number, with all that is needed to read it."""
 
     protocol: str
-    """knn, linear, ...: what `--protocols` calls it."""
+    """Its name in `--protocols`, such as knn."""
     name: str
     """Such as "20-NN top-1 accuracy"."""
     value: float
@@ -24,12 +21,12 @@ class Measurement:
     seed: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     low: float | None = None
-    """Of the 95 % interval over resampled test images; None where nothing was resampled."""
+    """Lower end of the 95 % interval over resampled test images; None where none were resampled."""
     high: float | None = None
     percent: bool = True
     """Whether the value is a share, shown in percent."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What else was found, such as the value of each class."""
+    """Further findings, such as the value of each class."""
 
     @property
     def shown(self) -> str:
@@ -41,5 +38,5 @@ class Measurement:
         return f"{100 * self.value:.2f} % ({100 * self.low:.2f} to {100 * self.high:.2f})"
 
     def to_dict(self) -> dict[str, Any]:
-        """As results.json holds it."""
-        return {**asdict(self), "settings": dict(self.settings), "details": dict(self.details)}
+        """The entry in results.json."""
+        return asdict(self)

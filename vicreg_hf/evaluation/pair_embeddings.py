@@ -1,12 +1,11 @@
 """Embeddings of both halves of a data set's pairs, by a model of two branches.
 
-Shapes: N pairs that can be used, M of what belongs to the samples, F features, D embedding.
+Shapes: N pairs that can be used, M counterparts of their images, F features, D embedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from vicreg_hf.data.columns.texts import TextColumn
 from vicreg_hf.data.columns.waveforms import WaveformColumn
 from vicreg_hf.data.pairs import PairedSplit
 from vicreg_hf.data.splits import ImageSplit
-from vicreg_hf.features.encode import normalise_images
+from vicreg_hf.features.encode import encode
 from vicreg_hf.features.encoders import timm_encoder
 from vicreg_hf.hub.layout import DIRECTORY
 from vicreg_hf.modeling_vicreg import VICRegModel
@@ -45,13 +44,13 @@ class Pairs:
 def open_pairs(
     source: str, table: Any, images: ImageSplit, *, column: str | None, tokenizer: str | None
 ) -> Pairs:
-    """Load both branches with their expanders, and find what the second takes.
+    """Load both branches with their expanders, and find the column that the second takes.
 
     Args:
         source: output_dir of a run, or a directory with both branches.
         table: the data set's split, all columns.
         images: the same split's images.
-        column: of what belongs to the images; by default the only one of its kind.
+        column: of the images' counterparts; by default the only one of its kind.
         tokenizer: Hub id or directory; by default that of the run's second encoder.
 
     Raises:
@@ -91,46 +90,39 @@ def open_pairs(
 def embed_pairs(
     pairs: Pairs, features: Tensor, rows: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The embeddings of images and of what belongs to them.
+    """The embeddings of images and of their counterparts in the other column.
 
     Args:
         features: (N', F) representations of the images of some rows.
         rows: (N',) of the split.
 
     Returns:
-        (N, D) of the pairs of which both halves can be used, (M, D) of what belongs to them, (M,)
-        to which of the N each belongs, and how many were left out. Of several captions each counts.
+        (N, D) of the images of pairs of which both halves can be used, (M, D) of their
+        counterparts, (M,) to which of the N each belongs, and how many pairs were left out. Each of
+        several captions of an image counts.
     """
     model: Any = pairs.model
-    model.to(device)
-    assert model.prime is not None
-    parts, kept, owner = [], [], []
-    with _evaluated(model):
-        for place, items in _usable(pairs, rows.tolist()):
-            for item in items:
-                parts.append(item)
-                owner.append(len(kept))
-            kept.append(place)
-        if not kept:
-            raise ImageError(f"{pairs.split.name} must hold pairs that can be used, got none.")
-        z = model.expander(features[torch.tensor(kept, device=features.device)].to(device))
-        z_prime = torch.cat(
-            [
-                model.prime.expander(
-                    model.prime.represent(
-                        send_to_device(_inputs(pairs, parts[start : start + BATCH]), device)
-                    )
-                )
-                for start in range(0, len(parts), BATCH)
-            ]
-        )
+    model.to(device).eval()
+    items, kept, owner = [], [], []
+    for place, own in _usable_counterparts(pairs.split, rows.tolist()):
+        items += own
+        owner += [len(kept)] * len(own)
+        kept.append(place)
+    if not kept:
+        raise ImageError(f"{pairs.split.name} must hold pairs that can be used, got none.")
+    z = model.expander(features[torch.tensor(kept, device=features.device)].to(device))
+    z_prime = [
+        model.prime.expander(_represent(pairs, items[start : start + BATCH], device))
+        for start in range(0, len(items), BATCH)
+    ]
     left_out = len(rows) - len(kept)
-    return z.float(), z_prime.float(), torch.tensor(owner, device=device), left_out
+    return z.float(), torch.cat(z_prime).float(), torch.tensor(owner, device=device), left_out
 
 
-def _usable(pairs: Pairs, rows: Sequence[int]) -> Iterator[tuple[int, list[Any]]]:
-    """Places of the rows of which the other half can be used, and what is in it."""
-    split = pairs.split
+def _usable_counterparts(
+    split: PairedSplit, rows: Sequence[int]
+) -> Iterator[tuple[int, list[Any]]]:
+    """Places of the rows whose counterpart can be used, and its captions or the one it is."""
     for start in range(0, len(rows), BATCH):
         for place, sample in enumerate(split.others.try_read(rows[start : start + BATCH]), start):
             if isinstance(sample, BadImage):
@@ -139,28 +131,20 @@ def _usable(pairs: Pairs, rows: Sequence[int]) -> Iterator[tuple[int, list[Any]]
             yield place, [(caption,) for caption in item] if captions else [item]
 
 
-def _inputs(pairs: Pairs, items: Sequence[Any]) -> Any:
-    """What the second encoder takes of some decoded cells, without augmentation."""
+def _represent(pairs: Pairs, items: Sequence[Any], device: torch.device) -> Tensor:
+    """The second encoder's representations of decoded cells, without augmentation."""
     column: Any = pairs.split.column
-    if isinstance(column, WaveformColumn):
-        return column.middle(items)
-    if not isinstance(column, (ImageColumn, SpectrogramColumn)):
-        return column.batch(items, np.zeros(len(items), np.int64), 0, 0)
     prime, branch = pairs.model.config.prime, pairs.model.prime
     assert prime is not None
     assert branch is not None
-    encoder = timm_encoder(
-        branch.backbone, prime["architecture"], prime["model_args"], prime["pretrained_cfg"]
-    )
-    seen = torch.stack([encoder.prepare(item) for item in items])
-    return normalise_images(seen, encoder.mean, encoder.std)
-
-
-@contextmanager
-def _evaluated(model: VICRegModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+    if isinstance(column, (ImageColumn, SpectrogramColumn)):
+        encoder = timm_encoder(
+            branch.backbone, prime["architecture"], prime["model_args"], prime["pretrained_cfg"]
+        )
+        images = torch.stack([encoder.prepare(item) for item in items])
+        return encode(branch.represent, images, mean=encoder.mean, std=encoder.std, device=device)
+    if isinstance(column, WaveformColumn):
+        inputs = column.middle(items)
+    else:
+        inputs = column.batch(items, np.zeros(len(items), np.int64), 0, 0)
+    return branch.represent(send_to_device(inputs, device))

@@ -1,15 +1,20 @@
-"""What each protocol needs of labels and images, made sure of before it is measured."""
+"""Each protocol's needs of labels and images, checked before anything is measured."""
 
 from __future__ import annotations
 
 from vicreg_hf.data.labelled import LabelledData
 from vicreg_hf.data.sampler import GlobalBatches
-from vicreg_hf.evaluation.protocols import MULTI_LABEL, NO_LABELS, training_rows
+from vicreg_hf.evaluation.trained import training_rows
 from vicreg_hf.settings.evaluation import TRAINED, EvaluationArguments
 
+NO_LABELS = ("collapse", "cross-retrieval")
+MULTI_LABEL = ("svm",)
 
-def check_labels(args: EvaluationArguments, data: LabelledData, *, num_processes: int = 1) -> None:
-    """Refuse what the labels of a data set do not suffice for, or processes cannot share.
+
+def require_labels(
+    args: EvaluationArguments, data: LabelledData, *, num_processes: int = 1
+) -> None:
+    """Refuse labels that do not suffice for a protocol, and batches that processes cannot share.
 
     Raises:
         ValueError: says which protocol needs what.
@@ -31,20 +36,25 @@ def check_labels(args: EvaluationArguments, data: LabelledData, *, num_processes
                 f"{train.split.name} has {kinds[train.targets is not None]}; choose another "
                 "--protocols or --label_column."
             )
-        shown = [] if train.classes is None else train.classes[train.classes >= 0].unique().tolist()
-        if train.classes is not None and len(shown) < 2:
+        if train.classes is None:
+            _require_targets(data)
+            continue
+        shown = train.classes[train.classes >= 0].unique().tolist()
+        if len(shown) < 2:
             raise ValueError(
                 f"protocol {protocol} needs at least two classes, and {train.split.name} shows "
                 f"only {data.names[shown[0]] if data.names else 'one'}."
             )
         if protocol in TRAINED:
-            _check_batches(protocol, args, data, num_processes)
-        if protocol in MULTI_LABEL:
-            _check_targets(data)
-    check_neighbours(args, len(train.split), train.split.name)
+            rows = training_rows(protocol, args, data)
+            number = len(train.split) if rows is None else len(rows)
+            settings, _ = args.training(protocol)
+            batch_size = min(settings.batch_size, number // num_processes * num_processes)
+            _ = GlobalBatches(number, batch_size, seed=args.seed, world_size=num_processes)
+    require_neighbours(args, len(train.split), train.split.name)
 
 
-def check_neighbours(args: EvaluationArguments, num_images: int, name: str) -> None:
+def require_neighbours(args: EvaluationArguments, num_images: int, name: str) -> None:
     """Refuse to look for more neighbours than there are training images, in a split of that name.
 
     Raises:
@@ -59,28 +69,18 @@ def check_neighbours(args: EvaluationArguments, num_images: int, name: str) -> N
             )
 
 
-def _check_batches(
-    protocol: str, args: EvaluationArguments, data: LabelledData, num_processes: int
-) -> None:
-    rows = training_rows(protocol, args, data)
-    number = len(data.train.split) if rows is None else len(rows)
-    settings, _ = args.training(protocol)
-    batch_size = min(settings.batch_size, number // num_processes * num_processes)
-    _ = GlobalBatches(number, batch_size, seed=args.seed, world_size=num_processes)
-
-
-def _check_targets(data: LabelledData) -> None:
+def _require_targets(data: LabelledData) -> None:
     from vicreg_hf.metrics.svm import FOLDS
 
     assert data.train.targets is not None
     assert data.test.targets is not None
-    shown = data.train.targets.sum(0)
-    for name, number in zip(data.names, shown.tolist(), strict=True):
-        if min(number, len(data.train.split) - number) < FOLDS:
+    name, number = data.train.split.name, len(data.train.split)
+    for label, shown in zip(data.names, data.train.targets.sum(0).tolist(), strict=True):
+        if min(shown, number - shown) < FOLDS:
             raise ValueError(
                 f"protocol svm needs at least {FOLDS} training images that show a class and "
-                f"{FOLDS} that do not, and {number} of {len(data.train.split)} in "
-                f"{data.train.split.name} show {name}; leave it out."
+                f"{FOLDS} that do not, and {shown} of {number} in {name} show {label}; leave it "
+                "out."
             )
     if not data.test.targets.any():
         raise ValueError(

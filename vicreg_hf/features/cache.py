@@ -7,35 +7,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from vicreg_hf.data.bad_images import BadImages, check_share
 from vicreg_hf.data.splits import ImageSplit
-from vicreg_hf.data.workers import loading_errors
-from vicreg_hf.features.encode import features_of
 from vicreg_hf.features.encoders import Encoder
-from vicreg_hf.features.parts import Contents, Part, PartError, parts_of, read_part
+from vicreg_hf.features.parts import Part, PartError, parts_of, read_part
+from vicreg_hf.features.writing import complete_parts
 from vicreg_hf.runtime.distributed import failing_together
-from vicreg_hf.runtime.files import clear_leftovers, writing
-from vicreg_hf.runtime.machine import default_num_workers, local_processes
+from vicreg_hf.runtime.files import clear_leftovers
 
 ROWS_PER_FILE = 10_000
-ABSENT = "it is not there"
 LAYOUT = 2
-"""Of the files; since 2 their pages have checksums."""
+"""Version of the files, of which each has a place of its own."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Of the images of a split that can be used."""
+    """Features of the images of a split that can be used."""
 
     x: Tensor
     """(N, F) float32, on the CPU; (0, F) in other processes than the main one."""
@@ -58,7 +53,7 @@ def cached_features(
 
     They are kept by a digest of the encoder's weights, architecture and preprocessing, of the data
     and of the precision, so that a change of any of them is another place. What a run that was
-    stopped has finished is used, and what is damaged is computed again, with a warning. Every
+    stopped has finished is used, and what is damaged is made again, with a warning. Every
     process must call this.
 
     Args:
@@ -78,79 +73,39 @@ def cached_features(
         if accelerator.is_main_process:
             clear_leftovers(place)
         parts += parts_of({name: split}, place, ROWS_PER_FILE)
-    contents: dict[int, Contents] = {}
-    width = encoder.num_features
-    faults = _load(dict(enumerate(parts)), width, accelerator, contents)
-    for number, fault in faults.items():
-        if fault != ABSENT:
-            accelerator.print(
-                f"warning: {parts[number].file} is damaged and is computed again: {fault}."
+    complete_parts(
+        encoder, splits, parts, accelerator, directory=cache_dir, setting="cache_dir",
+        max_bad_fraction=max_bad_fraction, batch_size=batch_size, num_workers=num_workers,
+        bf16=bf16,
+    )  # fmt: skip
+    with failing_together(accelerator.device):
+        return {
+            name: _read(
+                [part for part in parts if part.split == name], encoder.num_features,
+                with_features=accelerator.is_main_process,
             )
-    missing = [parts[number] for number in faults]
-    total = sum(map(len, splits.values()))
-    if missing:
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
-        bad = BadImages(total, max_bad_fraction, None, fate="left out")
-        workers = num_workers
-        if workers is None:
-            workers = default_num_workers(local_processes(accelerator))
-        device = accelerator.device
-        halved = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-        with (
-            failing_together(device), writing(cache_dir, "cache_dir"), loading_errors(), halved,
-            accelerator.autocast(),
-        ):  # fmt: skip
-            for found in features_of(
-                encoder, dict(splits), mine, device=device, batch_size=batch_size,
-                num_workers=workers, show=accelerator.is_local_main_process,
-            ):  # fmt: skip
-                bad.add(found)
-        bad.agree(gather_object, seen=total, write=False, say=accelerator.print)
-    accelerator.wait_for_everyone()
-    lost = _load({number: parts[number] for number in faults}, width, accelerator, contents)
-    if lost:
-        number, fault = next(iter(lost.items()))
-        raise ValueError(
-            f"cache_dir must give every process what was written there, and of {cache_dir} "
-            f"{parts[number].file.name} cannot be read: {fault}; choose one that all nodes share."
-        )
-    check_share(total - sum(len(each.rows) for each in contents.values()), total, max_bad_fraction)
-    found = {}
-    for name in splits:
-        own = [contents[n] for n, part in enumerate(parts) if part.split == name]
-        features = [each.features for each in own]
-        found[name] = Features(
-            torch.from_numpy(np.concatenate([np.empty((0, width), np.float32), *features])),
-            torch.from_numpy(np.concatenate([np.empty(0, np.int64), *(e.rows for e in own)])),
-        )
-    return found
+            for name in splits
+        }  # fmt: skip
 
 
 def _key(encoder: str, precision: str, split: ImageSplit) -> str:
-    # of the whole table; the digest of the first images tells those apart that datasets mistakes
+    # datasets' own fingerprint is of the whole table; that of some images tells tables apart that
+    # datasets takes for one another
     data = {"table": split.table._fingerprint, "column": split.column.name} | split.fingerprint()
     text = json.dumps([LAYOUT, encoder, precision, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _load(
-    parts: Mapping[int, Part],
-    num_features: int,
-    accelerator: Accelerator,
-    into: dict[int, Contents],
-) -> dict[int, str]:
-    """Read parts, without features in other processes than the main one.
-
-    Returns:
-        The numbers of those that not all processes could read, and what is wrong with each.
-    """
-    faults: list[tuple[int, str]] = []
-    for number, part in parts.items():
+def _read(parts: Sequence[Part], num_features: int, *, with_features: bool) -> Features:
+    x, rows = [np.empty((0, num_features), np.float32)], [np.empty(0, np.int64)]
+    for part in parts:
         try:
-            into[number] = read_part(part, num_features, with_features=accelerator.is_main_process)
-        except FileNotFoundError:
-            faults.append((number, ABSENT))
-        except PartError as error:
-            faults.append((number, str(error)))
-    # all must agree, whatever another evaluation puts there meanwhile
-    return dict(sorted(gather_object(faults)))
+            contents = read_part(part, num_features, with_features=with_features)
+        except (FileNotFoundError, PartError) as error:
+            raise ValueError(
+                "cache_dir must give every process what was written there, and "
+                f"{part.file} cannot be read: {error}; choose one that all nodes share."
+            ) from error
+        x.append(contents.features)
+        rows.append(contents.rows)
+    return Features(torch.from_numpy(np.concatenate(x)), torch.from_numpy(np.concatenate(rows)))

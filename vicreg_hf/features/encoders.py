@@ -28,7 +28,7 @@ from vicreg_hf.publishing.loading import find_encoder, load_model
 from vicreg_hf.runtime.checks import one_line
 
 PIL_CHANNELS = (1, 3)
-"""Images that are resized by PIL, as stock pipelines do; others as tensors."""
+"""Images of these numbers of channels are resized by PIL, as stock pipelines do."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Encoder:
     data_config: Mapping[str, Any]
     """timm's words for that: input_size, mean, std, crop_pct."""
     identity: Mapping[str, Any] = field(repr=False)
-    """What its features depend on besides its weights."""
+    """All else that its features depend on."""
     sound: SpectrogramSettings | None = None
-    """How it sees sound, if it was trained on that."""
+    """How sounds become its images, if it was trained on sounds."""
 
     @property
     def in_chans(self) -> int:
@@ -75,7 +75,7 @@ class Encoder:
 
 
 def open_encoder(name: str, revision: str | None = None) -> Encoder:
-    """An encoder on the Hub or in a directory, of timm or of transformers.
+    """Open an encoder of timm or of transformers, on the Hub or in a directory.
 
     Args:
         name: Hub id, output_dir of a run, or directory of an encoder or a checkpoint.
@@ -85,11 +85,11 @@ def open_encoder(name: str, revision: str | None = None) -> Encoder:
         ValueError: no such model, or not one of images.
     """
     local = Path(name).exists()
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(
+            f"model must be a directory that is there, or org/name on the Hub, got {name!r}."
+        )
     if not local:
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ValueError(
-                f"model must be a directory that is there, or org/name on the Hub, got {name!r}."
-            )
         check_repo_id(name, "model")
         if revision is not None:
             check_revision(revision)
@@ -101,25 +101,23 @@ def open_encoder(name: str, revision: str | None = None) -> Encoder:
             encoder = timm_encoder(
                 model.encoder, config.architecture, config.model_args, config.pretrained_cfg
             )
-            return replace(encoder, sound=_sound(config.spectrogram))
-        if isinstance(config, TimmWrapperConfig):
+            spectrogram = config.spectrogram
+        elif isinstance(config, TimmWrapperConfig):
             at = "" if revision is None else f"@{revision}"
             address = f"local-dir:{source}" if local else f"hf-hub:{source}{at}"
             model = timm.create_model(address, pretrained=True, num_classes=0)
             encoder = timm_encoder(model, config.architecture, getattr(config, "model_args", None))
-            ours = getattr(config, NESTED_KEY, None) or {}
-            return replace(encoder, sound=_sound(ours.get("spectrogram")))
-        return _transformers_encoder(source, revision)
+            spectrogram = (getattr(config, NESTED_KEY, None) or {}).get("spectrogram")
+        else:
+            return _transformers_encoder(source, revision)
+        sound = None if spectrogram is None else SpectrogramSettings(**spectrogram)
+        return replace(encoder, sound=sound)
     except Exception as error:  # loaders raise whatever their files make them
         raise ValueError(
             "model must be an encoder of images that timm or AutoModel loads, on the Hub or in a "
             f"directory, got {name!r}{'' if local else ', which is no directory here'}: "
             f"{one_line(error)[:300]}"
         ) from error
-
-
-def _sound(settings: Mapping[str, Any] | None) -> SpectrogramSettings | None:
-    return None if settings is None else SpectrogramSettings(**settings)
 
 
 def _directory(name: str) -> str:
@@ -148,13 +146,12 @@ def timm_encoder(
         module.pretrained_cfg = dict(pretrained_cfg)
     data_config: dict[str, Any] = resolve_model_data_config(module)
     identity = {"architecture": architecture, "model_args": model_args, "data": data_config}
-    return Encoder(
-        module.eval(), int(module.head_hidden_size), _TimmView(data_config), data_config, identity
-    )
+    width = int(module.head_hidden_size)
+    return Encoder(module.eval(), width, _TimmView(data_config), data_config, identity)
 
 
 class _TimmView:
-    """timm's evaluation view, as TimmWrapperImageProcessor has it, before normalisation."""
+    """timm's evaluation view, as TimmWrapperImageProcessor makes it, before normalisation."""
 
     def __init__(self, data_config: Mapping[str, Any]) -> None:
         self.side = tuple(data_config["input_size"][1:])
@@ -199,10 +196,11 @@ def _transformers_encoder(source: str, revision: str | None) -> Encoder:
 
 
 class _Pooled(nn.Module):
-    """A transformers model as (B, C, S, S) to (B, F).
+    """A transformers model that gives (B, F) for (B, C, S, S).
 
-    Its pooler's output; of a model that has none, or one whose file holds no weights for it, the
-    first token of (B, T, F), which is the class token, or the mean over positions of (B, F, H, W).
+    It gives its pooler's output; a model that has no pooler, or whose file holds no weights for it,
+    gives the first token of (B, T, F), which is the class token, or the mean over the positions of
+    (B, F, H, W).
     """
 
     def __init__(self, model: nn.Module, *, trained_pooler: bool) -> None:
@@ -215,7 +213,7 @@ class _Pooled(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         model: Any = self.model
-        if hasattr(model, "get_image_features"):  # of image and text, as CLIP
+        if hasattr(model, "get_image_features"):  # a model of images and texts, such as CLIP
             found = model.get_image_features(pixel_values=pixels)
             return found if isinstance(found, Tensor) else found.pooler_output
         output = model(pixel_values=pixels)
@@ -227,18 +225,18 @@ class _Pooled(nn.Module):
 
 
 class _ProcessorView:
-    """What a transformers image processor makes of an image, normalised."""
+    """The view that a transformers image processor makes of an image, normalised."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
     def __call__(self, image: Tensor) -> Tensor:
         pixels = image.expand(3, -1, -1) if len(image) == 1 else image[:3]
-        shown = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-        return self.processor(images=shown, return_tensors="pt")["pixel_values"][0]
+        picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        return self.processor(images=picture, return_tensors="pt")["pixel_values"][0]
 
 
 def _crop_pct(size: dict[str, int], crop: dict[str, int], *, side: int) -> float:
-    """How much of the shorter side a processor's centre crop leaves."""
+    """The part of the shorter side that a processor's centre crop leaves."""
     resized = size.get("shortest_edge")
     return side / resized if crop and resized and resized > side else 1.0

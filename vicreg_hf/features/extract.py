@@ -7,8 +7,6 @@ The parts are shared out over the processes, and those that are whole are not ma
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,27 +14,22 @@ from typing import Any
 import datasets
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 
-from vicreg_hf.data.bad_images import BadImages, check_share
 from vicreg_hf.data.classes import renumber_classes
-from vicreg_hf.data.columns.base import BadImage
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.splits import ImageSplit, image_split
-from vicreg_hf.data.workers import loading_errors
-from vicreg_hf.features.encode import features_of
 from vicreg_hf.features.encoders import Encoder, open_encoder
-from vicreg_hf.features.parts import Part, PartError, parts_of, read_part
+from vicreg_hf.features.parts import parts_of
+from vicreg_hf.features.writing import complete_parts
 from vicreg_hf.hub.api import HubError, open_repository, push_folder
-from vicreg_hf.runtime.distributed import failing_together
+from vicreg_hf.hub.record import impersonal
 from vicreg_hf.runtime.files import replacing, writing
-from vicreg_hf.runtime.machine import default_num_workers, local_processes
 from vicreg_hf.runtime.output_dir import claim
 from vicreg_hf.runtime.processes import start_accelerator
 from vicreg_hf.settings.extraction import ExtractionArguments
 
 RECORD, BAD_IMAGES = "extraction.json", "bad_images.jsonl"
+REMEDY = "What is finished is kept; free some space and start again."
 
 
 def extract_dataset(args: ExtractionArguments) -> Path:
@@ -70,34 +63,18 @@ def _extract(args: ExtractionArguments) -> Path:
     encoder.module.to(accelerator.device)
     with accelerator.main_process_first():
         splits = _open_splits(args, encoder)
-    _remember(args, encoder, splits, output_dir, write=main)
+    _check_record(args, encoder, splits, output_dir, write=main)
     if main:
         for left in (output_dir / "data").glob(".*.partial"):  # by a process that was killed
             left.unlink()
     accelerator.wait_for_everyone()
     parts = parts_of(splits, output_dir / "data", args.rows_per_file)
-    seen = sum(len(split) for split in splits.values())
-    bad = BadImages(seen, args.max_bad_fraction, output_dir / BAD_IMAGES, fate="left out")
-    missing, left_out = _to_make(parts, splits, encoder.num_features, accelerator)
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
-    workers = args.num_workers
-    if workers is None:
-        workers = default_num_workers(local_processes(accelerator))
-    bf16 = torch.autocast(accelerator.device.type, torch.bfloat16) if args.bf16 else nullcontext()
-    remedy = "What is finished is kept; free some space and start again."
-    with writing(output_dir, remedy=remedy), loading_errors(), bf16, accelerator.autocast():
-        for part in features_of(
-            encoder, splits, mine, device=accelerator.device,
-            batch_size=args.batch_size, num_workers=workers, dtype=args.dtype,
-            root=args.dataset_name, show=accelerator.is_local_main_process,
-        ):  # fmt: skip
-            left_out += part
-    if main:
-        bad.forget()  # what earlier runs have listed is found again
-    bad.add(left_out)
-    bad.agree(gather_object, seen=seen, write=main, say=accelerator.print)
-    check_share(sum(gather_object([len(left_out)])), seen, args.max_bad_fraction)
-    accelerator.wait_for_everyone()
+    complete_parts(
+        encoder, splits, parts, accelerator, directory=output_dir, remedy=REMEDY,
+        max_bad_fraction=args.max_bad_fraction, listed_in=output_dir / BAD_IMAGES,
+        batch_size=args.batch_size, num_workers=args.num_workers, bf16=args.bf16,
+        dtype=args.dtype, root=args.dataset_name,
+    )  # fmt: skip
     if main:
         (output_dir / "README.md").write_text(_card(args, splits), encoding="utf-8")
         if args.push_to_hub:
@@ -105,42 +82,6 @@ def _extract(args: ExtractionArguments) -> Path:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir
-
-
-def _to_make(
-    parts: Sequence[Part],
-    splits: dict[str, ImageSplit],
-    num_features: int,
-    accelerator: Accelerator,
-) -> tuple[list[Part], list[BadImage]]:
-    """Look through the parts that are there, which the processes share out.
-
-    Returns:
-        The parts to make; and of the others that this process has seen, the images they lack.
-    """
-    own: list[int] = []
-    left_out: list[BadImage] = []
-    with failing_together(accelerator.device), loading_errors():
-        for number in range(accelerator.process_index, len(parts), accelerator.num_processes):
-            part = parts[number]
-            try:
-                left_out += _lacking(part, splits[part.split], num_features)
-            except FileNotFoundError:
-                own.append(number)
-            except PartError as error:
-                print(f"warning: {part.file} is damaged and is made again: {error}.", flush=True)
-                own.append(number)
-    return [parts[number] for number in sorted(gather_object(own))], left_out
-
-
-def _lacking(part: Part, split: ImageSplit, num_features: int) -> list[BadImage]:
-    """The images of a part that it lacks, each of which must be one that cannot be used."""
-    contents = read_part(part, num_features)
-    rows = sorted({*part.rows} - {*contents.rows.tolist()})
-    bad = [image for image in split.try_read(rows) if isinstance(image, BadImage)]
-    if len(bad) < len(rows):
-        raise PartError(f"it lacks {len(rows) - len(bad)} images that can be used")
-    return bad
 
 
 def _open_splits(args: ExtractionArguments, encoder: Encoder) -> dict[str, ImageSplit]:
@@ -153,27 +94,27 @@ def _open_splits(args: ExtractionArguments, encoder: Encoder) -> dict[str, Image
         )
         for name in names
     }  # fmt: skip
-    return dict(zip(splits, _of_the_same_classes(list(splits.values())), strict=True))
+    return _with_common_classes(splits)
 
 
-def _of_the_same_classes(splits: list[ImageSplit]) -> list[ImageSplit]:
-    """Splits whose numbers all mean the same names, as `datasets` takes them to; -1 is no class.
+def _with_common_classes(splits: dict[str, ImageSplit]) -> dict[str, ImageSplit]:
+    """Number the classes of all splits alike, as `datasets` takes them to be; -1 is no class.
 
     Only in a data set without any labels has a split none.
     """
-    if all(split.labels is None for split in splits):
+    if all(split.labels is None for split in splits.values()):
         return splits
-    names = tuple(dict.fromkeys(name for split in splits for name in split.label_names))
-    found = []
-    for split in splits:
+    names = tuple(dict.fromkeys(name for split in splits.values() for name in split.label_names))
+    numbered = {}
+    for name, split in splits.items():
         labels = torch.full((len(split),), -1) if split.labels is None else split.labels
         if split.labels is not None and split.label_names:
             labels = renumber_classes(labels, split.label_names, names)
-        found.append(replace(split, labels=labels, label_names=names))
-    return found
+        numbered[name] = replace(split, labels=labels, label_names=names)
+    return numbered
 
 
-def _remember(
+def _check_record(
     args: ExtractionArguments,
     encoder: Encoder,
     splits: dict[str, ImageSplit],
@@ -181,7 +122,7 @@ def _remember(
     *,
     write: bool,
 ) -> None:
-    """Make sure that what is in output_dir is of the same features."""
+    """Compare what is in output_dir with what is to be extracted, or record that."""
     record = {
         "encoder": encoder.fingerprint(), "dtype": args.dtype, "bf16": args.bf16,
         "rows_per_file": args.rows_per_file,
@@ -189,23 +130,24 @@ def _remember(
         "classes": list(next(iter(splits.values())).label_names),  # alike in all
     }  # fmt: skip
     path = output_dir / RECORD
-    earlier = _recorded(path)
-    if earlier is not None:
-        other = [name for name, value in record.items() if earlier.get(name) != value]
-        if other:
-            raise ValueError(
-                f"output_dir must hold features of the same model, data and settings, and "
-                f"{output_dir} holds others ({', '.join(other)} differ); choose another."
-            )
-    elif write:
-        with writing(output_dir):
-            output_dir.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as aside:
-                aside.write_text(json.dumps(record, indent=2) + "\n")
+    recorded = _read_record(path)
+    if recorded is None:
+        if write:
+            with writing(output_dir):
+                output_dir.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as aside:
+                    aside.write_text(json.dumps(record, indent=2) + "\n")
+        return
+    different = [name for name, value in record.items() if recorded.get(name) != value]
+    if different:
+        raise ValueError(
+            f"output_dir must hold features of the same model, data and settings, and "
+            f"{output_dir} holds others ({', '.join(different)} differ); choose another."
+        )
 
 
-def _recorded(path: Path) -> dict[str, Any] | None:
-    """What is known of the features in an output_dir; None if there are none."""
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """The record of the features in an output_dir; None if there are none."""
     if not path.is_file():
         return None
     try:
@@ -220,16 +162,13 @@ def _recorded(path: Path) -> dict[str, Any] | None:
 
 
 def _card(args: ExtractionArguments, splits: dict[str, ImageSplit]) -> str:
-    def name(given: str) -> str:
-        return Path(given).resolve().name if Path(given).exists() else given
-
     # No `configs`: `datasets` finds splits by the names of files, and where a card lists these it
     # takes what it has cached of any folder of that name, whatever the files hold by now.
     metadata = yaml.safe_dump({"tags": ["embeddings"]})
     counts = ", ".join(f"{len(split):,} of {name}" for name, split in splits.items())
     return (
-        f"---\n{metadata}---\n\n# Features of `{name(args.dataset_name)}` by "
-        f"`{name(args.model)}`\n\nPooled features in {args.dtype}, one row for each image "
+        f"---\n{metadata}---\n\n# Features of `{impersonal(args.dataset_name)}` by "
+        f"`{impersonal(args.model)}`\n\nPooled features in {args.dtype}, one row for each image "
         f"({counts}), less those that cannot be decoded: `row`, `image_id`, `label` if there is "
         "any, `embedding`. Written by `scripts/extract_features.py` of vicreg_hf.\n"
     )

@@ -1,10 +1,11 @@
-"""Parts of the features of a split: parquet files that are whole or not there, with checksums.
+"""Parts of the features of a split: parquet files that are whole or absent, each with a checksum.
 
 Shapes: N usable images of a part, F features.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.runtime.checks import one_line
 from vicreg_hf.runtime.files import replacing
 
+CHECKSUM = b"vicreg_hf.sha256"
+"""Key in a file's metadata of the SHA-256 of its rows."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -30,12 +34,12 @@ class Part:
 
 
 class Contents(NamedTuple):
-    """What a part holds."""
+    """The rows and features that a part holds."""
 
     rows: NDArray[np.int64]
     """(N,) numbers of the images within the split, ascending."""
     features: NDArray[np.floating[Any]]
-    """(N, F), or (0, F) where they were not asked for."""
+    """(N, F), or (0, F) where they were not read."""
 
 
 class PartError(ValueError):
@@ -61,20 +65,22 @@ def write_part(file: Path, table: pa.Table) -> None:
         OSError: it names the file.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        replacing(file) as aside,
-        pq.ParquetWriter(aside, table.schema, write_page_checksum=True) as writer,
-    ):
+    metadata = table.schema.metadata or {}
+    table = table.replace_schema_metadata({**metadata, CHECKSUM: _sha256(table)})
+    with replacing(file) as aside, pq.ParquetWriter(aside, table.schema) as writer:
         if len(table):  # `datasets` cannot read a row group of none
             writer.write_table(table)
 
 
 def read_part(part: Part, num_features: int, *, with_features: bool = True) -> Contents:
-    """Read a part, of which every page must have the checksum it was written with.
+    """Read a part. With its features it is compared with its checksum.
+
+    A file without one was written by an earlier version: parquet then compares each of its pages
+    with a checksum of its own.
 
     Raises:
-        FileNotFoundError: it is not there.
-        PartError: it is, and is not what was written.
+        FileNotFoundError: it is absent.
+        PartError: its contents are not those that were written.
     """
     try:
         with pq.ParquetFile(part.file, page_checksum_verification=True) as file:
@@ -82,14 +88,24 @@ def read_part(part: Part, num_features: int, *, with_features: bool = True) -> C
         rows = table["row"].to_numpy()
         features = np.empty((0, num_features), np.float32)
         if with_features:
+            checksum = (table.schema.metadata or {}).get(CHECKSUM)
+            if checksum is not None and checksum != _sha256(table):
+                raise PartError("its rows do not have the checksum they were written with")
             flat = table["embedding"].combine_chunks().flatten().to_numpy()
             features = flat.reshape(len(rows), num_features)
-    except FileNotFoundError:
+    except (FileNotFoundError, PartError):
         raise
-    # what pyarrow says of damage depends on where it is
+    # pyarrow's error depends on the place of the damage
     except (OSError, pa.ArrowException, ValueError, LookupError, TypeError) as error:
         raise PartError(one_line(error) or type(error).__name__) from error
     inside = not len(rows) or (rows[0] in part.rows and rows[-1] in part.rows)
     if rows.dtype != np.int64 or not inside or (np.diff(rows) <= 0).any():
         raise PartError(f"its rows are not of {part.rows.start} to {part.rows.stop - 1}")
     return Contents(rows, features)
+
+
+def _sha256(table: pa.Table) -> bytes:
+    digest = hashlib.sha256()
+    for batch in table.combine_chunks().to_batches():
+        digest.update(batch.serialize())  # the columns' values; metadata are not among them
+    return digest.hexdigest().encode()

@@ -1,4 +1,4 @@
-"""What the report shows of features: their spectrum, and a map of them.
+"""Figures of features: their spectrum, and a map of them.
 
 Figures hold no text from outside: names of classes stand in the page, which escapes them.
 
@@ -29,15 +29,15 @@ from vicreg_hf.evaluation.report.gallery import Gallery, finite_rows, sample
 from vicreg_hf.metrics.collapse import effective_rank, singular_values
 
 MAX_NUMBERS = 2**25
-"""Features, rows times columns, that statistics are taken of: all 50,000 rows of ResNet-18."""
+"""Rows times columns of the features that a spectrum is of: all 50,000 rows of ResNet-18."""
 MAX_CORRELATED = 2048
-"""Dimensions whose correlations are drawn."""
+"""Number of dimensions whose correlations are shown, at most."""
 MAX_MAPPED = 2000
 MIN_TSNE = 30
-"""Images below which the map is a PCA."""
+"""A map of fewer images is a PCA."""
 MAX_LEGEND = 20
 INK, ACCENT = "#010203", "#010204"
-"""Stand in figures for the colours of the page, which change with its theme."""
+"""Placeholders in figures for the colours of the page, which change with its theme."""
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")
 """Tol's bright scheme, its grey darkened: distinguishable for the colour-blind, on both themes."""
 MARKERS = ("o", "^", "s")
@@ -72,11 +72,12 @@ def to_svg(figure: Figure, name: str, description: str) -> Markup:
 
 
 # --- the spectrum
-def spectrum(gallery: Gallery, split: str, *, seed: int) -> dict[str, Any] | None:
+def spectrum(gallery: Gallery, *, seed: int) -> dict[str, Any] | None:
     """How features spread over their dimensions; None if fewer than two rows are finite.
 
     Returns:
-        What the page's section shows: numbers and figures, which are absent if nothing varies.
+        The contents of the page's section: numbers and figures, of which there are none if nothing
+        varies.
     """
     finite = finite_rows(gallery.features)
     width = gallery.features.shape[1]
@@ -88,7 +89,7 @@ def spectrum(gallery: Gallery, split: str, *, seed: int) -> dict[str, Any] | Non
     x = torch.where((x == x[0]).all(0), 0.0, x - x.mean(0))
     std = x.std(0)
     found: dict[str, Any] = {
-        "split": split, "rows": len(rows), "of": len(gallery.features), "width": width,
+        "rows": len(rows), "of": len(gallery.features), "width": width,
         "not_finite": len(gallery.features) - len(finite), "constant": int((std == 0).sum()),
         "figures": [],
     }  # fmt: skip
@@ -109,7 +110,7 @@ def spectrum(gallery: Gallery, split: str, *, seed: int) -> dict[str, Any] | Non
 def _draw_singular(singular: NDArray[np.float64]) -> Markup:
     figure, axes = _figure()
     relative = singular / singular[0]
-    # what rounding leaves of a zero says nothing
+    # smaller values are rounding errors of zero
     shown = np.where(relative > 1e-7, relative, np.nan)
     axes.semilogy(np.arange(1, len(shown) + 1), shown, ".-", color=ACCENT, lw=1.3, markersize=2)
     if np.nanmin(shown) > 0.02:  # too few powers of ten for an axis
@@ -160,16 +161,11 @@ def _figure() -> tuple[Figure, Axes]:
 
 
 # --- the map
-def feature_map(
-    gallery: Gallery, labels: NDArray[np.int64] | None, *, seed: int
-) -> dict[str, Any] | None:
+def feature_map(gallery: Gallery, *, seed: int) -> dict[str, Any] | None:
     """A map of test features; None where there is nothing to lay out.
 
-    Args:
-        labels: (n,) of the gallery's images.
-
     Returns:
-        What the page's section shows: the figure, the method and the classes of the legend.
+        The contents of the page's section: the figure, the method and the classes of the legend.
     """
     rows = sample(finite_rows(gallery.features), MAX_MAPPED, seed)
     x = gallery.features[torch.from_numpy(rows)].cpu().double()
@@ -179,18 +175,19 @@ def feature_map(
     points = _layout(torch.nn.functional.normalize(x, dim=1).numpy(), method, seed)
     if points is None:
         return None
-    shown = np.zeros(len(rows), np.int64) if labels is None else labels[rows]
-    classes = np.unique(shown)
+    labels = None if gallery.labels is None else gallery.labels.numpy()
+    own = np.zeros(len(rows), np.int64) if labels is None else labels[rows]
+    classes, places = np.unique(own, return_inverse=True)
     return {
         "method": method, "rows": len(rows), "of": len(gallery.features),
         "classes": [] if labels is None else classes.tolist(),
         "legend": labels is not None and len(classes) <= MAX_LEGEND,
-        "figure": _draw_map(points, np.searchsorted(classes, shown), method),
+        "figure": _draw_map(points, places, method),
     }  # fmt: skip
 
 
 def _layout(x: NDArray[np.float64], method: str, seed: int) -> NDArray[np.float64] | None:
-    """Places (n, 2) of rows of length 1; None where all point the same way."""
+    """Places (n, 2) of unit-length rows; None where all point the same way."""
     x = np.pad(x, ((0, 0), (0, max(0, 2 - x.shape[1]))))
     # the order in which threads add up would show in the map
     with threadpool_limits(1), warnings.catch_warnings():

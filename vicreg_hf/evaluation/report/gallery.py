@@ -32,7 +32,10 @@ class Gallery:
     labels: Tensor | None
     """(n,) integers from 0."""
     read: Callable[[Sequence[int]], list[Tensor]]
-    """Gives images (C, H, W) uint8 of any sizes for their rows; what follows RGB is not shown."""
+    """Gives images (C, H, W) uint8 of any sizes for their rows; only RGB of them is shown."""
+
+    def label(self, row: int) -> int | None:
+        return None if self.labels is None else int(self.labels[row])
 
 
 def finite_rows(features: Tensor) -> NDArray[np.int64]:
@@ -41,7 +44,7 @@ def finite_rows(features: Tensor) -> NDArray[np.int64]:
 
 
 def sample(rows: NDArray[np.int64], most: int, seed: int) -> NDArray[np.int64]:
-    """At most so many of the rows, drawn at random and in order."""
+    """At most so many of the rows, chosen at random, ascending."""
     if len(rows) <= most:
         return rows
     return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
@@ -68,17 +71,13 @@ def thumbnail(image: Tensor) -> Inline:
     shown = (image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)).permute(1, 2, 0)
     picture = Image.fromarray(shown.cpu().contiguous().numpy())
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    inline = as_png(picture)
+    inline = encoded(picture, "png", optimize=True)
     if len(inline.uri) * 3 // 4 <= LOSSLESS_BYTES:
         return inline
-    return _encoded(picture, "jpeg", quality=85)
+    return encoded(picture, "jpeg", quality=85)
 
 
-def as_png(picture: Image.Image, **options: Any) -> Inline:
-    return _encoded(picture, "png", optimize=True, **options)
-
-
-def _encoded(picture: Image.Image, kind: str, **options: Any) -> Inline:
+def encoded(picture: Image.Image, kind: str, **options: Any) -> Inline:
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     data = base64.b64encode(buffer.getvalue()).decode()

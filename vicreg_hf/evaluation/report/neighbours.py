@@ -18,44 +18,40 @@ from vicreg_hf.evaluation.report.gallery import Gallery, Inline, finite_rows, ta
 from vicreg_hf.metrics.knn import knn_predict
 from vicreg_hf.metrics.retrieval import most_similar
 
-CASES = 6
+QUERIES = 6
 """Test images, of either kind, that are shown beside their neighbours."""
 NEIGHBOURS = 6
 CANDIDATES = 2000
-"""Test images among which cases are looked for."""
+"""Test images among which queries are looked for."""
 K = 20
 
 
 @dataclass(frozen=True)
-class Shown:
-    """An image of a case."""
+class LabelledPicture:
+    """A picture as the page holds it, and its class."""
 
     picture: Inline
     label: int | None
     similarity: float | None = None
-    """Cosine similarity to the case's test image."""
+    """Cosine similarity to the query."""
 
 
 @dataclass(frozen=True)
-class Case:
+class Query:
     """A test image beside its nearest training images."""
 
-    query: Shown
+    image: LabelledPicture
     voted: int | None
-    near: Sequence[Shown]
+    near: Sequence[LabelledPicture]
 
 
-def neighbours(
-    train: Gallery, test: Gallery, labels: NDArray[np.int64] | None, *, seed: int
-) -> dict[str, Any] | None:
+def neighbours(train: Gallery, test: Gallery, *, seed: int) -> dict[str, Any] | None:
     """Test images beside their nearest training images; None if either split has none.
 
-    Args:
-        labels: (M,) of the test images; without them, or those of training images, cases are
-            not told apart.
+    With labels of both, those that kNN classifies rightly and wrongly are groups of their own.
 
     Returns:
-        What the page's section shows: k, and groups of cases.
+        The contents of the page's section: k, and groups of queries.
     """
     bank, rows = finite_rows(train.features), finite_rows(test.features)
     if not len(bank) or not len(rows):
@@ -64,52 +60,46 @@ def neighbours(
     features, k = take(train.features, bank), min(K, len(bank))
     groups: dict[str, NDArray[np.int64]] = {"": candidates}
     votes: dict[int, int] = {}
-    if labels is not None and train.labels is not None:
+    if test.labels is not None and train.labels is not None:
         voted = knn_predict(
             features, train.labels[torch.from_numpy(bank)].long().to(features.device),
             take(test.features, candidates).to(features), k=k,
         ).cpu().numpy()  # fmt: skip
         votes = dict(zip(candidates.tolist(), voted.tolist(), strict=True))
-        right = voted == labels[candidates]
+        right = voted == test.labels.numpy()[candidates]
         groups = {"right": candidates[right], "wrong": candidates[~right]}
     shown = []
     for kind, members in groups.items():
-        chosen = members[:CASES]
+        chosen = members[:QUERIES]
         found, similarity = _nearest(features, take(test.features, chosen).to(features))
-        cases = _cases(train, test, labels, chosen, bank[found], similarity, votes)
-        shown.append({"kind": kind, "of": len(members), "cases": cases})
+        queries = _queries(train, test, chosen, bank[found], similarity, votes)
+        shown.append({"kind": kind, "of": len(members), "queries": queries})
     return {
         "k": k, "images": len(bank), "candidates": len(candidates), "of": len(rows),
         "groups": shown,
     }  # fmt: skip
 
 
-def _cases(
+def _queries(
     train: Gallery,
     test: Gallery,
-    labels: NDArray[np.int64] | None,
     chosen: NDArray[np.int64],
     found: NDArray[np.int64],
     similarity: NDArray[np.float32],
     votes: dict[int, int],
-) -> list[Case]:
-    if not len(chosen):
-        return []
-    queries = test.read(chosen.tolist())
+) -> list[Query]:
     images = iter(train.read(found.flatten().tolist()))
-    cases = []
-    for row, image, near, close in zip(chosen.tolist(), queries, found, similarity, strict=True):
-        query = Shown(thumbnail(image), None if labels is None else int(labels[row]))
-        shown = [
-            Shown(
-                thumbnail(next(images)),
-                None if train.labels is None else int(train.labels[index]),
-                float(value),
-            )
-            for index, value in zip(near.tolist(), close, strict=True)
+    queries = []
+    for row, image, near, close in zip(
+        chosen.tolist(), test.read(chosen.tolist()), found.tolist(), similarity, strict=True
+    ):
+        pictures = [
+            LabelledPicture(thumbnail(next(images)), train.label(index), float(value))
+            for index, value in zip(near, close, strict=True)
         ]
-        cases.append(Case(query, votes.get(row), shown))
-    return cases
+        query = LabelledPicture(thumbnail(image), test.label(row))
+        queries.append(Query(query, votes.get(row), pictures))
+    return queries
 
 
 def _nearest(bank: Tensor, queries: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

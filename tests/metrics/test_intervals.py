@@ -1,0 +1,57 @@
+"""Bootstrap intervals against theory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from vicreg_hf.metrics.intervals import MOST_VALUES, bootstrap_interval
+
+
+@pytest.mark.parametrize("shape", ["two values", "many values"])
+def test_intervals_cover_the_truth_about_as_often_as_they_say(shape: str) -> None:
+    random = np.random.default_rng(0)
+    covered = 0
+    for seed in range(150):
+        if shape == "two values":
+            scores, truth = (random.random(200) < 0.7).astype(np.float64), 0.7
+        else:
+            scores, truth = random.exponential(size=200), 1.0
+        low, high = bootstrap_interval(scores, seed=seed, resamples=300)
+        covered += low <= truth <= high
+    assert 0.90 <= covered / 150 <= 0.98
+
+
+@pytest.mark.parametrize("right", [2, 20, 90])
+def test_two_values_give_quantiles_of_the_binomial_distribution(right: int) -> None:
+    scores = np.arange(100) < right
+    low, high = bootstrap_interval(scores, resamples=20_000)
+    expected = binom.ppf([0.025, 0.975], 100, right / 100) / 100
+    assert [low, high] == pytest.approx(expected, abs=0.0101)  # lopsided, and never below 0
+    assert bootstrap_interval(scores.tolist(), resamples=20_000) == (low, high)
+
+
+def test_few_and_many_values_give_the_same_interval() -> None:
+    scores = np.random.default_rng(0).integers(5, size=400).astype(np.float64)
+    spread = scores + 1e-7 * np.arange(400)  # as good as equal, but more than are counted
+    assert len(np.unique(scores)) <= MOST_VALUES < len(np.unique(spread))
+    few, many = (bootstrap_interval(values, resamples=4000) for values in (scores, spread))
+    assert many == pytest.approx(few, abs=0.05 * (few[1] - few[0]))
+    assert bootstrap_interval(np.full(30, 0.25)) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize("values", [2, 1000])
+def test_an_interval_is_a_function_of_scores_and_seed(values: int) -> None:
+    scores = np.random.default_rng(0).integers(values, size=300).astype(np.float64)
+    before = np.random.get_state(legacy=False)["state"]["key"].tolist()  # noqa: NPY002
+    first = bootstrap_interval(scores, seed=1)
+    assert np.random.get_state(legacy=False)["state"]["key"].tolist() == before  # noqa: NPY002
+    assert bootstrap_interval(scores, seed=1) == first
+    assert bootstrap_interval(scores, seed=2) != first
+
+
+@pytest.mark.parametrize(("scores", "shape"), [([], r"\(0,\)"), ([[1.0, 0.0]], r"\(1, 2\)")])
+def test_scores_that_are_not_one_an_image_are_refused(scores: list[float], shape: str) -> None:
+    with pytest.raises(ValueError, match=f"one number an image, got shape {shape}"):
+        bootstrap_interval(scores)
