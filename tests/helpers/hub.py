@@ -16,7 +16,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+from huggingface_hub.utils import close_session
 
 WRITER, READER, STRANGER = "hf_writerTokenOfOrg", "hf_readerTokenOfOrg", "hf_tokenOfSomebodyElse"
 DROP = -1
@@ -124,6 +128,24 @@ def online(hub: Hub, home: Path, token: str | None = WRITER) -> dict[str, str]:
     return variables | ({"HF_TOKEN": token} if token else {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"})
 
 
+@contextmanager
+def connected(hub: Hub, home: Path, token: str | None = WRITER) -> Iterator[None]:
+    """Make this process a client of this Hub, with a cache of its own."""
+    constants = huggingface_hub.constants
+    template = "/{repo_id}/resolve/{revision}/{filename}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", hub.endpoint)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + template)
+        patch.setattr(constants, "HF_HUB_CACHE", str(home))
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        if token is None:
+            patch.delenv("HF_TOKEN", raising=False)
+        else:
+            patch.setenv("HF_TOKEN", token)
+        yield
+    close_session()
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -160,7 +182,6 @@ class _Handler(BaseHTTPRequestHandler):
         for method, pattern, answer in _ROUTES:
             found = re.fullmatch(pattern, path)
             if found and self.command in method:
-                self.query = parse_qs(url.query)
                 answer(self, token, body, *found.groups())
                 return
         self.say(404, {"error": f"no route {self.command} {path}"})

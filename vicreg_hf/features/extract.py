@@ -27,7 +27,7 @@ from vicreg_hf.data.workers import loading_errors
 from vicreg_hf.features.encode import features_of
 from vicreg_hf.features.encoders import Encoder, open_encoder
 from vicreg_hf.features.parts import Part, PartError, parts_of, read_part
-from vicreg_hf.hub.api import HubError, open_repository, push_folder
+from vicreg_hf.hub.api import HubError, open_repository, push_files, visible_files
 from vicreg_hf.runtime.distributed import failing_together
 from vicreg_hf.runtime.files import replacing, writing
 from vicreg_hf.runtime.machine import default_num_workers, local_processes
@@ -237,9 +237,9 @@ def _card(args: ExtractionArguments, splits: dict[str, ImageSplit]) -> str:
 
 def _push(args: ExtractionArguments, output_dir: Path) -> None:
     try:
-        address = push_folder(
-            output_dir, str(args.hub_dataset_id), repo_type="dataset",
-            commit_message="Upload features", ignore=(RECORD, BAD_IMAGES),
+        address = push_files(
+            visible_files(output_dir, ignore=(RECORD, BAD_IMAGES)), str(args.hub_dataset_id),
+            repo_type="dataset", commit_message="Upload features",
             removable=lambda name: name.startswith("data/"),
         )  # fmt: skip
     except HubError as error:
