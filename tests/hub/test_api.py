@@ -134,6 +134,13 @@ def test_a_page_in_place_of_the_hub_is_tried_again_and_named(
     assert hub.count(method, path) == 3
 
 
+def test_a_file_is_read_again_or_absent(hub: Hub) -> None:
+    push("org/name")
+    hub.fail("HEAD", "/README.md", 503, times=1)
+    assert api.read_text("org/name", "README.md", token=WRITER) == "---\nlicense: mit\n---\n"
+    assert api.read_text("org/name", "absent.md", token=WRITER) is None
+
+
 @pytest.mark.usefixtures("hub")
 def test_offline_mode_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
@@ -34,7 +35,9 @@ TIMEOUT = 60.0
 """Seconds without an answer after which a request has failed; the client's own limit is none."""
 PASSING = (408, 409, 412, 429, 500, 502, 503, 504)
 """Status codes of failures that may pass. 409 and 412 say that another commit came first."""
-NO_ANSWER = (HTTPError, ConnectionError, TimeoutError, LocalTokenNotFoundError)
+NO_ANSWER = (
+    HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError, LocalTokenNotFoundError,
+)  # fmt: skip
 OTHER_ANSWER = (ValueError, LookupError, TypeError, AttributeError)
 """Errors of the client when an answer is no JSON, or JSON of another form."""
 SENTENCES = {

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
+from torch import nn
 
 from vicreg_hf.configuration_vicreg import VICRegConfig
+from vicreg_hf.hub.export import EncoderModel
 from vicreg_hf.hub.layout import PRIME_DIRECTORY
 from vicreg_hf.hub.record import TrainingRecord, impersonal
 from vicreg_hf.models.resnets import is_ours
@@ -28,43 +29,31 @@ MODEL_ID = "org/name"
 PRIME_SUFFIX = "-prime"
 """The name of the second encoder's repository ends with this after the first's name. Each encoder
 has its own repository, because timm opens repositories at their root only."""
+TEMPLATE = "model_cards/template.md.jinja"
 TAGS = ["timm", "vicreg", "self-supervised-learning", "arxiv:2105.04906"]
 
 
 def model_card(
-    config: VICRegConfig,
+    model: EncoderModel,
     *,
-    num_features: int,
-    num_parameters: int | None = None,
     record: TrainingRecord | None = None,
     origin: str | None = None,
     licence: str | None = "mit",
 ) -> ModelCard:
-    """Render the card of an encoder.
+    """Render the card of an encoder; `MODEL_ID` stands in it for the repository.
 
     Args:
-        num_features: F, width of the pooled output.
-        num_parameters: of the encoder.
         record: of the run that made it; without it the card says what the model alone can say.
-        origin: a sentence on where the weights are from, where no run made them.
-        licence: of the weights; weights that a run started from have the last word.
-
-    Returns:
-        The card; `MODEL_ID` stands in it for the repository.
+        origin: a sentence on where the weights are from, if no run made them.
+        licence: of the weights; the licence of weights that a run started from precedes it.
     """
-    base, licence = (None, licence) if record is None else _base_model(record, licence)
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction",
-        license=licence,
-        tags=TAGS,
-        base_model=base,
-        **_results(record),
-    )
-    return _rendered(
-        data, config.architecture, record,
-        kind="timm", pretrained_cfg=config.pretrained_cfg, num_features=num_features,
-        num_parameters=num_parameters, model_id=MODEL_ID, origin=origin,
+    config, base = model.config, None
+    if record is not None:
+        base, licence = _base_model(record, licence)
+    data = _metadata(license=licence, base_model=base, **_results(record))
+    return _render(
+        data, config.architecture, record, model.encoder, kind="timm", model_id=MODEL_ID,
+        pretrained_cfg=config.pretrained_cfg, num_features=model.num_features, origin=origin,
         branches=None if record is None else branches(config, record),
         own_branch="the first", spectrogram=config.spectrogram, started_from=base,
     )  # fmt: skip
@@ -73,17 +62,20 @@ def model_card(
 def second_card(
     config: VICRegConfig,
     *,
+    encoder: nn.Module,
     num_features: int,
-    num_parameters: int,
     record: TrainingRecord,
     loader: tuple[str, str] = ("", ""),
 ) -> ModelCard:
-    """Render the card of the second branch's encoder; other arguments as for `model_card`.
+    """Render the card of the second branch's encoder.
 
     Its repository is `MODEL_ID` followed by `PRIME_SUFFIX`.
 
     Args:
-        loader: of text, the class of transformers that loads it, and what to call on the result.
+        config: of the model with both branches.
+        num_features: F, the width of the second encoder's output.
+        loader: the class of transformers that loads an encoder of texts, and the call that takes
+            the encoder from the loaded model.
     """
     prime = config.prime
     assert prime is not None
@@ -91,51 +83,50 @@ def second_card(
     start = str(record.args["prime_architecture"] or record.args["architecture"])
     base = None
     if record.args["prime_pretrained"]:
-        cfg = get_pretrained_cfg(start) if kind == "timm" else None
-        base = f"timm/{start}" if cfg is not None else str(impersonal(start))
-    licence = "mit" if base is None else "other"
-    pipeline = "image-feature-extraction" if kind == "timm" else "feature-extraction"
-    data = ModelCardData(
-        library_name="transformers", pipeline_tag=pipeline, license=licence,
-        tags=TAGS if kind == "timm" else TAGS[1:],
-        base_model=base if base is not None and not os.path.exists(start) else None,
-    )  # fmt: skip
-    quiet = replace(record, results=(), pictures=())  # what was measured is of the first
-    return _rendered(
-        data, prime["architecture"], quiet,
-        kind=kind, pretrained_cfg=prime["pretrained_cfg"], num_features=num_features,
-        num_parameters=num_parameters, model_id=MODEL_ID + PRIME_SUFFIX, origin=None,
-        branches=branches(config, record), own_branch="the second", started_from=base,
-        loader=loader[0], loaded_part=loader[1], max_length=record.args["prime_max_length"],
+        known = kind == "timm" and get_pretrained_cfg(start) is not None
+        base = f"timm/{start}" if known else str(impersonal(start))
+    data = _metadata(
+        license="mit" if base is None else "other",
+        base_model=None if os.path.exists(start) else base,
+    )
+    if kind != "timm":
+        data.pipeline_tag, data.tags = "feature-extraction", TAGS[1:]
+    of_the_run = replace(record, results=(), pictures=())  # they were measured on the first
+    return _render(
+        data, prime["architecture"], of_the_run, encoder, kind=kind,
+        model_id=MODEL_ID + PRIME_SUFFIX, pretrained_cfg=prime["pretrained_cfg"],
+        num_features=num_features, branches=branches(config, record), own_branch="the second",
+        started_from=base, loader=loader[0], loaded_part=loader[1],
+        max_length=record.args["prime_max_length"],
         spectrogram=prime["preparation"] if prime["modality"] == "audio" else None,
     )  # fmt: skip
 
 
-def _rendered(
+def _metadata(**facts: Any) -> ModelCardData:
+    return ModelCardData(
+        library_name="transformers", pipeline_tag="image-feature-extraction", tags=TAGS, **facts
+    )
+
+
+def _render(
     data: ModelCardData,
     architecture: str,
     record: TrainingRecord | None,
-    *,
-    num_parameters: int | None,
-    pretrained_cfg: Mapping[str, Any] | None,
+    encoder: nn.Module,
     **facts: Any,
 ) -> ModelCard:
     subject = f"VICReg {architecture}"
     if record is not None:
         subject += f" on {record.hub_id or impersonal(record.args['dataset_name'])}"
-    parameters = f"{num_parameters / 1e6:.3g} million parameters, " if num_parameters else ""
+    # in a wheel the template is inside the package, in a checkout beside it
+    package = Path(__file__).parents[1]
+    inside = package / TEMPLATE
     return ModelCard.from_template(
-        data,
-        template_path=str(_template()),
-        title=subject,
-        architecture=architecture,
-        parameters=parameters,
-        input_size=None if pretrained_cfg is None else pretrained_cfg["input_size"],
-        record=record,
-        needs_import=is_ours(architecture),
-        licence_text=_licence_text(data.license),
-        **facts,
-    )
+        data, template_path=str(inside if inside.is_file() else package.parent / TEMPLATE),
+        title=subject, architecture=architecture, record=record,
+        parameters=f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.3g}",
+        needs_import=is_ours(architecture), licence_text=_licence_text(data.license), **facts,
+    )  # fmt: skip
 
 
 def branches(config: VICRegConfig, record: TrainingRecord) -> list[list[str]] | None:
@@ -223,10 +214,3 @@ def _licence_text(licence: str | None) -> str:
         f"The weights are published under: {licence}. The images they were trained on keep their "
         "own terms."
     )
-
-
-def _template() -> Path:
-    """In a wheel inside the package, in a checkout beside it."""
-    package = Path(__file__).parents[1]
-    inside = package / "model_cards" / "template.md.jinja"
-    return inside if inside.is_file() else package.parent / "model_cards" / "template.md.jinja"

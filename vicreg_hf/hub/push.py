@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from huggingface_hub import ModelCard
+
 from vicreg_hf.hub.api import open_repository, push_files, read_text, visible_files
 from vicreg_hf.hub.card import CARD_FILE, PICTURES, model_card, personalise
 from vicreg_hf.hub.export import EncoderModel, export_encoder
@@ -36,13 +38,9 @@ def push_model(
         export_encoder(model, folder, include_expander=include_expander)
         return push_encoder(
             folder, repo_id, include_expander=include_expander, commit_message=commit_message,
-            short_card=short_card(model), create_pr=create_pr, token=token, revision=revision,
+            short_card=model_card(model, licence=None), create_pr=create_pr, token=token,
+            revision=revision,
         )  # fmt: skip
-
-
-def short_card(model: EncoderModel, license: str | None = None) -> str:  # noqa: A002
-    """A card for weights whose origin is not known, nor what may be done with them."""
-    return str(model_card(model.config, num_features=model.num_features, licence=license))
 
 
 def push_encoder(
@@ -51,7 +49,7 @@ def push_encoder(
     *,
     include_expander: bool = False,
     extra: Mapping[str, Path] | None = None,
-    short_card: str | None = None,
+    short_card: ModelCard | None = None,
     first_id: str | None = None,
     license: str | None = None,  # noqa: A002
     commit_message: str = COMMIT_MESSAGE,
@@ -87,7 +85,7 @@ def push_encoder(
         removable -= set(PICTURES)
         text = kept if license is not None else None
     else:
-        text = short_card
+        text = None if short_card is None else str(short_card)
     if text is not None:
         files[CARD_FILE] = personalise(text, first_id or repo_id, license).encode()
     return push_files(

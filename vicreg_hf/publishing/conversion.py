@@ -104,11 +104,8 @@ def convert_checkpoint(
         model.expander.load_state_dict(head)
     config.pretrained_cfg = _preprocessing(config)
     result = export_encoder(model, directory, include_expander=bool(head))
-    card = model_card(
-        config, num_features=model.num_features, licence=None,
-        num_parameters=sum(p.numel() for p in model.encoder.parameters()),
-        origin=f"Its weights were converted from the checkpoint `{path.name}`.",
-    )  # fmt: skip
+    origin = f"Its weights were converted from the checkpoint `{path.name}`."
+    card = model_card(model, licence=None, origin=origin)
     write_card(result / CARD_FILE, card)
     parts = {name.partition(".")[0] for name in heads}
     taken = {"projector"} if head else set()

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+
 from vicreg_hf.hub.api import check_repo_id, check_revision, open_repository
-from vicreg_hf.hub.card import PRIME_SUFFIX
+from vicreg_hf.hub.card import PRIME_SUFFIX, model_card
 from vicreg_hf.hub.export import ExportError, export_encoder, verify_export
 from vicreg_hf.hub.layout import CONFIG_FILE, PRIME_DIRECTORY, is_published
 from vicreg_hf.hub.onnx import ONNX_FILE, export_onnx
-from vicreg_hf.hub.push import push_encoder, short_card
+from vicreg_hf.hub.push import push_encoder
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.publishing.loading import find_encoder, load_model
 from vicreg_hf.publishing.second_encoder import export_second_encoder, has_second_encoder
@@ -74,7 +76,7 @@ def publish(
             verify_export(load_model(second)[0], second)
         address, *_ = push_encoders(
             first, second if has_second else None, repo_id, private=private, revision=revision,
-            include_expander=include_expander, short_card=short_card(model, license),
+            include_expander=include_expander, short_card=model_card(model, licence=license),
             extra={ONNX_FILE: export_onnx(model, folder)} if onnx else None,
             license=license, token=token,
         )  # fmt: skip
@@ -90,7 +92,7 @@ def push_encoders(
     token: str | bool | None = None,
     revision: str | None = None,
     extra: Mapping[str, Path] | None = None,
-    short_card: str | None = None,
+    short_card: ModelCard | None = None,
     **settings: Any,
 ) -> list[str]:
     """Push the directories of one or two encoders, as they were written and verified.
@@ -102,13 +104,14 @@ def push_encoders(
     Returns:
         The address of each commit.
     """
-    repo_id = open_repository(repo_id, private=private, token=token, revision=revision)
-    settings |= {"token": token, "revision": revision}
+    where: Any = {"token": token, "revision": revision}
+    repo_id = open_repository(repo_id, private=private, **where)
+    second_id = repo_id + PRIME_SUFFIX
+    if second is not None:
+        second_id = open_repository(second_id, private=private, **where)
+    settings |= where
     addresses = [push_encoder(first, repo_id, extra=extra, short_card=short_card, **settings)]
     if second is not None:
-        second_id = open_repository(
-            f"{repo_id}{PRIME_SUFFIX}", private=private, token=token, revision=revision
-        )
         addresses.append(push_encoder(second, second_id, first_id=repo_id, **settings))
     return addresses
 

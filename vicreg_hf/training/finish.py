@@ -76,17 +76,13 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
         results=results(rows, run.monitor), pictures=pictures,
     )  # fmt: skip
-    card = model_card(
-        run.model.config, num_features=run.model.num_features, record=record,
-        num_parameters=sum(p.numel() for p in run.model.encoder.parameters()),
-    )  # fmt: skip
-    write_card(directory / CARD_FILE, card)
+    write_card(directory / CARD_FILE, model_card(run.model, record=record))
     if second is not None:
         assert run.model.prime is not None
         encoder = run.model.prime.backbone
         card = second_card(
-            run.model.config, num_features=run.model.prime.num_features, record=record,
-            num_parameters=sum(p.numel() for p in encoder.parameters()),
+            run.model.config, encoder=encoder, num_features=run.model.prime.num_features,
+            record=record,
             loader=encoder.loader if isinstance(encoder, TextEncoder) else ("", ""),
         )  # fmt: skip
         write_card(second / CARD_FILE, card)
