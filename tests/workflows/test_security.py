@@ -25,7 +25,7 @@ from hub import WRITER, connected, running_hub
 from PIL import Image
 from workflow import SMALL, environment, write_images
 
-from vicreg_hf import VICRegConfig, VICRegModel, convert_checkpoint, pretrain
+from vicreg_hf import VICRegConfig, VICRegModel, pretrain
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.features.extract import extract_dataset
 from vicreg_hf.publishing.loading import find_encoder, load_model
@@ -92,15 +92,6 @@ def test_no_file_of_an_encoder_is_unpickled(
         with suppress(Exception):  # refused or passed over
             READERS[reader](model, tmp_path)
         assert not marker.exists()
-
-
-@pytest.mark.parametrize("as_torch_file", [True, False])
-def test_a_checkpoint_to_convert_is_not_unpickled(as_torch_file: bool, tmp_path: Path) -> None:
-    for name in ("authors.pth", "lightning.ckpt", "weights.pt", "model.safetensors"):
-        plant(tmp_path / name, tmp_path / "marker", as_torch_file=as_torch_file)
-        with pytest.raises(ValueError, match="checkpoint must"):
-            convert_checkpoint(tmp_path / name, tmp_path / "out")
-    assert not (tmp_path / "marker").exists()
 
 
 @pytest.mark.parametrize("name", ["train.pkl", "train.pt", "train.npy"])
