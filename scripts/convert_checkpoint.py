@@ -1,10 +1,6 @@
 """Write a published encoder from a checkpoint of the authors, lightly or solo-learn."""
 
-import gc
 import sys
-
-if __name__ == "__main__":
-    gc.disable()  # a third of the time of the imports below
 
 from safetensors import SafetensorError
 
@@ -15,9 +11,9 @@ from vicreg_hf.settings.parser import FlagsParser
 
 def main() -> None:
     parser = FlagsParser(description=__doc__)
-    parser.add_argument("checkpoint", help=".pth, .pt, .ckpt or .safetensors, of a ResNet.")
-    parser.add_argument("directory", help="Where the encoder goes.")
-    parser.add_argument("--architecture", help="timm name; found by the weights' shapes without.")
+    parser.add_argument("checkpoint", help="A ResNet in .pth, .pt, .ckpt or .safetensors.")
+    parser.add_argument("directory", help="The directory to write the encoder to.")
+    parser.add_argument("--architecture", help="timm name; found by the shapes if absent.")
     args = parser.parse_args()
     try:
         done = convert_checkpoint(args.checkpoint, args.directory, architecture=args.architecture)

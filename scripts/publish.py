@@ -1,10 +1,6 @@
 """Publish the encoder of a run on the Hub: `python scripts/publish.py --help`."""
 
-import gc
 import sys
-
-if __name__ == "__main__":
-    gc.disable()  # a third of the time of the imports below
 
 from safetensors import SafetensorError
 from yaml import YAMLError
@@ -19,11 +15,11 @@ def main() -> None:
     parser = FlagsParser(description=__doc__)
     parser.add_argument("source", metavar="RUN_OR_DIR", help="output_dir of a run, or an encoder.")
     parser.add_argument("--repo_id", required=True, help="org/name; made if absent.")
-    parser.add_argument("--private", action="store_true", help="If the repository is made.")
-    parser.add_argument("--include_expander", action="store_true", help="Publish it too.")
+    parser.add_argument("--private", action="store_true", help="Make a new repository private.")
+    parser.add_argument("--include_expander", action="store_true", help="Publish the expander too.")
     parser.add_argument("--revision", help="A branch; made if absent.")
     parser.add_argument("--onnx", action="store_true", help="Publish onnx/model.onnx too.")
-    parser.add_argument("--license", help="Of the weights, in the card; for example cc-by-4.0.")
+    parser.add_argument("--license", help="The licence of the weights, such as cc-by-4.0.")
     args = parser.parse_args()
     try:
         address = publish(

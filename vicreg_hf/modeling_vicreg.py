@@ -358,15 +358,11 @@ class VICRegModel(PreTrainedModel):
             ExportError: what was written does not load as this model.
             HubError: the Hub refuses, or cannot be reached; the earlier revision is as it was.
         """
-        from vicreg_hf.hub.api import open_repository
         from vicreg_hf.hub.push import push_model
 
-        repo_id = open_repository(
-            repo_id, private=private, token=token, revision=revision, create_pr=create_pr
-        )
         return push_model(
-            self, repo_id, include_expander=include_expander, token=token, revision=revision,
-            create_pr=create_pr, commit_message=commit_message,
+            self, repo_id, include_expander=include_expander, private=private, token=token,
+            revision=revision, create_pr=create_pr, commit_message=commit_message,
         )  # fmt: skip
 
     @torch.no_grad()

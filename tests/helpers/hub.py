@@ -16,7 +16,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+from huggingface_hub.utils import close_session
 
 WRITER, READER, STRANGER = "hf_writerTokenOfOrg", "hf_readerTokenOfOrg", "hf_tokenOfSomebodyElse"
 DROP = -1
@@ -69,15 +73,9 @@ class Hub:
         self.endpoint = ""
         self.closed = threading.Event()
 
-    def fail(
-        self,
-        method: str,
-        path: str,
-        status: int,
-        times: int = 10_000,
-        content: bytes | None = None,
-    ) -> None:
-        self.faults.append(Fault(method, path, status, times, content))
+    def fail(self, *words: Any, **settings: Any) -> None:
+        """Answer with a `Fault` from now on."""
+        self.faults.append(Fault(*words, **settings))
 
     def fault(self, method: str, path: str) -> Fault | None:
         with self.lock:
@@ -124,6 +122,32 @@ def online(hub: Hub, home: Path, token: str | None = WRITER) -> dict[str, str]:
     return variables | ({"HF_TOKEN": token} if token else {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"})
 
 
+@contextmanager
+def connected(hub: Hub, home: Path, token: str | None = WRITER) -> Iterator[None]:
+    """Make this process a client of this Hub, with a cache of its own."""
+    constants = huggingface_hub.constants
+    template = "/{repo_id}/resolve/{revision}/{filename}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", hub.endpoint)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + template)
+        patch.setattr(constants, "HF_HUB_CACHE", str(home))
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        if token is None:
+            patch.delenv("HF_TOKEN", raising=False)
+        else:
+            patch.setenv("HF_TOKEN", token)
+        yield
+    close_session()
+
+
+class Refusal(Exception):  # noqa: N818 - it is an answer
+    """An answer that says why there is no other."""
+
+    def __init__(self, status: int, sentence: str, **headers: str) -> None:
+        super().__init__(sentence)
+        self.status, self.headers = status, headers
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -160,8 +184,10 @@ class _Handler(BaseHTTPRequestHandler):
         for method, pattern, answer in _ROUTES:
             found = re.fullmatch(pattern, path)
             if found and self.command in method:
-                self.query = parse_qs(url.query)
-                answer(self, token, body, *found.groups())
+                try:
+                    answer(self, token, body, *found.groups())
+                except Refusal as refusal:
+                    self.say(refusal.status, {"error": str(refusal)}, **refusal.headers)
                 return
         self.say(404, {"error": f"no route {self.command} {path}"})
 
@@ -177,48 +203,40 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def repository(self, key: str, token: str, *, write: bool = False) -> Repository | None:
-        """The repository if this token may see it, and write to it where asked; else an answer."""
+    def repository(self, key: str, token: str, *, write: bool = False) -> Repository:
+        """The repository if this token may see it, and write to it if needed."""
         found = self.hub.repositories.get(key)
         if found is None or (found.private and token not in (WRITER, READER)):
             status = 404 if token else 401
-            self.say(status, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
-            return None
+            raise Refusal(status, "Repository not found", X_Error_Code="RepoNotFound")
         if write and token != WRITER:
-            self.say(403 if token else 401, {"error": "You may not write here."})
-            return None
+            raise Refusal(403 if token else 401, "You may not write here.")
         return found
 
-    def commit(self, found: Repository, revision: str) -> int | None:
+    def commit(self, found: Repository, revision: str) -> int:
         number = found.find(revision)
         if number is None:
-            self.say(404, {"error": "Revision not found"}, X_Error_Code="RevisionNotFound")
+            raise Refusal(404, "Revision not found", X_Error_Code="RevisionNotFound")
         return number
 
     def create(self, token: str, body: bytes) -> None:
-        asked = json.loads(body)
-        name = asked["name"]
-        org = asked.get("organization") or "org"
-        kind = asked.get("type") or "model"
-        key = f"{kind}s/{org}/{name}"
+        wanted = json.loads(body)
+        kind = wanted.get("type") or "model"
+        name = f"{wanted.get('organization') or 'org'}/{wanted['name']}"
+        key, shown = f"{kind}s/{name}", name if kind == "model" else f"{kind}s/{name}"
         if token != WRITER:
-            self.say(403 if token else 401, {"error": "You may not make repositories."})
-            return
-        shown = f"{org}/{name}" if kind == "model" else f"{kind}s/{org}/{name}"
+            raise Refusal(403 if token else 401, "You may not make repositories.")
         url = {"url": f"{self.hub.endpoint}/{shown}"}
         if key in self.hub.repositories:
             self.say(409, url | {"error": "You already created this repo"})
             return
-        self.hub.repositories[key] = Repository(asked.get("visibility") == "private")
+        self.hub.repositories[key] = Repository(wanted.get("visibility") == "private")
         self.say(200, url)
 
     def branch(self, token: str, _: bytes, key: str, name: str) -> None:
         found = self.repository(key, token, write=True)
-        if found is None:
-            return
         if name in found.branches:
-            self.say(409, {"error": "Reference already exists"})
-            return
+            raise Refusal(409, "Reference already exists")
         found.branches[name] = found.branches["main"]
         self.say(200, {})
 
@@ -226,22 +244,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.say(200, {"errors": [], "warnings": []})
 
     def preupload(self, token: str, body: bytes, key: str, revision: str) -> None:
-        found = self.repository(key, token, write=True)
-        if found is None or self.commit(found, revision) is None:
-            return
-        files = [
-            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-            for file in json.loads(body)["files"]
-        ]
+        self.commit(self.repository(key, token, write=True), revision)
+        regular = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+        files = [{"path": file["path"], **regular} for file in json.loads(body)["files"]]
         self.say(200, {"files": files})
 
     def push(self, token: str, body: bytes, key: str, revision: str) -> None:
         found = self.repository(key, token, write=True)
-        if found is None or self.commit(found, revision) is None:
-            return
+        self.commit(found, revision)
         files = dict(found.files(revision))
-        for line in body.splitlines():
-            entry = json.loads(line)
+        for entry in map(json.loads, body.splitlines()):
             value = entry["value"]
             if entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
@@ -251,89 +263,52 @@ class _Handler(BaseHTTPRequestHandler):
             found.commits.append(files)
             number = found.branches[revision] = len(found.commits) - 1
         sha = found.sha(number)
-        self.say(
-            200,
-            {
-                "success": True,
-                "commitOid": sha,
-                "commitUrl": f"{self.hub.endpoint}/{key.removeprefix('models/')}/commit/{sha}",
-            },
-        )
+        url = f"{self.hub.endpoint}/{key.removeprefix('models/')}/commit/{sha}"
+        self.say(200, {"success": True, "commitOid": sha, "commitUrl": url})
 
-    def info(self, token: str, _: bytes, key: str, revision: str | None = None) -> None:
+    def info(self, token: str, _: bytes, key: str, revision: str = "main") -> None:
         found = self.repository(key, token)
-        if found is None:
-            return
-        number = self.commit(found, revision or "main")
-        if number is None:
-            return
+        number = self.commit(found, revision)
         kind, name = key.split("/", 1)
         card = found.commits[number].get("README.md", b"").decode()
         tagged = re.search(r"^pipeline_tag: (.+)$", card, re.MULTILINE)
-        self.say(
-            200,
-            {
-                "_id": "0" * 24,
-                "id": name,
-                f"{kind[:-1]}Id": name,
-                "private": found.private,
-                "sha": found.sha(number),
-                "tags": [],
-                "downloads": 0,
-                "likes": 0,
-                "library_name": "transformers",
-                "pipeline_tag": tagged[1] if tagged else None,
-                "siblings": [{"rfilename": file} for file in found.commits[number]],
-            },
-        )
+        self.say(200, {
+            "_id": "0" * 24, "id": name, f"{kind[:-1]}Id": name, "private": found.private,
+            "sha": found.sha(number), "tags": [], "downloads": 0, "likes": 0,
+            "library_name": "transformers", "pipeline_tag": tagged[1] if tagged else None,
+            "siblings": [{"rfilename": file} for file in found.commits[number]],
+        })  # fmt: skip
 
-    def tree(self, token: str, _: bytes, key: str, revision: str, folder: str = "") -> None:
+    def tree(self, token: str, _: bytes, key: str, revision: str, folder: str) -> None:
         found = self.repository(key, token)
-        if found is None:
-            return
-        number = self.commit(found, revision)
-        if number is None:
-            return
-        inside = {k: v for k, v in found.commits[number].items() if k.startswith(folder or "")}
+        files = found.commits[self.commit(found, revision)]
+        inside = {k: v for k, v in files.items() if k.startswith(folder)}
         if folder and not inside:
-            self.say(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
-            return
-        self.say(
-            200,
-            [
-                {"type": "file", "path": k, "size": len(v), "oid": hashlib.sha1(v).hexdigest()}
-                for k, v in inside.items()
-            ],
-        )
+            raise Refusal(404, "Entry not found", X_Error_Code="EntryNotFound")
+        self.say(200, [
+            {"type": "file", "path": k, "size": len(v), "oid": hashlib.sha1(v).hexdigest()}
+            for k, v in inside.items()
+        ])  # fmt: skip
 
     def resolve(self, token: str, _: bytes, kind: str, name: str, revision: str, file: str) -> None:
         found = self.repository(f"{kind or 'models/'}{name}", token)
-        if found is None:
-            return
         number = self.commit(found, revision)
-        if number is None:
-            return
         headers = {"X_Repo_Commit": found.sha(number)}
         content = found.commits[number].get(file)
         if content is None:
-            self.say(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", **headers)
-            return
+            raise Refusal(404, "Entry not found", X_Error_Code="EntryNotFound", **headers)
         self.say(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', **headers)
 
 
 _KEY = r"/api/((?:models|datasets)/[^/]+/[^/]+)"
-_ROUTES: list[tuple[tuple[str, ...], str, Any]] = [
-    (("POST",), r"/api/repos/create", _Handler.create),
-    (("POST",), r"/api/validate-yaml", _Handler.validate),
-    (("POST",), _KEY + r"/branch/(.+)", _Handler.branch),
-    (("POST",), _KEY + r"/preupload/(.+)", _Handler.preupload),
-    (("POST",), _KEY + r"/commit/(.+)", _Handler.push),
-    (("GET",), _KEY, _Handler.info),
-    (("GET",), _KEY + r"/revision/(.+)", _Handler.info),
-    (("GET",), _KEY + r"/tree/([^/]+)/?(.*)", _Handler.tree),
-    (
-        ("GET", "HEAD"),
-        r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)",
-        _Handler.resolve,
-    ),
+_ROUTES: list[tuple[str, str, Any]] = [
+    ("POST", r"/api/repos/create", _Handler.create),
+    ("POST", r"/api/validate-yaml", _Handler.validate),
+    ("POST", _KEY + r"/branch/(.+)", _Handler.branch),
+    ("POST", _KEY + r"/preupload/(.+)", _Handler.preupload),
+    ("POST", _KEY + r"/commit/(.+)", _Handler.push),
+    ("GET", _KEY, _Handler.info),
+    ("GET", _KEY + r"/revision/(.+)", _Handler.info),
+    ("GET", _KEY + r"/tree/([^/]+)/?(.*)", _Handler.tree),
+    ("GET HEAD", r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler.resolve),
 ]

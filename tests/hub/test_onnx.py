@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnxruntime
-import pytest
 import torch
 from families import trained
 
 from vicreg_hf.hub.onnx import export_onnx
 
 
-@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "test_convnext"])
-def test_onnx_gives_the_features_of_any_number_of_images(architecture: str, tmp_path: Path) -> None:
-    model = trained(architecture)
+def test_onnx_gives_the_features_of_any_number_of_images(tmp_path: Path) -> None:
+    model = trained("test_vit")
     path = export_onnx(model, tmp_path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     cfg = model.config.pretrained_cfg

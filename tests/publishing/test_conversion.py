@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
-from workflow import environment, run
+from warm import run_script
 
 from vicreg_hf import VICRegConfig, VICRegModel, convert_checkpoint
 
@@ -63,16 +61,16 @@ class Reference(nn.Module):
         return x.mean((2, 3))
 
 
-def projector(features: int, *, last_bias: bool = False, hidden: int = 24) -> nn.Sequential:
+def projector(features: int, *, last_bias: bool = False) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
-        nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
-        nn.Linear(hidden, 16, bias=last_bias),
+        nn.Linear(features, 24), nn.BatchNorm1d(24), nn.ReLU(),
+        nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU(),
+        nn.Linear(24, 16, bias=last_bias),
     )  # fmt: skip
 
 
 def shaken(module: nn.Module) -> Any:
-    """With statistics and affine parameters that are not those of a new network."""
+    """Change statistics and affine parameters, so that they are not those of a new network."""
     torch.manual_seed(0)
     for name, tensor in module.state_dict().items():
         if name.endswith("running_var"):
@@ -96,133 +94,102 @@ def r50() -> Any:
     return shaken(Reference([3, 4, 6, 3], 1))
 
 
+@pytest.fixture(scope="module")
+def r18() -> Any:
+    """A torchvision ResNet-18 without its last layer."""
+    network = shaken(resnet18())
+    network.fc = nn.Identity()
+    return network
+
+
 @torch.no_grad()
 def same_features(encoder: nn.Module, reference: nn.Module) -> None:
-    expected = reference(X)
-    torch.testing.assert_close(encoder.eval()(X), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder.eval()(X), reference(X), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_the_authors_backbone_is_a_stock_timm_resnet50(
-    r50: Any, suffix: str, tmp_path: Path
+def same_weights(directory: Path, reference: nn.Module) -> bool:
+    """Whether a published encoder has the weights, under torchvision's names, which are timm's."""
+    saved, expected = load_file(directory / "model.safetensors"), reference.state_dict()
+    return saved.keys() == expected.keys() and all(
+        torch.equal(saved[name], expected[name]) for name in saved
+    )
+
+
+def test_the_authors_full_checkpoint_becomes_a_stock_resnet50_with_its_expander(
+    r50: Any, tmp_path: Path
 ) -> None:
-    path = tmp_path / f"resnet50{suffix}"
-    if suffix == ".pth":
-        torch.save(r50.state_dict(), path)
-    else:
-        save_file(r50.state_dict(), path)
-    done = run([sys.executable, "scripts/convert_checkpoint.py", str(path), str(tmp_path / "out")])
-    assert done.returncode == 0, done.stderr
-    assert "The encoder, a resnet50, went to" in done.stdout
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["architecture"] == "resnet50"
-    assert config["pretrained_cfg"]["crop_pct"] == 0.875
-    assert config["pretrained_cfg"]["input_size"] == [3, 224, 224]
-    assert not (tmp_path / "out" / "expander.safetensors").exists()
-    same_features(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), r50)
-
-
-def test_the_authors_full_checkpoint_keeps_its_expander(r50: Any, tmp_path: Path) -> None:
     head = shaken(projector(2048))
     weights = prefixed("module.backbone.", r50) | prefixed("module.projector.", head)
     optimizer = {"state": {0: {"mu": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
     torch.save({"epoch": 3, "model": weights, "optimizer": optimizer}, tmp_path / "model.pth")
     done = convert_checkpoint(tmp_path / "model.pth", tmp_path / "out")
-    assert done.has_expander
-    assert done.left_out == ()
+    assert (done.architecture, done.has_expander, done.left_out) == ("resnet50", True, ())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architecture"] == "resnet50"
+    assert config["pretrained_cfg"]["crop_pct"] == 0.875
+    assert config["pretrained_cfg"]["input_size"] == [3, 224, 224]
     model = VICRegModel.from_pretrained(tmp_path / "out").eval()
     assert model.config.expander_dims == [24, 24, 16]
     same_features(model.encoder, r50)
     with torch.no_grad():
-        expected = head(r50(X))
         embedded = model(X, X).embeddings
-    assert embedded is not None
-    torch.testing.assert_close(embedded[0], expected, rtol=1e-4, atol=1e-5)
+        assert embedded is not None
+        torch.testing.assert_close(embedded[0], head(r50(X)), rtol=1e-4, atol=1e-5)
 
 
-UNKNOWN = """
-import sys
-sys.modules["vicreg_hf"] = None
-import timm
-from transformers import AutoModel
-for load in (AutoModel.from_pretrained, lambda d: timm.create_model(f"local-dir:{d}")):
-    try:
-        load(sys.argv[1])
-    except Exception as error:
-        assert "needs_import_vicreg_hf" in str(error), error
-    else:
-        raise AssertionError("it loaded")
-"""
-
-
-def test_the_wide_network_is_found_and_says_what_it_needs(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_wide_network_is_found_and_loads_after_the_import(tmp_path: Path) -> None:
     wide = shaken(Reference([3, 4, 6, 3], 2))
     torch.save(wide.state_dict(), tmp_path / "resnet50x2.pth")
     done = convert_checkpoint(tmp_path / "resnet50x2.pth", tmp_path / "out")
     assert done.architecture == "resnet50x2"
     same_features(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), wide)
-    same_features(VICRegModel.from_pretrained(tmp_path / "out").encoder, wide)
-    assert "`import vicreg_hf` first" in (tmp_path / "out" / "README.md").read_text()
-    failed = subprocess.run(
-        [sys.executable, "-c", UNKNOWN, str(tmp_path / "out")],
-        env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert failed.returncode == 0, failed.stderr
 
 
-def test_the_widest_network_has_the_authors_weights() -> None:
+@pytest.mark.parametrize(("name", "counts"), [("50", [3, 4, 6, 3]), ("200", [3, 24, 36, 3])])
+def test_the_wide_networks_have_the_authors_weights(name: str, counts: list[int]) -> None:
     with torch.device("meta"):
-        ours = timm.create_model("resnet200x2", num_classes=0)
-        theirs = Reference([3, 24, 36, 3], 2)
+        ours = timm.create_model(f"resnet{name}x2", num_classes=0)
+        theirs = Reference(counts, 2)
     shapes = {name: value.shape for name, value in theirs.state_dict().items()}
     assert {name: value.shape for name, value in ours.state_dict().items()} == shapes
 
 
-def lightly(reference: nn.Module, *, cut: bool) -> dict[str, Tensor]:
-    """As lightly's examples (a Sequential of the children) and benchmarks (a ResNet) save it."""
-    backbone = nn.Sequential(*list(reference.children())[:-1]) if cut else reference
-    head = nn.Sequential(
-        nn.Linear(512, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16)
-    )
-    return prefixed("backbone.", backbone) | prefixed("projection_head.layers.", head)
-
-
-@pytest.mark.parametrize("cut", [True, False])
-def test_a_checkpoint_of_lightly_is_read(cut: bool, tmp_path: Path) -> None:
-    reference = shaken(resnet18())
-    reference.fc = nn.Identity()
-    weights = lightly(reference, cut=cut)
+def test_a_checkpoint_of_lightly_is_read(r18: Any, tmp_path: Path) -> None:
+    """The examples of lightly save an nn.Sequential of a ResNet's children."""
+    backbone = nn.Sequential(*list(r18.children())[:-1])
+    weights = prefixed("backbone.", backbone) | prefixed("projection_head.layers.", projector(512))
     online = {f"online_classifier.linear.{k}": torch.zeros(3) for k in ("weight", "bias")}
     torch.save({"state_dict": weights | online, "loops": {}}, tmp_path / "last.ckpt")
     done = convert_checkpoint(tmp_path / "last.ckpt", tmp_path / "out")
     assert done.architecture == "resnet18"
     assert done.left_out == ("online_classifier", "projection_head")
-    same_features(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), reference)
+    assert same_weights(tmp_path / "out", r18)
 
 
 @pytest.mark.parametrize("kind", ["evaluated", "torchvision"])
-def test_classifiers_are_left_out(kind: str, tmp_path: Path) -> None:
-    """Of what the authors' evaluation saves, and of a torchvision ResNet as it is."""
-    reference = shaken(resnet18())
-    classifier, reference.fc = reference.fc, nn.Identity()
+def test_classifiers_are_left_out(kind: str, r18: Any, tmp_path: Path) -> None:
+    """The authors' evaluation saves backbone and classifier; torchvision one ResNet."""
+    classifier = nn.Linear(512, 10)
     if kind == "evaluated":
-        parts = prefixed("module.0.", reference) | prefixed("module.1.", classifier)
+        parts = prefixed("module.0.", r18) | prefixed("module.1.", classifier)
         torch.save({"epoch": 3, "best_acc": None, "model": parts}, tmp_path / "checkpoint.pth")
+        done = convert_checkpoint(tmp_path / "checkpoint.pth", tmp_path / "out")
+        assert done.left_out == ("classifier",)
     else:
-        parts = prefixed("", reference) | prefixed("fc.", classifier)
-        torch.save(parts, tmp_path / "checkpoint.pth")
-    done = convert_checkpoint(tmp_path / "checkpoint.pth", tmp_path / "out")
-    assert done.left_out == (("classifier",) if kind == "evaluated" else ("fc",))
-    same_features(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True), reference)
-
-
-def of_solo_learn(reference: nn.Module) -> dict[str, Tensor]:
-    parts = prefixed("backbone.", reference) | prefixed("classifier.", nn.Linear(512, 10))
-    return parts | prefixed("projector.", projector(512, last_bias=True))
+        parts = prefixed("", r18) | prefixed("fc.", classifier)
+        save_file(parts, tmp_path / "checkpoint.safetensors")
+        words = [str(tmp_path / "checkpoint.safetensors"), str(tmp_path / "out")]
+        command = run_script("scripts/convert_checkpoint.py", *words)
+        assert command.returncode == 0, command.stderr
+        assert "The encoder, a resnet18, went to" in command.stdout
+        assert "Left out: fc." in command.stdout
+    assert not (tmp_path / "out" / "expander.safetensors").exists()
+    assert same_weights(tmp_path / "out", r18)
 
 
 class DictConfig:
-    """Stands for the settings that solo-learn keeps in its checkpoints, of a package not here."""
+    """The settings that solo-learn keeps in its checkpoints, of a package that is not here."""
 
     def __init__(self) -> None:
         self.settings = OrderedDict(lr=0.3)
@@ -235,11 +202,14 @@ def test_a_checkpoint_of_solo_learn_is_read_with_settings_of_unknown_classes(
     reference.fc = nn.Identity()
     reference.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     reference.maxpool = nn.Identity()
-    content = {"state_dict": of_solo_learn(reference), "hyper_parameters": DictConfig()}
+    weights = prefixed("backbone.", reference) | prefixed("classifier.", nn.Linear(512, 10))
+    weights |= prefixed("projector.", projector(512, last_bias=True))
+    content = {"state_dict": weights, "hyper_parameters": DictConfig()}
     torch.save(content, tmp_path / "ep=999.ckpt")
     done = convert_checkpoint(tmp_path / "ep=999.ckpt", tmp_path / "out")
     assert done.architecture == "resnet18_cifar"
     assert done.left_out == ("classifier", "projector")
+    assert "`import vicreg_hf` first" in (tmp_path / "out" / "README.md").read_text()
     same_features(VICRegModel.from_pretrained(tmp_path / "out").encoder, reference)
 
 
@@ -256,7 +226,7 @@ class Malicious:
 @pytest.mark.parametrize("kind", ["beside", "instead", "legacy"])
 def test_nothing_in_a_checkpoint_is_executed(kind: str, tmp_path: Path) -> None:
     trap = Malicious(tmp_path / "executed")
-    content = {"state_dict": resnet18().state_dict(), "hyper_parameters": trap}
+    content = {"state_dict": {"conv1.weight": torch.zeros(3)}, "hyper_parameters": trap}
     if kind == "instead":
         content = {"state_dict": {"conv1.weight": trap}}
     path = tmp_path / "evil.ckpt"
@@ -267,33 +237,41 @@ def test_nothing_in_a_checkpoint_is_executed(kind: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def refusal(content: Any, folder: Path) -> str:
+    """The sentence with which a checkpoint of this content is refused."""
+    path = folder / "file.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the caller compares the sentence
+        convert_checkpoint(path, folder / "out")
+    assert not (folder / "out").exists()
+    return str(caught.value)
+
+
 def test_every_weight_left_over_or_missing_is_listed(r50: Any, tmp_path: Path) -> None:
     state = dict(r50.state_dict())
     del state["layer2.1.bn2.running_mean"]
     state |= {"extra.weight": torch.zeros(3), "bn1.weight": torch.zeros(65)}
-    torch.save(state, tmp_path / "r50.pth")
-    with pytest.raises(ValueError, match="those of resnet50, and are not") as caught:
-        convert_checkpoint(tmp_path / "r50.pth", tmp_path / "out")
-    assert "left over: extra.weight;" in str(caught.value)
-    assert "missing: layer2.1.bn2.running_mean;" in str(caught.value)
-    assert "of another shape: bn1.weight (65,) for (64,)" in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    sentence = refusal(state, tmp_path)
+    assert "those of resnet50, and are not" in sentence
+    assert 'Unexpected key(s) in state_dict: "extra.weight".' in sentence
+    assert 'Missing key(s) in state_dict: "layer2.1.bn2.running_mean".' in sentence
+    assert "size mismatch for bn1.weight" in sentence
 
 
 @pytest.mark.parametrize("lost", ["0.bias", "4.running_var", "6.weight"])
-def test_an_expander_of_the_authors_must_be_whole(r50: Any, lost: str, tmp_path: Path) -> None:
-    head = prefixed("module.projector.", projector(2048))
+def test_an_expander_of_the_authors_must_be_whole(r18: Any, lost: str, tmp_path: Path) -> None:
+    head = prefixed("module.projector.", projector(512))
     del head[f"module.projector.{lost}"]
-    torch.save({"model": prefixed("module.backbone.", r50) | head}, tmp_path / "model.pth")
-    with pytest.raises(ValueError, match="those of an expander, and are not"):
-        convert_checkpoint(tmp_path / "model.pth", tmp_path / "out")
+    content = {"model": prefixed("module.backbone.", r18) | head}
+    assert "those of an expander, and are not" in refusal(content, tmp_path)
 
 
-def test_parts_that_nobody_knows_are_not_passed_over(r50: Any, tmp_path: Path) -> None:
-    weights = prefixed("module.backbone.", r50) | {"module.decoder.weight": torch.zeros(3)}
-    torch.save({"model": weights}, tmp_path / "model.pth")
-    with pytest.raises(ValueError, match=r"got 1 of others: decoder\.weight"):
-        convert_checkpoint(tmp_path / "model.pth", tmp_path / "out")
+def test_unknown_parts_are_refused(r18: Any, tmp_path: Path) -> None:
+    weights = prefixed("module.backbone.", r18) | {"module.decoder.weight": torch.zeros(3)}
+    assert "got 1 of others: decoder.weight" in refusal({"model": weights}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -303,24 +281,19 @@ def test_parts_that_nobody_knows_are_not_passed_over(r50: Any, tmp_path: Path) -
         (b"", "holds weights and no code to run"),
         ({"epoch": 3}, "must hold weights by name"),
         ([1, 2], "must hold weights by name"),
-        ({"blocks.0.weight": torch.zeros(3)}, r"whose first weight is conv1\.weight"),
+        ({"conv1.weight": torch.zeros(3), "epoch": 3}, "got 1 other values"),
+        ({"blocks.0.weight": torch.zeros(3)}, "whose first weight is conv1.weight"),
     ],
 )
-def test_what_is_no_checkpoint_of_a_resnet_is_said(
+def test_a_file_that_is_no_checkpoint_of_a_resnet_is_refused(
     content: Any, sentence: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "file.pth"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
-    with pytest.raises(ValueError, match=sentence):
-        convert_checkpoint(path, tmp_path / "out")
+    assert sentence in refusal(content, tmp_path)
     with pytest.raises(ValueError, match="must be a file"):
         convert_checkpoint(tmp_path / "absent.pth", tmp_path / "out")
 
 
-def test_images_of_one_channel_are_seen_by_the_stem(tmp_path: Path) -> None:
+def test_images_of_one_channel_are_recognised_by_the_stem(tmp_path: Path) -> None:
     gray = timm.create_model("resnet18", in_chans=1, num_classes=0)
     torch.save(gray.state_dict(), tmp_path / "gray.pth")
     convert_checkpoint(tmp_path / "gray.pth", tmp_path / "out")
@@ -330,14 +303,10 @@ def test_images_of_one_channel_are_seen_by_the_stem(tmp_path: Path) -> None:
     assert len(config["pretrained_cfg"]["mean"]) == 1
 
 
-def test_our_entries_train_like_any_other(tmp_path: Path) -> None:
+def test_our_own_architectures_train_like_any_other() -> None:
     model = VICRegModel(VICRegConfig(architecture="resnet18_cifar", expander_dims=[8]))
     assert model.config.pretrained_cfg is not None
     assert model.config.pretrained_cfg["input_size"] == [3, 32, 32]
-    output = model(X[:, :, :32, :32], X[:, :, 32:, 32:])
-    output.loss.backward()
-    model.eval().save_pretrained(tmp_path)
-    again = VICRegModel.from_pretrained(tmp_path).eval()
-    same_features(again.encoder, model.encoder)
+    model(X[:, :, :32, :32], X[:, :, 32:, 32:]).loss.backward()
     maps = timm.create_model("resnet18_cifar", features_only=True)(X)
     assert [tuple(m.shape[2:]) for m in maps] == [(64, 64), (64, 64), (32, 32), (16, 16), (8, 8)]

@@ -11,7 +11,7 @@ from families import config
 from workflow import leave_behind, small_files
 
 from vicreg_hf import VICRegModel
-from vicreg_hf.hub.export import check_exportable
+from vicreg_hf.publishing.publish import check_exportable
 from vicreg_hf.runtime.files import clear_leftovers, replacing, writing
 
 

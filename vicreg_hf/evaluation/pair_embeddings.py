@@ -26,7 +26,7 @@ from vicreg_hf.data.pairs import PairedSplit
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.features.encode import encode
 from vicreg_hf.features.encoders import timm_encoder
-from vicreg_hf.hub.layout import DIRECTORY
+from vicreg_hf.hub.layout import PRIME_DIRECTORY
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.publishing.loading import find_encoder, load_model
 
@@ -70,12 +70,14 @@ def open_pairs(
             "of the same images; give --prime_column if there is another column of images."
         )
     # source may be the run, its encoder or a checkpoint of it
-    places = [place / DIRECTORY for place in (Path(source), *Path(source).resolve().parents[:2])]
+    places = [
+        place / PRIME_DIRECTORY for place in (Path(source), *Path(source).resolve().parents[:2])
+    ]
     beside = next((place for place in places if place.is_dir()), None)
     if tokenizer is None and prime["modality"] == "text" and beside is None:
         raise ValueError(
             "prime_tokenizer must be given where the second encoder is not beside the first, and "
-            f"{source!r} has no {DIRECTORY} beside it."
+            f"{source!r} has no {PRIME_DIRECTORY} beside it."
         )
     found = open_second_column(
         table, prime["modality"], column, prime["preparation"] or {},

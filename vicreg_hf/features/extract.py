@@ -21,7 +21,7 @@ from vicreg_hf.data.splits import ImageSplit, image_split
 from vicreg_hf.features.encoders import Encoder, open_encoder
 from vicreg_hf.features.parts import parts_of
 from vicreg_hf.features.writing import complete_parts
-from vicreg_hf.hub.api import HubError, open_repository, push_folder
+from vicreg_hf.hub.api import HubError, open_repository, push_files, visible_files
 from vicreg_hf.hub.record import impersonal
 from vicreg_hf.runtime.files import replacing, writing
 from vicreg_hf.runtime.output_dir import claim
@@ -176,9 +176,9 @@ def _card(args: ExtractionArguments, splits: dict[str, ImageSplit]) -> str:
 
 def _push(args: ExtractionArguments, output_dir: Path) -> None:
     try:
-        address = push_folder(
-            output_dir, str(args.hub_dataset_id), repo_type="dataset",
-            commit_message="Upload features", ignore=(RECORD, BAD_IMAGES),
+        address = push_files(
+            visible_files(output_dir, ignore=(RECORD, BAD_IMAGES)), str(args.hub_dataset_id),
+            repo_type="dataset", commit_message="Upload features",
             removable=lambda name: name.startswith("data/"),
         )  # fmt: skip
     except HubError as error:

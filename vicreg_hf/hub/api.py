@@ -1,44 +1,57 @@
-"""The Hugging Face Hub: what is checked before a run, and pushing in one commit.
+"""Requests to the Hugging Face Hub: the checks before a run, and pushing in one commit.
 
-Every fault becomes one sentence, in which no token appears.
+A request that fails for a reason that may pass is sent again a few times. Every other failure
+becomes one sentence, in which no token appears.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
+    HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
-    RevisionNotFoundError,
+    RemoteEntryNotFoundError,
 )
 from huggingface_hub.utils import get_session, get_token, validate_repo_id
 
 from vicreg_hf.runtime.files import temporary_folder
 
 ATTEMPTS = 3
-"""Tries of a request that failed for a reason that may pass."""
+"""How often a request is sent that fails for a reason that may pass."""
 FIRST_WAIT = 1.0
-"""Seconds before the second try, doubled before each later one."""
-CONNECTED = 30.0
-"""Seconds within which a connection must be made."""
-ANSWERED = 60.0
-"""Seconds within which the Hub must go on answering, or taking what is sent, before it is asked
-again; the client's own limit is none."""
-OVERTAKEN = (409, 412)
-"""Answers to a commit where another came first."""
-PASSING = (408, 429, 500, 502, 503, 504, *OVERTAKEN)
-STRANGE = (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError)
-"""What the client raises where an answer is not the Hub's: no JSON, or JSON of another form."""
+"""Seconds before the second attempt; the wait before the third is twice as long."""
+TIMEOUT = 60.0
+"""Seconds without an answer after which a request has failed; the client's own limit is none."""
+PASSING = (408, 409, 412, 429, 500, 502, 503, 504)
+"""Status codes of failures that may pass. 409 and 412 say that another commit came first."""
+NO_ANSWER = (
+    HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError, LocalTokenNotFoundError,
+)  # fmt: skip
+OTHER_ANSWER = (ValueError, LookupError, TypeError, AttributeError)
+"""Errors of the client when an answer is no JSON, or JSON of another form."""
+SENTENCES = {
+    401: "pushing to {repo_id} needs an access token that the Hub knows, got none or another "
+    "(401); run `hf auth login`, or set HF_TOKEN.",
+    403: "pushing to {repo_id} needs an access token that may write there, got one that may not "
+    "(403); make one with the role 'write' at https://huggingface.co/settings/tokens, or choose "
+    "another repository.",
+    404: "the repository {repo_id} must exist, with its revision, and be visible to the access "
+    "token, and the Hub finds none (404); check its name, and who `hf auth whoami` says you are.",
+    413: "the Hub, or a proxy before it, takes no upload of this size for {repo_id} (413); push "
+    "from a network without the proxy, or less at once: no expander, no ONNX.",
+}
+"""What a user must know and do, by status code."""
 
 T = TypeVar("T")
 
@@ -48,13 +61,13 @@ class HubError(RuntimeError):
 
 
 def check_repo_id(repo_id: str, name: str = "repo_id") -> str:
-    """Return a repository's id, `org/name` or `name`, that the Hub takes.
+    """Return the id of a repository, `org/name` or `name`, if the Hub takes it.
 
     Args:
-        name: what the sentence calls it.
+        name: the setting that is named in the error.
 
     Raises:
-        ValueError: it is of another form.
+        ValueError: the id has another form.
     """
     try:
         validate_repo_id(repo_id)
@@ -67,15 +80,13 @@ def check_repo_id(repo_id: str, name: str = "repo_id") -> str:
 
 
 def check_revision(revision: str) -> str:
-    """Return a branch's name that git takes.
+    """Return the name of a branch if git takes it.
 
     Raises:
-        ValueError: it is of another form.
+        ValueError: the name has another form.
     """
-    parts = revision.split("/")
-    if not all(re.fullmatch(r"[\w-][\w.+-]*", part, re.ASCII) for part in parts) or (
-        ".." in revision or revision.startswith("-") or revision.endswith((".", ".lock"))
-    ):
+    named = re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*", revision, re.ASCII)
+    if not named or ".." in revision or revision.endswith((".", ".lock")):
         raise ValueError(
             "revision must be a branch such as main or v1.0, of letters, digits, '-', '_', '.' "
             f"and '/', got {revision!r}."
@@ -92,31 +103,28 @@ def open_repository(
     create_pr: bool = False,
     repo_type: str | None = None,
 ) -> str:
-    """Make a repository if there is none, and make sure that this token may write to it.
-
-    Nothing is committed: the permission is asked for as a push would.
+    """Make a repository if there is none, and make sure that this token may push to it.
 
     Args:
         repo_id: `org/name`; `name` is the user's own.
-        private: of a new repository; None takes the organisation's default.
+        private: whether a new repository is private; None takes the organisation's default.
         token: None takes that of HF_TOKEN or `hf auth login`.
         revision: a branch, made if absent.
-        create_pr: ask only whether pull requests may be opened, in a repository that is there.
+        create_pr: request only that pull requests may be opened, in a repository that exists.
         repo_type: "model" or "dataset"; None is a model.
 
     Returns:
         The full id.
 
     Raises:
-        ValueError: an id or a revision that cannot be.
+        ValueError: an id or a revision has a form that the Hub does not take.
         HubError: the Hub refuses, or cannot be reached.
     """
     check_repo_id(repo_id)
     if revision is not None:
         check_revision(revision)
-    api = _api(token)
 
-    def opened() -> str:
+    def opened(api: HfApi) -> str:
         kind: Any = {"repo_type": repo_type}
         full = api.create_repo(repo_id, private=private, exist_ok=True, **kind).repo_id
         if revision is not None and not revision.startswith("refs/") and not create_pr:
@@ -125,11 +133,20 @@ def open_repository(
         api.preupload_lfs_files(full, [probe], revision=revision, create_pr=create_pr, **kind)
         return full
 
-    return asked(opened, repo_id, token)
+    return _request(opened, repo_id, token)
 
 
-def push_folder(
-    folder: Path,
+def visible_files(folder: Path, *, ignore: Collection[str] = ()) -> dict[str, Path]:
+    """The files of a folder and its subfolders by relative path, but for hidden ones."""
+    return {
+        file.relative_to(folder).as_posix(): file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not file.name.startswith(".") and file.name not in ignore
+    }
+
+
+def push_files(
+    files: Mapping[str, Path | bytes],
     repo_id: str,
     *,
     commit_message: str,
@@ -137,16 +154,14 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
     repo_type: str | None = None,
-    ignore: Collection[str] = (),
     removable: Callable[[str], bool] = lambda _: False,
 ) -> str:
-    """Push everything in a folder as one commit, and nothing if it cannot be all.
+    """Push files as one commit, and none of them if it cannot be all.
 
     Args:
-        folder: with its subfolders; hidden files stay behind.
-        ignore: names of further files that stay behind.
-        removable: whether a file of an earlier revision goes, in the same commit, unless it is in
-            the folder.
+        files: a path or the content, by the path in the repository.
+        removable: whether a file of an earlier revision that is not among these is deleted in the
+            same commit.
 
     Returns:
         Address of the commit.
@@ -154,181 +169,102 @@ def push_folder(
     Raises:
         HubError: the Hub refuses, or cannot be reached; the earlier revision is as it was.
     """
-    api = _api(token)
     target: Any = {"repo_type": repo_type, "revision": revision}
-    files = {
-        file.relative_to(folder).as_posix(): file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and not file.name.startswith(".") and file.name not in ignore
-    }
 
-    def pushed() -> str:
-        info: Any = api.repo_info(repo_id, timeout=ANSWERED, **target)
-        there = {file.rfilename for file in info.siblings or ()}
-        stale = [name for name in there - files.keys() if removable(name)]
-        # upload_folder may make several commits
+    def pushed(api: HfApi) -> str:
+        info: Any = api.repo_info(repo_id, timeout=TIMEOUT, **target)
+        names = {file.rfilename for file in info.siblings or ()}
+        # HfApi.upload_folder would do, but may make several commits
         operations = [
-            *(CommitOperationDelete(name) for name in sorted(stale)),
-            *(CommitOperationAdd(name, path) for name, path in files.items()),
-        ]
+            *(CommitOperationDelete(name) for name in sorted(names - files.keys())
+              if removable(name)),
+            *(CommitOperationAdd(name, content) for name, content in files.items()),
+        ]  # fmt: skip
         return api.create_commit(
             repo_id, operations, commit_message=commit_message, create_pr=create_pr, **target
         ).commit_url
 
-    return asked(pushed, repo_id, token)
-
-
-def holds_file(
-    repo_id: str, name: str, *, token: str | bool | None = None, revision: str | None = None
-) -> bool:
-    """Whether a repository has a file.
-
-    Raises:
-        HubError: the Hub refuses, or cannot be reached.
-    """
-    api = _api(token)
-    return asked(lambda: api.file_exists(repo_id, name, revision=revision), repo_id, token)
+    return _request(pushed, repo_id, token)
 
 
 def read_text(
     repo_id: str, name: str, *, token: str | bool | None = None, revision: str | None = None
-) -> str:
-    """A file that a repository has.
+) -> str | None:
+    """The text of a file in a repository, or None if it has no such file.
 
     Raises:
         HubError: the Hub refuses, or cannot be reached.
     """
-    api = _api(token)
-    with temporary_folder() as aside:
-        path = asked(
-            lambda: api.hf_hub_download(repo_id, name, revision=revision, local_dir=aside),
-            repo_id, token,
-        )  # fmt: skip
+
+    def read(api: HfApi) -> str | None:
+        try:
+            path = api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)
+        except RemoteEntryNotFoundError:
+            return None
         return Path(path).read_text(encoding="utf-8")
 
-
-def asked(request: Callable[[], T], repo_id: str, token: str | bool | None) -> T:
-    """Ask the Hub, again where the reason for a failure may pass.
-
-    Raises:
-        HubError: says who was asked, what for, and the remedy.
-    """
-    for attempt in range(ATTEMPTS):
-        try:
-            with _limited():
-                return request()
-        except (*STRANGE, HTTPError, ValueError, OSError) as error:
-            if not _is_of_the_hub(error):
-                raise
-            if not _may_pass(error) or attempt == ATTEMPTS - 1:
-                raise HubError(without_tokens(_sentence(error, repo_id), token)) from None
-            time.sleep(FIRST_WAIT * 2**attempt)
-    raise AssertionError
+    with temporary_folder() as folder:
+        return _request(read, repo_id, token)
 
 
 def without_tokens(text: str, token: str | bool | None = None) -> str:
-    """The text, with anything that is or looks like an access token left out."""
+    """The text with everything that is or looks like an access token replaced by "[token]"."""
     for secret in (token, get_token()):
         if isinstance(secret, str) and secret.strip():
             text = text.replace(secret.strip(), "[token]")
     return re.sub(r"\b(hf|api_org)_[A-Za-z0-9_.-]{4,}", "[token]", text)
 
 
+def _request(send: Callable[[HfApi], T], repo_id: str, token: str | bool | None) -> T:
+    """Send a request, again where the reason for a failure may pass.
+
+    Raises:
+        HubError: the sentence says which repository was meant, what failed, and the remedy.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with _time_limit():
+                return send(HfApi(token=token, library_name="vicreg_hf"))
+        except (*NO_ANSWER, *OTHER_ANSWER) as error:
+            status = _status(error)
+            lasting = isinstance(error, OfflineModeIsEnabled) or status not in (None, *PASSING)
+            if lasting or attempt == ATTEMPTS:
+                sentence = _sentence(error, status, repo_id)
+                raise HubError(without_tokens(sentence, token)) from None
+            time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
+    raise AssertionError
+
+
 @contextmanager
-def _limited() -> Iterator[None]:
-    """Wait for no answer without end."""
+def _time_limit() -> Iterator[None]:
+    """Give up each request of the Hub's client after `TIMEOUT` seconds without an answer."""
     client = get_session()
-    before = client.timeout
-    client.timeout = (CONNECTED, ANSWERED, ANSWERED, ANSWERED)
+    before, client.timeout = client.timeout, TIMEOUT
     try:
         yield
     finally:
         client.timeout = before
 
 
-def _api(token: str | bool | None) -> HfApi:
-    return HfApi(token=token, library_name="vicreg_hf")
-
-
-def _is_of_the_hub(error: Exception) -> bool:
-    """Whether it is about an answer, or there was none."""
-    asking = (HTTPError, ConnectionError, TimeoutError, LocalTokenNotFoundError)
-    return isinstance(error, asking) or _status(error) is not None or _is_strange(error)
-
-
-def _is_strange(error: Exception) -> bool:
-    """Whether something else answers in the Hub's place."""
-    return isinstance(error, STRANGE) or "improperly formatted" in str(error)
-
-
-def _is_silence(error: Exception) -> bool:
-    """Whether nothing came in time; the class is httpx's or httpx2's, as the client has it."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return not names.isdisjoint({"TimeoutException", "TimeoutError"})
-
-
-def _may_pass(error: Exception) -> bool:
-    lasting = (OfflineModeIsEnabled, LocalTokenNotFoundError)
-    return not isinstance(error, lasting) and _status(error) in (None, *PASSING)
-
-
 def _status(error: BaseException) -> int | None:
-    """Of the answer; a refusal of a card's metadata is a ValueError that one has caused."""
-    response = getattr(error, "response", None)
-    if response is not None:
-        return response.status_code
+    """The status code of an answer; a refusal of a card is a ValueError that an answer caused."""
+    if isinstance(error, LocalTokenNotFoundError):
+        return 401
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code
     return None if error.__cause__ is None else _status(error.__cause__)
 
 
-def _sentence(error: Exception, repo_id: str) -> str:
-    status = _status(error)
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"pushing to {repo_id} needs the Hub, but HF_HUB_OFFLINE is set; unset it."
-    if status == 401 or isinstance(error, LocalTokenNotFoundError):
-        return (
-            f"pushing to {repo_id} needs an access token that the Hub knows, got none or another "
-            "(401); run `hf auth login`, or set HF_TOKEN."
-        )
-    if status == 403:
-        return (
-            f"pushing to {repo_id} needs an access token that may write there, got one that may "
-            "not (403); make one with the role 'write' at https://huggingface.co/settings/tokens, "
-            "or choose another repository."
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return f"the revision must exist in {repo_id}, and does not (404)."
-    if status == 404:
-        return (
-            f"the repository {repo_id} must exist and be visible to the access token, and the "
-            "Hub finds none (404); check its name, and who `hf auth whoami` says you are."
-        )
+def _sentence(error: Exception, status: int | None, repo_id: str) -> str:
+    if status in SENTENCES:
+        return SENTENCES[status].format(repo_id=repo_id)
     reason = re.sub(r"For more information check: \S+", "", str(error))
     reason = " ".join(reason.split()) or type(error).__name__
-    if status is None and _is_strange(error):
-        return (
-            f"{constants.ENDPOINT} must answer for {repo_id} as the Hub does, and did not, asked "
-            f"{ATTEMPTS} times ({type(error).__name__}: {reason}); probably a proxy or a network's "
-            "log-in page answers in its place: open that address in a browser, or check "
-            "HF_ENDPOINT and HTTPS_PROXY."
-        )
-    if _is_silence(error):
-        return (
-            f"{constants.ENDPOINT} must answer for {repo_id} within {ANSWERED:.0f} seconds, and "
-            f"did not, asked {ATTEMPTS} times or more ({reason}); try again later, or check "
-            "HF_ENDPOINT and HTTPS_PROXY."
-        )
-    if status in OVERTAKEN:
-        return (
-            f"a commit to {repo_id} must follow its newest one, and another came first ({status}), "
-            f"tried {ATTEMPTS} times; push again when nothing else does: {reason}"
-        )
-    if status == 413:
-        return (
-            f"the Hub, or a proxy before it, takes no upload of this size for {repo_id} (413); "
-            "push from a network without the proxy, or less at once: no expander, no ONNX."
-        )
-    if status == 429:
-        return f"the Hub takes no more requests for now (429), asked {ATTEMPTS} times: {reason}"
-    if status is None or status in PASSING:
-        return f"the Hub could not be reached for {repo_id}, tried {ATTEMPTS} times: {reason}"
-    return f"the Hub refuses {repo_id} ({status}): {reason}"
+    times = f", tried {ATTEMPTS} times" if status in (None, *PASSING) else ""
+    if status is not None:
+        return f"the Hub refuses {repo_id} ({status}){times}: {reason}"
+    return (
+        f"{constants.ENDPOINT} did not answer for {repo_id} as the Hub does{times}, {TIMEOUT:g} "
+        f"seconds at most each ({type(error).__name__}: {reason}); try again later. If a browser "
+        "shows the log-in page of a network there, log in, or check HF_ENDPOINT and HTTPS_PROXY."
+    )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
+from torch import nn
 
 from vicreg_hf.configuration_vicreg import VICRegConfig
-from vicreg_hf.hub.record import RunSettings, TrainingRecord, impersonal
+from vicreg_hf.hub.export import EncoderModel
+from vicreg_hf.hub.layout import PRIME_DIRECTORY
+from vicreg_hf.hub.record import TrainingRecord, impersonal
 from vicreg_hf.models.resnets import is_ours
 from vicreg_hf.runtime.files import replacing
 
@@ -23,48 +25,36 @@ SPECTRUM_PICTURE = "pictures/singular_values.png"
 RETRIEVAL_PICTURE = "pictures/retrievals.png"
 PICTURES = (LOSS_PICTURE, SPECTRUM_PICTURE, RETRIEVAL_PICTURE)
 MODEL_ID = "org/name"
-"""Stands in a card for the repository, until the encoder is pushed to one."""
-SECOND = "-prime"
-"""What the repository of a second branch's encoder is called after the first's name: timm opens
-repositories at their root alone, so each encoder has its own."""
+"""The placeholder in a card for its repository, until the encoder is pushed to one."""
+PRIME_SUFFIX = "-prime"
+"""The name of the second encoder's repository ends with this after the first's name. Each encoder
+has its own repository, because timm opens repositories at their root only."""
+TEMPLATE = "model_cards/template.md.jinja"
 TAGS = ["timm", "vicreg", "self-supervised-learning", "arxiv:2105.04906"]
 
 
 def model_card(
-    config: VICRegConfig,
+    model: EncoderModel,
     *,
-    num_features: int,
-    num_parameters: int | None = None,
     record: TrainingRecord | None = None,
     origin: str | None = None,
     licence: str | None = "mit",
 ) -> ModelCard:
-    """Render the card of an encoder.
+    """Render the card of an encoder; `MODEL_ID` stands in it for the repository.
 
     Args:
-        num_features: F, width of the pooled output.
-        num_parameters: of the encoder.
         record: of the run that made it; without it the card says what the model alone can say.
-        origin: a sentence on where the weights are from, where no run made them.
-        licence: of the weights; weights that a run started from have the last word.
-
-    Returns:
-        The card; `MODEL_ID` stands in it for the repository.
+        origin: a sentence on where the weights are from, if no run made them.
+        licence: of the weights; the licence of weights that a run started from precedes it.
     """
-    base, licence = (None, licence) if record is None else _base_model(record, licence)
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction",
-        license=licence,
-        tags=TAGS,
-        base_model=base,
-        **_results(record),
-    )
-    return _rendered(
-        data, config.architecture, record,
-        kind="timm", pretrained_cfg=config.pretrained_cfg, num_features=num_features,
-        num_parameters=num_parameters, model_id=MODEL_ID, origin=origin,
-        branches=None if record is None else branches(config, record.args),
+    config, base = model.config, None
+    if record is not None:
+        base, licence = _base_model(record, licence)
+    data = _metadata(license=licence, base_model=base, **_results(record))
+    return _render(
+        data, config.architecture, record, model.encoder, kind="timm", model_id=MODEL_ID,
+        pretrained_cfg=config.pretrained_cfg, num_features=model.num_features, origin=origin,
+        branches=None if record is None else branches(config, record),
         own_branch="the first", spectrogram=config.spectrogram, started_from=base,
     )  # fmt: skip
 
@@ -72,109 +62,97 @@ def model_card(
 def second_card(
     config: VICRegConfig,
     *,
+    encoder: nn.Module,
     num_features: int,
-    num_parameters: int,
     record: TrainingRecord,
     loader: tuple[str, str] = ("", ""),
 ) -> ModelCard:
-    """Render the card of the second branch's encoder; other arguments as for `model_card`.
+    """Render the card of the second branch's encoder.
 
-    Its repository is `MODEL_ID` followed by `SECOND`.
+    Its repository is `MODEL_ID` followed by `PRIME_SUFFIX`.
 
     Args:
-        loader: of text, the class of transformers that loads it, and what to call on the result.
+        config: of the model with both branches.
+        num_features: F, the width of the second encoder's output.
+        loader: the class of transformers that loads an encoder of texts, and the call that takes
+            the encoder from the loaded model.
     """
     prime = config.prime
     assert prime is not None
     kind = "timm" if prime["encoder_config"] is None else prime["modality"]
-    start = str(record.args.prime_architecture or record.args.architecture)
+    start = str(record.args["prime_architecture"] or record.args["architecture"])
     base = None
-    if record.args.prime_pretrained:
-        cfg = get_pretrained_cfg(start) if kind == "timm" else None
-        base = f"timm/{start}" if cfg is not None else str(impersonal(start))
-    licence = "mit" if base is None else "other"
-    pipeline = "image-feature-extraction" if kind == "timm" else "feature-extraction"
-    data = ModelCardData(
-        library_name="transformers", pipeline_tag=pipeline, license=licence,
-        tags=TAGS if kind == "timm" else TAGS[1:],
-        base_model=base if base is not None and not os.path.exists(start) else None,
-    )  # fmt: skip
-    quiet = replace(record, results=(), pictures=())  # what was measured is of the first
-    return _rendered(
-        data, prime["architecture"], quiet,
-        kind=kind, pretrained_cfg=prime["pretrained_cfg"], num_features=num_features,
-        num_parameters=num_parameters, model_id=MODEL_ID + SECOND, origin=None,
-        branches=branches(config, record.args), own_branch="the second", started_from=base,
-        loader=loader[0], loaded_part=loader[1], max_length=record.args.prime_max_length,
+    if record.args["prime_pretrained"]:
+        known = kind == "timm" and get_pretrained_cfg(start) is not None
+        base = f"timm/{start}" if known else str(impersonal(start))
+    data = _metadata(
+        license="mit" if base is None else "other",
+        base_model=None if os.path.exists(start) else base,
+    )
+    if kind != "timm":
+        data.pipeline_tag, data.tags = "feature-extraction", TAGS[1:]
+    of_the_run = replace(record, results=(), pictures=())  # they were measured on the first
+    return _render(
+        data, prime["architecture"], of_the_run, encoder, kind=kind,
+        model_id=MODEL_ID + PRIME_SUFFIX, pretrained_cfg=prime["pretrained_cfg"],
+        num_features=num_features, branches=branches(config, record), own_branch="the second",
+        started_from=base, loader=loader[0], loaded_part=loader[1],
+        max_length=record.args["prime_max_length"],
         spectrogram=prime["preparation"] if prime["modality"] == "audio" else None,
     )  # fmt: skip
 
 
-def _rendered(
+def _metadata(**facts: Any) -> ModelCardData:
+    return ModelCardData(
+        library_name="transformers", pipeline_tag="image-feature-extraction", tags=TAGS, **facts
+    )
+
+
+def _render(
     data: ModelCardData,
     architecture: str,
     record: TrainingRecord | None,
-    *,
-    num_parameters: int | None,
-    pretrained_cfg: Mapping[str, Any] | None,
+    encoder: nn.Module,
     **facts: Any,
 ) -> ModelCard:
     subject = f"VICReg {architecture}"
     if record is not None:
-        subject += f" on {record.hub_id or impersonal(record.args.dataset_name)}"
-    parameters = f"{num_parameters / 1e6:.3g} million parameters, " if num_parameters else ""
+        subject += f" on {record.hub_id or impersonal(record.args['dataset_name'])}"
+    # in a wheel the template is inside the package, in a checkout beside it
+    package = Path(__file__).parents[1]
+    inside = package / TEMPLATE
     return ModelCard.from_template(
-        data,
-        template_path=str(_template()),
-        title=subject,
-        architecture=architecture,
-        parameters=parameters,
-        input_size=None if pretrained_cfg is None else pretrained_cfg["input_size"],
-        record=record,
-        needs_import=is_ours(architecture),
-        licence_text=_licence_text(data.license),
-        **facts,
-    )
+        data, template_path=str(inside if inside.is_file() else package.parent / TEMPLATE),
+        title=subject, architecture=architecture, record=record,
+        parameters=f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.3g}",
+        needs_import=is_ours(architecture), licence_text=_licence_text(data.license), **facts,
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class BranchFacts:
-    """A line of a card's table of branches."""
+def branches(config: VICRegConfig, record: TrainingRecord) -> list[list[str]] | None:
+    """The rows of a card's table of branches; None if both branches share their weights.
 
-    name: str
-    place: str
-    """Its directory of the run, and its repository."""
-    takes: str
-    encoder: str
-    expander: str
-
-
-def branches(config: VICRegConfig, args: RunSettings) -> list[BranchFacts] | None:
-    """Which branch is which; None where they share their weights."""
+    The columns are: branch, directory and repository, what it takes, encoder, expander.
+    """
     prime = config.prime
     if prime is None:
         return None
-    first = "spectrograms" if config.spectrogram else "images"
-    column = f"column `{args.prime_column}`"
+    name, modality = record.args["prime_column"], prime["modality"]
+    column = f"column `{name}`"
     takes = {
-        "image": f"images of {column}" if args.prime_column else "the second view of each image",
+        "image": f"images of {column}" if name else "the second view of each image",
         "text": f"texts of {column}",
         "audio": f"{'waveforms' if prime['encoder_config'] else 'spectrograms'} of {column}",
         "embedding": f"precomputed embeddings of {column}",
     }
+    first = f"the first view of {'spectrograms' if config.spectrogram else 'images'}"
+    place = f"`{PRIME_DIRECTORY}`, `{MODEL_ID}{PRIME_SUFFIX}`"
     return [
-        BranchFacts(
-            "the first", f"`encoder`, `{MODEL_ID}`", f"the first view of {first}"
-            + (", and further ones" if args.num_views > 2 else ""),
-            config.architecture, "-".join(map(str, config.expander_dims)),
-        ),
-        BranchFacts(
-            "the second",
-            "not published" if prime["modality"] == "embedding"
-            else f"`encoder_prime`, `{MODEL_ID}{SECOND}`",
-            takes[prime["modality"]], prime["architecture"] or "none",
-            "-".join(map(str, prime["expander_dims"])),
-        ),
+        ["the first", f"`encoder`, `{MODEL_ID}`",
+         first + (", and further ones" if record.num_views > 2 else ""), config.architecture,
+         "-".join(map(str, config.expander_dims))],
+        ["the second", "not published" if modality == "embedding" else place, takes[modality],
+         prime["architecture"] or "none", "-".join(map(str, prime["expander_dims"]))],
     ]  # fmt: skip
 
 
@@ -196,36 +174,37 @@ def write_card(path: Path, card: ModelCard) -> None:
 
 def _base_model(record: TrainingRecord, licence: str | None) -> tuple[str | None, str | None]:
     """The repository whose weights training started from, and the licence that follows."""
-    if not record.args.pretrained:
+    if not record.args["pretrained"]:
         return None, licence
-    cfg = get_pretrained_cfg(record.args.architecture)
+    architecture = record.args["architecture"]
+    cfg = get_pretrained_cfg(architecture)
     if cfg is None:
         return None, "other"
-    tag = f".{cfg.tag}" if cfg.tag and "." not in record.args.architecture else ""
-    hub_id = cfg.hf_hub_id if cfg.hf_hub_id and cfg.hf_hub_id != "timm/" else None
-    return hub_id or f"timm/{record.args.architecture}{tag}", cfg.license or "other"
+    tag = f".{cfg.tag}" if cfg.tag and "." not in architecture else ""
+    hub_id = cfg.hf_hub_id if cfg.hf_hub_id != "timm/" else None
+    return hub_id or f"timm/{architecture}{tag}", cfg.license or "other"
 
 
-def _results(record: TrainingRecord | None) -> Mapping[str, Any]:
-    """The metadata that the Hub reads of a run."""
+def _results(record: TrainingRecord | None) -> dict[str, Any]:
+    """The metadata of a run that the Hub reads."""
     if record is None:
         return {}
-    hub_id = record.hub_id
-    found: dict[str, Any] = {} if hub_id is None else {"datasets": [hub_id]}
-    accuracies = [result for result in record.results if result.of_model and result.percent]
-    if accuracies:
-        name = hub_id or str(impersonal(record.args.dataset_name))
-        found["metrics"] = ["accuracy"]
-        found["model_name"] = f"VICReg {record.args.architecture}"
-        found["eval_results"] = [
-            EvalResult(
-                task_type="image-classification", dataset_type=name, dataset_name=name,
-                dataset_split=record.args.eval_split, metric_type="accuracy",
-                metric_name=result.name, metric_value=round(100 * result.value, 2),
-            )
-            for result in accuracies
-        ]  # fmt: skip
-    return found
+    data = record.hub_id or str(impersonal(record.args["dataset_name"]))
+    metadata: dict[str, Any] = {} if record.hub_id is None else {"datasets": [record.hub_id]}
+    evaluations = [
+        EvalResult(
+            task_type="image-classification", dataset_type=data, dataset_name=data,
+            dataset_split=record.args["eval_split"], metric_type="accuracy",
+            metric_name=result.name, metric_value=round(100 * result.value, 2),
+        )
+        for result in record.results if result.of_model and result.percent
+    ]  # fmt: skip
+    if evaluations:
+        metadata |= {
+            "metrics": ["accuracy"], "eval_results": evaluations,
+            "model_name": f"VICReg {record.args['architecture']}",
+        }  # fmt: skip
+    return metadata
 
 
 def _licence_text(licence: str | None) -> str:
@@ -235,10 +214,3 @@ def _licence_text(licence: str | None) -> str:
         f"The weights are published under: {licence}. The images they were trained on keep their "
         "own terms."
     )
-
-
-def _template() -> Path:
-    """In a wheel inside the package, in a checkout beside it."""
-    package = Path(__file__).parents[1]
-    inside = package / "model_cards" / "template.md.jinja"
-    return inside if inside.is_file() else package.parent / "model_cards" / "template.md.jinja"

@@ -1,7 +1,4 @@
-"""Writing an encoder, checked through the loaders that others use.
-
-Shapes: C channels, S side in pixels, F features.
-"""
+"""Writing an encoder, and verifying it with the loaders of transformers and timm."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import copy
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import timm
 import torch
@@ -19,26 +16,44 @@ from transformers import AutoModel
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.hub.layout import TRAINING_ONLY
 from vicreg_hf.runtime.checks import one_line
-from vicreg_hf.runtime.files import temporary_folder
+
+REMEDY = (
+    "Build the backbone from architecture and model_args alone; modules put in by hand are not "
+    "written."
+)
 
 
 class ExportError(RuntimeError):
-    """What was written does not load as what it was written from."""
+    """An encoder cannot be written so that it loads with the same weights and features."""
 
 
-def export_encoder(model: Any, directory: str | Path, *, include_expander: bool = False) -> Path:
-    """Write the published layout, and make sure that stock transformers and timm agree with it.
+class EncoderModel(Protocol):
+    """The part of a `VICRegModel` that is published."""
+
+    config: VICRegConfig
+    num_features: int
+
+    @property
+    def encoder(self) -> nn.Module: ...
+
+    def save_pretrained(self, save_directory: str, *, include_expander: bool = True) -> None: ...
+
+
+def export_encoder(
+    model: EncoderModel, directory: str | Path, *, include_expander: bool = False
+) -> Path:
+    """Write the published layout once stock transformers and timm load it as this encoder.
 
     Args:
-        directory: made if absent; files of other names in it are left alone.
-        include_expander: see `VICRegModel.save_pretrained`.
+        directory: made if absent; files with other names in it are left alone.
+        include_expander: also write the expander, as `VICRegModel.save_pretrained` does.
 
     Returns:
         The directory.
 
     Raises:
-        ExportError: weights or features differ when loaded again; the directory is as it was.
-        ValueError: the model is no VICRegModel.
+        ExportError: weights or features differ when they are loaded; the directory is as it was.
+        ValueError: the model is not a VICRegModel.
     """
     if not isinstance(getattr(model, "config", None), VICRegConfig):
         raise ValueError(
@@ -47,8 +62,8 @@ def export_encoder(model: Any, directory: str | Path, *, include_expander: bool 
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for left in directory.glob(".export-*"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for abandoned in directory.glob(".export-*"):  # by a process that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as aside:
         model.save_pretrained(aside, include_expander=include_expander)
         verify_export(model, aside)
@@ -60,34 +75,15 @@ def export_encoder(model: Any, directory: str | Path, *, include_expander: bool 
     return directory
 
 
-def check_exportable(model: Any) -> None:
-    """Make sure, before training, that `export_encoder` will be able to write this model.
-
-    Raises:
-        ExportError: it will not.
-    """
-    with temporary_folder() as aside:
-        try:
-            export_encoder(model, aside)
-        except RuntimeError as error:  # safetensors on tensors that share memory, or an ExportError
-            raise ExportError(
-                f"{model.config.architecture} with model_args={model.config.model_args} cannot be "
-                f"published: {one_line(error)}"
-            ) from error
-
-
 @torch.no_grad()
-def verify_export(model: Any, directory: str | Path) -> None:
+def verify_export(model: EncoderModel, directory: str | Path) -> None:
     """Load a published encoder as transformers and timm do, and compare it with the model.
 
     Raises:
-        ExportError: weights that are not equal bit for bit, or features that are not equal.
+        ExportError: weights are not equal bit for bit, or features are not equal.
     """
     reference = copy.deepcopy(model.encoder).cpu().float().eval()
-    cfg = model.config.pretrained_cfg
-    assert cfg is not None
-    noise = torch.Generator().manual_seed(0)
-    pixels = torch.randn(2, *cfg["input_size"], generator=noise)
+    pixels = example_pixels(model.config)
     expected = reference(pixels)
     if not bool(expected.isfinite().all()):
         raise ExportError("an encoder must give finite features to be published, and does not.")
@@ -98,43 +94,56 @@ def verify_export(model: Any, directory: str | Path) -> None:
         )
     for loader, load in LOADERS.items():
         try:
-            encoder = load(directory).eval()
-        except (RuntimeError, ValueError, TypeError, ImportError) as error:
+            encoder = load(str(directory)).eval()
+        except (RuntimeError, ValueError, TypeError, ImportError, OSError) as error:
             raise ExportError(
-                f"{loader} must be able to load the encoder, and cannot: "
-                f"{one_line(error)}. Build the backbone from architecture and "
-                "model_args alone; modules put in by hand are not written."
+                f"{loader} must be able to load the encoder, and cannot: {one_line(error)}. "
+                f"{REMEDY}"
             ) from error
-        different = _different(reference.state_dict(), encoder.state_dict())
-        if different:
-            raise ExportError(
-                f"{loader} must load the same weights, and {len(different)} differ: "
-                f"{', '.join(different[:5])}."
-            )
-        features = encoder(pixels)
-        if features.shape != expected.shape or not torch.allclose(
-            features, expected, rtol=1e-4, atol=1e-5
-        ):
-            raise ExportError(
-                f"{loader} must give the same features, and does not. Build the backbone from "
-                "architecture and model_args alone; modules put in by hand are not written."
-            )
+        check_same_weights(reference, encoder, loader)
+        if not same_features(encoder(pixels), expected):
+            raise ExportError(f"{loader} must give the same features, and does not. {REMEDY}")
 
 
-def _load_transformers(directory: str | Path) -> nn.Module:
-    model: Any = AutoModel.from_pretrained(str(directory), dtype=torch.float32)
+def example_pixels(config: VICRegConfig) -> Tensor:
+    """Two images of noise, (2, C, S, S) float32, always the same."""
+    assert config.pretrained_cfg is not None
+    noise = torch.Generator().manual_seed(0)
+    return torch.randn(2, *config.pretrained_cfg["input_size"], generator=noise)
+
+
+def same_features(features: Tensor, expected: Tensor) -> bool:
+    """Whether features are equal but for rounding, as a loader may sum in another order."""
+    return features.shape == expected.shape and torch.allclose(
+        features, expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def check_same_weights(expected: nn.Module, loaded: nn.Module, loader: str) -> None:
+    """Make sure that the weights of two modules are equal bit for bit.
+
+    Raises:
+        ExportError: they are not; the first are named.
+    """
+    a, b = expected.state_dict(), loaded.state_dict()
+    different = sorted(
+        name for name in a.keys() | b.keys()
+        if name not in a or name not in b or not torch.equal(a[name].cpu(), b[name].cpu())
+    )  # fmt: skip
+    if different:
+        raise ExportError(
+            f"{loader} must load the same weights, and {len(different)} differ: "
+            f"{', '.join(different[:5])}."
+        )
+
+
+def _load_transformers(directory: str) -> nn.Module:
+    model: Any = AutoModel.from_pretrained(directory, dtype=torch.float32)
     return model.timm_model
 
 
-def _load_timm(directory: str | Path) -> nn.Module:
+def _load_timm(directory: str) -> nn.Module:
     return timm.create_model(f"local-dir:{directory}", pretrained=True)
 
 
 LOADERS = {"transformers": _load_transformers, "timm": _load_timm}
-
-
-def _different(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
-    return sorted(
-        name for name in a.keys() | b.keys()
-        if name not in a or name not in b or not torch.equal(a[name], b[name])
-    )  # fmt: skip

@@ -11,15 +11,24 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vicreg_hf.configuration_vicreg import INDEX_FILE, VICRegConfig
+from vicreg_hf.configuration_vicreg import (
+    INDEX_FILE,
+    NESTED_KEY,
+    PRIME_FIELDS,
+    VICRegConfig,
+)
 
+CONFIG_FILE = "config.json"
 ENCODER_FILE = "model.safetensors"
 EXPANDER_FILE = "expander.safetensors"
 PRIME_FILE = "prime.safetensors"
 BY_PREFIX = {"backbone.": ENCODER_FILE, "expander.": EXPANDER_FILE, "prime.": PRIME_FILE}
-"""Where a model's weights go. The encoder's bear timm's own names there, without the prefix."""
+"""The file of a weight, by the prefix of its name; the encoder's bear timm's names there, without
+the prefix."""
 TRAINING_ONLY = (EXPANDER_FILE, PRIME_FILE, INDEX_FILE)
-"""Files beside the encoder, which it does not need."""
+"""Files beside the encoder that are needed only to go on training."""
+PRIME_DIRECTORY = "encoder_prime"
+"""The second encoder's directory, beside `encoder` in the output_dir of a run."""
 
 
 def write_layout(
@@ -53,19 +62,38 @@ def write_layout(
         weight_map |= dict.fromkeys(held, name)
     if include_expander:
         size = sum(v.numel() * v.element_size() for v in state.values())
-        write_json(
-            directory / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map}
-        )
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_bytes(_json(index))
     else:
         (directory / INDEX_FILE).unlink(missing_ok=True)
     content = config.to_encoder_dict(num_features, include_expander=include_expander)
-    write_json(directory / "config.json", content)
+    (directory / CONFIG_FILE).write_bytes(_json(content))
     for name in set(weight_map.values()):  # safetensors lets nobody else read them
-        shutil.copymode(directory / "config.json", directory / name)
+        shutil.copymode(directory / CONFIG_FILE, directory / name)
+
+
+def is_published(directory: Path) -> bool:
+    """Whether a directory holds an encoder in this layout."""
+    config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    return config.get("model_type") == "timm_wrapper" and NESTED_KEY in config
+
+
+def files_to_push(directory: Path, *, include_expander: bool) -> dict[str, Path | bytes]:
+    """The files of this layout in a directory, by name, as paths or as their content."""
+    names = (CONFIG_FILE, ENCODER_FILE, *(TRAINING_ONLY if include_expander else ()))
+    files: dict[str, Path | bytes] = {
+        name: directory / name for name in names if (directory / name).is_file()
+    }
+    if not include_expander:
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        for key in ("transformers_weights", *PRIME_FIELDS):
+            config[NESTED_KEY].pop(key, None)
+        files[CONFIG_FILE] = _json(config)
+    return files
 
 
 def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, numbers in float32, and no two in the same memory, as those of tied weights."""
+    """The tensors on the CPU, in float32, each in memory of its own even if weights are tied."""
     found, seen = {}, set()
     for name, value in state.items():
         copy = value.detach().cpu()
@@ -75,10 +103,5 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file as the loaders' own are written."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-DIRECTORY = "encoder_prime"
-"""Of the second encoder, beside `encoder` in a run's output_dir."""
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,4 +1,4 @@
-"""The encoder as ONNX, checked against itself with onnxruntime."""
+"""Writing the encoder as ONNX, and comparing its features with onnxruntime's."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any
 
 import torch
 
+from vicreg_hf.hub.export import EncoderModel, example_pixels
 from vicreg_hf.runtime.checks import one_line
 
 ONNX_FILE = "onnx/model.onnx"
 
 
-def export_onnx(model: Any, directory: Path) -> Path:
+def export_onnx(model: EncoderModel, directory: Path) -> Path:
     """Write onnx/model.onnx: pixel_values (B, C, S, S) to pooler_output (B, F), any B.
 
     Returns:
-        Its path.
+        The path of the file.
 
     Raises:
         ValueError: onnx, onnxscript or onnxruntime is not installed.
-        RuntimeError: the backbone cannot be exported, or onnxruntime's features differ.
+        RuntimeError: the backbone cannot be exported, or onnxruntime gives other features.
     """
     try:
         import onnxruntime
@@ -34,11 +35,9 @@ def export_onnx(model: Any, directory: Path) -> Path:
     path = directory / ONNX_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     encoder = copy.deepcopy(model.encoder).cpu().float().eval()
-    cfg = model.config.pretrained_cfg
-    assert cfg is not None
-    pixels = torch.randn(2, *cfg["input_size"], generator=torch.Generator().manual_seed(0))
+    pixels = example_pixels(model.config)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own parts, on their future
+        warnings.simplefilter("ignore")  # torch warns about its own code
         try:
             torch.onnx.export(
                 encoder, (pixels,), path, input_names=["pixel_values"],
@@ -54,10 +53,10 @@ def export_onnx(model: Any, directory: Path) -> Path:
     for batch in (pixels, torch.cat([pixels, pixels[:1]])):
         with torch.inference_mode():
             expected = encoder(batch)
-        (given,) = session.run(["pooler_output"], {"pixel_values": batch.numpy()})
-        if not torch.allclose(torch.from_numpy(given), expected, rtol=1e-3, atol=1e-4):
+        (found,) = session.run(["pooler_output"], {"pixel_values": batch.numpy()})
+        if not torch.allclose(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4):
             raise RuntimeError(
                 f"onnxruntime must give the features of {model.config.architecture}, and they "
-                f"differ by up to {(torch.from_numpy(given) - expected).abs().max():.2g}."
+                f"differ by up to {(torch.from_numpy(found) - expected).abs().max():.2g}."
             )
     return path

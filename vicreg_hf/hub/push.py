@@ -2,88 +2,93 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from vicreg_hf.hub.api import holds_file, push_folder, read_text
+from huggingface_hub import ModelCard
+
+from vicreg_hf.hub.api import open_repository, push_files, read_text, visible_files
 from vicreg_hf.hub.card import CARD_FILE, PICTURES, model_card, personalise
-from vicreg_hf.hub.export import export_encoder
-from vicreg_hf.hub.layout import TRAINING_ONLY
-from vicreg_hf.hub.onnx import ONNX_FILE, export_onnx
+from vicreg_hf.hub.export import EncoderModel, export_encoder
+from vicreg_hf.hub.layout import TRAINING_ONLY, files_to_push, is_published
+from vicreg_hf.hub.onnx import ONNX_FILE
 from vicreg_hf.runtime.files import temporary_folder
 
-UPLOAD = "Upload a VICReg encoder"
-"""Of commits, unless told otherwise."""
+COMMIT_MESSAGE = "Upload a VICReg encoder"
 REMOVABLE = (*TRAINING_ONLY, ONNX_FILE, *PICTURES)
-"""Files of an earlier revision that go when a push has none of them."""
+"""Files of an earlier revision that are deleted when a push has none of them."""
 
 
 def push_model(
-    model: Any,
+    model: EncoderModel,
+    repo_id: str,
+    *,
+    include_expander: bool,
+    private: bool | None,
+    commit_message: str,
+    create_pr: bool,
+    token: str | bool | None,
+    revision: str | None,
+) -> str:
+    """Export a model, and push what was written; see `VICRegModel.push_to_hub`."""
+    repo_id = open_repository(
+        repo_id, private=private, token=token, revision=revision, create_pr=create_pr
+    )
+    with temporary_folder() as folder:
+        export_encoder(model, folder, include_expander=include_expander)
+        return push_encoder(
+            folder, repo_id, include_expander=include_expander, commit_message=commit_message,
+            short_card=model_card(model, licence=None), create_pr=create_pr, token=token,
+            revision=revision,
+        )  # fmt: skip
+
+
+def push_encoder(
+    directory: Path,
     repo_id: str,
     *,
     include_expander: bool = False,
-    onnx: bool = False,
+    extra: Mapping[str, Path] | None = None,
+    short_card: ModelCard | None = None,
+    first_id: str | None = None,
     license: str | None = None,  # noqa: A002
-    card: Path | None = None,
-    commit_message: str = UPLOAD,
+    commit_message: str = COMMIT_MESSAGE,
     create_pr: bool = False,
     token: str | bool | None = None,
     revision: str | None = None,
 ) -> str:
-    """Push a model to a repository that is there, in one commit; see `publish`.
+    """Push an encoder as it was written and verified, in one commit, to a repository that exists.
 
     Args:
-        card: a directory with README.md and pictures; without one the repository keeps its card,
-            or gets one that says what the model alone can say.
+        directory: where the encoder is, with its card and pictures if there are any.
+        include_expander: also push the expander of a VICReg encoder.
+        extra: further files, by their path in the repository.
+        short_card: the card if neither the directory nor the repository has one.
+        first_id: the first branch's repository if this is the second's; both cards name it.
+        license: of the weights; None leaves what the card says.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        HubError: the Hub refuses, or cannot be reached; the earlier revision is as it was.
     """
-    with temporary_folder() as aside:
-        folder = _exported(model, aside, include_expander=include_expander, onnx=onnx)
-        return _push(
-            folder, model, repo_id, license=license, card=card, commit_message=commit_message,
-            create_pr=create_pr, token=token, revision=revision,
-        )  # fmt: skip
-
-
-def _exported(model: Any, directory: Path, *, include_expander: bool, onnx: bool) -> Path:
-    folder = export_encoder(model, directory, include_expander=include_expander)
-    if onnx:
-        export_onnx(model, folder)
-    return folder
-
-
-def _push(
-    folder: Path,
-    model: Any,
-    repo_id: str,
-    *,
-    license: str | None,  # noqa: A002
-    card: Path | None,
-    commit_message: str = UPLOAD,
-    create_pr: bool = False,
-    token: str | bool | None,
-    revision: str | None,
-) -> str:
-    """Add the card to an exported encoder, and push both."""
-    removable = REMOVABLE
-    text = None
-    if card is not None and (card / CARD_FILE).is_file():
-        text = (card / CARD_FILE).read_text(encoding="utf-8")
-        for name in PICTURES:
-            if (card / name).is_file():
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(card / name, folder / name)
-    elif holds_file(repo_id, CARD_FILE, token=token, revision=revision):
-        removable = tuple(set(REMOVABLE) - set(PICTURES))
-        if license is not None:
-            text = read_text(repo_id, CARD_FILE, token=token, revision=revision)
+    found = visible_files(directory)
+    files: dict[str, Path | bytes] = {**found}
+    if is_published(directory):
+        files = files_to_push(directory, include_expander=include_expander)
+        files |= {name: found[name] for name in PICTURES if name in found}
+    removable, text = set(REMOVABLE), None
+    if CARD_FILE in found:
+        text = found[CARD_FILE].read_text(encoding="utf-8")
+    elif kept := read_text(repo_id, CARD_FILE, token=token, revision=revision):
+        removable -= set(PICTURES)
+        text = kept if license is not None else None
     else:
-        # where the weights are from is not known, nor what may be done with them
-        text = str(model_card(model.config, num_features=model.num_features, licence=license))
+        text = None if short_card is None else str(short_card)
     if text is not None:
-        (folder / CARD_FILE).write_text(personalise(text, repo_id, license), encoding="utf-8")
-    return push_folder(
-        folder, repo_id, commit_message=commit_message, create_pr=create_pr, token=token,
-        revision=revision, removable=lambda name: name in removable,
+        files[CARD_FILE] = personalise(text, first_id or repo_id, license).encode()
+    return push_files(
+        {**files, **(extra or {})}, repo_id, commit_message=commit_message, create_pr=create_pr,
+        token=token, revision=revision, removable=lambda name: name in removable,
     )  # fmt: skip

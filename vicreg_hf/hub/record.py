@@ -1,19 +1,19 @@
-"""What a run knows of itself: what made its encoder, on what, and what was measured."""
+"""The record of a run for its card: what made the encoder, on what, and what was measured."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import yaml
 
 from vicreg_hf.runtime.machine import software
 
-WHERE_ONLY = {"output_dir", "resume", "push_to_hub", "hub_model_id", "hub_private"}
-"""Settings that say nothing of how the model was made."""
+LOCAL_SETTINGS = {"output_dir", "resume", "push_to_hub", "hub_model_id", "hub_private"}
+"""Settings that do not influence the model, and are not in its card."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Result:
     name: str
     value: float
     measured: str
-    """How, in a few words."""
+    """How it was measured, in a few words."""
     percent: bool = False
     of_model: bool = True
-    """And not of what it is compared with, which stays out of the metadata."""
+    """False for a value that the model is compared with, which stays out of the metadata."""
 
     @property
     def shown(self) -> str:
@@ -41,56 +41,35 @@ class Picture:
     caption: str
 
 
-class RunSettings(Protocol):
-    """The settings of a run that its card reads; all others are listed there as they are."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-    architecture: str
-    pretrained: bool
-    dataset_name: str
-    eval_split: str | None
-    batch_size: int
-    prime_architecture: str | None
-    prime_pretrained: bool
-    prime_column: str | None
-    prime_max_length: int | None
-
-    @property
-    def num_views(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a run knows of itself."""
+    """What the card of a run says of it."""
 
-    args: RunSettings
+    args: Mapping[str, Any]
+    """Every setting of the run by its name."""
+    num_views: int
+    """Views of each image."""
     data: str
     """The data set, as a sentence names it."""
     hub_id: str | None
-    """The data set on the Hub, if it is one."""
+    """The id of the data set if it is on the Hub."""
     images: int | None
     """None for a stream of unknown length."""
     steps: int
     seconds: float
-    """Of all the sessions of the run together."""
+    """The time that all sessions of the run took together."""
     hardware: str
     results: Sequence[Result]
     pictures: Sequence[Picture] = ()
-    energy: str | None = None
-    held_out: str | None = None
 
     @property
     def views(self) -> int:
-        return self.args.num_views * self.steps * self.args.batch_size
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        given = {k: v for k, v in asdict(self.args).items() if k not in WHERE_ONLY}
-        return impersonal(given)
+        return self.num_views * self.steps * self.args["batch_size"]
 
     @property
     def settings_yaml(self) -> str:
-        return yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
+        settings = {key: value for key, value in self.args.items() if key not in LOCAL_SETTINGS}
+        return yaml.safe_dump(impersonal(settings), sort_keys=False, allow_unicode=True)
 
     @property
     def wall_time(self) -> str:

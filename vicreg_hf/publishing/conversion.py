@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from vicreg_hf.configuration_vicreg import VICRegConfig
-from vicreg_hf.hub.card import CARD_FILE, model_card
+from vicreg_hf.hub.card import CARD_FILE, model_card, write_card
 from vicreg_hf.hub.export import export_encoder
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.models.expander import expander
@@ -37,27 +37,24 @@ HEADS = (
     "projector.", "projection_head.", "classifier.", "online_classifier.", "momentum_backbone.",
     "momentum_projector.", "momentum_classifier.", "predictor.", "prediction_head.",
 )  # fmt: skip
-"""Parts beside the backbone that these libraries save."""
+"""Parts beside the backbone that the authors' code, lightly and solo-learn save."""
 SEQUENTIAL = {"0": "conv1", "1": "bn1"} | {str(i + 3): f"layer{i}" for i in range(1, 5)}
 """lightly's examples cut a torchvision ResNet into an nn.Sequential without its last layer."""
-
 EVALUATED = {"0.": "backbone.", "1.": "classifier."}
-"""The authors' evaluation saves an nn.Sequential of both."""
-CLASSIFIER = "fc."
-"""The last layer of a torchvision ResNet."""
+"""The authors' evaluation saves an nn.Sequential of backbone and classifier."""
 
 State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of a checkpoint."""
+    """The result of a conversion."""
 
     directory: Path
     architecture: str
     has_expander: bool
     left_out: tuple[str, ...]
-    """Parts beside the encoder that were not taken."""
+    """Parts of the checkpoint that were not taken."""
 
 
 def convert_checkpoint(
@@ -65,7 +62,7 @@ def convert_checkpoint(
 ) -> Conversion:
     """Write the published layout from a checkpoint of a ResNet that other code made.
 
-    Taken are the authors' files (backbone only, or full with the expander), those of lightly and
+    It reads the authors' files (the backbone only, or with the expander), those of lightly and
     solo-learn, and any that hold a torchvision ResNet under `backbone.` or at the top.
 
     Args:
@@ -74,22 +71,26 @@ def convert_checkpoint(
         architecture: timm name; None finds it by the shapes of the weights.
 
     Raises:
-        ValueError: not a checkpoint, or weights that do not fit, each listed.
-        ExportError: what was written does not load as what was read.
+        ValueError: the file is not a checkpoint, or its weights do not fit; each is listed.
+        ExportError: stock loaders do not load the encoder with the same weights and features.
     """
     path = Path(checkpoint)
     state, by_lightning = _read(path)
     backbone, heads = _split(state)
-    model_args = _model_args(backbone)
-    if architecture is None:
-        architecture = _find_architecture(backbone, model_args)
-    architecture = check_architecture(architecture)
+    stem = backbone.get("conv1.weight")
+    if stem is None or stem.ndim != 4:
+        raise ValueError(
+            "a checkpoint must hold a ResNet, whose first weight is conv1.weight, got "
+            f"{', '.join(sorted(backbone)[:5])}, ...."
+        )
+    model_args = {} if stem.shape[1] == 3 else {"in_chans": stem.shape[1]}
+    architecture = check_architecture(architecture or _find_architecture(backbone, model_args))
     bare = _on_meta(architecture, model_args)
     _check_fit(backbone, bare, architecture)
     head = {k[len("projector.") :]: v for k, v in heads.items() if k.startswith("projector.")}
     dims = _widths(head)
     expected = expander(bare.head_hidden_size, dims)
-    if by_lightning and _faults(head, expected):
+    if by_lightning and _shapes(head) != _shapes(expected.state_dict()):
         head = {}  # solo-learn's projector ends with a bias, which an expander has not
     if head:
         _check_fit(head, expected, "an expander")
@@ -101,29 +102,26 @@ def convert_checkpoint(
     model.backbone.load_state_dict(backbone)
     if head:
         model.expander.load_state_dict(head)
-    _settle_preprocessing(model, model_args)
+    config.pretrained_cfg = _preprocessing(config)
     result = export_encoder(model, directory, include_expander=bool(head))
-    card = model_card(
-        config, num_features=model.num_features, licence=None,
-        num_parameters=sum(p.numel() for p in model.encoder.parameters()),
-        origin=f"Its weights were converted from the checkpoint `{path.name}`.",
-    )  # fmt: skip
-    (result / CARD_FILE).write_text(str(card), encoding="utf-8")
+    origin = f"Its weights were converted from the checkpoint `{path.name}`."
+    card = model_card(model, licence=None, origin=origin)
+    write_card(result / CARD_FILE, card)
     parts = {name.partition(".")[0] for name in heads}
     taken = {"projector"} if head else set()
     return Conversion(result, architecture, bool(head), tuple(sorted(parts - taken)))
 
 
 def _read(path: Path) -> tuple[State, bool]:
-    """The weights of a file by name, and whether Lightning wrote it; nothing in it is executed."""
+    """The weights in a file by name, and whether Lightning wrote it; no code in it is executed."""
     if not path.is_file():
         raise ValueError(f"checkpoint must be a file, got {str(path)!r}, which is none.")
     try:
         if path.suffix == ".safetensors":
-            found: Any = load_file(path)
+            content: Any = load_file(path)
         else:
             with _inert(path):
-                found = torch.load(path, map_location="cpu", weights_only=True)
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except (
         OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, KeyError,
         pickle.UnpicklingError, SafetensorError,
@@ -132,26 +130,26 @@ def _read(path: Path) -> tuple[State, bool]:
             f"checkpoint must be a file of torch.save or safetensors that holds weights and no "
             f"code to run, {path} is not: {one_line(error)[:300]}"
         ) from error
-    by_lightning = isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping)
-    if by_lightning:
-        found = found["state_dict"]
-    elif isinstance(found, Mapping) and isinstance(found.get("model"), Mapping):
-        found = found["model"]
-    if not isinstance(found, Mapping) or not any(isinstance(v, Tensor) for v in found.values()):
+    state, by_lightning = content, False
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            state, by_lightning = content[key], key == "state_dict"
+            break
+    if not isinstance(state, Mapping) or not any(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"checkpoint must hold weights by name, and {path} does not.")
-    other = [str(name) for name, value in found.items() if not isinstance(value, Tensor)]
-    if other:
+    others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
         raise ValueError(
-            f"checkpoint must hold nothing but weights, got {len(other)} other values in {path}: "
-            f"{', '.join(other[:5])}."
+            f"checkpoint must hold nothing but weights, got {len(others)} other values in {path}: "
+            f"{', '.join(others[:5])}."
         )
-    return {str(name): value for name, value in found.items()}, by_lightning
+    return {str(name): value for name, value in state.items()}, by_lightning
 
 
 class _Inert:
-    """Stands for a class that a checkpoint names, such as its settings': it takes and does nothing.
+    """A stand-in for a class that a checkpoint names, such as its settings'; it does nothing.
 
-    weights_only then reads on, and what was named is neither imported nor called.
+    torch.load with weights_only then reads on, and the class is neither imported nor called.
     """
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -161,25 +159,25 @@ class _Inert:
 
 def _inert(path: Path) -> Any:
     try:
-        named = get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError):  # a file of before torch 1.6, which cannot be looked through
+        names = get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, RuntimeError):  # older than torch 1.6, whose files cannot be looked through
         return nullcontext()
-    return safe_globals([(_Inert, name) for name in named])  # pyright: ignore[reportArgumentType]
+    return safe_globals([(_Inert, name) for name in names])  # pyright: ignore[reportArgumentType]
 
 
 def _split(state: State) -> tuple[State, State]:
-    """The backbone as torchvision names it, and the parts beside it."""
+    """The backbone with torchvision's names, and the parts beside it."""
     for prefix in ("module.", "_orig_mod.", "model."):
         if all(name.startswith(prefix) for name in state):
             state = {name[len(prefix) :]: value for name, value in state.items()}
     if "0.conv1.weight" in state:
         state = {EVALUATED.get(name[:2], name[:2]) + name[2:]: v for name, v in state.items()}
     if not any(name.startswith("backbone.") for name in state):
-        whole = {k: v for k, v in state.items() if not k.startswith(CLASSIFIER)}
-        return whole, {k: v for k, v in state.items() if k.startswith(CLASSIFIER)}
+        classifier = {name: value for name, value in state.items() if name.startswith("fc.")}
+        return {k: v for k, v in state.items() if k not in classifier}, classifier
     backbone = {k[len("backbone.") :]: v for k, v in state.items() if k.startswith("backbone.")}
-    rest = {k: v for k, v in state.items() if not k.startswith("backbone.")}
-    unknown = sorted(name for name in rest if not name.startswith(HEADS))
+    heads = {k: v for k, v in state.items() if not k.startswith("backbone.")}
+    unknown = sorted(name for name in heads if not name.startswith(HEADS))
     if unknown:
         raise ValueError(
             "every weight of a checkpoint must be of a known part (backbone, "
@@ -187,32 +185,22 @@ def _split(state: State) -> tuple[State, State]:
             f"{', '.join(unknown)}."
         )
     if "0.weight" in backbone:
-        renamed = {}
-        for name, value in backbone.items():
-            first, _, others = name.partition(".")
-            renamed[f"{SEQUENTIAL.get(first, first)}.{others}"] = value
-        backbone = renamed
-    return backbone, rest
-
-
-def _model_args(backbone: State) -> dict[str, Any]:
-    stem = backbone.get("conv1.weight")
-    if stem is None or stem.ndim != 4:
-        raise ValueError(
-            "a checkpoint must hold a ResNet, whose first weight is conv1.weight, got "
-            f"{', '.join(sorted(backbone)[:5])}, ...."
-        )
-    return {} if stem.shape[1] == 3 else {"in_chans": stem.shape[1]}
+        parts = {name: name.partition(".") for name in backbone}
+        backbone = {
+            f"{SEQUENTIAL.get(first, first)}.{rest}": backbone[name]
+            for name, (first, _, rest) in parts.items()
+        }
+    return backbone, heads
 
 
 def _find_architecture(backbone: State, model_args: dict[str, Any]) -> str:
-    """The first candidate that fits; else the nearest, so that what differs can be listed."""
-    differences = {}
+    """The first candidate that fits; else the nearest, whose differences are then listed."""
+    differences: dict[str, int] = {}
     for name in CANDIDATES:
-        faults = _faults(backbone, _on_meta(name, model_args))
-        if not faults:
-            return name
-        differences[name] = sum(len(names) for names in faults.values())
+        expected = _shapes(_on_meta(name, model_args).state_dict())
+        differences[name] = len(_shapes(backbone) ^ expected)
+        if not differences[name]:
+            break
     return min(differences, key=lambda name: differences[name])
 
 
@@ -221,44 +209,33 @@ def _on_meta(architecture: str, model_args: dict[str, Any]) -> Any:
         return timm.create_model(architecture, **{**model_args, "num_classes": 0})
 
 
-def _faults(state: State, module: nn.Module) -> dict[str, list[str]]:
-    """What keeps weights from being those of a module."""
-    shapes = {name: value.shape for name, value in module.state_dict().items()}
-    faults = {
-        "left over": sorted(state.keys() - shapes.keys()),
-        "missing": sorted(shapes.keys() - state.keys()),
-        "of another shape": sorted(
-            f"{name} {tuple(state[name].shape)} for {tuple(shapes[name])}"
-            for name in shapes.keys() & state.keys()
-            if shapes[name] != state[name].shape
-        ),
-    }
-    return {kind: names for kind, names in faults.items() if names}
+def _shapes(state: State) -> set[tuple[str, torch.Size]]:
+    return {(name, value.shape) for name, value in state.items()}
 
 
-def _check_fit(state: State, module: nn.Module, what: str) -> None:
-    faults = _faults(state, module)
-    if faults:
-        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items())
+def _check_fit(state: State, module: nn.Module, subject: str) -> None:
+    try:
+        module.to("meta").load_state_dict({name: v.to("meta") for name, v in state.items()})
+    except RuntimeError as error:
         raise ValueError(
-            f"the weights of a checkpoint must be those of {what}, and are not. {listed}. "
-            "Name another architecture, if it is another ResNet."
-        )
+            f"the weights of a checkpoint must be those of {subject}, and are not. "
+            f"{one_line(error)} Name another architecture, if it is another ResNet."
+        ) from None
 
 
 def _widths(head: State) -> list[int]:
-    """Of the layers of an MLP in an nn.Sequential."""
-    found = [(re.fullmatch(r"(\d+)\.weight", name), value) for name, value in head.items()]
-    linear = [(int(match[1]), value) for match, value in found if match and value.ndim == 2]
+    """The widths of the linear layers of an MLP in an nn.Sequential."""
+    layers = [(re.fullmatch(r"(\d+)\.weight", name), value) for name, value in head.items()]
+    linear = [(int(found[1]), value) for found, value in layers if found and value.ndim == 2]
     return [value.shape[0] for _, value in sorted(linear, key=lambda layer: layer[0])]
 
 
-def _settle_preprocessing(model: VICRegModel, model_args: dict[str, Any]) -> None:
-    """ImageNet's statistics and the authors' central crop, unless the entry is one of ours."""
-    cfg = dict(model.config.pretrained_cfg or {})
-    if not is_ours(model.config.architecture):
+def _preprocessing(config: VICRegConfig) -> dict[str, Any]:
+    """ImageNet's statistics and the authors' central crop, unless the architecture is ours."""
+    cfg = dict(config.pretrained_cfg or {})
+    if not is_ours(config.architecture):
         cfg |= {
             "input_size": (3, 224, 224), "crop_pct": 0.875, "interpolation": "bilinear",
             "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
         }  # fmt: skip
-    model.config.pretrained_cfg = encoder_pretrained_cfg(cfg, model_args)
+    return encoder_pretrained_cfg(cfg, config.model_args or {})

@@ -1,17 +1,24 @@
-"""Publishing encoders: finding what a run made, and pushing it."""
+"""Publishing: exporting, verifying and pushing the encoders of a run."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+
 from vicreg_hf.hub.api import check_repo_id, check_revision, open_repository
-from vicreg_hf.hub.card import SECOND
-from vicreg_hf.hub.layout import DIRECTORY
-from vicreg_hf.hub.push import _exported, _push
+from vicreg_hf.hub.card import PRIME_SUFFIX, model_card
+from vicreg_hf.hub.export import ExportError, export_encoder, verify_export
+from vicreg_hf.hub.layout import CONFIG_FILE, PRIME_DIRECTORY, is_published
+from vicreg_hf.hub.onnx import ONNX_FILE, export_onnx
+from vicreg_hf.hub.push import push_encoder
+from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.publishing.loading import find_encoder, load_model
-from vicreg_hf.publishing.second_encoder import push_second_encoder
+from vicreg_hf.publishing.second_encoder import export_second_encoder, has_second_encoder
+from vicreg_hf.runtime.checks import one_line
 from vicreg_hf.runtime.files import temporary_folder
 
 
@@ -33,7 +40,7 @@ def publish(
     Args:
         source: output_dir of a run, or a directory that `VICRegModel.from_pretrained` loads.
         repo_id: `org/name`, made if absent.
-        private: of a new repository.
+        private: whether a new repository is private; None takes the organisation's default.
         include_expander: also push the expander.
         revision: a branch, made if absent.
         onnx: also push onnx/model.onnx.
@@ -44,33 +51,105 @@ def publish(
         Address of the first encoder's commit.
 
     Raises:
-        ValueError: a source, an id or a revision that cannot be.
-        ExportError: the encoder does not load as what it was.
+        ValueError: the source holds no encoder, or an id or a revision has another form.
+        ExportError: stock loaders do not load the encoder with the same weights and features.
         HubError: the Hub refuses, or cannot be reached; the earlier revision is as it was.
     """
     check_repo_id(repo_id)
     if revision is not None:
         check_revision(revision)
-    directory = find_encoder(source)
-    model, has_expander = load_model(directory)
+    first, second = find_encoder(source), Path(source) / PRIME_DIRECTORY
+    model, has_expander = load_model(first)
     if include_expander and not has_expander:
         raise ValueError(
-            f"include_expander needs an expander, and {directory} holds none; publish the "
+            f"include_expander needs an expander, and {first} holds none; publish the "
             "output_dir of the run, or leave it out."
         )
-    with temporary_folder() as aside:
-        # before there are repositories, which nothing would come to if this failed
-        folder = _exported(model, aside, include_expander=include_expander, onnx=onnx)
-        where: Any = {"token": token, "revision": revision}
-        repo_id = open_repository(repo_id, private=private, **where)
-        second = Path(source) / DIRECTORY
-        if (second / "config.json").is_file():
-            beside = open_repository(f"{repo_id}{SECOND}", private=private, **where)
-            push_second_encoder(
-                second, beside, first_id=repo_id, include_expander=include_expander,
-                license=license, **where,
-            )  # fmt: skip
-        return _push(folder, model, repo_id, license=license, card=directory, **where)
+    with temporary_folder() as folder:
+        # verified before repositories are made, which would stay empty if this failed
+        if is_published(first):
+            verify_export(model, first)
+        else:
+            first = export_encoder(model, folder, include_expander=include_expander)
+        has_second = (second / CONFIG_FILE).is_file()
+        if has_second and is_published(second):
+            verify_export(load_model(second)[0], second)
+        address, *_ = push_encoders(
+            first, second if has_second else None, repo_id, private=private, revision=revision,
+            include_expander=include_expander, short_card=model_card(model, licence=license),
+            extra={ONNX_FILE: export_onnx(model, folder)} if onnx else None,
+            license=license, token=token,
+        )  # fmt: skip
+    return address
+
+
+def push_encoders(
+    first: Path,
+    second: Path | None,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    extra: Mapping[str, Path] | None = None,
+    short_card: ModelCard | None = None,
+    **settings: Any,
+) -> list[str]:
+    """Push the directories of one or two encoders, as they were written and verified.
+
+    Args:
+        first: the first branch's encoder; likewise second.
+        extra: see `push_encoder`; likewise short_card and the settings.
+
+    Returns:
+        The address of each commit.
+    """
+    where: Any = {"token": token, "revision": revision}
+    repo_id = open_repository(repo_id, private=private, **where)
+    second_id = repo_id + PRIME_SUFFIX
+    if second is not None:
+        second_id = open_repository(second_id, private=private, **where)
+    settings |= where
+    addresses = [push_encoder(first, repo_id, extra=extra, short_card=short_card, **settings)]
+    if second is not None:
+        addresses.append(push_encoder(second, second_id, first_id=repo_id, **settings))
+    return addresses
+
+
+def export_encoders(
+    model: VICRegModel, first: Path, second: Path, *, column: Any, include_expander: bool = True
+) -> Path | None:
+    """Write and verify both encoders of a run.
+
+    Args:
+        first: the directory of the first encoder; likewise second.
+        column: the column of the second branch, if it has one.
+
+    Returns:
+        The directory of the second encoder; None if there is none to publish.
+    """
+    export_encoder(model, first, include_expander=include_expander)
+    return (
+        export_second_encoder(model, second, column=column) if has_second_encoder(model) else None
+    )
+
+
+def check_exportable(model: VICRegModel, *, column: Any = None) -> None:
+    """Make sure, before training, that `export_encoders` will be able to write this model.
+
+    Raises:
+        ExportError: it will not.
+    """
+    with temporary_folder() as folder:
+        try:
+            export_encoders(
+                model, folder, folder / PRIME_DIRECTORY, column=column, include_expander=False
+            )
+        except RuntimeError as error:  # of safetensors on shared memory, or an ExportError
+            raise ExportError(
+                f"{model.config.architecture} with model_args={model.config.model_args} cannot be "
+                f"published: {one_line(error)}"
+            ) from error
 
 
 def retry_command(source: str | Path, repo_id: str, *, private: bool = False) -> str:

@@ -1,47 +1,38 @@
-"""The end of a run: the encoder, its card with what was measured, and the Hub."""
+"""The end of a run: the encoders are written with their cards, and pushed to the Hub."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from vicreg_hf.data.opening.dataset import DEMO
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.hub.api import HubError
-from vicreg_hf.hub.card import CARD_FILE, SECOND, model_card, second_card, write_card
-from vicreg_hf.hub.export import export_encoder
-from vicreg_hf.hub.layout import DIRECTORY
-from vicreg_hf.hub.push import push_model
+from vicreg_hf.hub.card import CARD_FILE, model_card, second_card, write_card
+from vicreg_hf.hub.layout import PRIME_DIRECTORY
 from vicreg_hf.hub.record import TrainingRecord, impersonal
 from vicreg_hf.models.text_encoder import TextEncoder
-from vicreg_hf.publishing.loading import load_model
-from vicreg_hf.publishing.publish import retry_command
-from vicreg_hf.publishing.second_encoder import (
-    export_second_encoder,
-    has_second_encoder,
-    push_second_encoder,
-)
+from vicreg_hf.publishing.publish import export_encoders, push_encoders, retry_command
 from vicreg_hf.runtime.distributed import failing_together
 from vicreg_hf.runtime.machine import hardware
 from vicreg_hf.training.monitoring.summary import results, summary
 from vicreg_hf.training.run import Run
 
 
-def finish(run: Run) -> tuple[Path, HubError | None]:
-    """Write the encoder and its card, say what was reached, and publish.
+def finish_run(run: Run) -> tuple[Path, HubError | None]:
+    """Write the encoders and their cards, print how good they are, and push them.
 
     Returns:
-        The directory of the encoder, and what kept it from the Hub.
+        The directory of the encoder, and why it could not be pushed.
     """
     directory = run.output_dir / "encoder"
-    second = run.output_dir / DIRECTORY if has_second_encoder(run.model) else None
     fault: HubError | None = None
     with failing_together(run.accelerator.device):
         if run.accelerator.is_main_process:
-            _write(run, directory, second)
+            second = _write(run, directory)
             try:
                 _push(run, directory, second)
             except HubError as error:
@@ -49,18 +40,16 @@ def finish(run: Run) -> tuple[Path, HubError | None]:
     return directory, fault
 
 
-def _write(run: Run, directory: Path, second: Path | None) -> None:
+def _write(run: Run, directory: Path) -> Path | None:
+    """Write both encoders; return the directory of the second if there is one."""
     try:
-        places = [directory] if second is None else [directory, second]
-        before = run.first_step == run.total_steps and all(
-            (p / CARD_FILE).is_file() for p in places
-        )
-        if not (before and _holds(run, directory)):
-            export_encoder(run.model, directory, include_expander=True)
-            if second is not None:
-                column = run.inputs.pairs.column if run.inputs.pairs else None
-                export_second_encoder(run.model, second, column=column)
-        if not before:  # an earlier session has, and what was changed in it since is kept
+        column = run.inputs.pairs.column if run.inputs.pairs else None
+        place = run.output_dir / PRIME_DIRECTORY
+        second = export_encoders(run.model, directory, place, column=column)
+        directories = [directory, *([] if second is None else [second])]
+        complete = all((place / CARD_FILE).is_file() for place in directories)
+        # cards that an earlier session has written may have been edited since
+        if run.first_step < run.total_steps or not complete:
             _write_cards(run, directory, second)
     except (OSError, SafetensorError) as error:
         raise OSError(
@@ -68,16 +57,7 @@ def _write(run: Run, directory: Path, second: Path | None) -> None:
             "is whole; free some space and start again to finish."
         ) from error
     print(summary(directory, run.log.rows(), run.monitor, second=second))
-
-
-def _holds(run: Run, directory: Path) -> bool:
-    """Whether a directory has this encoder and its expander, whole."""
-    try:
-        written, _ = load_model(directory)
-    except ValueError:
-        return False
-    saved, own = written.state_dict(), run.model.state_dict()
-    return saved.keys() == own.keys() and all(torch.equal(saved[k], own[k].cpu()) for k in own)
+    return second
 
 
 def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
@@ -87,27 +67,22 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
     train = inputs.train
     pictures = draw_pictures(
         directory, run.model, rows, train=train if isinstance(train, ImageSplit) else None,
-        held_out=inputs.held_out,
-        num_workers=args.num_workers or 0,
+        held_out=inputs.held_out, num_workers=args.num_workers or 0,
     )  # fmt: skip
     record = TrainingRecord(
-        args=args, data=_described(args.dataset_name), hub_id=_hub_id(args.dataset_name),
-        steps=run.step, seconds=run.seconds,
-        images=train.num_images,
+        args=asdict(args), num_views=args.num_views, data=_described(args.dataset_name),
+        hub_id=_hub_id(args.dataset_name), images=train.num_images, steps=run.step,
+        seconds=run.seconds,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
         results=results(rows, run.monitor), pictures=pictures,
     )  # fmt: skip
-    card = model_card(
-        run.model.config, num_features=run.model.num_features, record=record,
-        num_parameters=sum(p.numel() for p in run.model.encoder.parameters()),
-    )  # fmt: skip
-    write_card(directory / CARD_FILE, card)
+    write_card(directory / CARD_FILE, model_card(run.model, record=record))
     if second is not None:
         assert run.model.prime is not None
         encoder = run.model.prime.backbone
         card = second_card(
-            run.model.config, num_features=run.model.prime.num_features, record=record,
-            num_parameters=sum(p.numel() for p in encoder.parameters()),
+            run.model.config, encoder=encoder, num_features=run.model.prime.num_features,
+            record=record,
             loader=encoder.loader if isinstance(encoder, TextEncoder) else ("", ""),
         )  # fmt: skip
         write_card(second / CARD_FILE, card)
@@ -132,11 +107,10 @@ def _push(run: Run, directory: Path, second: Path | None) -> None:
     args = run.args
     if not args.push_to_hub:
         return
-    repo_id = str(args.hub_model_id)
+    private, repo_id = args.hub_private or None, str(args.hub_model_id)
     try:
-        print(f"\nPublished: {push_model(run.model, repo_id, card=directory)}")
-        if second is not None:
-            address = push_second_encoder(second, f"{repo_id}{SECOND}", first_id=repo_id)
+        print()
+        for address in push_encoders(directory, second, repo_id, private=private):
             print(f"Published: {address}")
     except HubError as error:
         command = retry_command(args.output_dir or "", repo_id, private=args.hub_private)

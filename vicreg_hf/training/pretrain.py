@@ -37,7 +37,7 @@ from vicreg_hf.training.faults import (
     explained,
     step_failure,
 )
-from vicreg_hf.training.finish import finish
+from vicreg_hf.training.finish import finish_run
 from vicreg_hf.training.monitoring.collapse import CollapseWatch
 from vicreg_hf.training.monitoring.log import Clock
 from vicreg_hf.training.resuming import state_of
@@ -89,7 +89,7 @@ def pretrain(args: PretrainingArguments) -> Path:
             _agree_on_bad_images(run)
             measure(run, signals)
             fit(run, signals)
-            directory, fault = finish(run)
+            directory, fault = finish_run(run)
         if fault is not None:
             raise fault
         return directory

@@ -19,14 +19,13 @@ from vicreg_hf.data.pairs import PairedSplit
 from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.hub.api import open_repository
-from vicreg_hf.hub.card import SECOND
-from vicreg_hf.hub.export import check_exportable
-from vicreg_hf.hub.layout import DIRECTORY
+from vicreg_hf.hub.card import PRIME_SUFFIX
+from vicreg_hf.hub.layout import PRIME_DIRECTORY
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.models.batch_norm import synchronize
 from vicreg_hf.models.compiling import compiler_fault
 from vicreg_hf.models.timm_models import check_architecture
-from vicreg_hf.publishing.second_encoder import check_second_exportable
+from vicreg_hf.publishing.publish import check_exportable
 from vicreg_hf.runtime.distributed import any_process
 from vicreg_hf.runtime.files import replacing, writing
 from vicreg_hf.runtime.machine import hardware, local_processes
@@ -44,7 +43,7 @@ from vicreg_hf.training.monitoring.summary import introduction
 from vicreg_hf.training.resuming import resume
 from vicreg_hf.training.run import Run
 
-ENCODERS = ("encoder", DIRECTORY)
+ENCODERS = ("encoder", PRIME_DIRECTORY)
 BESIDE = ("metrics.jsonl", "config.yaml", "bad_images.jsonl")
 """What a run writes besides its encoders and checkpoints."""
 CHECKPOINTS = "checkpoints"
@@ -68,7 +67,7 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     if args.push_to_hub and accelerator.is_main_process:
         open_repository(str(args.hub_model_id), private=args.hub_private or None)
         if args.prime_modality not in (None, "embedding"):
-            open_repository(f"{args.hub_model_id}{SECOND}", private=args.hub_private or None)
+            open_repository(f"{args.hub_model_id}{PRIME_SUFFIX}", private=args.hub_private or None)
     inputs = open_inputs(
         args, rank=accelerator.process_index, world_size=accelerator.num_processes,
         local_processes=local_processes(accelerator), main_first=accelerator.main_process_first,
@@ -82,8 +81,7 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
         probe = create_probe(train, inputs.held_out, model.num_features).to(accelerator.device)
     _check_micro_batches(model, batches)
     if accelerator.is_main_process:
-        check_exportable(model)
-        check_second_exportable(model, inputs.pairs)
+        check_exportable(model, column=inputs.pairs.column if inputs.pairs else None)
     if accelerator.num_processes > 1:
         synchronize(model, accelerator.device)
     assert args.base_lr is not None
