@@ -26,7 +26,7 @@ from vicreg_hf.publishing.second_encoder import (
 )
 from vicreg_hf.runtime.distributed import failing_together
 from vicreg_hf.runtime.machine import hardware
-from vicreg_hf.training.monitoring.summary import results, summary
+from vicreg_hf.training.monitoring.summary import card_results, last_message
 from vicreg_hf.training.run import Run
 
 
@@ -67,7 +67,7 @@ def _write(run: Run, directory: Path, second: Path | None) -> None:
             f"the encoder could not be written to {directory}: {error}. The last checkpoint "
             "is whole; free some space and start again to finish."
         ) from error
-    print(summary(directory, run.log.rows(), run.monitor, second=second))
+    print(last_message(directory, run.log.rows(), run.monitor, second=second))
 
 
 def _holds(run: Run, directory: Path) -> bool:
@@ -95,7 +95,7 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
         steps=run.step, seconds=run.seconds,
         images=train.num_images,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
-        results=results(rows, run.monitor), pictures=pictures,
+        results=card_results(rows, run.monitor), pictures=pictures,
     )  # fmt: skip
     card = model_card(
         run.model.config, num_features=run.model.num_features, record=record,
