@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Settings and fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 gc.disable()
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -23,6 +25,7 @@ import torch
 from gloo import GlooPool
 from sklearn.datasets import load_sample_images
 from torch import Tensor
+from workflow import WHOLE, train, write_images
 
 # The same examples in every run, and no limit on the time one takes.
 hypothesis.settings.register_profile("vicreg", deadline=None, database=None, derandomize=True)
@@ -55,12 +58,8 @@ def gloo() -> Iterator[GlooPool]:
     pool.close()
 
 
-@pytest.fixture(scope="module")
-def one_core() -> Iterator[None]:
-    """Keep what a module starts to one core, where many steps would wait for other tests' threads.
-
-    Not for loading workers: torch advises against more of them than cores.
-    """
+@contextmanager
+def on_one_core() -> Iterator[None]:
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -69,6 +68,16 @@ def one_core() -> Iterator[None]:
     os.sched_setaffinity(0, {sorted(cores)[number % len(cores)]})
     yield
     os.sched_setaffinity(0, cores)
+
+
+@pytest.fixture(scope="module")
+def one_core() -> Iterator[None]:
+    """Keep what a module starts to one core, where many steps would wait for other tests' threads.
+
+    Not for loading workers: torch advises against more of them than cores.
+    """
+    with on_one_core():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +99,18 @@ def photographs() -> Tensor:
         for x in (0, 240, 480)
     ]
     return torch.from_numpy(np.stack(pieces[:16])).permute(0, 3, 1, 2).contiguous()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of two classes that a linear classifier separates; an epoch is 4 steps of 16."""
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="session")
+def whole_run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed; tests copy it."""
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    with on_one_core():
+        train(images, directory, *WHOLE)
+    return directory

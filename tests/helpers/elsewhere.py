@@ -1,9 +1,10 @@
 """A device that is the CPU under another name, for what can be known of a GPU without one.
 
-    python tests/elsewhere.py RUNS.json
+    python tests/helpers/elsewhere.py RUNS.json
 
 Its tensors mix with the CPU's as little as a GPU's do, and whoever asks for their values is
-noted: on a GPU he waits there until all that was asked for before is done. Numbers are the CPU's,
+noted: on a GPU he waits there until all that was asked for before is done. So is whoever copies to
+it without `non_blocking`, which waits for the copy. Numbers are the CPU's,
 bit for bit. RUNS.json holds flags of pretrain.py, run by run; printed is for each where it waited.
 """
 
@@ -100,6 +101,11 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         there = False
     if away and (name in ASKS or (name in CROSSES and not there)):
         note()
+    if there and name in (aten.copy_, aten._to_copy):
+        source = args[1] if name is aten.copy_ else args[0]
+        blocks = not kwargs.get("non_blocking", False) and True not in args[2:]
+        if blocks and not isinstance(source, Elsewhere) and source.numel() > 0:
+            note()
     if away and name not in CROSSES and any(x.ndim for x in here):
         raise RuntimeError(f"{func} has tensors of the CPU and of another device")
     if name is aten._local_scalar_dense:

@@ -1,4 +1,4 @@
-"""What scripts import, for the process that `warm` forks them from."""
+"""Imports of the process that `warm` forks scripts from."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ for name in (
     "transformers.models.timm_wrapper.modeling_timm_wrapper",
 ):  # fmt: skip
     importlib.import_module(name)
-# What is here stays: no forked process need look through it, or copy it to mark it.
+# Forked processes need not look through these objects, or copy them to mark them.
 gc.collect()
 gc.freeze()

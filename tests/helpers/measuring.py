@@ -86,7 +86,7 @@ def arguments(
 
 
 def measure(*words: Any, **given: Any) -> dict[str, Any]:
-    """Of an evaluation: each measurement by its name."""
+    """Run an evaluation: each measurement by its name."""
     results = evaluate(arguments(*words, **given), say=lambda _: None)
     return {measurement["name"]: measurement for measurement in results["results"]}
 
@@ -109,7 +109,7 @@ def labels_of(data: Path, split: str) -> NDArray[np.int64]:
 
 
 def stock_features(directory: Path, data: Path, split: str) -> NDArray[np.float32]:
-    """Of each image, by transformers alone."""
+    """Each image's features, by transformers alone."""
     model: Any = AutoModel.from_pretrained(directory)
     processor: Any = AutoImageProcessor.from_pretrained(directory)
     table: Any = Dataset.from_parquet(str(data / f"{split}.parquet"))

@@ -20,10 +20,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,14 +71,14 @@ class Script:
 
     @property
     def printed(self) -> tuple[str, str]:
-        """On stdout and stderr so far."""
+        """Stdout and stderr so far."""
         out, err = (path.read_text() if path.exists() else "" for path in self._outputs)
         return out, err
 
 
 @functools.cache
 def _server() -> tuple[ForkServerContext, Path]:
-    """What forks processes, and a folder for what they print and for what libraries cache."""
+    """The context that forks processes, and a folder for their output and for caches."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["imported"])
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
@@ -98,7 +100,7 @@ def _cores() -> set[int] | None:
 def _become(
     words: list[str], variables: dict[str, str], outputs: list[Path], cores: set[int] | None
 ) -> None:
-    """In a forked process: be the script."""
+    """Become the script, in a forked process."""
     assert "imported" in sys.modules
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup pytest` has ignored
     multiprocessing.set_start_method(None, force=True)  # that of its own processes is Python's
@@ -155,3 +157,18 @@ def run_pretraining(
 ) -> subprocess.CompletedProcess[str]:
     """Run scripts/pretrain.py to its end, on several CPU processes if asked."""
     return run_script("scripts/pretrain.py", *flags, processes=processes, **variables)
+
+
+def wait_for(process: subprocess.Popen[Any] | Script, reached: Callable[[], bool]) -> None:
+    """Wait until a process that goes on has reached something."""
+    until = time.monotonic() + LIMIT
+    while not reached():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def has_steps(directory: Path, number: int = 3) -> bool:
+    """Whether a run has logged more rows than that."""
+    log = directory / "metrics.jsonl"
+    return log.is_file() and log.read_text().count("\n") > number

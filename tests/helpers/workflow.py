@@ -1,4 +1,4 @@
-"""What the whole-workflow tests share: small data sets, and pretraining as users start it."""
+"""Small data sets, and pretraining on them in this process and as users start it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -26,6 +29,8 @@ SMALL = [
     "--batch_size=16", "--logging_steps=1", "--num_workers=0",
 ]  # fmt: skip
 """Settings with which a step takes milliseconds."""
+WHOLE = ["--max_steps=8", "--save_steps=3", "--knn_steps=3", "--online_probe=true"]
+"""Settings of the fixture `whole_run`: two epochs, measured and saved in the middle of both."""
 LIMIT = 900
 """Seconds after which a process counts as hung, also on a busy machine."""
 
@@ -88,9 +93,53 @@ def kill_all(pid: int) -> None:
             os.kill(number, signal.SIGKILL)
 
 
+def train(data: Path, output_dir: Path, *flags: str) -> list[dict[str, Any]]:
+    """Pretrain in this process; the lines of metrics.jsonl."""
+    from vicreg_hf import pretrain
+    from vicreg_hf.settings.command_line import parse_arguments
+
+    pretrain(
+        parse_arguments([*SMALL, f"--dataset_name={data}", f"--output_dir={output_dir}", *flags])
+    )
+    return metrics(output_dir)
+
+
 def metrics(output_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without(keys: set[str], output_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without times and some other keys."""
+    keys = keys | {"views_per_second"}
+    return [{k: v for k, v in row.items() if k not in keys} for row in metrics(output_dir)]
+
+
+def assert_same_file(file: Path, expected: Path) -> None:
+    """The tensors of two safetensors files are equal, bit for bit."""
+    tensors, others = load_file(file), load_file(expected)
+    assert tensors.keys() == others.keys()
+    for name, value in tensors.items():
+        assert torch.equal(value, others[name]), (file, name)
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """The metrics and the last checkpoint of two runs are equal, bit for bit."""
+    assert without(set(), run) == without(set(), expected)
+    last = Path("checkpoints", f"step-{metrics(expected)[-1]['step']}")
+    files = [path.name for path in (expected / last).glob("*.safetensors")]
+    assert {"model.safetensors", "optimizer.safetensors"} <= set(files)
+    for name in files:
+        assert_same_file(run / last / name, expected / last / name)
+
+
+def interrupt(whole: Path, copy: Path) -> Path:
+    """Copy a run as if it had been killed while it wrote its last checkpoint."""
+    shutil.copytree(whole, copy)
+    shutil.rmtree(copy / "encoder")
+    last = max((copy / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
+    os.truncate(last / "model.safetensors", (last / "model.safetensors").stat().st_size - 1)
+    return copy
 
 
 def leave_behind(folder: Path, *, hours: float) -> Path:

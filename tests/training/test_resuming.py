@@ -1,4 +1,4 @@
-"""Runs that go on from a checkpoint in mid-epoch, against runs that nothing disturbed."""
+"""Sessions of one run: what a later one takes over, refuses, or keeps from being lost."""
 
 from __future__ import annotations
 
@@ -6,187 +6,263 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
+import datasets
 import pytest
-import torch
-from safetensors.torch import load_file
-from warm import run_pretraining, run_script
-from workflow import SMALL, metrics, write_images
+from workflow import (
+    SMALL,
+    WHOLE,
+    assert_same_file,
+    assert_same_run,
+    interrupt,
+    metrics,
+    train,
+    write_images,
+)
 
-from vicreg_hf import pretrain
-from vicreg_hf.checkpoints.reading import newest_checkpoint
+from vicreg_hf.checkpoints.reading import CheckpointError, newest_checkpoint
+from vicreg_hf.publishing.loading import find_encoder
 from vicreg_hf.settings.command_line import parse_arguments
+from vicreg_hf.training.setup import begin, setup
 
-pytestmark = [
-    pytest.mark.usefixtures("one_core"),
-    # on that core torch thinks two workers too many
-    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
-]
+pytestmark = pytest.mark.usefixtures("one_core")
 
-STEPS, EARLIER = 8, 4
-"""Of runs whose epochs have five steps: the earlier checkpoint is in the middle of the first."""
-DROPPING = '--model_args={"drop_rate": 0.3, "drop_path_rate": 0.3}'
-GENTLE = ["--optimizer=sgd", "--base_lr=1e-3"]
-"""Steps small enough that differences in rounding stay small."""
-RUNS = {
-    "lars": [],
-    "adamw": ["--optimizer=adamw", "--base_lr=1e-2"],
-    "workers": ["--num_workers=2"],
-    "micro-batches": ["--micro_batch_size=4"],
-    "dropout and drop-path": [DROPPING],
-    "all at once": ["--optimizer=adamw", "--base_lr=1e-2", "--num_workers=2", DROPPING,
-                    "--micro_batch_size=8"],
-}  # fmt: skip
+RANDOM = ["--optimizer=adamw", "--base_lr=1e-2", "--micro_batch_size=8", "--image_size=32",
+          '--model_args={"drop_rate": 0.3, "drop_path_rate": 0.3}',
+          "--max_steps=6", "--save_steps=3"]  # fmt: skip
+"""A run with micro-batches and dropout."""
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Larger than what stays in memory, so that loading workers have work."""
-    return write_images(tmp_path_factory.mktemp("data") / "images", rows=80, size=(80, 70))
+@pytest.fixture
+def copied(whole_run: Path, tmp_path: Path) -> Path:
+    """A run that has ended after 8 steps, of which 6 and 8 are saved."""
+    return shutil.copytree(whole_run, tmp_path / "run")
 
 
-def flags_of(images: Path, output_dir: Path, *more: str) -> list[str]:
-    return [*SMALL, f"--dataset_name={images}", "--image_size=32", f"--max_steps={STEPS}",
-            f"--save_steps={EARLIER}", *more, f"--output_dir={output_dir}"]  # fmt: skip
+def contents(directory: Path) -> dict[str, bytes]:
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-def interrupted(whole: Path, copy: Path) -> Path:
-    """What a run leaves that was killed while it wrote its second checkpoint."""
-    shutil.copytree(whole, copy)
-    shutil.rmtree(copy / "encoder")
-    damaged = copy / "checkpoints" / f"step-{STEPS}" / "model.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    newest, _ = newest_checkpoint(copy / "checkpoints")
-    assert newest is not None
-    assert newest.name == f"step-{EARLIER}"
-    return copy
+def begin_and_be_killed(images: Path, output_dir: Path, *flags: str) -> None:
+    own = [f"--dataset_name={images}", f"--output_dir={output_dir}"]
+    begin(setup(parse_arguments([*SMALL, *WHOLE, *own, *flags])))
 
 
-def timeless(directory: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "views_per_second"} for row in metrics(directory)]
+# Going on
 
 
-def assert_same_bits(actual: Path, expected: Path) -> None:
-    """Weights, statistics, optimiser state and metrics at the end."""
-    for file in ("model.safetensors", "optimizer.safetensors"):
-        place = Path("checkpoints") / f"step-{STEPS}" / file
-        tensors, others = load_file(actual / place), load_file(expected / place)
-        assert tensors.keys() == others.keys()
-        for name, value in tensors.items():
-            assert torch.equal(value, others[name]), (file, name)
-    assert timeless(actual) == timeless(expected)
-
-
-@pytest.mark.parametrize("more", RUNS.values(), ids=RUNS)
 def test_a_resumed_run_ends_with_the_same_bits(
-    more: list[str], images: Path, tmp_path: Path
+    images: Path, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretrain(parse_arguments(flags_of(images, tmp_path / "whole", *more)))
-    resumed = interrupted(tmp_path / "whole", tmp_path / "resumed")
-    pretrain(parse_arguments(flags_of(images, resumed, *more)))
-    assert_same_bits(resumed, tmp_path / "whole")
-
-
-@pytest.fixture(scope="module")
-def plain(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run of one process."""
-    directory = tmp_path_factory.mktemp("runs") / "plain"
-    pretrain(parse_arguments(flags_of(images, directory, *GENTLE)))
-    return directory
-
-
-def test_the_number_of_workers_may_change(images: Path, plain: Path, tmp_path: Path) -> None:
-    resumed = interrupted(plain, tmp_path / "resumed")
-    pretrain(parse_arguments(flags_of(images, resumed, *GENTLE, "--num_workers=2")))
-    assert_same_bits(resumed, plain)
-
-
-def test_dropout_is_there(images: Path, plain: Path, tmp_path: Path) -> None:
-    # else equal bits would say nothing of it
-    pretrain(parse_arguments(flags_of(images, tmp_path, *GENTLE, DROPPING)))
-    assert metrics(tmp_path)[1]["loss"] != metrics(plain)[1]["loss"]
-
-
-@pytest.fixture(scope="module")
-def on_two(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run of two processes, each with a loading worker."""
-    directory = tmp_path_factory.mktemp("runs") / "two"
-    result = run_pretraining(*flags_of(images, directory, *GENTLE, "--num_workers=1"), processes=2)
-    assert result.returncode == 0, result.stderr
-    return directory
-
-
-def test_two_processes_resume_to_the_same_bits(images: Path, on_two: Path, tmp_path: Path) -> None:
-    resumed = interrupted(on_two, tmp_path / "resumed")
-    result = run_pretraining(*flags_of(images, resumed, *GENTLE, "--num_workers=1"), processes=2)
-    assert result.returncode == 0, result.stderr
-    assert "step-8 is damaged (model.safetensors has another size)" in result.stdout
-    assert_same_bits(resumed, on_two)
-
-
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_on_another_number_of_processes_a_run_is_the_same_to_rounding(
-    before: int, after: int, images: Path, plain: Path, on_two: Path, tmp_path: Path
-) -> None:
-    whole = {1: plain, 2: on_two}[before]
-    resumed = interrupted(whole, tmp_path / "resumed")
-    result = run_pretraining(*flags_of(images, resumed, *GENTLE), processes=after)
-    assert result.returncode == 0, result.stderr
-    assert f"but for rounding: processes were {before}, are {after}" in result.stdout
-    rows = [row for row in metrics(resumed) if row["step"] > EARLIER]
-    assert [row["step"] for row in rows] == [5, 6, 7, 8]
-    for row, expected in zip(rows, metrics(whole)[-4:], strict=True):
-        for term in ("loss", "invariance", "variance", "covariance", "grad_norm", "embedding_std"):
-            assert row[term] == pytest.approx(expected[term], rel=1e-4), (row["step"], term)
-
-
-def test_another_number_of_cores_is_named(
-    images: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    manifest_of = Path("checkpoints") / f"step-{EARLIER}" / "manifest.json"
-    printed = {}
-    for threads in (1, 2, None):  # None is of a checkpoint that does not say
-        resumed = interrupted(plain, tmp_path / f"on-{threads}")
-        manifest = json.loads((resumed / manifest_of).read_text())
-        assert manifest["state"].pop("threads") == 1
-        if threads is not None:
-            manifest["state"]["threads"] = threads
-        del manifest["sha256"]
-        text = json.dumps(manifest, sort_keys=True)
-        manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
-        (resumed / manifest_of).write_text(json.dumps(manifest))
-        pretrain(parse_arguments(flags_of(images, resumed, *GENTLE)))
-        printed[threads] = capsys.readouterr().out
-    assert (
-        "The run goes on as it was but for rounding: CPU threads of a process were 2, are 1."
-        in (printed[2].splitlines())
+    run = interrupt(whole_run, tmp_path / "run")
+    train(images, run, *WHOLE)
+    printed = capsys.readouterr().out
+    assert "step-8 is damaged (model.safetensors has another size)" in printed
+    assert f"Resuming from {run / 'checkpoints' / 'step-6'}." in printed  # in mid-epoch
+    assert "but for rounding" not in printed
+    assert_same_run(run, whole_run)
+    assert_same_file(
+        run / "encoder" / "model.safetensors", whole_run / "encoder" / "model.safetensors"
     )
-    assert "but for rounding" not in printed[1] + printed[None]
 
 
-def test_processes_that_see_other_checkpoints_are_refused(
-    images: Path, on_two: Path, tmp_path: Path
+def test_so_does_one_with_dropout_micro_batches_and_other_workers(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "images", rows=64, size=(80, 70))  # too large for memory
+    train(data, tmp_path / "whole", *RANDOM, "--num_workers=1")
+    run = interrupt(tmp_path / "whole", tmp_path / "run")
+    train(data, run, *RANDOM)
+    assert_same_run(run, tmp_path / "whole")
+
+
+def test_what_may_change_the_last_bits_is_named(
+    images: Path, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # As two nodes whose output_dir is not shared: the second has nothing to resume from.
-    first = interrupted(on_two, tmp_path / "first")
-    script = tmp_path / "node.py"
-    script.write_text(
-        "import os, sys\n"
-        "sys.path.insert(0, 'scripts')\n"
-        f"sys.argv.append('--output_dir=' + [{str(first)!r}, {str(tmp_path / 'second')!r}]"
-        "[int(os.environ['RANK'])])\n"
-        "import pretrain\npretrain.main()\n"
-    )
-    flags = flags_of(images, first, *GENTLE, "--num_workers=1")[:-1]
-    result = run_script(str(script), *flags, processes=2)
-    assert result.returncode != 0
-    assert "error: every process must see the same checkpoints in" in result.stderr
-    assert "the newest is step-4, none" in result.stderr
+    run = interrupt(whole_run, tmp_path / "run")
+    file = run / "checkpoints" / "step-6" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    assert manifest["state"]["threads"] == 1
+    manifest["state"] |= {"threads": 2, "precision": "bf16"}
+    manifest |= {"world_size": 2, "versions": manifest["versions"] | {"torch": "1.0"}}
+    del manifest["sha256"]
+    text = json.dumps(manifest, sort_keys=True)
+    manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    file.write_text(json.dumps(manifest))
+    train(images, run, *WHOLE)
+    printed = capsys.readouterr().out
+    assert "goes on as it was but for rounding: torch was 1.0, is " in printed
+    assert "precision was bf16, is no; processes were 2, are 1; CPU threads of" in printed
 
 
-def test_the_manifest_tells_processes_versions_and_settings(on_two: Path) -> None:
-    manifest = json.loads((on_two / "checkpoints" / "step-8" / "manifest.json").read_text())
-    assert manifest["world_size"] == 2
-    assert manifest["versions"]["torch"]
-    assert manifest["state"]["settings"]["batch_size"] == 16
+# Settings that change
+
+
+def test_other_settings_are_named_and_taken_and_another_run_only_on_request(
+    images: Path, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [*WHOLE, "--max_steps=9"]
+    train(images, copied, *more, "--base_lr=0.2", "--sim_coeff=24")
+    printed = capsys.readouterr().out
+    assert "base_lr was 0.3, is 0.2" in printed
+    assert "max_steps was 8, is 9" in printed
+    assert "sim_coeff: 24.0" in (copied / "encoder" / "README.md").read_text()
+    other = tmp_path / "other"
+    other.mkdir()
+    table = datasets.Dataset.from_parquet(str(images / "train.parquet"))
+    rows = [*range(8), *reversed(range(8, 64))]  # which differ after the first images
+    table.select(rows).to_parquet(other / "train.parquet")  # pyright: ignore
+    shutil.copy(images / "test.parquet", other)
+    more = [*WHOLE, "--max_steps=10"]
+    for data, flag, message in [
+        (other, "--seed=0", "the data were 64 images of SHA-256"),
+        (images, "--seed=1", r"keep its model, batch, seed and data, .* seed was 0, is 1\."),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            train(data, copied, *more, flag)
+    changed = ["--seed=1", "--batch_size=8", "--resume_changed=true"]
+    assert train(other, copied, *more, *changed)[-1]["step"] == 10
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--sim_coeff=24"], r"taken all its steps must .* sim_coeff was 25.0, is 24.0\. .*max_st"),
+        (["--warmup_epochs=1"], r"taken all its steps must .* warmup_epochs was .*, is 1.0\."),
+        (["--online_probe=false"], r"taken all its steps must .* online_probe was True, is False"),
+        (["--seed=1", "--resume_changed=true"],
+         r"seed was 0, is 1\. .* more --max_steps, and --resume_changed true, to go"),
+    ],
+)  # fmt: skip
+def test_a_run_that_has_ended_is_not_described_with_settings_it_never_had(
+    changed: list[str], message: str, images: Path, copied: Path
+) -> None:
+    before = contents(copied)
+    with pytest.raises(CheckpointError, match=message):
+        train(images, copied, *WHOLE, *changed)
+    assert contents(copied) == before
+
+
+def test_its_length_may_be_the_same_in_other_words_or_less_if_it_was_stopped(
+    images: Path, copied: Path, whole_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(images, copied, "--num_train_epochs=2", "--save_steps=7", "--online_probe=true")
+    fewer = r"must be at least the 8 steps that were taken, got 7 and .*step-8"
+    for flag in ("--max_steps=7", "--num_train_epochs=1.75"):
+        with pytest.raises(CheckpointError, match=f"^{flag[2:].split('=')[0]} {fewer}"):
+            train(images, copied, "--online_probe=true", flag)
+    shutil.rmtree(copied / "checkpoints" / "step-8")
+    train(images, copied, *WHOLE, "--max_steps=6")
+    assert "settings have changed since" in capsys.readouterr().out
+    weights = "encoder/model.safetensors"
+    assert (copied / weights).read_bytes() != (whole_run / weights).read_bytes()
+
+
+# Earlier results are not lost
+
+
+def test_an_earlier_run_is_set_aside_before_another_begins(
+    images: Path, copied: Path, whole_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin_and_be_killed(images, copied, "--resume=never")
+    assert f"is now in {copied / 'earlier-1'}" in capsys.readouterr().out
+    assert contents(copied / "earlier-1") == contents(whole_run)
+    assert newest_checkpoint(copied / "checkpoints") == (None, [])
+    # the same settings again, as config.yaml repeats them, go on and do not start over
+    assert parse_arguments([f"--config={copied / 'config.yaml'}"]).resume == "auto"
+    train(images, copied, *WHOLE, "--max_steps=1", "--resume=never")
+    assert not (copied / "earlier-2").exists()
+
+
+def test_an_encoder_without_checkpoints_or_of_fewer_steps_goes_aside(
+    images: Path, copied: Path, whole_run: Path
+) -> None:
+    begin_and_be_killed(images, copied, "--max_steps=9")
+    assert find_encoder(copied) == copied / "checkpoints" / "step-8"
+    assert [path.name for path in (copied / "earlier-1").iterdir()] == ["encoder"]
+    shutil.copytree(whole_run / "encoder", copied / "encoder")
+    shutil.rmtree(copied / "checkpoints")  # for the room they took
+    begin_and_be_killed(images, copied)
+    assert {path.name for path in (copied / "earlier-2").iterdir()} == {
+        "encoder", "metrics.jsonl", "config.yaml"
+    }  # fmt: skip
+
+
+def test_an_encoder_that_is_whole_is_left_alone_and_else_written_again(
+    images: Path, copied: Path, whole_run: Path
+) -> None:
+    card, picture = (copied / "encoder" / f for f in ("README.md", "pictures/retrievals.png"))
+    card.write_text(card.read_text() + "\nby hand\n")
+    picture.unlink()
+    (copied / "encoder" / ".export-abc").mkdir()  # of an export that was killed
+    for name in (None, "config.json", "model.safetensors", "expander.safetensors"):
+        if name is not None:
+            (copied / "encoder" / name).write_bytes(b"")
+        train(images, copied, *WHOLE)
+        assert card.read_text().endswith("\nby hand\n")
+        assert not picture.exists()
+        for file in ("config.json", "model.safetensors", "expander.safetensors"):
+            expected = (whole_run / "encoder" / file).read_bytes()
+            assert (copied / "encoder" / file).read_bytes() == expected
+    assert not (copied / "encoder" / ".export-abc").exists()
+    modes = {path.stat().st_mode for path in (copied / "encoder").iterdir() if path.is_file()}
+    assert len(modes) == 1  # weights can be read by whoever can read the config
+    card.unlink()  # as where it was not written to the end
+    train(images, copied, *WHOLE)
+    assert card.is_file()
+
+
+def test_damaged_checkpoints_alone_are_an_error(images: Path, copied: Path) -> None:
+    for path in (copied / "checkpoints").glob("step-*/model.safetensors"):
+        path.write_bytes(b"damaged")
+    before = contents(copied)
+    with pytest.raises(CheckpointError, match=r"every one there is damaged.*--resume never to"):
+        train(images, copied, *WHOLE)
+    assert contents(copied) == before
+    train(images, copied, *WHOLE, "--max_steps=1", "--resume=never")
+    assert contents(copied / "earlier-1") == before
+    with pytest.raises(CheckpointError, match=r"required, but .* holds no valid checkpoint"):
+        train(images, copied / "new", *WHOLE, "--resume=required")
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_passed_over(
+    images: Path, copied: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    weights = copied / "checkpoints" / "step-8" / "model.safetensors"
+    aside = weights.rename(tmp_path / "aside")
+    weights.symlink_to(weights)  # opened, it is no missing file but an error of the system
+    with pytest.raises(CheckpointError, match=r"step-8 cannot be read .*; start again when it can"):
+        train(images, copied, *WHOLE, "--max_steps=9")
+    weights.unlink()
+    aside.rename(weights)
+    assert contents(copied) == contents(whole_run)
+
+
+@pytest.mark.parametrize("content", [None, b'{"note": 1}\n[]\n7\n{"step": '])
+def test_a_log_that_is_lost_or_spoiled_ends_no_run(
+    content: bytes | None, images: Path, copied: Path
+) -> None:
+    log = copied / "metrics.jsonl"
+    kept = log.read_bytes()
+    log.unlink()
+    if content is not None:
+        log.write_bytes(content + kept)
+    train(images, copied, *WHOLE, "--max_steps=9")
+    steps = [row["step"] for row in metrics(copied)]
+    assert steps == ([9] if content is None else list(range(1, 10)))
+
+
+def test_a_run_whose_log_is_lost_when_all_is_done_ends_well(images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images" / "test.parquet").unlink()  # and so without kNN
+    for _ in range(2):
+        train(tmp_path / "images", tmp_path / "run", "--max_steps=1")
+        (tmp_path / "run" / "metrics.jsonl").write_bytes(b"")
+
+
+def test_a_place_for_checkpoints_that_is_none_is_refused_at_the_start(
+    images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(ValueError, match=r"output_dir must be .*/checkpoints'"):
+        train(images, tmp_path, *WHOLE)
+    assert not (tmp_path / "metrics.jsonl").exists() or not metrics(tmp_path)

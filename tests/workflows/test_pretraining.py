@@ -65,7 +65,7 @@ def test_run_leaves_what_the_readme_promises(finished: tuple[Path, str]) -> None
     )
     assert f'AutoModel.from_pretrained("{directory / "encoder"}")' in printed
     assert "raw pixels" in printed
-    assert "encoder at step 0" in printed
+    assert "20-NN top-1 accuracy, untrained: " in printed
     assert "trained encoder" in printed
 
 

@@ -28,7 +28,7 @@ from vicreg_hf.benchmarks.peers import (
 )
 from vicreg_hf.models.compiling import Compiled, call_directly
 from vicreg_hf.training.run import Run
-from vicreg_hf.training.step import Verdicts, take_gradients, take_step, views_from_here
+from vicreg_hf.training.step import StepChecks, take_gradients, take_step, views_from_here
 
 WITHOUT_END = 10**6
 """Steps of a run that is never finished."""
@@ -78,11 +78,11 @@ def bare(run: Run, precision: str, channels_last: bool) -> Contender:
 
 def ours(run: Run, precision: str) -> Contender:
     """What `pretraining.fit` does in every step, without what it does in some."""
-    verdicts = Verdicts(run)
+    checks = StepChecks(run)
 
     def step(*views: Tensor) -> None:
-        verdicts.ask(take_gradients(run, views))
-        verdicts.read(everything=False)
+        checks.start(take_gradients(run, views))
+        checks.collect(include_latest=False)
         take_step(run)
 
     run.wrapped.train()

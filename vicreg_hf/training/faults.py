@@ -1,11 +1,11 @@
-"""What ends a run, in words that say what to do: numbers not finite, no memory, a lost process."""
+"""Errors that end a run and say what to do: no finite numbers, no memory, a lost process."""
 
 from __future__ import annotations
 
 import json
 import math
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,51 +15,53 @@ from torch import Tensor
 
 from vicreg_hf.checkpoints.reading import CheckpointError, newest_checkpoint
 from vicreg_hf.runtime.checks import one_line
+from vicreg_hf.runtime.distributed import any_process
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.run import Run
 from vicreg_hf.training.step import Step
 
 TERMS = ("loss", "invariance", "variance", "covariance")
 MOST_NAMES = 10
+"""Names of tensors in a report at most."""
 
 
 class OutOfMemory(RuntimeError):  # noqa: N818
-    """No memory for what the settings ask for."""
+    """The settings need more memory than there is."""
 
 
 class ProcessLost(RuntimeError):  # noqa: N818
     """Another process of the run has ended or is silent."""
 
 
-def check_weights(run: Run) -> None:
-    """Before weights are saved; every process must call this.
+def check_state_is_finite(run: Run) -> None:
+    """Check weights, statistics and optimiser state before they are saved, in every process.
 
     Raises:
-        FloatingPointError: weights, statistics or optimiser state that are not finite.
+        FloatingPointError: some of them are not finite.
     """
-    bad = _names_not_finite(_everything(run))
-    if run.agree(bool(bad))[0]:
-        raise failure(run, f"weights and optimiser state must be finite after step {run.step}",
-                      {"step": run.step, "weights": bad})  # fmt: skip
+    names = _not_finite_state(run)
+    if any_process([bool(names)], run.accelerator.device)[0]:
+        raise _failure(run, f"weights and optimiser state must be finite after step {run.step}",
+                       {"step": run.step, "weights": names})  # fmt: skip
 
 
 def step_failure(run: Run, step: Step) -> FloatingPointError:
-    """The error of a step that must not be taken, with its report."""
+    """Write the report of a step that must not be taken; the error to raise, in every process."""
     found = describe_step(run, step)
     terms = ", ".join(f"{name} {found[name]}" for name in (*TERMS, "grad_norm"))
-    return failure(run, f"loss and gradients must be finite at step {step.number}, got {terms}",
-                   found)  # fmt: skip
+    return _failure(
+        run, f"loss and gradients must be finite at step {step.number}, got {terms}", found
+    )
 
 
 def describe_step(run: Run, step: Step) -> dict[str, Any]:
     """A step's terms, the norms of its gradients, and the images it saw.
 
-    Of a step that has been taken, as on a GPU, the weights before it are not known any more: None.
+    Once a step has been taken, as on a GPU, `weights` is None, as those before it are lost.
     """
     epoch, rows = run.batches.whole_batch(step.number - 1)
     norms = dict(zip(step.names, step.grad_norms.tolist(), strict=True))
     largest = sorted(norms, key=lambda n: norms[n] if math.isfinite(norms[n]) else math.inf)
-    taken = run.step >= step.number
     return {
         "step": step.number,
         "epoch": epoch,
@@ -68,30 +70,31 @@ def describe_step(run: Run, step: Step) -> dict[str, Any]:
         "grad_norm": step.grad_norm.item(),
         "largest_gradients": {name: norms[name] for name in largest[: -MOST_NAMES - 1 : -1]},
         "gradients": [name for name, norm in norms.items() if not math.isfinite(norm)][:MOST_NAMES],
-        "weights": None if taken else _names_not_finite(_everything(run)),
+        "weights": None if run.step >= step.number else _not_finite_state(run),
         "rows": None if run.args.streaming else rows.tolist(),
     }
 
 
-def failure(run: Run, sentence: str, found: dict[str, Any]) -> FloatingPointError:
+def _failure(run: Run, sentence: str, found: dict[str, Any]) -> FloatingPointError:
     """Write what was found; the error that says where. Every process must call this."""
+    args, newest = run.args, None
     with suppress(Exception):  # a save that failed must not hide what is not finite
         run.writer.wait()
-    newest = None
     with suppress(CheckpointError):  # nor must one that cannot be read just now
         newest, _ = newest_checkpoint(run.output_dir / "checkpoints")
-    remedies = _remedies(run)
-    path = run.output_dir / f"not-finite-step-{found['step']}.json"
+    remedies = [
+        f"lower --base_lr, now {args.base_lr:g}",
+        f"lengthen --warmup_epochs, now {args.warmup_epochs:g}",
+    ]
+    if run.accelerator.mixed_precision == "fp16":
+        remedies.insert(0, "use --mixed_precision bf16 instead of fp16")
     replay = shlex.join(["python", "scripts/pretrain.py", "--output_dir", str(run.output_dir),
                          "--replay", str(found["step"])])  # fmt: skip
+    path = run.output_dir / f"not-finite-step-{found['step']}.json"
     if run.accelerator.is_main_process:
-        report = found | {
-            "checkpoint": None if newest is None else newest.name,
-            "remedies": remedies,
-            "replay": replay,
-        }
+        report = {"checkpoint": newest and newest.name, "remedies": remedies, "replay": replay}
         with suppress(OSError):  # a full disk must not hide what is not finite
-            write_report(path, report)
+            write_report(path, found | report)
     run.accelerator.wait_for_everyone()  # which may end the main process when they have ended
     kept = f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
     return FloatingPointError(
@@ -101,49 +104,29 @@ def failure(run: Run, sentence: str, found: dict[str, Any]) -> FloatingPointErro
 
 
 def write_report(path: Path, found: dict[str, Any]) -> None:
-    """As JSON, which has no word for what is not finite."""
-    path.write_text(json.dumps(_in_words(found), indent=1) + "\n")
+    """Write JSON, in which numbers that are not finite are strings."""
+
+    def readable(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: readable(entry) for key, entry in value.items()}
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    path.write_text(json.dumps(readable(found), indent=1) + "\n")
 
 
-def _in_words(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _in_words(entry) for key, entry in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _remedies(run: Run) -> list[str]:
-    args = run.args
-    remedies = [
-        f"lower --base_lr, now {args.base_lr:g}",
-        f"lengthen --warmup_epochs, now {args.warmup_epochs:g}",
-    ]
-    if run.accelerator.mixed_precision == "fp16":
-        remedies.insert(0, "use --mixed_precision bf16 instead of fp16")
-    return remedies
-
-
-def _everything(run: Run) -> list[tuple[str, Tensor]]:
-    """Weights, statistics and optimiser state by name."""
-    state = run.inner_optimizer.state_dict()["state"]
-    moments = [
-        (f"optimizer.{index}.{name}", value)
-        for index, entries in state.items()
-        for name, value in entries.items()
-        if isinstance(value, Tensor)
-    ]
-    return [*run.model.state_dict().items(), *moments]
-
-
-def _names_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """At most `MOST_NAMES` of them; waits for the device only once where all is well."""
-    floating = [(name, x) for name, x in tensors if x.is_floating_point()]
-    if not floating:
-        return []
-    # without squares, which overflow
-    norms = [x.abs().amax() if x.numel() else x.new_zeros(()) for _, x in floating]
-    finite = torch.isfinite(torch.stack([norm.float().to(norms[0].device) for norm in norms]))
-    pairs = zip(floating, finite.tolist(), strict=True)
-    return [name for (name, _), fine in pairs if not fine][:MOST_NAMES]
+def _not_finite_state(run: Run) -> list[str]:
+    """At most `MOST_NAMES` names of weights, statistics and optimiser state that are not finite."""
+    tensors = dict(run.model.state_dict())
+    for index, entries in run.inner_optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in entries.items()}
+    # the largest magnitude, as a sum of squares overflows
+    largest = {
+        name: x.abs().amax().float().to(run.accelerator.device)
+        for name, x in tensors.items()
+        if isinstance(x, Tensor) and x.is_floating_point() and x.numel()
+    }
+    finite = torch.isfinite(torch.stack(list(largest.values()))).tolist()  # waits only once
+    return [name for name, fine in zip(largest, finite, strict=True) if not fine][:MOST_NAMES]
 
 
 @contextmanager
@@ -161,41 +144,34 @@ def explained(args: PretrainingArguments, run: Run | None = None) -> Iterator[No
         yield
     except (RuntimeError, MemoryError) as error:
         text = one_line(error)
-        short = (torch.OutOfMemoryError, MemoryError)
-        known = (*short, torch.AcceleratorError, torch.distributed.DistError)
+        out_of_memory = (torch.OutOfMemoryError, MemoryError)
+        known = (*out_of_memory, torch.AcceleratorError, torch.distributed.DistError)
         if type(error) is not RuntimeError and not isinstance(error, known):
-            raise  # it has words of its own
-        if isinstance(error, short) or any(words in text.lower() for words in _SHORT):
-            raise OutOfMemory(_no_memory(args, run, text)) from None
+            raise  # it explains itself
+        when = "before the first step" if run is None else f"at step {run.step + 1}"
+        if isinstance(error, out_of_memory) or any(w in text.lower() for w in _OUT_OF_MEMORY):
+            micro = args.micro_batch_size or args.batch_size
+            remedies = [f"lower --micro_batch_size, now {micro}, which changes no result but batch "
+                        "normalisation's statistics"]  # fmt: skip
+            if run is not None and run.accelerator.mixed_precision == "no":
+                remedies.append("use accelerate launch --mixed_precision bf16")
+            remedies.append(f"lower --batch_size, now {args.batch_size}")
+            remedies.append(f"narrow --expander_dims, now {args.expander_dims}")
+            if args.num_workers:
+                remedies.append(f"lower --num_workers, now {args.num_workers}")
+            raise OutOfMemory(
+                f"memory ran out {when}: {text[:200]} Remedies: {'; '.join(remedies)}. "
+                "The last checkpoint is untouched."
+            ) from None
         if isinstance(error, torch.distributed.DistError) or any(w in text for w in _LOST):
             raise ProcessLost(
-                f"another process of this run has ended or cannot be reached, {_when(run)}; its "
+                f"another process of this run has ended or cannot be reached, {when}; its "
                 f"own message says why. The last checkpoint is untouched: "
                 f"start again to go on. ({text[:200]})"
             ) from None
         raise
 
 
-_SHORT = ("allocate memory", "out of memory", "alloc_failed")
-"""In lower case: the CPU's allocator, CUDA beside its allocator, and its libraries."""
+_OUT_OF_MEMORY = ("allocate memory", "out of memory", "alloc_failed")
+"""Lower-case words of the CPU's allocator, of CUDA beside its allocator, and of its libraries."""
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport")
-
-
-def _when(run: Run | None) -> str:
-    return "before the first step" if run is None else f"at step {run.step + 1}"
-
-
-def _no_memory(args: PretrainingArguments, run: Run | None, text: str) -> str:
-    micro = args.micro_batch_size or args.batch_size
-    remedies = [f"lower --micro_batch_size, now {micro}, which changes no result but batch "
-                "normalisation's statistics"]  # fmt: skip
-    if run is not None and run.accelerator.mixed_precision == "no":
-        remedies.append("use accelerate launch --mixed_precision bf16")
-    remedies.append(f"lower --batch_size, now {args.batch_size}")
-    remedies.append(f"narrow --expander_dims, now {args.expander_dims}")
-    if args.num_workers:
-        remedies.append(f"lower --num_workers, now {args.num_workers}")
-    return (
-        f"memory ran out {_when(run)}: {text[:200]} Remedies: {'; '.join(remedies)}. "
-        "The last checkpoint is untouched."
-    )

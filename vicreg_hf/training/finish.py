@@ -18,7 +18,7 @@ from vicreg_hf.models.text_encoder import TextEncoder
 from vicreg_hf.publishing.publish import export_encoders, push_encoders, retry_command
 from vicreg_hf.runtime.distributed import failing_together
 from vicreg_hf.runtime.machine import hardware
-from vicreg_hf.training.monitoring.summary import results, summary
+from vicreg_hf.training.monitoring.summary import card_results, last_message
 from vicreg_hf.training.run import Run
 
 
@@ -56,7 +56,7 @@ def _write(run: Run, directory: Path) -> Path | None:
             f"the encoder could not be written to {directory}: {error}. The last checkpoint "
             "is whole; free some space and start again to finish."
         ) from error
-    print(summary(directory, run.log.rows(), run.monitor, second=second))
+    print(last_message(directory, run.log.rows(), run.monitor, second=second))
     return second
 
 
@@ -74,7 +74,7 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
         hub_id=_hub_id(args.dataset_name), images=train.num_images, steps=run.step,
         seconds=run.seconds,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
-        results=results(rows, run.monitor), pictures=pictures,
+        results=card_results(rows, run.monitor), pictures=pictures,
     )  # fmt: skip
     write_card(directory / CARD_FILE, model_card(run.model, record=record))
     if second is not None:

@@ -1,14 +1,12 @@
-"""Saving a run and going on with it: what a checkpoint must have in common with the settings."""
+"""Going on with a run: its newest checkpoint, and how much the settings may have changed."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.optim import Optimizer
@@ -24,15 +22,15 @@ from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.runtime.machine import installed_versions
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.monitoring.probe import OnlineProbe
-from vicreg_hf.training.run import Run
+from vicreg_hf.training.saving import cpu_threads, prime_sha256
 
 FREE_TO_CHANGE = {
     "output_dir", "resume", "resume_changed", "num_workers", "compile", "compile_model",
-    "max_bad_fraction", "logging_steps", "save_steps", "knn_steps", "online_probe",
+    "max_bad_fraction", "logging_steps", "save_steps", "knn_steps",
     "push_to_hub", "hub_model_id", "hub_private",
-    "dataset_name",  # a folder may move; the data's fingerprint tells whether it is another
+    "dataset_name",  # a folder may move; the fingerprint tells whether the data are others
 }  # fmt: skip
-"""Settings that say where and how often, not what is computed."""
+"""Settings that say where and how often, and change nothing that is computed."""
 MUST_STAY = {
     "architecture", "model_args", "pretrained", "expander_dims", "optimizer", "batch_size", "seed",
     "dataset_config_name", "train_split", "image_column", "streaming", "weights",
@@ -41,9 +39,9 @@ MUST_STAY = {
     "sampling_rate", "num_global_views", "num_local_views",
     "variance_reduction", "lars_clip",
 }  # fmt: skip
-"""Settings without which it is another run; any other may change, and that is said."""
+"""Settings that make it another run; any other may change, and the run says so."""
 LENGTH = {"num_train_epochs", "max_steps"}
-"""Settings that say how long a run is, each in its own way."""
+"""Settings that say how long a run is."""
 
 
 def resume(
@@ -60,10 +58,10 @@ def resume(
     """Load the newest checkpoint that is whole.
 
     Args:
-        fingerprint: of the data.
-        total_steps: of the whole run, as the settings say.
-        probe: of this session; it starts anew where the checkpoint has none of these labels.
-        before: a step; only checkpoints of earlier ones count.
+        fingerprint: identifies the data.
+        total_steps: length of the whole run by the settings.
+        probe: this session's; it starts anew unless the checkpoint has one of the same labels.
+        before: a step; later checkpoints are passed over.
 
     Returns:
         The step to go on from, 0 where nothing was saved, and the seconds it took to reach it.
@@ -77,7 +75,7 @@ def resume(
     path, damaged = newest_checkpoint(folder, before=before)
     for sentence in damaged:
         accelerator.print(f"warning: {sentence}")
-    _check_all_see(path, folder)
+    _check_same_everywhere(path, folder)
     if path is None:
         if args.resume == "required":
             raise CheckpointError(
@@ -93,167 +91,119 @@ def resume(
         return 0, 0.0
     manifest = read_manifest(path)
     state = manifest["state"]
-    ended = manifest["step"] == total_steps
-    changed = _changes(args, state, fingerprint, digest_of(model), ended=ended)
-    another = bool(changed.keys() & {*MUST_STAY, "dataset_name"})
-    if ended:
-        shortened = state.get("total_steps", 0) > total_steps
-        _check_ended(changed, args, path, another=another, shortened=shortened)
-    elif another and not args.resume_changed:
-        raise CheckpointError(
-            f"a resumed run must keep its model, batch, seed and data, but against {path}: "
-            f"{_listed(changed)}. Choose another output_dir, --resume never to start over, or "
-            "--resume_changed true to go on nevertheless."
-        )
-    _check_length(args, manifest["step"], total_steps, path)
+    changed = _changes(args, state, fingerprint, prime_sha256(model))
+    if manifest["step"] != total_steps:  # else a new probe would learn nothing
+        changed.pop("online_probe", None)
+    _check_settings(args, changed, path, manifest, total_steps)
     if changed:
-        accelerator.print(f"warning: settings have changed since {path}: {_listed(changed)}.")
+        listed = "; ".join(changed.values())
+        accelerator.print(f"warning: settings have changed since {path}: {listed}.")
     load_checkpoint(path, model, optimizer)
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     accelerator.print(f"Resuming from {path}.")
-    _mention_surroundings(accelerator, manifest)
+    _report_causes_of_rounding(accelerator, manifest)
     if probe is not None:
-        _resume_probe(accelerator, probe, state, path)
+        saved = load_probe(path)
+        if saved is None:
+            accelerator.print(f"The online probe starts anew: {path} holds none.")
+        elif state.get("labels_sha256") != probe.labels_sha256:
+            accelerator.print(f"The online probe starts anew: that of {path} is of other labels.")
+        else:
+            probe.load_state_dict(saved)
     return manifest["step"], state.get("seconds", 0.0)
 
 
-def _resume_probe(
-    accelerator: Accelerator, probe: OnlineProbe, state: dict[str, Any], path: Path
-) -> None:
-    saved = load_probe(path)
-    if saved is None:
-        accelerator.print(f"The online probe starts anew: {path} holds none.")
-    elif state.get("labels_sha256") != probe.labels_sha256:
-        accelerator.print(f"The online probe starts anew: that of {path} is of other labels.")
-    else:
-        probe.load_state_dict(saved)
-
-
-def _check_all_see(path: Path | None, folder: Path) -> None:
-    seen = gather_object([None if path is None else path.name])
-    if any(name != seen[0] for name in seen):
+def _check_same_everywhere(path: Path | None, folder: Path) -> None:
+    names = gather_object([None if path is None else path.name])
+    if any(name != names[0] for name in names):
         raise CheckpointError(
             f"every process must see the same checkpoints in {folder}, and the newest is "
-            f"{', '.join(str(name or 'none') for name in seen)}; choose an output_dir that all "
+            f"{', '.join(str(name or 'none') for name in names)}; choose an output_dir that all "
             "nodes share."
         )
-
-
-def digest_of(model: VICRegModel) -> str | None:
-    """Of the second branch's description, its encoder's own configuration included."""
-    if model.config.prime is None:
-        return None
-    text = json.dumps(model.config.prime, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def state_of(run: Run) -> dict[str, Any]:
-    """What a checkpoint holds of a run besides weights, optimiser, probe and step."""
-    scaler = run.accelerator.scaler
-    return {
-        "settings": asdict(run.args),
-        "total_steps": run.total_steps,
-        "data": run.fingerprint,
-        "seconds": run.seconds,
-        "scaler": scaler.state_dict() if scaler is not None else None,
-        "precision": run.accelerator.mixed_precision,
-        "threads": _threads(run.accelerator),
-        "prime_sha256": digest_of(run.model),
-        "labels_sha256": None if run.probe is None else run.probe.labels_sha256,
-    }
-
-
-def _threads(accelerator: Accelerator) -> int | None:
-    """Of a process, among which torch divides its sums on a CPU."""
-    return torch.get_num_threads() if accelerator.device.type == "cpu" else None
 
 
 def _changes(
     args: PretrainingArguments,
     state: dict[str, Any],
     fingerprint: dict[str, Any],
-    prime_sha256: str | None,
-    *,
-    ended: bool,
+    prime: str | None,
 ) -> dict[str, str]:
-    """What is computed otherwise than before, by the name of the setting."""
-    free = FREE_TO_CHANGE - {"online_probe"} if ended else FREE_TO_CHANGE  # it would learn nothing
+    """Settings, data and second encoder that differ from the checkpoint's: a phrase for each."""
     saved, now = state["settings"], json.loads(json.dumps(asdict(args)))
     changed = {
         f.name: f"{f.name} was {saved[f.name]}, is {now[f.name]}"
         for f in fields(args)
-        if f.name not in free and f.name in saved and saved[f.name] != now[f.name]
+        if f.name not in FREE_TO_CHANGE and f.name in saved and saved[f.name] != now[f.name]
     }
     if state["data"] != fingerprint:
-        changed["dataset_name"] = (
-            f"the data were {_of(state['data'])}, are {_of(fingerprint)}, in {args.dataset_name}"
+        was, is_now = (
+            f"{data['images']} images of SHA-256 "
+            + " and ".join(str(v)[:8] for k, v in data.items() if k.endswith("sha256"))
+            for data in (state["data"], fingerprint)
         )
-    if state.get("prime_sha256") not in (None, prime_sha256):
-        changed["prime_architecture"] = changed.get(
+        changed["dataset_name"] = f"the data were {was}, are {is_now}, in {args.dataset_name}"
+    if state.get("prime_sha256") not in (None, prime):
+        changed.setdefault(
             "prime_architecture", "the second encoder's own configuration is another"
         )
     return changed
 
 
-def _check_length(args: PretrainingArguments, step: int, total_steps: int, path: Path) -> None:
-    if total_steps < step:
-        raise CheckpointError(
-            f"{_length(args)} must be at least the {step} steps that were taken, got "
-            f"{total_steps} and {path}; choose more, another output_dir, or --resume never to "
-            "start over."
-        )
-
-
-def _check_ended(
-    changed: dict[str, str],
+def _check_settings(
     args: PretrainingArguments,
+    changed: dict[str, str],
     path: Path,
-    *,
-    another: bool,
-    shortened: bool,
+    manifest: dict[str, Any],
+    total_steps: int,
 ) -> None:
-    """Refuse settings that no step was taken with, and that would only be written down.
+    """Refuse to go on as another run, and to describe steps by settings they were not taken with.
 
     Args:
-        another: it would be another run.
-        shortened: more steps were meant to be taken; the warm-up may depend on their number.
+        changed: see `_changes`.
+        path: of the checkpoint; likewise manifest.
+        total_steps: length of the whole run by the settings now.
     """
-    if changed.keys() - LENGTH - ({"warmup_epochs"} if shortened else set()):
+    listed = "; ".join(changed.values())
+    length = "num_train_epochs" if args.max_steps is None else "max_steps"
+    another_run = bool(changed.keys() & {*MUST_STAY, "dataset_name"})
+    step, planned = manifest["step"], manifest["state"].get("total_steps", 0)
+    if total_steps == step:
+        # a run that ends early has a warm-up that fitted its planned length
+        free = LENGTH | ({"warmup_epochs"} if planned > total_steps else set())
+        if changed.keys() - free:
+            raise CheckpointError(
+                f"a run that has taken all its steps must keep its settings, but against {path}: "
+                f"{listed}. Choose another output_dir, --resume never to start over, or more "
+                f"--{length}{', and --resume_changed true,' if another_run else ''} to go on with "
+                "them."
+            )
+    elif another_run and not args.resume_changed:
         raise CheckpointError(
-            f"a run that has taken all its steps must keep its settings, but against {path}: "
-            f"{_listed(changed)}. Choose another output_dir, --resume never to start over, or more "
-            f"--{_length(args)}{', and --resume_changed true,' if another else ''} to go on with "
-            "them."
+            f"a resumed run must keep its model, batch, seed and data, but against {path}: "
+            f"{listed}. Choose another output_dir, --resume never to start over, or "
+            "--resume_changed true to go on nevertheless."
+        )
+    if total_steps < step:
+        raise CheckpointError(
+            f"{length} must be at least the {step} steps that were taken, got {total_steps} and "
+            f"{path}; choose more, another output_dir, or --resume never to start over."
         )
 
 
-def _length(args: PretrainingArguments) -> str:
-    """The setting that says how long the run is."""
-    return "num_train_epochs" if args.max_steps is None else "max_steps"
-
-
-def _listed(changed: dict[str, str]) -> str:
-    return "; ".join(changed.values())
-
-
-def _of(fingerprint: dict[str, Any]) -> str:
-    digests = [str(v)[:8] for k, v in fingerprint.items() if k.endswith("sha256")]
-    return f"{fingerprint['images']} images of SHA-256 {' and '.join(digests)}"
-
-
-def _mention_surroundings(accelerator: Accelerator, manifest: dict[str, Any]) -> None:
-    """Say what may make a difference in the last bits."""
-    versions, now = manifest["versions"], installed_versions()
-    changed = [f"{name} was {versions.get(name)}, is {now[name]}"
-               for name in now if versions.get(name) != now[name]]  # fmt: skip
-    before, precision = manifest["state"].get("precision"), accelerator.mixed_precision
-    if before != precision:
-        changed.append(f"precision was {before}, is {precision}")
-    if manifest["world_size"] != accelerator.num_processes:
-        changed.append(f"processes were {manifest['world_size']}, are {accelerator.num_processes}")
-    threads, own = manifest["state"].get("threads"), _threads(accelerator)
-    if None not in (threads, own) and threads != own:  # earlier checkpoints do not say
-        changed.append(f"CPU threads of a process were {threads}, are {own}")
-    if changed:
+def _report_causes_of_rounding(accelerator: Accelerator, manifest: dict[str, Any]) -> None:
+    """Print what may change the last bits of a result: versions, precision, processes, threads."""
+    state, versions, now = manifest["state"], manifest["versions"], installed_versions()
+    pairs: list[tuple[str, str, Any, Any]] = [
+        (f"{name} was", "is", versions.get(name), now[name]) for name in now
+    ]
+    pairs += [
+        ("precision was", "is", state.get("precision"), accelerator.mixed_precision),
+        ("processes were", "are", manifest["world_size"], accelerator.num_processes),
+    ]
+    threads = state.get("threads"), cpu_threads(accelerator)
+    if None not in threads:  # earlier versions did not save it
+        pairs.append(("CPU threads of a process were", "are", *threads))
+    if changed := [f"{were} {old}, {are} {new}" for were, are, old, new in pairs if old != new]:
         accelerator.print(f"The run goes on as it was but for rounding: {'; '.join(changed)}.")

@@ -1,8 +1,7 @@
-"""A pretraining run: all that its loop works on, and all that changes while it goes."""
+"""A pretraining run: everything that its loop works on."""
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from vicreg_hf.checkpoints.writing import CheckpointWriter
 from vicreg_hf.data.pairs import SecondInput
 from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.modeling_vicreg import VICRegModel
-from vicreg_hf.runtime.distributed import Vote
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.data import Inputs
 from vicreg_hf.training.building.optimizers import learning_rate
@@ -30,7 +26,7 @@ from vicreg_hf.views.random_views import RandomViews
 
 @dataclass
 class Run:
-    """What `setup` makes and `fit` uses; only weights, optimiser, probe and step change."""
+    """`setup` makes it, `fit` uses it; only weights, optimiser, probe and step change."""
 
     args: PretrainingArguments
     accelerator: Accelerator
@@ -41,18 +37,18 @@ class Run:
     inputs: Inputs
     views: RandomViews
     paired: SecondInput | None
-    """What becomes of the other half of the samples, where they are pairs."""
+    """Prepares the second half of each sample, where samples are pairs."""
     monitor: KNNMonitor | None
     probe: OnlineProbe | None
     log: MetricsLog
     fingerprint: dict[str, Any]
-    """Of the training data; a checkpoint remembers it."""
+    """Identifies the training data; a checkpoint remembers it."""
     step: int = 0
     """Optimiser steps taken."""
     shapes_compared: bool = False
-    """Whether all processes have been seen to hold views of the same shape."""
+    """Whether the processes have compared the shapes of their views."""
     seconds_before: float = 0.0
-    """That earlier sessions of this run took."""
+    """Duration of the earlier sessions of this run."""
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -80,7 +76,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Of all sessions together."""
+        """Duration of all sessions so far."""
         return self.seconds_before + time.perf_counter() - self.started
 
     @property
@@ -94,16 +90,3 @@ class Run:
         return learning_rate(
             self.step, peak=peak, warmup_steps=warmup_steps, total_steps=self.total_steps
         )
-
-    def vote(self, *flags: bool | Tensor) -> Vote:
-        """Ask each flag: whether it is set in any process. Every process must ask."""
-        return Vote(flags, self.accelerator.device)
-
-    def agree(self, *flags: bool | Tensor) -> list[bool]:
-        """The same, and wait for the answers."""
-        return self.vote(*flags).read()
-
-    def warn(self, sentence: str | None) -> None:
-        """Say something once, above the progress bar."""
-        if sentence and self.accelerator.is_main_process:
-            tqdm.write(f"warning: {sentence}", file=sys.stderr)

@@ -39,7 +39,7 @@ from vicreg_hf.training.building.second_branch import run_views
 from vicreg_hf.training.monitoring.knn import KNNMonitor, missing_for_knn
 from vicreg_hf.training.monitoring.log import MetricsLog
 from vicreg_hf.training.monitoring.probe import create_probe
-from vicreg_hf.training.monitoring.summary import introduction
+from vicreg_hf.training.monitoring.summary import first_message
 from vicreg_hf.training.resuming import resume
 from vicreg_hf.training.run import Run
 
@@ -137,7 +137,7 @@ def begin(run: Run) -> None:
 
 
 def _introduce(run: Run) -> None:
-    sentence = introduction(
+    sentence = first_message(
         run.args, parameters=sum(p.numel() for p in run.model.encoder.parameters()),
         images=run.inputs.train.num_images, step=run.step, total_steps=run.total_steps,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),

@@ -96,66 +96,66 @@ def take_step(run: Run) -> None:
 
 
 LEAST_SCALE = 1.0
-"""Loss scale of fp16 at which gradients that are not finite are no accident any more."""
-UNREAD = {"cuda": 1}
-"""Votes that may be under way when a step is taken, by device; elsewhere none.
+"""Loss scale of fp16 down to which a gradient that is not finite is an accident: the step is
+skipped, and the scale halved."""
+STEPS_BEHIND = {"cuda": 1}
+"""How many steps the finite-or-stop check may lag behind, by device; 0 on devices not listed.
 
 A GPU would otherwise wait for the answer in every step. It still does in each one where torch's
 synchronised batch normalisation does, and under fp16, whose loss scale is looked at."""
 
 
-class Verdict(NamedTuple):
-    """What the processes have agreed on since it was last asked."""
+class CheckResult(NamedTuple):
+    """The processes' common findings since the last call."""
 
-    bad: Step | None
+    bad_step: Step | None
     """The first step that is not finite."""
     stopping: bool
-    unsaved: bool
+    """A process was asked to stop."""
+    save_failed: bool
     """A checkpoint could not be written."""
 
 
-class Verdicts:
-    """Votes on each step, read in their order, and on a GPU one step later.
+class StepChecks:
+    """The processes' common check of each step, whose result a GPU learns one step later.
 
-    All processes must ask and read alike.
+    All processes must make the same calls.
     """
 
     def __init__(self, run: Run) -> None:
-        self.run = run
-        self.most = UNREAD.get(run.accelerator.device.type, 0)
-        self._under_way: deque[tuple[Step, Vote]] = deque()
+        self.run, self.device = run, run.accelerator.device
+        self.steps_behind = STEPS_BEHIND.get(self.device.type, 0)
+        self._pending: deque[tuple[Step, Vote]] = deque()
 
-    def ask(self, step: Step, *, stopping: bool = False) -> None:
-        """Vote on a step that is about to be taken.
+    def start(self, step: Step, *, stopping: bool = False) -> None:
+        """Begin to check a step that is about to be taken.
 
         Args:
             stopping: whether this process was asked to stop.
         """
-        vote = self.run.vote(not_finite(self.run, step), stopping, self.run.writer.failed)
-        self._under_way.append((step, vote))
+        flags = (not_finite(self.run, step), stopping, self.run.writer.failed)
+        self._pending.append((step, Vote(flags, self.device)))
 
-    def read(self, *, everything: bool) -> Verdict:
-        """What has been agreed on.
+    def collect(self, *, include_latest: bool) -> CheckResult:
+        """Read the results that are due.
 
         Args:
-            everything: of the step about to be taken too, since something of it will be kept.
+            include_latest: wait for the step about to be taken too, as it will be logged or saved.
         """
-        stopping = unsaved = False
-        while self._under_way and (everything or stopping or len(self._under_way) > self.most):
-            step, vote = self._under_way.popleft()
+        stopping = save_failed = False
+        while self._pending and (
+            include_latest or stopping or len(self._pending) > self.steps_behind
+        ):
+            step, vote = self._pending.popleft()
             bad, asked, failed = vote.read()
             if bad:
-                return Verdict(step, stopping, unsaved)
-            stopping, unsaved = stopping or asked, unsaved or failed
-        return Verdict(None, stopping, unsaved)
+                return CheckResult(step, stopping, save_failed)
+            stopping, save_failed = stopping or asked, save_failed or failed
+        return CheckResult(None, stopping, save_failed)
 
 
 def not_finite(run: Run, step: Step) -> Tensor:
-    """Whether a step would spoil the weights: scalar bool, on the device.
-
-    Under fp16 gradients overflow now and then; the step is skipped, and the loss scale halved.
-    Only where it has become small is that a failure.
-    """
+    """Whether a step would spoil the weights: scalar bool, on the device."""
     assert step.output.loss is not None
     bad = ~torch.isfinite(step.output.loss.detach())
     scaler = run.accelerator.scaler

@@ -1,10 +1,9 @@
-"""What the kNN monitor measures, where, and how often it reads the images for it."""
+"""The kNN monitor: which images it measures, how, and how often it reads them."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,6 @@ import torch
 from datasets import ClassLabel, DatasetDict
 from pictures import photographs, png, table_of
 from torch import Tensor, nn
-from warm import run_pretraining, run_script
-from workflow import SMALL, metrics, write_images
 
 from vicreg_hf.data.bad_images import BadImages
 from vicreg_hf.data.batches import evaluation_batches
@@ -22,6 +19,7 @@ from vicreg_hf.data.memory import load_in_memory
 from vicreg_hf.data.splits import ImageSplit, image_split
 from vicreg_hf.features.encode import extract_features
 from vicreg_hf.metrics.knn import knn_accuracy
+from vicreg_hf.training.monitoring import knn
 from vicreg_hf.training.monitoring.knn import KNNMonitor
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -49,17 +47,23 @@ def held_out() -> ImageSplit:
     return labelled(photographs(70, 32, 32)[40:], "test", BAD)
 
 
-def monitor_of(train: ImageSplit, held_out: ImageSplit, **settings: Any) -> KNNMonitor:
-    given = {"image_size": 32, "crop_pct": 1.0, "mean": MEAN, "std": STD, "num_workers": 0}
-    images = load_in_memory(train)
-    assert images is not None
-    monitor = KNNMonitor.create(train, images, held_out, **given | settings)
+def monitor_of(
+    train: ImageSplit, held_out: ImageSplit, *, bad: BadImages | None = None,
+    in_memory: bool = True, image_size: int = 32, crop_pct: float = 1.0,
+) -> KNNMonitor:  # fmt: skip
+    stored = load_in_memory(train, bad=bad) if in_memory else None
+    if bad is not None:
+        bad.agree(say=lambda _: None)
+    monitor = KNNMonitor.create(
+        train, train if stored is None else stored, held_out, image_size=image_size,
+        crop_pct=crop_pct, mean=MEAN, std=STD, num_workers=0, bad=bad,
+    )  # fmt: skip
     assert monitor is not None
     return monitor
 
 
 def pixel_accuracy(train: ImageSplit, held_out: ImageSplit) -> float:
-    """Of the images that can be used."""
+    """20-NN accuracy of the pixels of images that can be used, by `knn_accuracy`."""
 
     def features(split: ImageSplit) -> tuple[Tensor, Tensor]:
         images, bad = split.read_or_replace(range(len(split)))
@@ -72,34 +76,26 @@ def pixel_accuracy(train: ImageSplit, held_out: ImageSplit) -> float:
     return knn_accuracy(*features(train), *features(held_out), k=20)
 
 
-def test_pixels_are_compared_in_single_precision(train: ImageSplit, held_out: ImageSplit) -> None:
+def test_pixels_of_small_images_are_compared_on_the_device(
+    train: ImageSplit, held_out: ImageSplit
+) -> None:
     expected = pixel_accuracy(train, held_out)
     assert monitor_of(train, held_out).pixels(CPU) == expected
     assert 0.5 < expected < 1
+    assert monitor_of(train, held_out, image_size=65).pixels(CPU) is None
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor"):
+        monitor_of(train, held_out).pixels(META)  # which does not compute
 
 
-@pytest.mark.parametrize("sizes", ["of one size", "of several"])
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_images_that_cannot_be_used_are_neither_queries_nor_neighbours(
-    in_memory: bool, sizes: str
-) -> None:
-    images: list[Tensor] = list(photographs(70, 32, 32))
-    if sizes == "of several":
-        images[45] = images[45][:, :, :30]
+def test_images_that_cannot_be_used_are_neither_queries_nor_neighbours(in_memory: bool) -> None:
+    images = photographs(70, 32, 32)
     train = labelled(images[:40], "train", (1, 5, 30))
     held_out = labelled(images[40:], "test", BAD)
     bad = BadImages(len(train), 1.0, None)
-    stored = load_in_memory(train, bad=bad) if in_memory else None
-    bad.agree(say=lambda _: None)
-    monitor = KNNMonitor.create(
-        train, train if stored is None else stored, held_out, image_size=32, crop_pct=1.0,
-        mean=MEAN, std=STD, num_workers=0, bad=bad,
-    )  # fmt: skip
-    assert monitor is not None
+    monitor = monitor_of(train, held_out, bad=bad, in_memory=in_memory)
     for _ in range(2):
-        found = monitor.pixels(CPU)
-        if sizes == "of one size":
-            assert found == pixel_accuracy(train, held_out)
+        assert monitor.pixels(CPU) == pixel_accuracy(train, held_out)
         assert monitor.description == (
             "20-NN accuracy on 28 images of pieces (test), neighbours from 37, without 5 that "
             "cannot be used"
@@ -109,27 +105,23 @@ def test_images_that_cannot_be_used_are_neither_queries_nor_neighbours(
 def test_images_without_a_class_are_neither_queries_nor_neighbours(
     train: ImageSplit, held_out: ImageSplit
 ) -> None:
-    assert train.labels is not None
-    assert held_out.labels is not None
-    fewer = torch.where(torch.arange(40) % 4 < 3, train.labels, -1)
-    some = torch.where(torch.arange(30) % 3 == 0, held_out.labels, -1)
-    partly = replace(train, labels=fewer), replace(held_out, labels=some)
-    kept = [np.flatnonzero(labels.numpy() >= 0) for labels in (fewer, some)]
-    alone = [
-        replace(split, table=split.table.select(rows), labels=split.labels[rows])
-        for split, rows in zip((train, held_out), kept, strict=True)
-        if split.labels is not None
-    ]
-    monitor = monitor_of(*partly)
+    partly, alone = [], []
+    for split, count in ((train, 30), (held_out, 10)):
+        assert split.labels is not None
+        known = torch.arange(len(split)) < count
+        partly.append(replace(split, labels=torch.where(known, split.labels, -1)))
+        table = split.table.select(range(count))
+        alone.append(replace(split, table=table, labels=split.labels[:count]))
+    monitor = monitor_of(partly[0], partly[1])
     assert monitor.pixels(CPU) == pixel_accuracy(alone[0], alone[1])
-    assert monitor.description.startswith("20-NN accuracy on 10 images of pieces (test), neigh")
-    assert monitor.description.endswith("neighbours from 30")
+    assert monitor.description.startswith("20-NN accuracy on 9 images of pieces (test), neigh")
+    assert "neighbours from 30, without 1 that" in monitor.description
 
 
 def test_a_class_may_be_missing_among_held_out_images(
     train: ImageSplit, held_out: ImageSplit
 ) -> None:
-    """Names are those that occur, where none are declared."""
+    """Class names are those that occur, where none are declared."""
     assert held_out.labels is not None
     flowers = np.flatnonzero(held_out.labels.numpy() == 1)
     table = held_out.table.select(flowers)
@@ -139,18 +131,6 @@ def test_a_class_may_be_missing_among_held_out_images(
     assert monitor_of(train, own).pixels(CPU) == monitor_of(train, known).pixels(CPU)
     with pytest.raises(ValueError, match=r"only pieces \(test\) has flower; choose another"):
         monitor_of(replace(train, label_names=("temple", "tree")), own)
-
-
-def test_pixels_are_compared_on_the_device_given(train: ImageSplit, held_out: ImageSplit) -> None:
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta tensor"):
-        monitor_of(train, held_out).pixels(META)  # which does not compute
-
-
-def test_pixels_of_large_images_are_not_compared(train: ImageSplit, held_out: ImageSplit) -> None:
-    assert monitor_of(train, held_out, image_size=65).pixels(CPU) is None
-
-
-# --- what stays in memory
 
 
 class Counting(ImageSplit):
@@ -168,21 +148,21 @@ def counting(split: ImageSplit) -> Counting:
 
 
 class Small(nn.Module):
-    """Representations of eight features, and of what dtype they were."""
+    """Gives eight features, and remembers their dtypes."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.conv = nn.Conv2d(3, 8, 3)
-        self.dtypes: list[torch.dtype] = []
+        self.dtypes: set[torch.dtype] = set()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x).relu().mean((2, 3))
-        self.dtypes.append(y.dtype)
+        self.dtypes.add(y.dtype)
         return y
 
 
-def measured(monitor: KNNMonitor, **settings: Any) -> tuple[float, Tensor]:
+def measured(monitor: KNNMonitor) -> tuple[float, Tensor]:
     """Accuracy of kNN, and the representations of the held-out images."""
     seen: list[Tensor] = []
 
@@ -190,26 +170,21 @@ def measured(monitor: KNNMonitor, **settings: Any) -> tuple[float, Tensor]:
         seen.append(y)
         return y.argmax(1)
 
-    return monitor.measure(Small(), CPU, classify, **settings)["knn"], seen[0]
+    return monitor.measure(Small(), CPU, classify)["knn"], seen[0]
 
 
-@pytest.mark.parametrize("most", [30, 17])
-@pytest.mark.parametrize(("image_size", "crop_pct"), [(32, 1.0), (24, 0.875), (80, 1.0)])
+@pytest.mark.parametrize(("image_size", "crop_pct", "most"), [(32, 1.0, 30), (24, 0.875, 17)])
 def test_small_held_out_images_are_decoded_once_and_seen_as_before(
-    train: ImageSplit,
-    held_out: ImageSplit,
-    image_size: int,
-    crop_pct: float,
-    most: int,
+    train: ImageSplit, held_out: ImageSplit, image_size: int, crop_pct: float, most: int,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("vicreg_hf.training.monitoring.knn.MAX_TEST", most)
+) -> None:  # fmt: skip
+    monkeypatch.setattr(knn, "MAX_TEST", most)
     split = counting(held_out)
     monitor = monitor_of(train, split, image_size=image_size, crop_pct=crop_pct)
     first, once = measured(monitor), split.count
     again = measured(monitor)
     assert split.count == once
-    rows = monitor._rows(held_out, most)
+    rows = monitor.held_out.rows
     assert len(rows) == most
     batches = evaluation_batches(held_out, rows, image_size, crop_pct=crop_pct)
     expected = extract_features(Small(), batches, mean=MEAN, std=STD)
@@ -229,16 +204,13 @@ def test_other_held_out_images_stay_encoded(
     images = [*photographs(20, side, side), *photographs(1, other, other)]
     split = counting(labelled(images, "test"))
     budget = 40 * 3 * 32 * 32 + sum(image.nbytes for image in images)  # training images are 40
-    monkeypatch.setattr("vicreg_hf.training.monitoring.knn.MEMORY_BUDGET", budget + spare)
+    monkeypatch.setattr(knn, "MEMORY_BUDGET", budget + spare)
     monitor = monitor_of(train, split)
     first, once = measured(monitor), split.count
     again = measured(monitor)
     assert split.count == once + len(images)
     assert torch.equal(first[1], again[1])
     assert first[0] == again[0]
-
-
-# --- precision
 
 
 def test_encoders_are_measured_in_the_precision_given(
@@ -251,7 +223,7 @@ def test_encoders_are_measured_in_the_precision_given(
     ):
         encoder.dtypes.clear()
         monitor.measure(encoder, CPU, autocast=autocast)
-        assert set(encoder.dtypes) == {dtype}
+        assert encoder.dtypes == {dtype}
         assert not torch.is_autocast_enabled("cpu")
 
 
@@ -269,50 +241,3 @@ def test_weights_cast_for_one_batch_are_not_kept_for_the_next() -> None:
         autocast=lambda: torch.autocast("cpu", torch.bfloat16),
     )  # fmt: skip
     assert torch.equal(y, torch.tensor([[27.0] * 8, [54.0] * 8]))
-
-
-SPIED = """
-import sys
-from vicreg_hf import PretrainingArguments, pretrain
-from vicreg_hf.training.monitoring import knn as monitor
-
-seen, extract = set(), monitor.extract_features
-
-def spied(encoder, *args, **settings):
-    hook = encoder.register_forward_hook(lambda module, given, y: seen.add((type(module), y.dtype)))
-    try:
-        return extract(encoder, *args, **settings)
-    finally:
-        hook.remove()
-
-monitor.extract_features = spied
-pretrain(PretrainingArguments(
-    architecture="test_resnet", expander_dims="8-8", batch_size=16, max_steps=1, num_workers=0,
-    dataset_name=sys.argv[1], output_dir=sys.argv[2],
-))
-print(sorted(f"{kind.__name__}: {dtype}" for kind, dtype in seen))
-"""
-
-
-def test_a_run_measures_in_its_own_precision(tmp_path: Path) -> None:
-    script, images = tmp_path / "spied.py", write_images(tmp_path / "images")
-    script.write_text(SPIED)
-    words = [str(script), str(images), str(tmp_path / "run")]
-    result = run_script(*words, ACCELERATE_MIXED_PRECISION="bf16")
-    assert result.returncode == 0, result.stderr
-    assert "['Flatten: torch.float32', 'ResNet: torch.bfloat16']" in result.stdout
-
-
-def test_measuring_changes_nothing_in_a_run_of_lower_precision(tmp_path: Path) -> None:
-    images, losses = write_images(tmp_path / "images"), []
-    for knn_steps in (1, 100):
-        directory = tmp_path / str(knn_steps)
-        flags = [*SMALL, f"--dataset_name={images}", "--max_steps=4", f"--knn_steps={knn_steps}"]
-        result = run_pretraining(
-            *flags, f"--output_dir={directory}", ACCELERATE_MIXED_PRECISION="bf16"
-        )
-        assert result.returncode == 0, result.stderr
-        rows = metrics(directory)[1:]
-        assert ["knn" in row for row in rows] == [knn_steps == 1] * 3 + [True]
-        losses.append([row["loss"] for row in rows])
-    assert losses[0] == losses[1]

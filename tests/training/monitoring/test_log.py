@@ -1,4 +1,4 @@
-"""What a run says of itself."""
+"""The metrics log, and the first message of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from vicreg_hf import PretrainingArguments
 from vicreg_hf.training.monitoring.log import MetricsLog
-from vicreg_hf.training.monitoring.summary import introduction
+from vicreg_hf.training.monitoring.summary import first_message
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_run_says_what_it_trains_on_what_and_how_long(
     args = PretrainingArguments(
         architecture="resnet18", image_size=32, expander_dims="64-32", output_dir="runs/a"
     )
-    said = introduction(
+    said = first_message(
         args, parameters=11_176_512, images=images, step=step, total_steps=1200, hardware="a GPU"
     )
     assert said == (

@@ -1,1 +1,1 @@
-"""What is measured, drawn and said while a run trains."""
+"""Measurements, pictures and messages of a run."""

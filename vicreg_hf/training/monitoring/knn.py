@@ -5,10 +5,9 @@ Shapes: N rows, F features, S side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,29 +27,78 @@ from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.features.encode import extract_features
 from vicreg_hf.metrics.knn import vote
-from vicreg_hf.runtime.randomness import Stream, permutation
+from vicreg_hf.runtime.randomness import Stream
 
 K = 20
 MAX_TRAIN, MAX_TEST = 50_000, 10_000
 """Images the monitor uses at most; of larger splits it takes a fixed random part."""
 
 
+class LabelledImages:
+    """Images of a split that have a class, at most so many, and their representations.
+
+    Args:
+        source: where the split's images are read from: its files, or (N, C, S, S) uint8 in memory.
+        known_bad: images that are known to be unusable already.
+        budget: bytes in which small images of one size are kept when they are first read.
+    """
+
+    def __init__(
+        self,
+        split: ImageSplit,
+        most: int,
+        source: ImageSplit | Tensor,
+        *,
+        known_bad: BadImages | None = None,
+        budget: int = 0,
+    ) -> None:
+        self.rows = _labelled_rows(split)
+        if len(self.rows) > most:
+            some = permutation(len(self.rows), seed=0, epoch=0, stream=Stream.SPLIT)[:most]
+            self.rows = self.rows[np.sort(some)]
+        assert split.labels is not None
+        self.split, self.labels = split, split.labels[torch.from_numpy(self.rows)]
+        self.source, self.source_rows = source, self.rows
+        self.bad, self.known_bad, self.budget = BadImages(None, 1.0, None), known_bad, budget
+
+    def usable(self) -> NDArray[np.int64]:
+        """Places among the rows whose images can be used, as far as is known."""
+        self.bad.agree(say=lambda _: None)
+        bad = [*self.bad.found, *(self.known_bad.found if self.known_bad else [])]
+        bad_rows = np.array([image.row for image in bad], dtype=np.int64)
+        return np.flatnonzero(~np.isin(self.rows, bad_rows))
+
+    def features(
+        self, encoder: nn.Module, views: dict[str, Any], **settings: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Representations (N, F) and classes (N,) of the images that can be used.
+
+        Args:
+            views: further arguments of `evaluation_batches`; likewise settings, of
+                `extract_features`.
+        """
+        if self.budget > 0 and common_side(self.split) is not None:
+            images = load_in_memory(self.split, self.budget, self.bad, rows=self.rows)
+            if images is not None:
+                self.source, self.source_rows = images, np.arange(len(images))
+        self.budget = 0
+        batches = evaluation_batches(self.source, self.source_rows, bad=self.bad, **views)
+        y = extract_features(encoder, batches, **settings)
+        usable = torch.from_numpy(self.usable())
+        labels = self.labels[usable].to(y.device)
+        return (y if len(usable) == len(y) else y[usable.to(y.device)]), labels
+
+
 @dataclass
 class KNNMonitor:
-    """20-NN accuracy on a held-out split. Labels are used here and by the online probe alone."""
+    """20-NN accuracy on a held-out split; only this and the online probe see labels."""
 
-    train: ImageSplit
-    train_images: ImageSplit | Tensor
-    held_out: ImageSplit
-    image_size: int
-    settings: dict[str, Any] = field(repr=False)
-    """Arguments of `evaluation_batches`."""
-    mean: Sequence[float]
-    std: Sequence[float]
-    bad: BadImages | None = None
-    """Training images that are known to be unusable, as where they lie in memory."""
-    _unusable: dict[str, BadImages] = field(default_factory=dict, repr=False)
-    """Found while measuring, by the name of the split."""
+    train: LabelledImages
+    held_out: LabelledImages
+    views: dict[str, Any]
+    """Further arguments of `evaluation_batches`."""
+    normalisation: dict[str, Sequence[float]]
+    """Mean and std per channel, of the encoder's preprocessing."""
 
     @classmethod
     def create(
@@ -68,6 +116,9 @@ class KNNMonitor:
     ) -> KNNMonitor | None:
         """A monitor, or None where labels or a held-out split are missing.
 
+        Args:
+            bad: training images that are known to be unusable.
+
         Raises:
             ValueError: the held-out split has classes that the other has not.
         """
@@ -80,32 +131,37 @@ class KNNMonitor:
             check_class_names(names, own, (train.name, held_out.name), declared=False)
             labels = renumber_classes(held_out.labels, own, names)
             held_out = replace(held_out, labels=labels, label_names=train.label_names)
-        settings = {"crop_pct": crop_pct, "num_workers": num_workers}
-        return cls(train, train_images, held_out, image_size, settings, mean, std, bad)
+        taken = train_images.nbytes if isinstance(train_images, Tensor) else 0
+        return cls(
+            LabelledImages(train, MAX_TRAIN, train_images, known_bad=bad),
+            LabelledImages(held_out, MAX_TEST, held_out, budget=MEMORY_BUDGET - taken),
+            {"image_size": image_size, "crop_pct": crop_pct, "num_workers": num_workers},
+            {"mean": mean, "std": std},
+        )
 
     @property
     def description(self) -> str:
-        """What the accuracy is of."""
-        sides = ((self.held_out, MAX_TEST), (self.train, MAX_TRAIN))
-        rows = [self._rows(split, most) for split, most in sides]
-        used = [self._usable(split, of) for (split, _), of in zip(sides, rows, strict=True)]
-        left_out = sum(map(len, rows)) - sum(map(len, used))
+        """A phrase that says how the accuracy is measured."""
+        parts = (self.held_out, self.train)
+        used = [len(part.usable()) for part in parts]
+        left_out = sum(len(part.rows) for part in parts) - sum(used)
         return (
-            f"{K}-NN accuracy on {len(used[0])} images of {self.held_out.name}, neighbours from "
-            f"{len(used[1])}" + (f", without {left_out} that cannot be used" if left_out else "")
+            f"{K}-NN accuracy on {used[0]} images of {self.held_out.split.name}, neighbours from "
+            f"{used[1]}" + (f", without {left_out} that cannot be used" if left_out else "")
         )
 
     @property
     def subject(self) -> str:
-        """Which images are measured, by their names."""
-        return f"{self.held_out.name}, neighbours from {self.train.name}"
+        """The names of the splits that are measured."""
+        return f"{self.held_out.split.name}, neighbours from {self.train.split.name}"
 
     @property
     def unlearnt(self) -> str | None:
         """A sentence on held-out images of classes without a training image, if there are any."""
-        train, test = (_labels_of(part, _labelled(part)) for part in (self.train, self.held_out))
+        splits = (self.train.split, self.held_out.split)
+        train, test = (split.labels[split.labels >= 0] for split in splits)  # pyright: ignore
         return describe_missing_classes(
-            train, test, self.train.label_names, (self.train.name, self.held_out.name)
+            train, test, splits[0].label_names, (splits[0].name, splits[1].name)
         )
 
     def measure(
@@ -124,88 +180,26 @@ class KNNMonitor:
                 neighbours and classes are found in single precision.
 
         Returns:
-            `knn`, by their neighbours, and `probe`, by `classify` if it is given.
+            `knn`, by their neighbours, and `probe`, by `classify` if there is one.
         """
-        train_rows = self._rows(self.train, MAX_TRAIN)
-        test_rows = self._rows(self.held_out, MAX_TEST)
-        settings = {"device": device, "autocast": autocast}
-        kept = self._kept
-        if kept is None:
-            y = self._features(encoder, self.held_out, test_rows, **settings)
-        else:
-            y = self._features(encoder, kept, np.arange(len(kept)), **settings)
-        x = self._features(encoder, self.train_images, train_rows, **settings)
-        x, train_labels = self._with_labels(self.train, train_rows, x)
-        y, labels = self._with_labels(self.held_out, test_rows, y)
-        # which ends no run over a feature that is not finite
-        voted = vote(x, train_labels, y, k=min(K, len(x)))
-        knn = (voted == labels).float().mean().item()
-        if classify is None:
-            return {"knn": knn}
-        return {"knn": knn, "probe": (classify(y) == labels).float().mean().item()}
+        settings: dict[str, Any] = self.normalisation | {"device": device, "autocast": autocast}
+        y, labels = self.held_out.features(encoder, self.views, **settings)
+        x, train_labels = self.train.features(encoder, self.views, **settings)
+        # `vote`, as `knn_predict` would end the run over a feature that is not finite
+        predicted = {"knn": vote(x, train_labels, y, k=min(K, len(x)))}
+        if classify is not None:
+            predicted["probe"] = classify(y)
+        return {name: (p == labels).float().mean().item() for name, p in predicted.items()}
 
     def pixels(self, device: torch.device) -> float | None:
-        """The same of the images themselves, which an encoder has to beat; None for large ones."""
-        if self.image_size > SMALL_IMAGE:
+        """The accuracy of small images themselves, which an encoder has to beat; else None."""
+        if self.views["image_size"] > SMALL_IMAGE:
             return None
         return self.measure(nn.Flatten(), device)["knn"]
 
-    def _with_labels(
-        self, split: ImageSplit, rows: NDArray[np.int64], features: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Features and classes of the rows that could be used; in the others' places are others."""
-        usable = torch.from_numpy(self._usable(split, rows))
-        labels = _labels_of(split, rows)[usable].to(features.device)
-        if len(usable) < len(rows):
-            features = features[usable.to(features.device)]
-        return features, labels
-
-    def _usable(self, split: ImageSplit, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Places among rows whose images could be used, as far as is known."""
-        known = self._unusable.get(split.name)
-        lists = [known, self.bad if split is self.train else None]
-        bad = [image.row for each in lists if each is not None for image in each.found]
-        return np.flatnonzero(~np.isin(rows, np.array(bad, dtype=np.int64)))
-
-    @cached_property
-    def _kept(self) -> Tensor | None:
-        """Held-out images that are measured on, decoded once, if small enough to stay in memory."""
-        if common_side(self.held_out) is None:
-            return None
-        taken = self.train_images.nbytes if isinstance(self.train_images, Tensor) else 0
-        rows = self._rows(self.held_out, MAX_TEST)
-        with self._noting(self.held_out) as bad:
-            return load_in_memory(self.held_out, MEMORY_BUDGET - taken, bad, rows=rows)
-
-    @contextmanager
-    def _noting(self, split: ImageSplit) -> Iterator[BadImages]:
-        """For what is found of a split."""
-        bad = self._unusable.setdefault(split.name, BadImages(None, 1.0, None))
-        yield bad
-        bad.agree(say=lambda _: None)
-
-    def _rows(self, split: ImageSplit, most: int) -> NDArray[np.int64]:
-        rows = _labelled(split)
-        if len(rows) <= most:
-            return rows
-        order = permutation(len(rows), seed=0, epoch=0, stream=Stream.SPLIT)
-        return rows[np.sort(order[:most])]
-
-    def _features(
-        self,
-        encoder: nn.Module,
-        images: ImageSplit | Tensor,
-        rows: NDArray[np.int64],
-        **settings: Any,
-    ) -> Tensor:
-        split = images if isinstance(images, ImageSplit) else self.train
-        with self._noting(split) as bad:
-            batches = evaluation_batches(images, rows, self.image_size, bad=bad, **self.settings)
-            return extract_features(encoder, batches, mean=self.mean, std=self.std, **settings)
-
 
 def missing_for_knn(train: ImageSplit | ImageStream, held_out: ImageSplit | None) -> str | None:
-    """What kNN and the online probe need and these data lack, and the remedy."""
+    """The first thing that kNN and the online probe need and these data lack, with the remedy."""
     if isinstance(train, ImageStream):
         return "streams have neither; use --streaming false"
     if train.labels is None:
@@ -220,17 +214,11 @@ def missing_for_knn(train: ImageSplit | ImageStream, held_out: ImageSplit | None
         )
     if held_out.labels is None:
         return f"{held_out.name} has no labels; choose another --eval_split"
-    if (number := len(_labelled(train))) < K:
+    if (number := len(_labelled_rows(train))) < K:
         return f"{train.name} has {number} labelled images, fewer than the {K} of the kNN monitor"
     return None
 
 
-def _labelled(split: ImageSplit) -> NDArray[np.int64]:
-    """Rows that have a class."""
+def _labelled_rows(split: ImageSplit) -> NDArray[np.int64]:
     assert split.labels is not None
     return np.flatnonzero(split.labels.numpy() >= 0)
-
-
-def _labels_of(split: ImageSplit, rows: NDArray[np.int64]) -> Tensor:
-    assert split.labels is not None
-    return split.labels[torch.from_numpy(rows)]

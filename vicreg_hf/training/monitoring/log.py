@@ -1,4 +1,4 @@
-"""What a run writes and says about itself."""
+"""metrics.jsonl, and the clock of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from vicreg_hf.runtime.files import replacing
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, written by the main process; null is not finite."""
+    """metrics.jsonl, which the main process writes: one JSON object a line.
+
+    A number that is not finite, such as a norm that fp16 cannot hold, is null.
+    """
 
     def __init__(self, path: Path, enabled: bool) -> None:
         self.path, self.enabled = path, enabled
@@ -33,17 +36,17 @@ class MetricsLog:
         """Append a row.
 
         Raises:
-            OSError: the disk is full, say; it names the file.
+            OSError: the row could not be written, say to a full disk; it names the file.
         """
         if self.enabled:
             try:
                 with self.path.open("a") as file:
                     file.write(_line(row))
-            except OSError as error:  # of a write, which does not know where it goes
+            except OSError as error:  # that of a write does not name the file
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def keep_until(self, step: int) -> None:
-        """Drop what a run wrote after the checkpoint it resumes from."""
+        """Drop the rows of later steps than the checkpoint that the run resumes from."""
         if self.enabled:
             kept = [row for row in self.rows() if row["step"] <= step]
             with replacing(self.path) as aside:
@@ -51,7 +54,6 @@ class MetricsLog:
 
 
 def _line(row: dict[str, Any]) -> str:
-    """As JSON, which has no word for what is not finite, such as a norm that fp16 did not hold."""
     numbers = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
     return json.dumps(dict.fromkeys(row) | numbers) + "\n"
 

@@ -12,23 +12,26 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from vicreg_hf.data.batches import evaluation_batches
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.features.encode import extract_features
 from vicreg_hf.hub.card import LOSS_PICTURE, RETRIEVAL_PICTURE, SPECTRUM_PICTURE
 from vicreg_hf.hub.record import Picture
+from vicreg_hf.metrics.retrieval import nearest_neighbours
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.runtime.randomness import Stream, permutation
+from vicreg_hf.training.monitoring.preview import picture_of
 
 TERMS = ("loss", "invariance", "variance", "covariance")
 MAX_BANK = 2000
 """Images among which neighbours are looked for."""
-QUERIES = 6
+QUERIES, NEIGHBOURS = 6, 6
+"""Images that are looked up, and how many neighbours of each are shown."""
 MAX_SPECTRUM = 1000
-"""Images of whose features the singular values are drawn."""
+"""Images whose features have their singular values drawn."""
 
 
 def draw_pictures(
@@ -40,7 +43,7 @@ def draw_pictures(
     held_out: ImageSplit | None,
     num_workers: int = 0,
 ) -> list[Picture]:
-    """Draw what a run's card shows.
+    """Draw the pictures of a run's card.
 
     Args:
         directory: of the card.
@@ -58,63 +61,52 @@ def draw_pictures(
         return pictures
     cfg: Any = model.config.pretrained_cfg
 
-    def seen(split: ImageSplit, chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-        images = torch.cat(
-            list(
-                evaluation_batches(
-                    split, chosen, cfg["input_size"][-1], crop_pct=cfg["crop_pct"], batch_size=128,
-                    num_workers=num_workers,
-                )
-            )
+    def read_and_encode(split: ImageSplit, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Images (N, C, S, S) and their representations (N, F)."""
+        batches = evaluation_batches(
+            split, chosen, cfg["input_size"][-1], crop_pct=cfg["crop_pct"], batch_size=128,
+            num_workers=num_workers,
         )  # fmt: skip
-        features = extract_features(
+        images = torch.cat(list(batches))
+        return images, extract_features(
             model.encoder, images.split(128), mean=cfg["mean"], std=cfg["std"],
             device=next(model.parameters()).device,
         )  # fmt: skip
-        return images, features
 
-    some = permutation(len(train), seed=0, epoch=0, stream=Stream.SPLIT)[: QUERIES + MAX_BANK]
-    bank, bank_features = seen(train, np.sort(some[QUERIES:]))
+    chosen = permutation(len(train), seed=0, epoch=0, stream=Stream.SPLIT)[: QUERIES + MAX_BANK]
+    bank, bank_features = read_and_encode(train, np.sort(chosen[QUERIES:]))
     if held_out is None:
-        queries, query_features = seen(train, some[:QUERIES])
+        queries, query_features = read_and_encode(train, chosen[:QUERIES])
         source = "training images left out of the search"
     else:
-        few = permutation(len(held_out), seed=0, epoch=0, stream=Stream.SPLIT)[:QUERIES]
-        queries, query_features = seen(held_out, few)
+        chosen = permutation(len(held_out), seed=0, epoch=0, stream=Stream.SPLIT)[:QUERIES]
+        queries, query_features = read_and_encode(held_out, chosen)
         source = f"images of {held_out.name}"
     if len(bank) < 2 or len(queries) == 0:
         return pictures
     features = bank_features[:MAX_SPECTRUM]
+    training = model.expander.training
+    model.expander.eval()
+    with torch.inference_mode():
+        embeddings = model.expander(features)
+    model.expander.train(training)
     draw_spectrum(
-        {"representations": features, "embeddings": _embed(model, features)},
-        directory / SPECTRUM_PICTURE,
+        {"representations": features, "embeddings": embeddings}, directory / SPECTRUM_PICTURE
     )
-    pictures.append(
+    draw_retrievals(queries, query_features, bank, bank_features, directory / RETRIEVAL_PICTURE)
+    return [
+        *pictures,
         Picture(
             SPECTRUM_PICTURE,
             f"Singular values of the centred features of {len(features)} images of {train.name}. "
             "A cliff is dimensional collapse.",
-        )
-    )
-    draw_retrievals(queries, query_features, bank, bank_features, directory / RETRIEVAL_PICTURE)
-    pictures.append(
+        ),
         Picture(
             RETRIEVAL_PICTURE,
             f"Left, {source}; beside each, its nearest neighbours by cosine similarity of the "
             f"encoder's features among {len(bank):,} images of {train.name}.",
-        )
-    )
-    return pictures
-
-
-@torch.inference_mode()
-def _embed(model: VICRegModel, features: Tensor) -> Tensor:
-    training = model.expander.training
-    model.expander.eval()
-    try:
-        return model.expander(features)
-    finally:
-        model.expander.train(training)
+        ),
+    ]
 
 
 def draw_loss_terms(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -156,13 +148,7 @@ def draw_spectrum(features: Mapping[str, Tensor], path: Path) -> None:
 
 
 def draw_retrievals(
-    queries: Tensor,
-    query_features: Tensor,
-    bank: Tensor,
-    bank_features: Tensor,
-    path: Path,
-    *,
-    neighbours: int = 6,
+    queries: Tensor, query_features: Tensor, bank: Tensor, bank_features: Tensor, path: Path
 ) -> None:
     """Draw each query beside its nearest images in cosine similarity.
 
@@ -171,15 +157,13 @@ def draw_retrievals(
         query_features: (N, F); likewise bank_features.
         path: of the PNG.
     """
-    similarity = F.normalize(query_features.float(), dim=1) @ F.normalize(bank_features.float()).T
-    nearest = similarity.topk(min(neighbours, len(bank))).indices.cpu()
+    nearest = nearest_neighbours(bank_features, query_features, min(NEIGHBOURS, len(bank))).cpu()
     columns = nearest.shape[1] + 1
     figure = Figure(figsize=(columns, len(queries) * 1.0 + 0.3), layout="constrained")
     grid = figure.subplots(len(queries), columns, squeeze=False)
     for line, query, found in zip(grid, queries, nearest, strict=True):
         for axes, image in zip(line, [query, *bank[found]], strict=True):
-            shown = (image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)).permute(1, 2, 0)
-            axes.imshow(shown.numpy())
+            axes.imshow(picture_of(image))
             axes.axis("off")
     grid[0][0].set_title("image", fontsize=9)
     grid[0][1].set_title("nearest", fontsize=9, loc="left")

@@ -1,4 +1,4 @@
-"""What the model will see: images beside their views, in one picture."""
+"""A picture of images beside the views that a run would make of them."""
 
 from __future__ import annotations
 
@@ -6,49 +6,45 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
 
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.data import Inputs, open_inputs
 from vicreg_hf.training.building.second_branch import plain_views
 
+IMAGES = 8
+"""Images that are shown at most."""
 GAP = 4
 """White pixels between pictures."""
 LEAST_SIDE = 96
-"""Smaller views are enlarged so far, pixel by pixel."""
+"""Side in pixels up to which smaller views are enlarged."""
 
 
-def draw_preview(args: PretrainingArguments, path: str | Path, *, count: int = 8) -> Path:
+def draw_preview(args: PretrainingArguments, path: str | Path) -> Path:
     """Draw the first images of a run's first step, each beside its views.
 
     They are the views that training would make, without the normalisation.
 
     Args:
-        path: ends in .png or another extension that PIL writes.
-        count: images, at most the batch's.
+        path: a file name that ends in .png or another extension that PIL writes.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: a setting that cannot be, or a path that cannot be written.
+        ValueError: an invalid setting, or a path that cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"preview must be a file such as views.png, got {str(path)!r}.")
     args = replace(args)
     inputs = open_inputs(args)
-    assert args.image_size is not None
-    assert args.augmentation is not None
     views = plain_views(args, inputs.pairs)
     epoch, rows = inputs.batches.batch(0)
-    images, rows = _first_images(inputs, rows[:count])
+    images = _first_images(inputs, rows[:IMAGES].tolist())
+    rows = rows[: len(images)]
     made = views.transform_crops(views.crop(images, rows, epoch), rows, epoch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,55 +56,39 @@ def draw_preview(args: PretrainingArguments, path: str | Path, *, count: int = 8
     return path
 
 
-def _first_images(
-    inputs: Inputs, rows: NDArray[np.int64]
-) -> tuple[list[Tensor], NDArray[np.int64]]:
+def _first_images(inputs: Inputs, rows: list[int]) -> list[Tensor]:
+    """The images of some rows, or the first that can be used of a stream."""
     train = inputs.train
     if isinstance(train, ImageSplit):
-        return train.read_or_replace(rows.tolist())[0], rows
-    images = train.first(len(rows))
-    return images, rows[: len(images)]
-
-
-def _fit(image: Tensor, side: int) -> Tensor:
-    """The whole image in the middle of a white square."""
-    height, width = image.shape[-2:]
-    scale = side / max(height, width)
-    size = [max(1, round(height * scale)), max(1, round(width * scale))]
-    image = tv.resize(image, size, tv.InterpolationMode.BICUBIC, antialias=True)
-    top, left = (side - size[0]) // 2, (side - size[1]) // 2
-    square = torch.full((len(image), side, side), 255, dtype=torch.uint8)
-    square[:, top : top + size[0], left : left + size[1]] = image
-    return square
+        return train.read_or_replace(rows)[0]
+    return train.first(len(rows))
 
 
 def picture_of_views(images: Sequence[Tensor], views: Sequence[Tensor]) -> Image.Image:
-    """A row for each image: the image, and then each of its views, all as high as the largest.
+    """A row for each image: the image in a square, and then each of its views.
 
-    Smaller views are enlarged by whole numbers, pixel by pixel, and stand in the middle. Channels
-    beyond the third are not shown.
+    Views are enlarged by whole numbers, pixel by pixel, and smaller ones stand in the middle.
+    Channels beyond the third are not shown.
 
     Args:
-        images: B of (C, H, W) uint8, of any sizes.
-        views: one (B, C, S, S) tensor or more of levels in [0, 1], each of any side.
+        images: B tensors of (C, H, W) uint8, of any sizes.
+        views: one (B, C, S, S) tensor or more of levels in [0, 1], each of any S.
     """
     side = max(view.shape[-1] for view in views)
     tile = side * -(-LEAST_SIDE // side)
     step = tile + GAP
-    size = GAP + (1 + len(views)) * step, GAP + len(images) * step
-    sheet = Image.new("RGB", size, "white")
+    sheet = Image.new("RGB", (GAP + (1 + len(views)) * step, GAP + len(images) * step), "white")
     levels = [(view * 255).round().byte() for view in views]
     for row, (image, *own) in enumerate(zip(images, *levels, strict=True)):
-        for column, pixels in enumerate([_fit(image, side), *own]):
-            drawn = _enlarge(pixels, tile)
-            margin = GAP + (tile - drawn.width) // 2
-            sheet.paste(drawn, (margin + column * step, margin + row * step))
+        square = ImageOps.pad(picture_of(image), (side, side), Image.Resampling.BICUBIC, "white")
+        for column, shown in enumerate([square, *map(picture_of, own)]):
+            large = ImageOps.scale(shown, tile // shown.width, Image.Resampling.NEAREST)
+            margin = GAP + (tile - large.width) // 2
+            sheet.paste(large, (margin + column * step, margin + row * step))
     return sheet
 
 
-def _enlarge(pixels: Tensor, room: int) -> Image.Image:
-    """A square (C, S, S) of uint8, pixel by pixel and as often as there is room."""
-    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1].repeat(3, 1, 1)
-    drawn = Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
-    side = drawn.width * (room // drawn.width)
-    return drawn.resize((side, side), Image.Resampling.NEAREST)
+def picture_of(pixels: Tensor) -> Image.Image:
+    """RGB of (C, H, W) uint8; grey where there are fewer than three channels."""
+    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
+    return Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())

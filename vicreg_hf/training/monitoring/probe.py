@@ -1,7 +1,7 @@
-"""A linear classifier that learns beside the encoder: what classes it tells apart so far.
+"""A linear classifier that learns beside the encoder, to measure which classes it separates so far.
 
-It sees representations apart from their graph, and draws no random numbers: an encoder is the same,
-bit for bit, with it and without.
+It detaches representations and draws no random numbers, so that the encoder is the same, bit for
+bit, with the probe and without.
 
 Shapes: B rows per process, N = B * world size, M images, F representation, C classes.
 """
@@ -24,23 +24,24 @@ from vicreg_hf.runtime.transfer import on_device
 from vicreg_hf.training.monitoring.knn import missing_for_knn
 
 LEARNING_RATE, MOMENTUM = 5.0, 0.9
-"""Of stochastic gradient descent, the first over F. The mean square norm of standardised
-representations is F, so the loss curves by F / 2 at most, and it takes a learning rate of
-2 (1 + MOMENTUM) over that to swing apart."""
+"""Settings of gradient descent; the learning rate is divided by F. The mean square norm of
+standardised representations is F, so the loss curves by F / 2 at most, and learning rates below
+2 (1 + MOMENTUM) over that converge."""
 LEAST_SHARE = 0.01
-"""Of a batch in the running mean and variance, which are those of all batches to begin with."""
+"""Least weight of a batch in the running mean and variance; the first 100 batches weigh alike."""
 LEAST_VARIANCE, EPS = 1e-6, 1e-12
-"""Of a dimension, as a share of the mean over all, and of all: what is silent is not made loud."""
+"""Added to the variance of a dimension, as a share of the mean over all and as such: a dimension
+that hardly varies is not blown up."""
 
 
 class OnlineProbe(nn.Module):
     """Softmax regression on standardised representations, starting from zero.
 
-    Several processes hold the same: statistics and gradients are those of the global batch.
+    All processes hold the same probe: statistics and gradients are those of the global batch.
 
     Args:
         labels: (rows of the training split,) classes from 0; -1 where an image has none.
-        names: of the C classes.
+        names: the C classes.
         num_features: F.
     """
 
@@ -56,7 +57,7 @@ class OnlineProbe(nn.Module):
         digest = hashlib.sha256("\n".join(names).encode())
         digest.update(labels.numpy().tobytes())
         self.labels_sha256 = digest.hexdigest()
-        """What tells one set of labels from another."""
+        """Tells one set of labels from another."""
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("variance", torch.zeros(num_features))
         # the last column is the bias
@@ -64,13 +65,7 @@ class OnlineProbe(nn.Module):
         self.register_buffer("momentum", torch.zeros(len(names), num_features + 1))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.loss = torch.tensor(torch.nan)
-        """Mean cross-entropy of the global batch last seen, before it was learned from; NaN if none
-        of its images has a class."""
-
-    @property
-    def has_learned(self) -> bool:
-        """Whether it has taken a step."""
-        return bool(self.steps > 0)
+        """Mean cross-entropy of the latest global batch, before its step; NaN without classes."""
 
     @torch.no_grad()
     def learn(self, y: Tensor, rows: NDArray[np.int64]) -> None:
@@ -78,11 +73,11 @@ class OnlineProbe(nn.Module):
 
         Args:
             y: (B, F) representations.
-            rows: (B,) of the training split, whose images they are of.
+            rows: (B,) rows of their images in the training split.
         """
         y = y.detach().float()
         labels = on_device(self.labels[torch.from_numpy(rows)], y.device)
-        self._count(y)
+        self._update_statistics(y)
         x = self._standardise(y)
         logits = x @ self.weight.T
         known = labels >= 0
@@ -99,7 +94,7 @@ class OnlineProbe(nn.Module):
         self.loss = torch.where(number > 0, means[-1], torch.nan)
 
     def leave_out(self, rows: Iterable[int | None]) -> None:
-        """Learn no more from rows in the places of whose images are others."""
+        """Learn no more from these rows, whose images were replaced by others."""
         self.labels[[row for row in rows if row is not None]] = -1
 
     @torch.no_grad()
@@ -107,11 +102,11 @@ class OnlineProbe(nn.Module):
         """The likeliest class of each of (M, F) representations: (M,)."""
         return (self._standardise(y.float()) @ self.weight.T).argmax(1)
 
-    def _count(self, y: Tensor) -> None:
-        """Take a batch into the running mean and variance."""
+    def _update_statistics(self, y: Tensor) -> None:
+        """Add a batch to the running mean and variance."""
         self.steps += 1
         share = (1 / self.steps).clamp(min=LEAST_SHARE)
-        # Centred before squaring: sums of squares cancel in float32.
+        # centred before squaring, as sums of squares cancel in float32
         off = y - self.mean
         sums = torch.cat([off.mean(0), off.square().mean(0)])
         shift, square = (sum_over_processes(sums) / world_size()).chunk(2)
@@ -128,19 +123,17 @@ class OnlineProbe(nn.Module):
 def create_probe(
     train: ImageSplit | ImageStream, held_out: ImageSplit | None, num_features: int
 ) -> OnlineProbe:
-    """A probe for a run's data, on the CPU.
-
-    Args:
-        num_features: F.
+    """A probe for a run's data and F features, on the CPU.
 
     Raises:
-        ValueError: nothing to learn from, or nothing to measure it on.
+        ValueError: labels or a held-out split are missing.
     """
-    fault = missing_for_knn(train, held_out)
-    if fault is None:
-        assert isinstance(train, ImageSplit)
-        assert train.labels is not None
-        return OnlineProbe(train.labels, train.label_names, num_features)
-    raise ValueError(
-        f"online_probe needs labels and a held-out split, but {fault}, or --online_probe false."
-    )
+    missing = missing_for_knn(train, held_out)
+    if missing is not None:
+        raise ValueError(
+            f"online_probe needs labels and a held-out split, but {missing}, or --online_probe "
+            "false."
+        )
+    assert isinstance(train, ImageSplit)
+    assert train.labels is not None
+    return OnlineProbe(train.labels, train.label_names, num_features)

@@ -1,4 +1,4 @@
-"""What a run says of itself when it begins and when it ends."""
+"""The first and last message of a run, and the results on its card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.monitoring.knn import KNNMonitor
 
 
-def introduction(
+def first_message(
     args: PretrainingArguments,
     *,
     parameters: int,
@@ -19,12 +19,12 @@ def introduction(
     total_steps: int,
     hardware: str,
 ) -> str:
-    """What a run says when it begins: what is trained, on what, for how long, where it goes.
+    """The sentence that begins a run: what is trained, on what, for how long, where it goes.
 
     Args:
         parameters: of the backbone.
         images: in the training split, or None where a stream does not say.
-        step: from which it goes on.
+        step: the step from which the run goes on.
     """
     data = impersonal(args.dataset_name)
     of = f"the stream {data}" if images is None else f"{images:,} images of {data}"
@@ -39,17 +39,18 @@ def introduction(
     )
 
 
-def summary(
+def last_message(
     encoder: Path,
     rows: list[dict[str, Any]],
     monitor: KNNMonitor | None,
     *,
     second: Path | None = None,
 ) -> str:
-    """The last lines of a run: where the encoder is, how to load it, how good it is.
+    """The lines that end a run: where the encoder is, how to load it, how good it is.
 
     Args:
-        second: where the second branch's encoder is, if it has one of its own.
+        rows: of metrics.jsonl.
+        second: directory of the second branch's encoder, if it has one of its own.
     """
     lines = [
         "",
@@ -62,72 +63,51 @@ def summary(
     ]
     if second is not None:
         lines += [f"That of the second branch is in {second}, whose card says how to load it.", ""]
-    measured = _of_these_images(rows, monitor)
     if monitor is None:
         lines.append("No labelled held-out split, so no kNN accuracy was measured.")
-    if monitor is None and rows and "embedding_std" in rows[-1]:
-        last = rows[-1]
-        lines.append(
-            f"Embeddings of the last batch: std {last['embedding_std']:.3f}, effective rank "
-            f"{last['effective_rank']:.1f}, alignment {last['alignment']:.3f}, uniformity "
-            f"{last['uniformity']:.3f}. A std near 0 or a rank near 1 is collapse."
-        )
-    if monitor is not None and measured:
-        lines.append(f"{monitor.description}:")
-        if "knn_pixels" in measured[0]:
-            lines.append(f"    raw pixels          {100 * measured[0]['knn_pixels']:5.1f} %")
-        if measured[0]["step"] == 0:
-            lines.append(f"    encoder at step 0   {100 * measured[0]['knn']:5.1f} %")
-        last = measured[-1]
-        lines.append(f"    trained encoder     {100 * last['knn']:5.1f} % (step {last['step']})")
-        if "probe" in last:
-            lines.append("Of the same images, a linear classifier trained beside the encoder:")
-            lines.append(f"    online linear probe {100 * last['probe']:5.1f} %")
+    for result in card_results(rows, monitor):
+        lines.append(f"{result.name}: {result.shown} ({result.measured})")
     return "\n".join(lines)
 
 
-def _of_these_images(
-    rows: list[dict[str, Any]], monitor: KNNMonitor | None
-) -> list[dict[str, Any]]:
-    """The rows with an accuracy, but of other images, that a run was told to measure before."""
-    found = [row for row in rows if "knn" in row]
-    if monitor is None:
-        return found
-    return [row for row in found if row.get("knn_images", monitor.subject) == monitor.subject]
+def card_results(rows: list[dict[str, Any]], monitor: KNNMonitor | None) -> list[Result]:
+    """The measurements of a run, for its card and its last message.
 
-
-def results(rows: list[dict[str, Any]], monitor: KNNMonitor | None) -> list[Result]:
-    """What a run has measured, for its card."""
-    found = []
-    measured = _of_these_images(rows, monitor)
+    Args:
+        rows: of metrics.jsonl.
+    """
+    results = []
+    # an earlier session may have measured other images
+    measured = [] if monitor is None else [
+        r for r in rows if "knn" in r and r.get("knn_images", monitor.subject) == monitor.subject
+    ]  # fmt: skip
     if monitor is not None and measured:
-        last, how = measured[-1], monitor.description
-        found.append(Result("20-NN top-1 accuracy", last["knn"], f"{how}, at the last step", True))
+        first, last, knn = measured[0], measured[-1], "20-NN top-1 accuracy"
+        results.append(
+            Result(knn, last["knn"], f"{monitor.description}, at the last step", percent=True)
+        )
         if "probe" in last:
             how = (
                 "the same images, by a linear classifier that learned from the views beside the "
                 "encoder"
             )
-            found.append(Result("online linear probe accuracy", last["probe"], how, True))
-        if measured[0]["step"] == 0:
-            how = "the same, of the encoder before training"
-            value = measured[0]["knn"]
-            found.append(
-                Result("20-NN top-1 accuracy, untrained", value, how, True, of_model=False)
-            )
-        if "knn_pixels" in measured[0]:
-            how = "the same, of the pixels themselves"
-            value = measured[0]["knn_pixels"]
-            found.append(
-                Result("20-NN top-1 accuracy, raw pixels", value, how, True, of_model=False)
-            )
+            results.append(Result("online linear probe accuracy", last["probe"], how, percent=True))
+        compared = []
+        if first["step"] == 0:
+            compared.append(("untrained", first["knn"], "the encoder before training"))
+        if "knn_pixels" in first:
+            compared.append(("raw pixels", first["knn_pixels"], "the pixels themselves"))
+        results += [
+            Result(f"{knn}, {name}", value, f"the same, of {what}", percent=True, of_model=False)
+            for name, value, what in compared
+        ]
     last = next((row for row in reversed(rows) if "embedding_std" in row), None)
     if last is not None:
         batch = "embeddings of the last batch of views"
-        found += [
+        results += [
             Result("embedding std", last["embedding_std"], f"{batch}; 0 is collapse"),
             Result("effective rank", last["effective_rank"], f"{batch}; 1 is collapse"),
             Result("alignment", last["alignment"], f"{batch}; distance of two views, 0 to 4"),
             Result("uniformity", last["uniformity"], f"{batch}; less is more even"),
         ]
-    return found
+    return results
