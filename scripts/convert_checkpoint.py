@@ -1,28 +1,19 @@
 """Write a published encoder from a checkpoint of the authors, lightly or solo-learn."""
 
-import gc
-import sys
-
-if __name__ == "__main__":
-    gc.disable()  # a third of the time of the imports below
-
 from safetensors import SafetensorError
 
 from vicreg_hf.publishing.conversion import convert_checkpoint
-from vicreg_hf.runtime.console import begin
+from vicreg_hf.settings.command_line import script
 from vicreg_hf.settings.parser import FlagsParser
 
 
 def main() -> None:
     parser = FlagsParser(description=__doc__)
     parser.add_argument("checkpoint", help=".pth, .pt, .ckpt or .safetensors, of a ResNet.")
-    parser.add_argument("directory", help="Where the encoder goes.")
-    parser.add_argument("--architecture", help="timm name; found by the weights' shapes without.")
+    parser.add_argument("directory", help="Directory in which the encoder is written.")
+    parser.add_argument("--architecture", help="timm name; by default found by the weights' shape.")
     args = parser.parse_args()
-    try:
-        done = convert_checkpoint(args.checkpoint, args.directory, architecture=args.architecture)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        sys.exit(f"error: {error}")
+    done = convert_checkpoint(args.checkpoint, args.directory, architecture=args.architecture)
     parts = "encoder and expander" if done.has_expander else "encoder"
     print(f"The {parts}, a {done.architecture}, went to {done.directory}.")
     if done.left_out:
@@ -30,5 +21,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    begin()
-    main()
+    with script(ValueError, OSError, RuntimeError, SafetensorError):
+        main()

@@ -1,40 +1,30 @@
 """Publish the encoder of a run on the Hub: `python scripts/publish.py --help`."""
 
-import gc
-import sys
-
-if __name__ == "__main__":
-    gc.disable()  # a third of the time of the imports below
-
 from safetensors import SafetensorError
 from yaml import YAMLError
 
-from vicreg_hf.hub.api import without_tokens
 from vicreg_hf.publishing.publish import publish
-from vicreg_hf.runtime.console import begin
+from vicreg_hf.settings.command_line import script
 from vicreg_hf.settings.parser import FlagsParser
 
 
 def main() -> None:
     parser = FlagsParser(description=__doc__)
     parser.add_argument("source", metavar="RUN_OR_DIR", help="output_dir of a run, or an encoder.")
-    parser.add_argument("--repo_id", required=True, help="org/name; made if absent.")
-    parser.add_argument("--private", action="store_true", help="If the repository is made.")
-    parser.add_argument("--include_expander", action="store_true", help="Publish it too.")
-    parser.add_argument("--revision", help="A branch; made if absent.")
+    parser.add_argument("--repo_id", required=True, help="Repository, org/name; made if absent.")
+    parser.add_argument("--private", action="store_true", help="Make it private, if it is made.")
+    parser.add_argument("--include_expander", action="store_true", help="Publish the expander too.")
+    parser.add_argument("--revision", help="Branch of the repository; it is made if absent.")
     parser.add_argument("--onnx", action="store_true", help="Publish onnx/model.onnx too.")
-    parser.add_argument("--license", help="Of the weights, in the card; for example cc-by-4.0.")
+    parser.add_argument("--license", help="License of the weights, for the card; say cc-by-4.0.")
     args = parser.parse_args()
-    try:
-        address = publish(
-            args.source, args.repo_id, private=args.private or None, revision=args.revision,
-            include_expander=args.include_expander, onnx=args.onnx, license=args.license,
-        )  # fmt: skip
-    except (ValueError, OSError, RuntimeError, SafetensorError, YAMLError) as error:
-        sys.exit(f"error: {without_tokens(str(error))}")
+    address = publish(
+        args.source, args.repo_id, private=args.private or None, revision=args.revision,
+        include_expander=args.include_expander, onnx=args.onnx, license=args.license,
+    )  # fmt: skip
     print(f"Published: {address}")
 
 
 if __name__ == "__main__":
-    begin()
-    main()
+    with script(ValueError, OSError, RuntimeError, SafetensorError, YAMLError):
+        main()

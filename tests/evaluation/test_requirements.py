@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def test_a_small_split_has_as_many_neighbours_as_it_can(
 ) -> None:
     def names(**given: Any) -> set[str]:
         args = arguments(encoder, few, tmp_path, "knn,retrieval", **given)
-        args.knn_k = args.retrieval_k = None
+        args = replace(args, knn_k=None, retrieval_k=None)
         found = evaluate(args, say=lambda _: None)["results"]
         return {each["name"] for each in found if "precision" not in each["name"]}
 

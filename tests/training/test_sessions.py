@@ -17,7 +17,7 @@ from vicreg_hf.checkpoints.reading import CheckpointError, newest_checkpoint
 from vicreg_hf.publishing.loading import find_encoder
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.training.faults import OutOfMemory
-from vicreg_hf.training.setup import begin, setup
+from vicreg_hf.training.setup import make_output_dir, setup
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -39,7 +39,7 @@ def test_what_an_earlier_run_saved_is_set_aside_before_another_begins(
     pretrain(small(images, tmp_path, "--max_steps=2"))
     earlier = metrics(tmp_path)
     args = small(images, tmp_path, "--max_steps=2", "--resume=never", "--save_steps=2")
-    begin(setup(args))  # and is killed before it saves
+    make_output_dir(setup(args))  # and is killed before it saves
     assert f"is now in {tmp_path / 'earlier-1'}" in capsys.readouterr().out
     assert metrics(tmp_path / "earlier-1") == earlier
     assert (tmp_path / "earlier-1" / "encoder" / "README.md").is_file()
@@ -182,7 +182,7 @@ def test_an_encoder_of_fewer_steps_is_not_taken_for_the_run_that_goes_on(
     images: Path, ended: Path, tmp_path: Path
 ) -> None:
     run = shutil.copytree(ended, tmp_path / "run")
-    begin(setup(small(images, run, "--max_steps=20")))  # and is killed before it saves
+    make_output_dir(setup(small(images, run, "--max_steps=20")))  # and is killed before it saves
     assert find_encoder(run) == run / "checkpoints" / "step-10"
     assert (run / "earlier-1" / "encoder" / "README.md").is_file()
     assert not (run / "earlier-1" / "metrics.jsonl").exists()

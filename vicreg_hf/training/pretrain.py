@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from vicreg_hf.training.monitoring.collapse import CollapseWatch
 from vicreg_hf.training.monitoring.log import Clock
 from vicreg_hf.training.resuming import state_of
 from vicreg_hf.training.run import Run
-from vicreg_hf.training.setup import begin, setup
+from vicreg_hf.training.setup import make_output_dir, setup
 from vicreg_hf.training.step import Step, Verdicts, take_gradients, take_step, views_from_here
 
 ERRORS = (
@@ -81,9 +80,9 @@ def pretrain(args: PretrainingArguments) -> Path:
         )
     with Signals() as signals, claim(Path(str(args.output_dir))):
         with explained(args):
-            run = setup(replace(args))
+            run = setup(args)
             with failing_together(run.accelerator.device):
-                begin(run)
+                make_output_dir(run)
         # torch may say anywhere that a worker has died
         with explained(args, run), watched(run.accelerator), loading_errors():
             _agree_on_bad_images(run)

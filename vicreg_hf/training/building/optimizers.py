@@ -1,9 +1,8 @@
-"""The authors' LARS, timm's optimisers by name, and the learning rate as a function of the step."""
+"""The authors' LARS, and timm's optimisers by name."""
 
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterable
 from types import NoneType
 from typing import Any
@@ -15,7 +14,6 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from vicreg_hf.runtime.checks import check_number
 
-FINAL_LR_FRACTION = 1e-3
 OWN = ("weight_decay", "eta", "clip", "foreach", "fused")
 """Of a parameter group, what the optimiser was made with and no loaded state replaces."""
 FUSED = (Adam, AdamW, SGD)
@@ -229,19 +227,3 @@ def _lay_out_as_parameters(optimizer: Optimizer) -> None:
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.shape == p.shape:
                 entries[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
-
-
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up from zero, then a cosine to a thousandth of the peak.
-
-    Args:
-        step: the optimiser step about to be taken, from 0.
-        peak: base_lr * batch_size / 256.
-
-    Source: vicreg@4e12602, main_vicreg.py, adjust_learning_rate.
-    """
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    share = 0.5 * (1 + math.cos(math.pi * done))
-    return peak * share + peak * FINAL_LR_FRACTION * (1 - share)

@@ -1,4 +1,4 @@
-"""What a second branch takes of each sample, if not a view of the same image.
+"""The inputs of both branches: views of the images, and another column for the second branch.
 
 Shapes: B samples per process.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.data.columns.base import BatchColumn, Column
 from vicreg_hf.data.columns.images import ImageColumn
-from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
+from vicreg_hf.data.columns.spectrograms import SpectrogramColumn
 from vicreg_hf.data.pairs import PairedInput, PairedSplit, paired_column
 from vicreg_hf.models.branch import Inputs
 from vicreg_hf.models.tokenizers import default_max_length
@@ -25,8 +25,8 @@ from vicreg_hf.views.presets import find_recipes, multi_crop_recipes
 from vicreg_hf.views.random_views import RandomViews
 
 
-class Collated:
-    """Texts, waveforms and vectors, which are whole when they leave the worker."""
+class ColumnInput:
+    """Texts, waveforms and vectors, of which the column makes batches in a loading worker."""
 
     def __init__(self, column: BatchColumn, seed: int) -> None:
         self.column, self.seed = column, seed
@@ -38,7 +38,7 @@ class Collated:
         return batch
 
 
-class Seen:
+class ViewInput:
     """Images of another column, and sounds as spectrograms: one random view of each."""
 
     def __init__(self, views: RandomViews[tuple[Tensor]]) -> None:
@@ -52,50 +52,46 @@ class Seen:
 
 
 def takes_waveforms(args: PretrainingArguments) -> bool:
-    """Whether a second branch takes sounds as they are, being of transformers and not of timm."""
+    """Whether the second branch takes sounds as waveforms, its model not being one of timm."""
     name = str(args.prime_architecture).partition(".")[0]
     return args.prime_modality == "audio" and not timm.is_model(name)
 
 
-def run_column(args: PretrainingArguments, table: datasets.Dataset) -> Column:
-    """The column that the second branch of a run reads; errors as of `paired_column`."""
-    assert args.prime_modality is not None
-    preparation: dict[str, Any] = {}
-    name, waveforms = str(args.prime_architecture), takes_waveforms(args)
+def open_second_column(
+    args: PretrainingArguments, table: datasets.Dataset, channels: int
+) -> Column:
+    """The column that the second branch of a run reads; errors as of `paired_column`.
+
+    Args:
+        channels: channels of the first branch's images.
+    """
+    own: Any = args.prime_model_args
+    sound: dict[str, Any] = {"sampling_rate": args.sampling_rate, "seconds": args.audio_seconds}
+    preparations: dict[str | None, dict[str, Any]] = {"audio": sound}
     if args.prime_modality == "text":
-        args.prime_max_length = args.prime_max_length or default_max_length(name)
-        preparation = {"max_length": args.prime_max_length}
-    elif waveforms:
-        preparation = {"sampling_rate": args.sampling_rate, "seconds": args.audio_seconds}
-    elif args.prime_modality == "audio":
-        preparation = spectrogram_settings(args).to_dict()
-    own = args.prime_model_args
-    assert not isinstance(own, str)
+        length = args.prime_max_length or default_max_length(str(args.prime_architecture))
+        preparations["text"] = {"max_length": length}
     like_first = args.prime_architecture is None and own is None
     return paired_column(
-        table, args.prime_modality, args.prime_column, preparation, waveforms=waveforms,
+        table, str(args.prime_modality), args.prime_column,
+        preparations.get(args.prime_modality, {}), waveforms=takes_waveforms(args),
         tokenizer=args.prime_tokenizer or args.prime_architecture,
-        channels=args.in_chans if like_first else (own or {}).get("in_chans", 3),
+        channels=channels if like_first else (own or {}).get("in_chans", 3),
     )  # fmt: skip
 
 
-def spectrogram_settings(args: PretrainingArguments) -> SpectrogramSettings:
-    """How a run sees sound."""
-    return SpectrogramSettings(sampling_rate=args.sampling_rate, seconds=args.audio_seconds)
-
-
-def run_views(
+def create_views(
     args: PretrainingArguments,
     config: VICRegConfig,
     pairs: PairedSplit | None,
     *,
     compiled: bool = False,
 ) -> tuple[RandomViews, PairedInput | None]:
-    """The views of a run's images, and how the other halves of pairs become inputs.
+    """The views of a run's images, and the inputs that the second branch makes of its column.
 
     Args:
-        args: settled.
-        config: of the model, whose encoders settle sides and normalisation.
+        args: the settings as `open_training_data` completes them.
+        config: configuration of the model, whose encoders decide sides and normalisation.
         compiled: whether operations on images are fused.
     """
     first, second = config.pretrained_cfg, (config.prime or {}).get("pretrained_cfg")
@@ -105,7 +101,7 @@ def run_views(
         return views, None
     if not isinstance(pairs.column, (ImageColumn, SpectrogramColumn)):
         column: Any = pairs.column
-        return views, Collated(column, args.seed)
+        return views, ColumnInput(column, args.seed)
     assert second is not None
     sound = isinstance(pairs.column, SpectrogramColumn)
     recipe = find_recipes("audio" if sound else args.augmentation or "").x_prime
@@ -113,10 +109,10 @@ def run_views(
         second["input_size"][-1], (recipe,), mean=second["mean"], std=second["std"],
         seed=args.seed, in_chans=second["input_size"][0], compile=compiled, numbers=(1,),
     )  # fmt: skip
-    return views, Seen(other)
+    return views, ViewInput(other)
 
 
-def plain_views(args: PretrainingArguments, pairs: PairedSplit | None) -> RandomViews:
+def unnormalised_views(args: PretrainingArguments, pairs: PairedSplit | None) -> RandomViews:
     """The views of a run's images with levels from 0 to 1, for people to look at."""
     channels = args.in_chans
     like = {"mean": [0.0] * channels, "std": [1.0] * channels}
@@ -132,10 +128,11 @@ def _image_views(
     *,
     compiled: bool = False,
 ) -> RandomViews:
-    """Of the images; in pairs all but the second, which is of something else.
+    """The views of the images; in pairs all but the second view, which another column gives.
 
     Args:
-        first: pretrained_cfg of what sees all views but the second; likewise second, of that.
+        first: pretrained_cfg of the encoder of the first view.
+        second: pretrained_cfg of the encoder of the second view.
     """
     assert args.augmentation is not None
     recipes = multi_crop_recipes(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,8 @@ from torchvision.transforms.v2 import functional as tv
 from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.settings.pretraining import PretrainingArguments
-from vicreg_hf.training.building.data import Inputs, open_inputs
-from vicreg_hf.training.building.second_branch import plain_views
+from vicreg_hf.training.building.data import TrainingData, open_training_data
+from vicreg_hf.training.building.second_branch import unnormalised_views
 
 GAP = 4
 """White pixels between pictures."""
@@ -43,11 +42,8 @@ def draw_preview(args: PretrainingArguments, path: str | Path, *, count: int = 8
     path = Path(path)
     if path.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"preview must be a file such as views.png, got {str(path)!r}.")
-    args = replace(args)
-    inputs = open_inputs(args)
-    assert args.image_size is not None
-    assert args.augmentation is not None
-    views = plain_views(args, inputs.pairs)
+    args, inputs = open_training_data(args)
+    views = unnormalised_views(args, inputs.pairs)
     epoch, rows = inputs.batches.batch(0)
     images, rows = _first_images(inputs, rows[:count])
     made = views.colour(views.crop(images, rows, epoch), rows, epoch)
@@ -62,7 +58,7 @@ def draw_preview(args: PretrainingArguments, path: str | Path, *, count: int = 8
 
 
 def _first_images(
-    inputs: Inputs, rows: NDArray[np.int64]
+    inputs: TrainingData, rows: NDArray[np.int64]
 ) -> tuple[list[Tensor], NDArray[np.int64]]:
     train = inputs.train
     if isinstance(train, ImageSplit):
