@@ -1,68 +1,41 @@
-"""How settings are declared: fields with a default, a help text and the values they may have."""
+"""How settings are declared: a type that says which values they may hold, and a sentence."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, fields
+from itertools import pairwise
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from vicreg_hf.runtime.checks import is_number, is_whole
 
-REQUIRED: Any = MISSING
-"""In the place of a default: the setting must be given."""
+
+class Limit(NamedTuple):
+    """The values that a setting may hold, in its type: words for a sentence, and a test."""
+
+    rule: str
+    holds: Callable[[Any], bool]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The numbers that a setting may hold, all finite; at most `at_most` goes with a lower end."""
-
-    above: float | None = None
-    at_least: float | None = None
-    at_most: float | None = None
-
-    def hold(self, value: float) -> bool:
-        """Whether a number is within the limits."""
-        return (
-            math.isfinite(value)
-            and (self.above is None or value > self.above)
-            and (self.at_least is None or value >= self.at_least)
-            and (self.at_most is None or value <= self.at_most)
-        )
-
-    def __str__(self) -> str:
-        if self.at_most is None:
-            return "positive" if self.above == 0 else f"at least {self.at_least}"
-        if self.at_least is None:
-            return f"above {self.above} and at most {self.at_most}"
-        return f"between {self.at_least} and {self.at_most}"
+Count = Annotated[int, Limit("positive", lambda n: n > 0)]
+WholeFromZero = Annotated[int, Limit("at least 0", lambda n: n >= 0)]
+Positive = Annotated[float, Limit("positive", lambda x: x > 0)]
+NotNegative = Annotated[float, Limit("at least 0", lambda x: x >= 0)]
+Share = Annotated[float, Limit("between 0 and 1", lambda x: 0 <= x <= 1)]
+PositiveShare = Annotated[float, Limit("above 0 and at most 1", lambda x: 0 < x <= 1)]
 
 
-Count = Annotated[int, Limits(above=0)]
-WholeFromZero = Annotated[int, Limits(at_least=0)]
-Positive = Annotated[float, Limits(above=0)]
-NotNegative = Annotated[float, Limits(at_least=0)]
-Share = Annotated[float, Limits(at_least=0, at_most=1)]
-PositiveShare = Annotated[float, Limits(above=0, at_most=1)]
-
-
-def setting(
-    default: Any, meaning: str, *, choices: Sequence[str] = (), kw_only: Any = MISSING
-) -> Any:
-    """A field of a class of `Settings`; its type says which numbers it may hold.
-
-    Args:
-        default: its value where none is given, or `REQUIRED`.
-        meaning: the text of --help, in which a percent sign is doubled.
-        choices: the texts it may hold.
-        kw_only: whether it is no positional argument in Python, if not as its class says.
-    """
-    metadata = {"help": meaning, "choices": tuple(choices)}
-    return field(default=default, kw_only=kw_only, metadata=metadata)
+def one_of(*choices: str) -> Limit:
+    """The texts that a setting may hold."""
+    rule = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
+    return Limit(rule, choices.__contains__)
 
 
 @dataclass(frozen=True)
@@ -100,14 +73,12 @@ def _checked(f: Field[Any], value: Any, hint: Any) -> Any:
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     limits = [part.__metadata__[0] for part in parts if get_origin(part) is Annotated]
     kinds = {get_args(part)[0] if get_origin(part) is Annotated else part for part in parts}
-    choices = f.metadata.get("choices")
-    if choices and value is not None and value not in choices:
-        rule = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
-        raise ValueError(f"{f.name} must be {rule}, got {value!r}.")
     if str in kinds and isinstance(value, os.PathLike):
         return os.fspath(value)
-    if value is None or not kinds <= {int, float, bool, NoneType}:
+    if value is None:
         return value
+    if not kinds <= {int, float, bool, NoneType}:
+        return _limited(f.name, value, limits)
     if bool in kinds:
         kind, rule, right = bool, "True or False", isinstance(value, (bool, np.bool))
     elif float in kinds:
@@ -118,8 +89,31 @@ def _checked(f: Field[Any], value: Any, hint: Any) -> Any:
     if not right:
         more = " or None" if NoneType in kinds else ""
         raise ValueError(f"{f.name} must be {rule}{more}, got {value!r}.")
+    return _limited(f.name, kind(value), limits)
+
+
+def _limited(name: str, value: Any, limits: Sequence[Limit]) -> Any:
+    finite = not isinstance(value, float) or math.isfinite(value)
     for limit in limits:
-        if not limit.hold(value):
-            finite = "" if math.isfinite(value) else " and finite"
-            raise ValueError(f"{f.name} must be {limit}{finite}, got {value}.")
-    return kind(value)
+        if not (finite and limit.holds(value)):
+            rule = limit.rule if finite else f"{limit.rule} and finite"
+            raise ValueError(f"{name} must be {rule}, got {value!r}.")
+    return value
+
+
+def descriptions(settings: type[Settings]) -> dict[str, str]:
+    """The sentences below the fields of a class of settings, by field.
+
+    They are read from its source, as Python keeps none; without the source there are none.
+    """
+    found: dict[str, str] = {}
+    for kind in settings.__mro__[:-1]:
+        try:
+            (tree,) = ast.parse(inspect.getsource(kind)).body
+        except OSError:
+            continue
+        for field, below in pairwise(getattr(tree, "body", [])):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                name, text = ast.unparse(field.target), ast.literal_eval(below.value)
+                found.setdefault(name, " ".join(text.split()))
+    return found

@@ -8,14 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from huggingface_hub.constants import HF_HOME
 
-from vicreg_hf.settings.base import (
-    Count,
-    Limits,
-    NotNegative,
-    Positive,
-    PositiveShare,
-    setting,
-)
+from vicreg_hf.settings.base import Count, Limit, NotNegative, Positive, PositiveShare
 from vicreg_hf.settings.encoding import EncodingSettings
 from vicreg_hf.settings.finetuning import LINEAR, ONE_PERCENT, TEN_PERCENT, FinetuneSettings
 
@@ -38,72 +31,57 @@ class EvaluationArguments(EncodingSettings):
     script: ClassVar[str] = "scripts/evaluate.py"
     recipe_folder: ClassVar[str] = "evaluation"
 
-    protocols: str = setting(
-        "knn,linear", f"What to measure, joined by commas: any of {', '.join(PROTOCOLS)}."
-    )
-    output_dir: str | None = setting(
-        None, "Directory of results.json and report.html; by default evaluations/MODEL-on-DATA."
-    )
-    train_split: str = setting("train", "Split to learn from, or part such as train[:90%%].")
-    eval_split: str | None = setting(
-        None, "Split to measure on; by default test or validation, if the data have one."
-    )
-    label_column: str | None = setting(
-        None, "Column of classes, or of lists of them; by default the only one, or label."
-    )
-    seed: Annotated[int, Limits(at_least=0, at_most=2**32 - 1)] = setting(
-        0, "Seed of subsets, classifiers, crops and resampling."
-    )
-    knn_k: str | None = setting(
-        None, "Neighbours that vote in knn, joined by commas; by default 20,200 where possible."
-    )
-    temperature: Positive = setting(
-        0.07, "Temperature of the votes of knn; a smaller one trusts the nearest more."
-    )
-    retrieval_k: str | None = setting(
-        None, "Neighbours of retrieval, joined by commas; by default 1,5,10,100 where possible."
-    )
-    cross_k: str = setting("1,5,10", "Neighbours of cross-retrieval, joined by commas.")
-    prime_column: str | None = setting(
-        None, "Column that the second branch takes; by default the only one of its type."
-    )
-    prime_tokenizer: str | None = setting(
-        None, "Tokenizer of a second branch that takes text; by default the one published with it."
-    )
-    probe_epochs: Count = setting(30, "Passes of linear over the features.")
-    epochs: Count | None = setting(
-        None, "Epochs of linear-sgd and finetune; by default the authors' number."
-    )
-    train_batch_size: Count | None = setting(
-        None, "Images per step of linear-sgd and finetune over all processes."
-    )
-    lr_head: Positive | None = setting(
-        None, "Learning rate of the classifier; by default the authors'."
-    )
-    lr_backbone: NotNegative | None = setting(
-        None, "Learning rate of the encoder in finetune; by default the authors' rate."
-    )
-    weight_decay: NotNegative | None = setting(
-        None, "Weight decay of linear-sgd and finetune; by default the authors'."
-    )
-    crop_scale: PositiveShare | None = setting(
-        None, "Least area of the random crops of linear-sgd and finetune; by default 0.08."
-    )
-    label_fraction: PositiveShare | None = setting(
-        None, "Fraction of each class that finetune learns from, chosen by seed; by default all."
-    )
-    label_list: str | None = setting(
-        None, "File with an image name or row number in each line, from which finetune learns."
-    )
-    num_resamples: Count = setting(
-        1000, "Resamples of the test images for intervals of 95 percent; for svm at most 200."
-    )
-    cache_dir: str = setting(
-        str(Path(HF_HOME) / "vicreg_hf" / "features"), "Directory of features; it may be deleted."
-    )
-    update_card: bool = setting(
-        True, "Add the results to the model card, where the model is a directory."
-    )
+    protocols: str = "knn,linear"
+    """What to measure, joined by commas: any of knn, linear, linear-sgd, finetune-1, finetune-10,
+    finetune, svm, retrieval, cross-retrieval, collapse."""
+    output_dir: str | None = None
+    """Directory of results.json and report.html; by default evaluations/MODEL-on-DATA."""
+    train_split: str = "train"
+    """Split to learn from, or part such as train[:90%]."""
+    eval_split: str | None = None
+    """Split to measure on; by default test or validation, if the data have one."""
+    label_column: str | None = None
+    """Column of classes, or of lists of them; by default the only one, or label."""
+    seed: Annotated[int, Limit("between 0 and 2**32 - 1", lambda n: 0 <= n < 2**32)] = 0
+    """Seed of subsets, classifiers, crops and resampling."""
+    knn_k: str | None = None
+    """Neighbours that vote in knn, joined by commas; by default 20,200, or what a small split
+    has."""
+    temperature: Positive = 0.07
+    """Temperature of the votes of knn; a smaller one trusts the nearest more."""
+    retrieval_k: str | None = None
+    """Neighbours of retrieval, joined by commas; by default 1,5,10,100, or what a small split
+    has."""
+    cross_k: str = "1,5,10"
+    """Neighbours of cross-retrieval, joined by commas."""
+    prime_column: str | None = None
+    """Column that the second branch takes; by default the only one of its type."""
+    prime_tokenizer: str | None = None
+    """Tokenizer of a second branch that takes text; by default the one published with it."""
+    probe_epochs: Count = 30
+    """Passes of linear over the features."""
+    epochs: Count | None = None
+    """Epochs of linear-sgd and finetune; by default the authors' number."""
+    train_batch_size: Count | None = None
+    """Images per step of linear-sgd and finetune over all processes."""
+    lr_head: Positive | None = None
+    """Learning rate of the classifier; by default the authors'."""
+    lr_backbone: NotNegative | None = None
+    """Learning rate of the encoder in finetune; by default the authors' rate."""
+    weight_decay: NotNegative | None = None
+    """Weight decay of linear-sgd and finetune; by default the authors'."""
+    crop_scale: PositiveShare | None = None
+    """Least area of the random crops of linear-sgd and finetune, as a fraction; by default 0.08."""
+    label_fraction: PositiveShare | None = None
+    """Fraction of each class that finetune learns from, chosen by seed; by default all."""
+    label_list: str | None = None
+    """File with an image name or row number in each line, from which finetune learns."""
+    num_resamples: Count = 1000
+    """Resamples of the test images for intervals of 95 percent; for svm at most 200."""
+    cache_dir: str = str(Path(HF_HOME) / "vicreg_hf" / "features")
+    """Directory of features; it may be deleted."""
+    update_card: bool = True
+    """Add the results to the model card, where the model is a directory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vicreg_hf.settings.base import Count, NotNegative, Positive, Settings, setting
+from vicreg_hf.settings.base import Count, NotNegative, Positive, Settings
 from vicreg_hf.views.presets import ViewRecipe
 
 
@@ -16,28 +16,22 @@ class FinetuneSettings(Settings):
     Source: vicreg@4e12602, evaluate.py and README.
     """
 
-    epochs: Count = setting(
-        100, "Passes over the training rows; learning rates fall along a cosine to zero."
-    )
-    batch_size: Count = setting(
-        256, "Images per step over all processes, at most as many as there are training rows."
-    )
-    lr_head: Positive = setting(
-        0.02, "Learning rate of the classifier in the first epoch, whatever the batch size."
-    )
-    lr_backbone: NotNegative = setting(
-        0.0, "Learning rate of the encoder in the first epoch; 0 freezes all of it."
-    )
-    weight_decay: NotNegative = setting(
-        1e-6, "Added to the gradient of every trained parameter p as weight_decay * p."
-    )
-    scale: tuple[float, float] = setting(
-        (0.08, 1.0), "Least and greatest area of the random crop, as fractions of the image's."
-    )
-    flip: float = setting(0.5, "Probability of mirroring an image left to right.")
-    seed: int = setting(
-        0, "Seed of the classifier's first weights, the order of images, their crops, and dropout."
-    )
+    epochs: Count = 100
+    """Passes over the training rows; learning rates fall along a cosine to zero."""
+    batch_size: Count = 256
+    """Images per step over all processes, at most as many as there are training rows."""
+    lr_head: Positive = 0.02
+    """Learning rate of the classifier in the first epoch, whatever the batch size."""
+    lr_backbone: NotNegative = 0.0
+    """Learning rate of the encoder in the first epoch; 0 freezes all of it."""
+    weight_decay: NotNegative = 1e-6
+    """Added to the gradient of every trained parameter p as weight_decay * p."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Least and greatest area of the random crop, as fractions of the image's."""
+    flip: float = 0.5
+    """Probability of mirroring an image left to right."""
+    seed: int = 0
+    """Seed of the classifier's first weights, the order of images, their crops, and dropout."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

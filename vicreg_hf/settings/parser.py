@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from vicreg_hf.settings.base import Settings
+from vicreg_hf.settings.base import Settings, descriptions
 from vicreg_hf.settings.recipes import as_flags, read_recipe
 
 
@@ -60,15 +60,9 @@ class FlagsParser(_OneLineParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else list(args)
-        return super().parse_known_args([self._underscored(word) for word in words], namespace)
-
-    def _underscored(self, word: str) -> str:
-        name, *value = word.split("=", 1)
-        flag = "--" + name[2:].replace("-", "_")
-        known = name.startswith("--") and flag in self._option_string_actions
-        return "=".join([flag, *value]) if known else word
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        hyphened = {name.replace("_", "-"): None for name in names if name.startswith("--")}
+        return super().add_argument(*dict.fromkeys([*names, *hyphened]), **options)
 
 
 class SettingsParser(_OneLineParser, HfArgumentParser):
@@ -86,7 +80,7 @@ class SettingsParser(_OneLineParser, HfArgumentParser):
         Args:
             headings: headings of --help, each by the field below it.
         """
-        self._settings = settings
+        self._settings, self._descriptions = settings, descriptions(settings)
         self._headings, self._section = dict(headings or {}), None
         super().__init__(
             settings,  # pyright: ignore[reportArgumentType]
@@ -98,8 +92,9 @@ class SettingsParser(_OneLineParser, HfArgumentParser):
         self._section = None  # nor does it stand above what a script adds
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
-        options.pop("choices", None)  # the settings check them
         name = names[0].lstrip("-")
+        sentence = self._descriptions.get(name.removeprefix("no_"), "")
+        options.setdefault("help", sentence.replace("%", "%%"))
         if name in self._headings:
             self._section = self.add_argument_group(self._headings.pop(name))
         if self._section is not None:

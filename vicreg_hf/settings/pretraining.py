@@ -12,19 +12,18 @@ from typing import Annotated, Any, ClassVar
 import yaml
 
 from vicreg_hf.configuration_vicreg import MODALITIES
-from vicreg_hf.data.memory import SMALL_IMAGE
 from vicreg_hf.data.opening.dataset import DEMO
 from vicreg_hf.hub.api import check_repo_id
 from vicreg_hf.runtime.checks import is_whole, read_widths
 from vicreg_hf.settings.base import (
     Count,
-    Limits,
+    Limit,
     NotNegative,
     Positive,
     Settings,
     Share,
     WholeFromZero,
-    setting,
+    one_of,
 )
 from vicreg_hf.settings.learning_rate import default_base_lr
 from vicreg_hf.settings.parser import SettingsParser
@@ -51,162 +50,130 @@ class PretrainingArguments(Settings):
 
     script: ClassVar[str] = "scripts/pretrain.py"
 
-    dataset_name: str = setting(
-        DEMO, "Hub id, local folder or file, or demo, the handwritten digits of scikit-learn."
-    )
-    dataset_config_name: str | None = setting(None, "Configuration of a Hub data set.")
-    train_split: str = setting(
-        "train", "Split to train on, or part such as train[:90%%]; its labels are not learned."
-    )
-    eval_split: str | None = setting(
-        None, "Held-out split for the kNN accuracy; by default test or validation."
-    )
-    image_column: str | None = setting(None, "Column of images; by default the only one.")
-    label_column: str | None = setting(
-        None, "Column of classes for kNN and probe; by default the only one, or label."
-    )
-    streaming: bool = setting(
-        False, "Read the data while training, where they do not fit on the disk."
-    )
-    max_bad_fraction: Share = setting(
-        0.05, "Share of the images that may be unusable, and are replaced, before a run stops."
-    )
-    architecture: str = setting("resnet50", "Name of any timm model.")
-    model_args: dict[str, Any] | str | None = setting(
-        None, "JSON of keyword arguments for timm.create_model."
-    )
-    pretrained: bool = setting(False, "Start from timm's pretrained weights.")
-    expander_dims: str = setting(
-        "8192-8192-8192", "Widths of the expander's layers; in Python also a list of them."
-    )
-    weights: str = setting(
-        "shared",
-        "shared by both branches, or separate, as always for another architecture or modality.",
-        choices=("shared", "separate"),
-    )
-    prime_modality: str | None = setting(
-        None,
-        f"Input of the second branch: {', '.join(MODALITIES)}; by default views of the images.",
-        choices=tuple(MODALITIES),
-    )
-    prime_column: str | None = setting(
-        None, "Column that the second branch takes; by default the only one, but for images."
-    )
-    prime_architecture: str | None = setting(
-        None,
-        "Any timm model for images and spectrograms; for text and waveforms a Hub id, a directory, "
-        "or a model type of transformers.",
-    )
-    prime_model_args: dict[str, Any] | str | None = setting(
-        None, "JSON of keyword arguments for timm, or of fields of transformers' configuration."
-    )
-    prime_pretrained: bool = setting(False, "Start the second branch from pretrained weights.")
-    prime_tokenizer: str | None = setting(
-        None, "Tokenizer, as Hub id or directory; by default that of prime_architecture."
-    )
-    prime_max_length: Count | None = setting(
-        None, "Tokens that are read of each text; by default 64, or all that the encoder takes."
-    )
-    prime_expander_dims: str | None = setting(
-        None, "Widths of the second branch's expander; the last must be that of expander_dims."
-    )
-    prime_image_size: Count | None = setting(
-        None, "Side of the second branch's views in pixels; by default image_size."
-    )
-    audio_seconds: Positive = setting(
-        5.0, "Seconds of sound that are taken of each clip; the rest is cut."
-    )
-    sampling_rate: Count = setting(16_000, "Samples per second to which sound is resampled.")
-    sim_coeff: NotNegative = setting(25.0, "Weight of the invariance term.")
-    std_coeff: NotNegative = setting(25.0, "Weight of the variance term.")
-    cov_coeff: NotNegative = setting(1.0, "Weight of the covariance term.")
-    variance_reduction: str = setting(
-        "mean",
-        "mean (the authors' code) or sum (the paper) of the branches' variance terms.",
-        choices=("mean", "sum"),
-    )
-    image_size: Count | None = setting(
-        None,
-        "Side of a view in pixels; by default 224, or the images' own if all are square, alike and "
-        f"at most {SMALL_IMAGE}.",
-    )
-    augmentation: dict[str, Any] | str | None = setting(
-        None,
-        f"Distribution of the views: {', '.join(PRESETS)}, or a YAML file; by default authors, or "
-        f"cifar up to {SMALL_IMAGE} pixels.",
-    )
-    num_global_views: Annotated[int, Limits(at_least=2)] = setting(
-        2, "Views of image_size from each image; of two branches the second gets the second view."
-    )
-    num_local_views: WholeFromZero = setting(
-        0, "Smaller crops of each image beside these (multi-crop)."
-    )
-    local_image_size: Count | None = setting(
-        None, "Side of a local view in pixels; by default 96/224 of image_size."
-    )
-    batch_size: Count = setting(
-        256, "Images per step over all processes; each gives two views or more."
-    )
-    micro_batch_size: Count | None = setting(
-        None,
-        "Images of a step, over all processes, whose activations are in memory at once; fewer "
-        "take less memory and at most half as much time again. By default the whole batch.",
-    )
-    num_train_epochs: Positive = setting(100.0, "Passes over the training split.")
-    max_steps: Count | None = setting(None, "Optimiser steps, instead of num_train_epochs.")
-    optimizer: str = setting("lars", "lars (the authors') or any optimiser of timm.")
-    base_lr: NotNegative | None = setting(
-        None, "Learning rate per 256 images; by default the paper's for the batch size."
-    )
-    weight_decay: NotNegative = setting(1e-6, "Weight decay, except for biases and normalisation.")
-    lars_eta: Positive = setting(1e-3, "Trust coefficient of lars.")
-    lars_clip: bool = setting(
-        False, "Let lars give no parameter a higher learning rate than the run's, as solo-learn."
-    )
-    warmup_epochs: NotNegative | None = setting(
-        None, "Epochs of linear warm-up; by default 10, but at most a tenth of the run."
-    )
-    seed: WholeFromZero = setting(0, "Seed of weights, order of images, and views.")
-    num_workers: WholeFromZero | None = setting(
-        None, "Processes that decode images, per process that trains; by default by the cores."
-    )
-    compile: bool | None = setting(
-        None, "Fuse the making of views with torch.compile; by default on GPUs."
-    )
-    compile_model: bool | None = setting(
-        None,
-        "Fuse backbone and expander with torch.compile, which takes a minute or more at the "
-        "start; by default on GPUs for runs of 2000 steps and more, except with batch "
-        "normalisation over several processes.",
-    )
-    output_dir: str | None = setting(
-        None, "Directory of the run; by default runs/ and the data set's name."
-    )
-    logging_steps: Count = setting(50, "Steps between lines of metrics.jsonl.")
-    save_steps: Count = setting(1000, "Steps between checkpoints; one is also saved at the end.")
-    resume: str = setting(
-        "auto",
-        "auto: go on from the newest checkpoint if there is one, required, or never: begin anew.",
-        choices=("auto", "never", "required"),
-    )
-    resume_changed: bool = setting(
-        False, "Go on although model, batch, seed or data differ from the checkpoint's."
-    )
-    knn_steps: Count | None = setting(
-        None, "Steps between kNN measurements; by default only before and after training."
-    )
-    online_probe: bool = setting(
-        False,
-        "Train a linear classifier beside the encoder, which learns nothing from it, and measure "
-        "it whenever kNN is measured.",
-    )
-    push_to_hub: bool = setting(
-        False, "Push the encoder and its card to the Hub at the end; checked at the start."
-    )
-    hub_model_id: str | None = setting(
-        None, "Repository of the encoder, org/name; it is made if absent."
-    )
-    hub_private: bool = setting(False, "If the repository is made, make it private.")
+    dataset_name: str = DEMO
+    """Hub id, local folder or file, or demo, the handwritten digits of scikit-learn."""
+    dataset_config_name: str | None = None
+    """Configuration of a Hub data set."""
+    train_split: str = "train"
+    """Split to train on, or part such as train[:90%]; its labels are not learned."""
+    eval_split: str | None = None
+    """Held-out split for the kNN accuracy; by default test or validation, if there."""
+    image_column: str | None = None
+    """Column of images; by default the only column of that type."""
+    label_column: str | None = None
+    """Column of classes for kNN and probe; by default the only one, or the one called label."""
+    streaming: bool = False
+    """Read the data while training, where they do not fit on the disk."""
+    max_bad_fraction: Share = 0.05
+    """Share of the images that may be unusable, and are replaced, before a run stops."""
+    architecture: str = "resnet50"
+    """Name of any timm model."""
+    model_args: dict[str, Any] | str | None = None
+    """JSON of keyword arguments for timm.create_model."""
+    pretrained: bool = False
+    """Start from timm's pretrained weights."""
+    expander_dims: str = "8192-8192-8192"
+    """Widths of the expander's layers; in Python also a list of them."""
+    weights: Annotated[str, one_of("shared", "separate")] = "shared"
+    """shared by both branches, or separate: the second has weights of its own, as it always has
+    where its architecture or its input is another."""
+    prime_modality: Annotated[str, one_of(*MODALITIES)] | None = None
+    """Input of the second branch: image, text, audio, embedding; by default views of the images."""
+    prime_column: str | None = None
+    """Column that the second branch takes; by default the only one of its type. A column of images
+    must be named."""
+    prime_architecture: str | None = None
+    """Any timm model for images and spectrograms; for text and waveforms a Hub id, a directory, or
+    a model type of transformers."""
+    prime_model_args: dict[str, Any] | str | None = None
+    """JSON of keyword arguments for timm, or of fields of transformers' configuration."""
+    prime_pretrained: bool = False
+    """Start the second branch from pretrained weights."""
+    prime_tokenizer: str | None = None
+    """Tokenizer, as Hub id or directory; by default that of prime_architecture."""
+    prime_max_length: Count | None = None
+    """Tokens that are read of each text; by default 64, or all that the encoder takes."""
+    prime_expander_dims: str | None = None
+    """Widths of the second branch's expander; the last must be that of expander_dims."""
+    prime_image_size: Count | None = None
+    """Side of the second branch's views in pixels; by default image_size."""
+    audio_seconds: Positive = 5.0
+    """Seconds of sound that are taken of each clip; the rest is cut."""
+    sampling_rate: Count = 16_000
+    """Samples per second to which sound is resampled."""
+    sim_coeff: NotNegative = 25.0
+    """Weight of the invariance term."""
+    std_coeff: NotNegative = 25.0
+    """Weight of the variance term."""
+    cov_coeff: NotNegative = 1.0
+    """Weight of the covariance term."""
+    variance_reduction: Annotated[str, one_of("mean", "sum")] = "mean"
+    """mean (the authors' code) or sum (the paper) of the branches' variance terms."""
+    image_size: Count | None = None
+    """Side of a view in pixels; by default 224, or the images' own if all are square, alike and at
+    most 64."""
+    augmentation: dict[str, Any] | str | None = None
+    """Distribution of the views: authors, paper, cifar, tiny, demo, audio, or a YAML file; by
+    default authors, or cifar up to 64 pixels."""
+    num_global_views: Annotated[int, Limit("at least 2", lambda n: n >= 2)] = 2
+    """Views of image_size from each image; of two branches the second gets the second view."""
+    num_local_views: WholeFromZero = 0
+    """Smaller crops of each image beside these (multi-crop)."""
+    local_image_size: Count | None = None
+    """Side of a local view in pixels; by default 96/224 of image_size."""
+    batch_size: Count = 256
+    """Images per step over all processes; each gives two views or more."""
+    micro_batch_size: Count | None = None
+    """Images of a step, over all processes, whose activations are in memory at once; fewer take
+    less memory and at most half as much time again. By default the whole batch."""
+    num_train_epochs: Positive = 100.0
+    """Passes over the training split."""
+    max_steps: Count | None = None
+    """Optimiser steps, instead of num_train_epochs."""
+    optimizer: str = "lars"
+    """lars (the authors') or any optimiser of timm."""
+    base_lr: NotNegative | None = None
+    """Learning rate per 256 images; by default the paper's for the batch size."""
+    weight_decay: NotNegative = 1e-6
+    """Weight decay, except for biases and normalisation."""
+    lars_eta: Positive = 1e-3
+    """Trust coefficient of lars."""
+    lars_clip: bool = False
+    """Let lars give no parameter a higher learning rate than the run's, as solo-learn."""
+    warmup_epochs: NotNegative | None = None
+    """Epochs of linear warm-up; by default 10, but at most a tenth of the run."""
+    seed: WholeFromZero = 0
+    """Seed of weights, order of images, and views."""
+    num_workers: WholeFromZero | None = None
+    """Processes that decode images, for each that trains; by default its share of the cores."""
+    compile: bool | None = None
+    """Fuse the making of views with torch.compile; by default on GPUs."""
+    compile_model: bool | None = None
+    """Fuse backbone and expander with torch.compile, which takes a minute or more at the start; by
+    default on GPUs for runs of 2000 steps and more, except with batch normalisation over several
+    processes."""
+    output_dir: str | None = None
+    """Directory of the run; by default runs/ and the data set's name."""
+    logging_steps: Count = 50
+    """Steps between lines of metrics.jsonl."""
+    save_steps: Count = 1000
+    """Steps between checkpoints; one is also saved at the end."""
+    resume: Annotated[str, one_of("auto", "never", "required")] = "auto"
+    """auto: go on from the newest checkpoint, if there is one; required: fail without one; never:
+    begin anew."""
+    resume_changed: bool = False
+    """Go on although model, batch, seed or data differ from the checkpoint's."""
+    knn_steps: Count | None = None
+    """Steps between kNN measurements; by default only before and after training."""
+    online_probe: bool = False
+    """Train a linear classifier beside the encoder, which learns nothing from it, and measure it
+    whenever kNN is measured."""
+    push_to_hub: bool = False
+    """Push the encoder and its card to the Hub at the end; checked at the start."""
+    hub_model_id: str | None = None
+    """Repository of the encoder, org/name; it is made if absent."""
+    hub_private: bool = False
+    """If the repository is made, make it private."""
 
     def __post_init__(self) -> None:
         for name in ("expander_dims", "prime_expander_dims"):
