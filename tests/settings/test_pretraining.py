@@ -9,7 +9,6 @@ import pytest
 
 from vicreg_hf import PretrainingArguments
 from vicreg_hf.settings.command_line import parse_arguments
-from vicreg_hf.views.presets import PRESETS
 
 
 def yaml_file(folder: Path, text: str) -> str:
@@ -18,27 +17,15 @@ def yaml_file(folder: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("flags", [["--config", "demo"], ["--config=demo"], []])
-def test_the_demo_recipe_comes_by_name_and_without_any_flag(flags: list[str]) -> None:
-    assert parse_arguments(flags) == PretrainingArguments.from_recipe("demo")
-
-
-@pytest.mark.parametrize("flag", ["--dataset_name", "--dataset-name"])
-def test_other_data_come_without_the_demo_recipe(flag: str) -> None:
-    args = parse_arguments([flag, "org/images"])
-    assert args == PretrainingArguments(dataset_name="org/images")
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--config", "demo", "--batch_size", "64"], ["--batch_size", "64", "--config", "demo"],
-        ["--batch_size=64"],
-    ],
-)  # fmt: skip
-def test_flags_override_the_recipe_wherever_they_stand(flags: list[str]) -> None:
-    args = parse_arguments(flags)
-    assert (args.batch_size, args.architecture) == (64, "test_resnet")
+def test_the_demo_recipe_comes_by_name_and_without_any_flag_and_flags_override_it() -> None:
+    for flags in (["--config", "demo"], ["--config=demo"], []):
+        assert parse_arguments(flags) == PretrainingArguments.from_recipe("demo")
+        for words in ([*flags, "--batch_size", "64"], ["--batch_size=64", *flags]):
+            args = parse_arguments(words)
+            assert (args.batch_size, args.architecture) == (64, "test_resnet")
+    for flag in ("--dataset_name", "--dataset-name"):  # other data come without it
+        args = parse_arguments([flag, "org/images"])
+        assert args == PretrainingArguments(dataset_name="org/images")
 
 
 @pytest.mark.parametrize(
@@ -85,19 +72,13 @@ def test_config_yaml_gives_the_same_settings_again(
     assert parse_arguments(["--config", yaml_file(tmp_path, args.to_yaml())]) == args
 
 
-@pytest.mark.parametrize(
-    ("dataset", "expected"),
-    [("demo", "runs/demo"), ("org/images", "runs/images"), ("/data/photos/", "runs/photos")],
-)
-def test_output_dir_is_named_after_the_data(dataset: str, expected: str) -> None:
-    assert PretrainingArguments(dataset_name=dataset).output_dir == expected
-
-
-def test_method_defaults_are_the_authors() -> None:
+def test_defaults_are_the_authors_and_output_dir_is_named_after_the_data() -> None:
     args = PretrainingArguments()
     assert (args.sim_coeff, args.std_coeff, args.cov_coeff) == (25.0, 25.0, 1.0)
     assert args.expander_widths == [8192, 8192, 8192]
-    assert (args.optimizer, args.weight_decay) == ("lars", 1e-6)
+    assert (args.optimizer, args.weight_decay, args.output_dir) == ("lars", 1e-6, "runs/demo")
+    for name, place in (("org/images", "runs/images"), ("/data/photos/", "runs/photos")):
+        assert PretrainingArguments(dataset_name=name).output_dir == place
 
 
 @pytest.mark.parametrize("widths", [[16, 8], (16, 8), "16-8"])
@@ -114,11 +95,6 @@ def test_widths_may_be_a_list(widths: Any) -> None:
 def test_widths_that_cannot_be_are_refused(widths: Any) -> None:
     with pytest.raises(ValueError, match=r"^expander_dims must be positive widths, .*, got "):
         PretrainingArguments(expander_dims=widths)
-
-
-def test_every_preset_of_views_is_an_augmentation() -> None:
-    for preset in PRESETS:
-        assert parse_arguments(["--augmentation", preset]).augmentation == preset
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     """Check every setting, load the data, build the model, resume.
 
     Args:
-        before: resume from a checkpoint of an earlier step than this.
+        before: resume only from checkpoints of earlier steps than this one.
     """
     started = time.perf_counter()
     check_architecture(args.architecture)
@@ -157,14 +157,14 @@ def _introduce(run: Run) -> None:
 
 
 def _set_aside(run: Run) -> None:
-    """Keep what an earlier run has made from being lost, or taken for this one's."""
+    """Move files of an earlier run aside, so that none is lost or taken for this run's."""
     directory, names = run.output_dir, []
     over = any((directory / CHECKPOINTS).glob("step-*"))
     anew = run.step == 0 and (run.args.resume == "never" or not over)
     if anew and (over or any((directory / name).exists() for name in ENCODERS)):
         names += BESIDE
     if run.step < run.total_steps:
-        names += ENCODERS  # of fewer steps, or of another run
+        names += ENCODERS  # these have fewer steps, or are another run's
     if anew and over:
         names.append(CHECKPOINTS)  # last: where this is broken off, what is left is still known
     set_aside(directory, names, print)

@@ -58,13 +58,12 @@ def convolutions(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return model.to(dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore
 
 
-def train(model: nn.Sequential, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+        x = x.to(next(model.parameters()).dtype).to(memory_format=torch.channels_last)
         optimizer.zero_grad()
-        model(
-            x.to(model[0].weight.dtype, memory_format=torch.channels_last)
-        ).square().sum().backward()
+        model(x).square().sum().backward()
         optimizer.step()
 
 

@@ -69,16 +69,16 @@ def open_training_data(
     """Find the data, and fill in the settings that follow from them.
 
     Args:
-        rank: number of this process; world_size says of how many.
-        local_processes: how many share this machine's cores.
-        main_first: in whose context the data are opened, so that one process prepares the cache.
+        rank: number of this process, from 0 to world_size - 1.
+        local_processes: processes that share this machine's cores.
+        main_first: a context in which the data are opened, so that one process prepares the cache.
 
     Returns:
         The settings of the run, in which no default is left open, and its data.
 
     Raises:
         ValueError: data that are not there, or settings that do not suit them.
-        ImageError: hardly an image can be used.
+        ImageError: hardly any image can be used.
     """
     train, held_out, eval_split, pairs = _open_splits(args, main_first)
     batches = GlobalBatches(
@@ -104,19 +104,24 @@ def open_training_data(
         elif train.read_or_replace([0])[0][0].numel() * len(train) <= MEMORY_BUDGET:
             side = None  # the first images are alike, but not all
     data = TrainingData(train, images, held_out, batches, total_steps, bad)
-    if args.num_workers is None:
-        args = replace(args, num_workers=default_num_workers(local_processes))
-    return _filled_in(args, data, eval_split, side), data
+    workers = default_num_workers(local_processes)
+    return _filled_in(args, data, eval_split=eval_split, own_side=side, num_workers=workers), data
 
 
 def _filled_in(
-    args: PretrainingArguments, data: TrainingData, eval_split: str | None, own_side: int | None
+    args: PretrainingArguments,
+    data: TrainingData,
+    *,
+    eval_split: str | None,
+    own_side: int | None,
+    num_workers: int,
 ) -> PretrainingArguments:
-    """The settings with a value for everything that the data decide.
+    """The settings with a value for everything that the data and the machine decide.
 
     Args:
         eval_split: name of the held-out split, if there is one.
         own_side: the side of the images in pixels, if all are small, square and alike.
+        num_workers: loading workers that suit the machine.
     """
     sound, second = data.sound, data.pairs.column if data.pairs else None
     image_size = args.image_size or own_side or (sound.num_mels if sound else 224)
@@ -139,6 +144,7 @@ def _filled_in(
         prime_column=second.name if second else args.prime_column,
         prime_max_length=second.max_length if isinstance(second, TextColumn) else None,
         warmup_epochs=warmup_epochs,
+        num_workers=num_workers if args.num_workers is None else args.num_workers,
         **sides,
     )
 

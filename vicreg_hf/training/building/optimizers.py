@@ -29,18 +29,18 @@ class LARS(Optimizer):
     Args:
         params: parameters or parameter groups.
         lr: learning rate.
-        momentum: of the scaled updates, without damping.
+        momentum: factor of the sum of earlier scaled updates, without damping.
         weight_decay: added to the gradient as weight_decay * p.
         eta: trust coefficient.
         clip: let no parameter learn faster than without adaptation: the rate of each is at most lr,
-            min(eta * |p| / |grad + weight_decay * p|, lr). As solo-learn's clip_lr, whose
-            denominator is |grad| + weight_decay * |p| instead.
-        foreach: update many parameters at once, with the same result but for rounding; None does
-            so on CUDA, as torch.optim.
+            min(eta * |p| / |grad + weight_decay * p|, lr). solo-learn's clip_lr does the same with
+            |grad| + weight_decay * |p| in the denominator.
+        foreach: update many parameters at once, which only rounds otherwise; None does so on CUDA,
+            as torch.optim.
 
     Raises:
-        ValueError: a setting, also of a parameter group, that is not a finite number of at least 0,
-            or a momentum above 1.
+        ValueError: a setting, also in a parameter group, is not a finite number of at least 0, or
+            momentum is above 1.
 
     Source: vicreg@4e12602, main_vicreg.py, LARS; You et al. 2017, arXiv:1708.03888; clip from
     solo-learn, solo/utils/lars.py.
@@ -161,12 +161,13 @@ def create_optimizer(
 ) -> Optimizer:
     """The authors' LARS by "lars", else any optimiser of timm's by its name.
 
-    Biases and normalisation parameters are left out of weight decay in either. A state that is
-    loaded brings what the optimiser has gathered, and leaves its settings as they are here. torch's
+    Biases and normalisation parameters are left out of weight decay in either. A loaded state
+    brings moments and momentum, and leaves the settings as they are here. torch's
     Adam, AdamW and SGD are fused on CPU and CUDA, where the parameters are now.
 
     Args:
-        lars_eta: trust coefficient of "lars"; likewise lars_clip, as `LARS` has it.
+        lars_eta: eta of `LARS`, the trust coefficient; ignored by other optimisers.
+        lars_clip: clip of `LARS`, likewise.
 
     Raises:
         ValueError: a name timm does not have, or settings that no checkpoint can hold.

@@ -143,9 +143,9 @@ def _image_views(
     sides[1] = second["input_size"][-1]
     sides += [args.local_image_size] * args.num_local_views
     cfgs = [second if view == 1 else first for view in range(len(recipes))]
-    seen = [view for view in range(len(recipes)) if pairs is None or view != 1]
+    kept = [view for view in range(len(recipes)) if pairs is None or view != 1]
     return RandomViews(
-        [sides[view] for view in seen], tuple(recipes[view] for view in seen),
-        mean=[cfgs[view]["mean"] for view in seen], std=[cfgs[view]["std"] for view in seen],
-        seed=args.seed, in_chans=args.in_chans, compile=compiled, numbers=seen,
+        [sides[view] for view in kept], tuple(recipes[view] for view in kept),
+        mean=[cfgs[view]["mean"] for view in kept], std=[cfgs[view]["std"] for view in kept],
+        seed=args.seed, in_chans=args.in_chans, compile=compiled, numbers=kept,
     )  # fmt: skip
