@@ -1,11 +1,9 @@
 """Write a published encoder from a checkpoint of the authors, lightly or solo-learn."""
 
-import sys
-
 from safetensors import SafetensorError
 
 from vicreg_hf.publishing.conversion import convert_checkpoint
-from vicreg_hf.runtime.console import begin
+from vicreg_hf.settings.command_line import script
 from vicreg_hf.settings.parser import FlagsParser
 
 
@@ -15,10 +13,7 @@ def main() -> None:
     parser.add_argument("directory", help="The directory to write the encoder to.")
     parser.add_argument("--architecture", help="timm name; found by the shapes if absent.")
     args = parser.parse_args()
-    try:
-        done = convert_checkpoint(args.checkpoint, args.directory, architecture=args.architecture)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        sys.exit(f"error: {error}")
+    done = convert_checkpoint(args.checkpoint, args.directory, architecture=args.architecture)
     parts = "encoder and expander" if done.has_expander else "encoder"
     print(f"The {parts}, a {done.architecture}, went to {done.directory}.")
     if done.left_out:
@@ -26,5 +21,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    begin()
-    main()
+    with script(ValueError, OSError, RuntimeError, SafetensorError):
+        main()

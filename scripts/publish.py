@@ -1,13 +1,10 @@
 """Publish the encoder of a run on the Hub: `python scripts/publish.py --help`."""
 
-import sys
-
 from safetensors import SafetensorError
 from yaml import YAMLError
 
-from vicreg_hf.hub.api import without_tokens
 from vicreg_hf.publishing.publish import publish
-from vicreg_hf.runtime.console import begin
+from vicreg_hf.settings.command_line import script
 from vicreg_hf.settings.parser import FlagsParser
 
 
@@ -21,16 +18,13 @@ def main() -> None:
     parser.add_argument("--onnx", action="store_true", help="Publish onnx/model.onnx too.")
     parser.add_argument("--license", help="The licence of the weights, such as cc-by-4.0.")
     args = parser.parse_args()
-    try:
-        address = publish(
-            args.source, args.repo_id, private=args.private or None, revision=args.revision,
-            include_expander=args.include_expander, onnx=args.onnx, license=args.license,
-        )  # fmt: skip
-    except (ValueError, OSError, RuntimeError, SafetensorError, YAMLError) as error:
-        sys.exit(f"error: {without_tokens(str(error))}")
+    address = publish(
+        args.source, args.repo_id, private=args.private or None, revision=args.revision,
+        include_expander=args.include_expander, onnx=args.onnx, license=args.license,
+    )  # fmt: skip
     print(f"Published: {address}")
 
 
 if __name__ == "__main__":
-    begin()
-    main()
+    with script(ValueError, OSError, RuntimeError, SafetensorError, YAMLError):
+        main()

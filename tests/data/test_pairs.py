@@ -14,19 +14,19 @@ from vicreg_hf import PretrainingArguments
 from vicreg_hf.data import workers
 from vicreg_hf.data.batches import training_views
 from vicreg_hf.data.columns.image_files import ImageError
-from vicreg_hf.training.building.data import Inputs, open_inputs
+from vicreg_hf.training.building.data import TrainingData, open_training_data
 from vicreg_hf.training.building.model import build_model
-from vicreg_hf.training.building.second_branch import run_views
+from vicreg_hf.training.building.second_branch import create_views
 
 CPU = torch.device("cpu")
 TINY = {"architecture": "test_resnet", "expander_dims": "8-8", "batch_size": 8, "num_workers": 0}
 
 
-def settled(folder: Path, **settings: Any) -> tuple[PretrainingArguments, Inputs]:
+def settled(folder: Path, **settings: Any) -> tuple[PretrainingArguments, TrainingData]:
     args = PretrainingArguments(
         dataset_name=str(folder), output_dir=str(folder / "out"), **TINY | settings
     )
-    return args, open_inputs(args)
+    return open_training_data(args)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,10 @@ def text(bert: Path, **settings: Any) -> dict[str, Any]:
 
 
 def steps(
-    args: PretrainingArguments, inputs: Inputs, wanted: range, num_workers: int = 0
+    args: PretrainingArguments, inputs: TrainingData, wanted: range, num_workers: int = 0
 ) -> list[tuple[Any, ...]]:
     model = build_model(args, inputs.pairs, sound=inputs.sound)
-    views, paired = run_views(args, model.config, inputs.pairs)
+    views, paired = create_views(args, model.config, inputs.pairs)
     made = training_views(
         inputs.images, inputs.batches, views, steps=wanted, device=CPU, num_workers=num_workers,
         bad=inputs.bad, paired=paired,
@@ -56,7 +56,7 @@ def steps(
     return list(made)
 
 
-def prime_of(args: PretrainingArguments, inputs: Inputs) -> dict[str, Any]:
+def prime_of(args: PretrainingArguments, inputs: TrainingData) -> dict[str, Any]:
     """What the model's configuration says of the second branch."""
     prime = build_model(args, inputs.pairs, sound=inputs.sound).config.prime
     assert prime is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_a_small_split_has_as_many_neighbours_as_it_can(
     args = arguments(
         encoder, few, tmp_path, "knn,retrieval", train_split="test[:8]", eval_split="test[8:]"
     )
-    args.knn_k = args.retrieval_k = None
+    args = replace(args, knn_k=None, retrieval_k=None)
     found = evaluate(args, say=lambda _: None)["results"]
     names = {each["name"] for each in found if "precision" not in each["name"]}
     assert names == {"8-NN top-1 accuracy", "recall at 1", "recall at 5"}

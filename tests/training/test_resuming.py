@@ -23,7 +23,7 @@ from workflow import (
 from vicreg_hf.checkpoints.reading import CheckpointError, newest_checkpoint
 from vicreg_hf.publishing.loading import find_encoder
 from vicreg_hf.settings.command_line import parse_arguments
-from vicreg_hf.training.setup import begin, setup
+from vicreg_hf.training.setup import make_output_dir, setup
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -46,7 +46,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def begin_and_be_killed(images: Path, output_dir: Path, *flags: str) -> None:
     own = [f"--dataset_name={images}", f"--output_dir={output_dir}"]
-    begin(setup(parse_arguments([*SMALL, *WHOLE, *own, *flags])))
+    make_output_dir(setup(parse_arguments([*SMALL, *WHOLE, *own, *flags])))
 
 
 # Going on

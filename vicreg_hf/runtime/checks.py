@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 
@@ -27,34 +25,6 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> None:
     if not (is_number(value) and 0 <= value < math.inf and (value > 0 or not positive)):
         rule = "above 0" if positive else "of at least 0"
         raise ValueError(f"{name} must be a finite number {rule}, got {value!r}.")
-
-
-def settle_kinds(settings: Any) -> None:
-    """Bring the fields of a dataclass of settings to the types they declare.
-
-    Numbers of NumPy become Python's, paths become strings.
-
-    Raises:
-        ValueError: no number where one must be, or neither True nor False.
-    """
-    for name, hint in get_type_hints(type(settings)).items():
-        kinds: set[Any] = set(get_args(hint) or (hint,))
-        value: Any = getattr(settings, name)
-        if str in kinds and isinstance(value, os.PathLike):
-            setattr(settings, name, os.fspath(value))
-        if value is None or not kinds <= {int, float, bool, NoneType}:
-            continue
-        if bool in kinds:
-            kind, rule, right = bool, "True or False", isinstance(value, (bool, np.bool))
-        elif float in kinds:
-            kind = int if is_whole(value) else float
-            rule, right = "a number", is_number(value)
-        else:
-            kind, rule, right = int, "a whole number", is_whole(value)
-        if not right:
-            more = " or None" if NoneType in kinds else ""
-            raise ValueError(f"{name} must be {rule}{more}, got {value!r}.")
-        setattr(settings, name, kind(getattr(settings, name)))
 
 
 def read_widths(name: str, given: Any) -> list[int]:

@@ -1,22 +1,11 @@
-"""What every script needs before it works."""
+"""Output whose readers may leave."""
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from contextlib import suppress
 from typing import Any, TextIO
-
-
-def begin() -> None:
-    """Collect garbage from here on, and let output that nobody takes any more end nothing.
-
-    To be called when all is imported, which lasts longer where garbage is looked for among it.
-    """
-    gc.freeze()
-    gc.enable()
-    outlive_readers()
 
 
 def outlive_readers() -> None:

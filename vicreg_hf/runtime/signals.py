@@ -36,6 +36,19 @@ class Stopped(Exception):  # noqa: N818
     """The run was asked to stop, and has saved what it had reached."""
 
 
+def handle_requests(handler: Any) -> None:
+    """Set a handler of `REQUESTS`, as `signal.signal` takes it, but leave nohup's alone."""
+    for number in REQUESTS:
+        if not _ignored_by_nohup(number):
+            signal.signal(number, handler)
+
+
+def stop_before_the_run(*_: object) -> None:
+    """A handler for the seconds of a script's imports, when there is nothing to save."""
+    os.write(2, b"\nStopped before the run began.\n")
+    os._exit(STOPPED)
+
+
 def _ignored_by_nohup(number: signal.Signals) -> bool:
     return number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
 

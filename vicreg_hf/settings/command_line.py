@@ -1,17 +1,22 @@
-"""The command lines of pretrain.py and evaluate.py."""
+"""The command lines of pretrain.py and evaluate.py, and how scripts end."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import gc
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vicreg_hf.data.opening.dataset import DEMO
+from vicreg_hf.hub.api import without_tokens
+from vicreg_hf.runtime.console import outlive_readers
 from vicreg_hf.settings.evaluation import EvaluationArguments
-from vicreg_hf.settings.parser import SettingsParser, at_home
+from vicreg_hf.settings.parser import SettingsParser, expand_home
 from vicreg_hf.settings.pretraining import PretrainingArguments
-from vicreg_hf.settings.recipes import as_flags, describe_recipes, read_recipe, recipe_names
+from vicreg_hf.settings.recipes import describe_recipes, recipe_names
 
 HEADINGS = {
     "dataset_name": "data", "architecture": "backbone and expander", "weights": "second branch",
@@ -19,11 +24,25 @@ HEADINGS = {
     "num_workers": "speed", "output_dir": "output and resuming", "knn_steps": "monitoring",
     "push_to_hub": "Hub",
 }  # fmt: skip
-"""Over the settings in --help, each by the first that it stands above."""
+"""Headings of --help, each by the first setting below it."""
+
+
+@contextmanager
+def script(*errors: type[BaseException]) -> Iterator[None]:
+    """Run a script: errors of these kinds end it with a sentence and status 1.
+
+    Output that nobody reads any more ends nothing.
+    """
+    gc.freeze()  # what is imported is no garbage, and is not looked through again
+    outlive_readers()
+    try:
+        yield
+    except errors as error:
+        sys.exit(f"error: {without_tokens(str(error))}")
 
 
 class _ListRecipes(argparse.Action):
-    """Print the recipes and be done, as --help does."""
+    """Print the recipes and exit, as --help does."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(describe_recipes())
@@ -31,7 +50,7 @@ class _ListRecipes(argparse.Action):
 
 
 def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
-    """Settings from command-line words: a recipe first, flags on top.
+    """Settings of a pretraining run from command-line words: a recipe first, flags on top.
 
     Without --config, `demo` data come with the recipe `demo`.
 
@@ -39,18 +58,7 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
         ValueError: a setting that cannot be.
         SystemExit: words that are not flags, or --help.
     """
-    argv = at_home(argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--dataset_name", "--dataset-name", default=DEMO)
-    first.add_argument("--replay")
-    first.add_argument("--output_dir", "--output-dir")
-    known, _ = first.parse_known_args(list(argv))
-    config = known.config or (DEMO if known.dataset_name == DEMO else None)
-    if known.replay is not None and known.config is None:
-        config = str(Path(known.output_dir or "") / "config.yaml")
-        if not Path(config).is_file():
-            raise ValueError(f"replay needs the output_dir of a run, and there is no {config}.")
+    argv = expand_home(argv)
     parser = SettingsParser(
         PretrainingArguments,
         headings=HEADINGS,
@@ -77,43 +85,36 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
         type=int,
         help="Instead of training, take a step of the run in output_dir again and describe it.",
     )
-    words = [
-        *(
-            as_flags(read_recipe(config, PretrainingArguments, "scripts/pretrain.py"))
-            if config
-            else []
-        ),
-        *argv,
-    ]
-    namespace = vars(parser.parse_args(words))
-    for name in ("config", "list_recipes", "preview", "replay"):
-        namespace.pop(name)
-    return PretrainingArguments(**namespace)
+    known = _early(argv, "config", "replay", "dataset_name", "output_dir")
+    recipe = known.config
+    if recipe is None and known.replay is not None:
+        recipe = str(Path(known.output_dir or "") / "config.yaml")
+        if not Path(recipe).is_file():
+            raise ValueError(f"replay needs the output_dir of a run, and there is no {recipe}.")
+    if recipe is None and known.dataset_name in (None, DEMO):
+        recipe = DEMO
+    return parser.read(argv, recipe)
 
 
 def parse_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
-    """Settings from command-line words: a recipe first, flags on top.
+    """Settings of an evaluation from command-line words: a recipe first, flags on top.
 
     Raises:
         ValueError: a setting that cannot be.
         SystemExit: words that are not flags, or --help.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    argv = at_home(argv)
-    known, _ = first.parse_known_args(argv)
-    names = ", ".join(recipe_names("evaluation"))
+    argv = expand_home(argv)
+    names = ", ".join(recipe_names(EvaluationArguments.recipe_folder))
     parser = SettingsParser(
         EvaluationArguments, description="Measure an encoder on a labelled data set."
     )
-    parser.add_argument(
-        "--config",
-        help=f"A recipe ({names}) or a YAML file; flags override it.",
-    )
-    recipe = {}
-    if known.config:
-        recipe = read_recipe(known.config, EvaluationArguments, "scripts/evaluate.py", "evaluation")
-    words = [*as_flags(recipe), *argv]
-    namespace = vars(parser.parse_args(words))
-    namespace.pop("config")
-    return EvaluationArguments(**namespace)
+    parser.add_argument("--config", help=f"A recipe ({names}) or a YAML file; flags override it.")
+    return parser.read(argv, _early(argv, "config").config)
+
+
+def _early(argv: Sequence[str], *names: str) -> argparse.Namespace:
+    """The values of a few flags, from which it follows how the others are read."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    return parser.parse_known_args(argv)[0]

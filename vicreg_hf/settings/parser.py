@@ -1,4 +1,4 @@
-"""Settings and other words of a command line."""
+"""Settings and other flags of a command line."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ import difflib
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
+from vicreg_hf.settings.base import Settings, descriptions
+from vicreg_hf.settings.recipes import as_flags, read_recipe
 
-def at_home(words: Iterable[str]) -> list[str]:
-    """Words with the home directory for a leading ~, which shells put into some of them only."""
-    found = []
+
+def expand_home(words: Iterable[str]) -> list[str]:
+    """Replace a leading ~ by the home directory, as shells do, but not in --flag=~/place."""
+    expanded = []
     for word in words:
-        name, sign, value = word.partition("=")
-        is_flag = sign and name.startswith("--")
-        found.append(f"{name}={os.path.expanduser(value)}" if is_flag else os.path.expanduser(word))
-    return found
+        flag, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        expanded.append(f"{flag}{sign}{os.path.expanduser(value)}")
+    return expanded
 
 
-class _InOneLine(argparse.ArgumentParser):
-    """Says in a single line what is wrong, and of what is no flag which one was probably meant."""
+class _OneLineParser(argparse.ArgumentParser):
+    """Reports an error in a single line, and offers the flag that was probably meant."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        words = at_home(sys.argv[1:] if args is None else args)
+        words = expand_home(sys.argv[1:] if args is None else args)
         known = {flag.replace("_", "-") for flag in self._option_string_actions}
         names = {word: word.split("=")[0].replace("_", "-") for word in words if word[:2] == "--"}
         # before anything that may seem to be missing
@@ -41,7 +44,7 @@ class _InOneLine(argparse.ArgumentParser):
         self.exit(2, f"error: {message.rstrip('.')}; --help lists the settings.\n")
 
     def refuse(self, words: Sequence[str]) -> NoReturn:
-        """End with what is wrong with words that nothing here is called."""
+        """End the script with a line about words that are no flags."""
         name = words[0].split("=")[0]
         bare = name.lstrip("-").replace("-", "_")
         flags = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
@@ -51,34 +54,33 @@ class _InOneLine(argparse.ArgumentParser):
         self.error(f"{name} is no setting" + (f", --{near[0]} is one" if near else ""))
 
 
-class FlagsParser(_InOneLine):
+class FlagsParser(_OneLineParser):
     """Read a script's own flags, with hyphens or underscores."""
 
-    def __init__(self, **given: Any) -> None:
-        super().__init__(**given, allow_abbrev=False)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else list(args)
-        return super().parse_known_args([self._underscored(word) for word in words], namespace)
-
-    def _underscored(self, word: str) -> str:
-        name, *value = word.split("=", 1)
-        flag = "--" + name[2:].replace("-", "_")
-        known = name.startswith("--") and flag in self._option_string_actions
-        return "=".join([flag, *value]) if known else word
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        hyphened = {name.replace("_", "-"): None for name in names if name.startswith("--")}
+        return super().add_argument(*dict.fromkeys([*names, *hyphened]), **options)
 
 
-class SettingsParser(_InOneLine, HfArgumentParser):
-    """Read the settings of a dataclass from command-line words, and add flags of a script's own."""
+class SettingsParser(_OneLineParser, HfArgumentParser):
+    """Read settings and a script's own flags from command-line words."""
 
     def __init__(
-        self, settings: type, *, description: str = "", headings: Mapping[str, str] | None = None
+        self,
+        settings: type[Settings],
+        *,
+        description: str = "",
+        headings: Mapping[str, str] | None = None,
     ) -> None:
         """Make a flag of every field.
 
         Args:
-            headings: for --help, each by the field that it stands above.
+            headings: headings of --help, each by the field below it.
         """
+        self._settings, self._descriptions = settings, descriptions(settings)
         self._headings, self._section = dict(headings or {}), None
         super().__init__(
             settings,  # pyright: ignore[reportArgumentType]
@@ -89,10 +91,26 @@ class SettingsParser(_InOneLine, HfArgumentParser):
         assert not self._headings, "a heading must stand above a setting"
         self._section = None  # nor does it stand above what a script adds
 
-    def add_argument(self, *names: Any, **given: Any) -> Any:
+    def add_argument(self, *names: Any, **options: Any) -> Any:
         name = names[0].lstrip("-")
+        sentence = self._descriptions.get(name.removeprefix("no_"), "")
+        options.setdefault("help", sentence.replace("%", "%%"))
         if name in self._headings:
             self._section = self.add_argument_group(self._headings.pop(name))
         if self._section is not None:
-            return self._section.add_argument(*names, **given)
-        return super().add_argument(*names, **given)
+            return self._section.add_argument(*names, **options)
+        return super().add_argument(*names, **options)
+
+    def read(self, words: Sequence[str], recipe: str | None = None) -> Any:
+        """The settings from a recipe, and on top of it command-line words.
+
+        Args:
+            recipe: the name of a shipped recipe, or a YAML file.
+
+        Raises:
+            ValueError: no such recipe, or a setting outside its limits.
+            SystemExit: words that are not flags, or --help.
+        """
+        flags = as_flags(read_recipe(recipe, self._settings)) if recipe else []
+        values = vars(self.parse_args([*flags, *words]))
+        return self._settings(**{f.name: values[f.name] for f in fields(self._settings)})

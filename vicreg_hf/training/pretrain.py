@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ from vicreg_hf.training.monitoring.collapse import CollapseWatch
 from vicreg_hf.training.monitoring.log import Clock
 from vicreg_hf.training.run import Run
 from vicreg_hf.training.saving import save, wait_until_saved
-from vicreg_hf.training.setup import begin, setup
+from vicreg_hf.training.setup import make_output_dir, setup
 from vicreg_hf.training.step import Step, StepChecks, take_gradients, take_step, views_from_here
 
 ERRORS = (
@@ -80,9 +79,9 @@ def pretrain(args: PretrainingArguments) -> Path:
         )
     with Signals() as signals, claim(Path(str(args.output_dir))):
         with explained(args):
-            run = setup(replace(args))
+            run = setup(args)
             with failing_together(run.accelerator.device):
-                begin(run)
+                make_output_dir(run)
         # loading_errors, as any call of torch may report that a worker has died
         with explained(args, run), watched(run.accelerator), loading_errors():
             share_bad_images(run)

@@ -16,8 +16,8 @@ def replay(args: PretrainingArguments, step: int) -> Path:
     """Go from the newest earlier checkpoint to a step, and describe it; nothing is trained on.
 
     Args:
-        args: of the run, whose output_dir holds its checkpoints.
-        step: from 1, as in metrics.jsonl and in reports.
+        args: the settings of the run, whose output_dir holds its checkpoints.
+        step: number of the step from 1, as in metrics.jsonl and in reports.
 
     Returns:
         A JSON file: terms, norms of gradients, what is not finite, and the rows of the images.
@@ -26,12 +26,11 @@ def replay(args: PretrainingArguments, step: int) -> Path:
         ValueError: not a step of the run.
         CheckpointError: the run has checkpoints, but none from before the step.
     """
-    args = replace(args, resume="auto")
-    run = setup(args, before=step)
-    if not 0 < step <= run.total_steps:
-        raise ValueError(f"replay must be a step from 1 to {run.total_steps}, got {step}.")
     if args.streaming:
         raise ValueError("replay needs data on disk; a stream comes in another order each time.")
+    run = setup(replace(args, resume="auto"), before=step)
+    if not 0 < step <= run.total_steps:
+        raise ValueError(f"replay must be a step from 1 to {run.total_steps}, got {step}.")
     saved = {path.name for path in (run.output_dir / "checkpoints").glob("step-*")}
     if run.step == 0 and saved and "step-0" not in saved:
         run.accelerator.print("No checkpoint from before that step is left: it is taken from 0.")

@@ -15,9 +15,9 @@ from vicreg_hf.checkpoints.writing import CheckpointWriter
 from vicreg_hf.data.pairs import SecondInput
 from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.settings.learning_rate import learning_rate
 from vicreg_hf.settings.pretraining import PretrainingArguments
-from vicreg_hf.training.building.data import Inputs
-from vicreg_hf.training.building.optimizers import learning_rate
+from vicreg_hf.training.building.data import TrainingData
 from vicreg_hf.training.monitoring.knn import KNNMonitor
 from vicreg_hf.training.monitoring.log import MetricsLog
 from vicreg_hf.training.monitoring.probe import OnlineProbe
@@ -34,7 +34,7 @@ class Run:
     wrapped: torch.nn.Module
     """The model as accelerate prepared it: under autocast, and in DDP on several processes."""
     optimizer: Optimizer
-    inputs: Inputs
+    inputs: TrainingData
     views: RandomViews
     paired: SecondInput | None
     """Prepares the second half of each sample, where samples are pairs."""

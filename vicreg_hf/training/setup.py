@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 import time
 import warnings
@@ -32,10 +31,10 @@ from vicreg_hf.runtime.machine import hardware, local_processes
 from vicreg_hf.runtime.output_dir import set_aside
 from vicreg_hf.runtime.processes import start_accelerator
 from vicreg_hf.settings.pretraining import PretrainingArguments
-from vicreg_hf.training.building.data import Inputs, open_inputs
+from vicreg_hf.training.building.data import TrainingData, open_training_data
 from vicreg_hf.training.building.model import build_model
 from vicreg_hf.training.building.optimizers import create_optimizer
-from vicreg_hf.training.building.second_branch import run_views
+from vicreg_hf.training.building.second_branch import create_views
 from vicreg_hf.training.monitoring.knn import KNNMonitor, missing_for_knn
 from vicreg_hf.training.monitoring.log import MetricsLog
 from vicreg_hf.training.monitoring.probe import create_probe
@@ -45,17 +44,17 @@ from vicreg_hf.training.run import Run
 
 ENCODERS = ("encoder", PRIME_DIRECTORY)
 BESIDE = ("metrics.jsonl", "config.yaml", "bad_images.jsonl")
-"""What a run writes besides its encoders and checkpoints."""
+"""Files that a run writes besides its encoders and checkpoints."""
 CHECKPOINTS = "checkpoints"
 WORTH_COMPILING = 2000
-"""Steps left from which on a run on a GPU makes up for the time it takes to compile the model."""
+"""Least number of steps left for which compiling the model pays on a GPU."""
 
 
 def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     """Check every setting, load the data, build the model, resume.
 
     Args:
-        before: resume from a checkpoint of an earlier step than this.
+        before: resume only from checkpoints of earlier steps than this one.
     """
     started = time.perf_counter()
     check_architecture(args.architecture)
@@ -63,25 +62,21 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     accelerator = start_accelerator(
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     )
-    output_dir = Path(str(args.output_dir))
-    if args.push_to_hub and accelerator.is_main_process:
-        open_repository(str(args.hub_model_id), private=args.hub_private or None)
-        if args.prime_modality not in (None, "embedding"):
-            open_repository(f"{args.hub_model_id}{PRIME_SUFFIX}", private=args.hub_private or None)
-    inputs = open_inputs(
+    if accelerator.is_main_process:
+        _open_repositories(args)
+    args, data = open_training_data(
         args, rank=accelerator.process_index, world_size=accelerator.num_processes,
         local_processes=local_processes(accelerator), main_first=accelerator.main_process_first,
     )  # fmt: skip
-    train, batches = inputs.train, inputs.batches
     # convolutions are faster in this layout, on CPU too; attention does not mind
-    model = build_model(args, inputs.pairs, sound=inputs.sound)
+    model = build_model(args, data.pairs, sound=data.sound)
     model.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore
     probe = None
     if args.online_probe:
-        probe = create_probe(train, inputs.held_out, model.num_features).to(accelerator.device)
-    _check_micro_batches(model, batches)
+        probe = create_probe(data.train, data.held_out, model.num_features).to(accelerator.device)
+    _check_micro_batches(model, data.batches)
     if accelerator.is_main_process:
-        check_exportable(model, column=inputs.pairs.column if inputs.pairs else None)
+        check_exportable(model, column=data.pairs.column if data.pairs else None)
     if accelerator.num_processes > 1:
         synchronize(model, accelerator.device)
     assert args.base_lr is not None
@@ -90,33 +85,42 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
         lars_eta=args.lars_eta, lars_clip=args.lars_clip,
     )  # fmt: skip
     compiled = accelerator.device.type == "cuda" if args.compile is None else args.compile
-    views, paired = run_views(args, model.config, inputs.pairs, compiled=compiled)
+    views, paired = create_views(args, model.config, data.pairs, compiled=compiled)
     if views.left_out:
         channels = "1 channel" if args.in_chans == 1 else f"{args.in_chans} channels"
         accelerator.print(
             f"Images of {channels} are seen without {', '.join(views.left_out)}, which need RGB."
         )
-    log = MetricsLog(output_dir / "metrics.jsonl", accelerator.is_main_process)
-    fingerprint = inputs.fingerprint()
+    log = MetricsLog(Path(str(args.output_dir)) / "metrics.jsonl", accelerator.is_main_process)
+    fingerprint = data.fingerprint()
     step, seconds = resume(
-        args, accelerator, model, optimizer, fingerprint, total_steps=inputs.total_steps,
+        args, accelerator, model, optimizer, fingerprint, total_steps=data.total_steps,
         probe=probe, before=before,
     )  # fmt: skip
-    if _compiles_model(args, accelerator, model, inputs.total_steps - step):
+    if _compiles_model(args, accelerator, model, data.total_steps - step):
         model.compile_branches(expanders=accelerator.num_processes == 1)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     return Run(
-        args, accelerator, model, wrapped, prepared, inputs, views, paired,
-        _create_monitor(args, inputs, model.config.pretrained_cfg or {}), probe, log, fingerprint,
+        args, accelerator, model, wrapped, prepared, data, views, paired,
+        _create_monitor(args, data, model.config.pretrained_cfg or {}), probe, log, fingerprint,
         step, seconds_before=seconds, started=started,
     )  # fmt: skip
 
 
-def begin(run: Run) -> None:
+def _open_repositories(args: PretrainingArguments) -> None:
+    """Find out, before any training, whether the encoders can be pushed."""
+    if args.push_to_hub:
+        names = [str(args.hub_model_id)]
+        if args.prime_modality not in (None, "embedding"):
+            names.append(f"{args.hub_model_id}{PRIME_SUFFIX}")
+        for name in names:
+            open_repository(name, private=args.hub_private or None)
+
+
+def make_output_dir(run: Run) -> None:
     """Make output_dir as the checkpoint left it, and say what begins."""
     main, bad, directory = run.accelerator.is_main_process, run.inputs.bad, run.output_dir
-    remedy = "Nothing in it is lost; free some space or choose another."
-    with writing(directory, remedy=remedy):
+    with writing(directory, remedy="Nothing in it is lost; free some space or choose another."):
         if main:
             _set_aside(run)
         if run.step:
@@ -131,8 +135,8 @@ def begin(run: Run) -> None:
             settings = replace(run.args, resume="auto", resume_changed=False)
             with replacing(directory / "config.yaml") as aside:
                 aside.write_text(settings.to_yaml())
-            (directory / "checkpoints").mkdir(exist_ok=True)
-            tempfile.TemporaryFile(dir=directory / "checkpoints").close()
+            (directory / CHECKPOINTS).mkdir(exist_ok=True)
+            tempfile.TemporaryFile(dir=directory / CHECKPOINTS).close()
     _introduce(run)
 
 
@@ -151,30 +155,30 @@ def _introduce(run: Run) -> None:
 
 
 def _set_aside(run: Run) -> None:
-    """Keep what an earlier run has made from being lost, or taken for this one's."""
+    """Move files of an earlier run aside, so that none is lost or taken for this run's."""
     directory, names = run.output_dir, []
     over = any((directory / CHECKPOINTS).glob("step-*"))
     anew = run.step == 0 and (run.args.resume == "never" or not over)
     if anew and (over or any((directory / name).exists() for name in ENCODERS)):
         names += BESIDE
     if run.step < run.total_steps:
-        names += ENCODERS  # of fewer steps, or of another run
+        names += ENCODERS  # these have fewer steps, or are another run's
     if anew and over:
         names.append(CHECKPOINTS)  # last: where this is broken off, what is left is still known
     set_aside(directory, names, print)
 
 
 def _create_monitor(
-    args: PretrainingArguments, inputs: Inputs, cfg: dict[str, Any]
+    args: PretrainingArguments, data: TrainingData, cfg: dict[str, Any]
 ) -> KNNMonitor | None:
-    if isinstance(inputs.train, ImageStream) or isinstance(inputs.images, ImageStream):
+    if isinstance(data.train, ImageStream) or isinstance(data.images, ImageStream):
         return None
     assert args.image_size is not None
-    images = inputs.train if isinstance(inputs.images, PairedSplit) else inputs.images
+    images = data.train if isinstance(data.images, PairedSplit) else data.images
     return KNNMonitor.create(
-        inputs.train, images, inputs.held_out, image_size=args.image_size,
+        data.train, images, data.held_out, image_size=args.image_size,
         crop_pct=cfg["crop_pct"], mean=cfg["mean"], std=cfg["std"],
-        num_workers=args.num_workers or 0, bad=inputs.bad,
+        num_workers=args.num_workers or 0, bad=data.bad,
     )  # fmt: skip
 
 
@@ -183,7 +187,7 @@ def _compiles_model(
 ) -> bool:
     """Whether backbone and expander are compiled: as the settings say, or where it pays.
 
-    torch's synchronised batch normalisation ends a graph, of which a ResNet would then have scores.
+    torch's synchronised batch normalisation would cut a ResNet into scores of compiled graphs.
     Either all processes compile or none.
     """
     if args.compile_model is None:
@@ -204,10 +208,9 @@ def _compiles_model(
 
 
 def _normalises_batches(model: VICRegModel) -> bool:
-    """Whether an encoder does, whatever the expanders do."""
+    """Whether an encoder has batch normalisation, whatever the expanders have."""
     encoders = [model.backbone] + ([] if model.prime is None else [model.prime.backbone])
-    parts = itertools.chain.from_iterable(encoder.modules() for encoder in encoders)
-    return any(isinstance(part, _BatchNorm) for part in parts)
+    return any(isinstance(part, _BatchNorm) for own in encoders for part in own.modules())
 
 
 def _check_micro_batches(model: VICRegModel, batches: GlobalBatches) -> None:

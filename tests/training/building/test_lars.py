@@ -1,4 +1,7 @@
-"""LARS against steps worked by hand, the authors' formulas and solo-learn's clipping."""
+"""LARS against steps worked by hand, the authors' formulas and solo-learn's clipping.
+
+Values are float64; a step of many parameters at once is held to the plain one.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,17 @@ from vicreg_hf.training.building.optimizers import LARS
 Array = NDArray[np.float64]
 
 
-def parameter(values: list[float] | list[list[float]]) -> nn.Parameter:
+def parameter(values: Any) -> nn.Parameter:
     return nn.Parameter(torch.tensor(values, dtype=torch.float64))
 
 
-def after_step(
-    p: nn.Parameter, optimizer: torch.optim.Optimizer, grad: list[float] | list[list[float]]
-) -> Tensor:
+def after_step(p: nn.Parameter, optimizer: LARS, grad: Any) -> Tensor:
     p.grad = torch.tensor(grad, dtype=torch.float64)
     optimizer.step()
     return p.detach().clone()
 
 
-def assert_values(actual: Tensor, expected: list[float] | list[list[float]]) -> None:
+def assert_values(actual: Tensor, expected: Any) -> None:
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
 
 
@@ -40,57 +41,60 @@ def test_two_steps_of_lars_match_values_worked_by_hand() -> None:
     # norm of [3, 3.5] is 4.6098: update 0.46098 beside momentum 0.9 * 0.5
     update = 0.1 * math.hypot(3, 3.5) + 0.45
     assert_values(after_step(p, optimizer, [[0.0, 2.0]]), [[3.0, 3.5 - update]])
+    assert_values(p.grad, [[0.0, 2.0]])  # pyright: ignore  # the gradient is left as it was
 
 
-def test_trust_ratio_takes_the_norm_of_gradient_plus_weight_decay() -> None:
-    p = parameter([[3.0, 4.0]])
-    optimizer = LARS([p], lr=1.0, momentum=0.0, weight_decay=1.0, eta=0.1)
-    # update [3, 4] + [-3, 8] = [0, 12]; ratio 0.1 * 5 / 12, where the gradient's norm is 8.5
-    assert_values(after_step(p, optimizer, [[-3.0, 8.0]]), [[3.0, 3.5]])
-
-
-def test_weight_decay_alone_moves_weights_by_eta() -> None:
-    p = parameter([[3.0, 4.0]])
-    optimizer = LARS([p], lr=1.0, momentum=0.0, weight_decay=1e-6, eta=0.1)
-    assert_values(after_step(p, optimizer, [[0.0, 0.0]]), [[2.7, 3.6]])
-
-
-def test_one_dimensional_parameters_get_plain_momentum() -> None:
-    p = parameter([1.0, 2.0])
-    optimizer = LARS([p], lr=0.5, momentum=0.9, weight_decay=0.3, eta=0.1)
-    assert_values(after_step(p, optimizer, [1.0, 1.0]), [0.5, 1.5])
-    assert_values(after_step(p, optimizer, [1.0, 1.0]), [0.5 - 0.95, 1.5 - 0.95])
-
-
-def test_zero_weights_take_a_plain_step() -> None:
-    p = parameter([[0.0, 0.0]])
-    optimizer = LARS([p], lr=0.5, weight_decay=0.1, eta=1e-3)
-    assert_values(after_step(p, optimizer, [[1.0, -2.0]]), [[-0.5, 1.0]])
-
-
-def test_zero_updates_leave_weights_as_they_are() -> None:
-    p = parameter([[3.0, 4.0]])
-    assert_values(after_step(p, LARS([p], lr=0.5, weight_decay=0.0), [[0.0, 0.0]]), [[3.0, 4.0]])
-
-
-def test_parameters_without_a_gradient_are_left_alone() -> None:
-    p = parameter([[3.0, 4.0]])
-    LARS([p], lr=0.5, weight_decay=0.1).step()
-    assert_values(p.detach(), [[3.0, 4.0]])
+@pytest.mark.parametrize(
+    ("start", "grad", "settings", "expected"),
+    [
+        # update [3, 4] + [-3, 8] = [0, 12]; ratio 0.1 * 5 / 12, where the gradient's norm is 8.5
+        ([[3.0, 4.0]], [[-3.0, 8.0]], {"lr": 1.0, "weight_decay": 1.0}, [[3.0, 3.5]]),
+        # weight decay alone moves weights by eta
+        ([[3.0, 4.0]], [[0.0, 0.0]], {"lr": 1.0, "weight_decay": 1e-6}, [[2.7, 3.6]]),
+        # one dimension: neither decay nor adaptation
+        ([1.0, 2.0], [1.0, 1.0], {"lr": 0.5, "weight_decay": 0.3}, [0.5, 1.5]),
+        # weights of zero take a plain step, and updates of zero leave weights as they are
+        ([[0.0, 0.0]], [[1.0, -2.0]], {"lr": 0.5, "weight_decay": 0.1}, [[-0.5, 1.0]]),
+        ([[3.0, 4.0]], [[0.0, 0.0]], {"lr": 0.5, "weight_decay": 0.0}, [[3.0, 4.0]]),
+        # clipped: the lower of the adapted rate, eta |p| / |grad| = 0.25, and lr
+        ([[3.0, 4.0]], [[0.0, 2.0]], {"lr": 1.0, "weight_decay": 0.0, "clip": True}, [[3.0, 3.5]]),
+        (
+            [[3.0, 4.0]],
+            [[0.0, 2.0]],
+            {"lr": 0.125, "weight_decay": 0.0, "clip": True},
+            [[3.0, 3.75]],
+        ),
+    ],
+)
+def test_a_step_matches_values_worked_by_hand(
+    start: Any, grad: Any, settings: dict[str, Any], expected: Any
+) -> None:
+    for foreach in (False, True):
+        p = parameter(start)
+        optimizer = LARS([p], momentum=0.0, eta=0.1, foreach=foreach, **settings)
+        assert_values(after_step(p, optimizer, grad), expected)
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-def test_lars_without_any_gradient_moves_nothing(foreach: bool) -> None:
-    p = parameter([[3.0, 4.0]])
-    LARS([p], lr=0.5, weight_decay=0.1, foreach=foreach).step()
-    assert_values(p.detach(), [[3.0, 4.0]])
+def test_at_a_rate_of_zero_clipped_lars_gathers_momentum_and_moves_nothing(foreach: bool) -> None:
+    p, without = parameter([[3.0, 4.0]]), parameter([[1.0]])
+    optimizer = LARS([p, without], lr=0.0, weight_decay=0.0, clip=True, foreach=foreach)
+    assert_values(after_step(p, optimizer, [[0.0, 2.0]]), [[3.0, 4.0]])
+    assert_values(optimizer.state[p]["momentum_buffer"], [[0.0, 2.0]])
+    assert without not in optimizer.state  # it has no gradient
+    p.grad = None
+    optimizer.step()
 
 
-class AuthorsLARS:
-    """vicreg@4e12602, main_vicreg.py, LARS, in numpy; biases and norms are those of one axis."""
+class ReferenceLARS:
+    """vicreg@4e12602, main_vicreg.py, LARS, in numpy; biases and norms are those of one axis.
 
-    def __init__(self, lr: float, momentum: float, weight_decay: float, eta: float) -> None:
-        self.lr, self.momentum, self.weight_decay, self.eta = lr, momentum, weight_decay, eta
+    With `clip`, solo-learn's solo/utils/lars.py with clip_lr, but for the denominator, which is
+    the authors'.
+    """
+
+    def __init__(self, lr: float, weight_decay: float, *, clip: bool) -> None:
+        self.lr, self.weight_decay, self.clip = lr, weight_decay, clip
         self.mu: dict[int, Array] = {}
 
     def step(self, params: list[Array], grads: list[Array]) -> None:
@@ -99,23 +103,26 @@ class AuthorsLARS:
             if p.ndim != 1:
                 dp = dp + self.weight_decay * p
                 param_norm, update_norm = np.linalg.norm(p), np.linalg.norm(dp)
-                q = 1.0
                 if param_norm > 0 and update_norm > 0:
-                    q = self.eta * param_norm / update_norm
-                dp = dp * q
-            self.mu[index] = self.momentum * self.mu.get(index, np.zeros_like(p)) + dp
+                    q = 0.02 * param_norm / update_norm
+                    dp = dp * (min(q / self.lr, 1) if self.clip else q)
+            self.mu[index] = 0.9 * self.mu.get(index, np.zeros_like(p)) + dp
             p -= self.lr * self.mu[index]
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 1e-6, 0.5])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_many_steps_of_lars_match_the_authors(momentum: float, weight_decay: float) -> None:
+@pytest.mark.parametrize("foreach", [None, False, True])
+@pytest.mark.parametrize(
+    ("lr", "clip"),
+    [(0.7, False), (1e-3, True), (0.02, True), (1.0, True)],  # all, some and none are clipped
+)
+def test_many_steps_match_the_authors_and_solo_learn(lr: float, clip: bool, foreach: Any) -> None:
     random = np.random.default_rng(0)
-    arrays = [random.normal(size=shape) for shape in ((4, 3), (4,), (2, 3, 5, 5), (1,))]
-    arrays.append(np.zeros((3, 2)))
+    shapes = ((4, 3), (4,), (2, 3, 5, 5), (1,))
+    arrays = [k * random.normal(size=shape) for k, shape in zip((1, 1, 5, 1), shapes, strict=True)]
+    arrays += [0.2 * random.normal(size=(4, 3)), np.zeros((3, 2))]
     params = [nn.Parameter(torch.from_numpy(array.copy())) for array in arrays]
-    ours = LARS(params, lr=0.7, momentum=momentum, weight_decay=weight_decay, eta=0.02)
-    theirs = AuthorsLARS(0.7, momentum, weight_decay, 0.02)
+    ours = LARS(params, lr, weight_decay=1e-2, eta=0.02, clip=clip, foreach=foreach)
+    theirs = ReferenceLARS(lr, 1e-2, clip=clip)
     for _ in range(5):
         grads = [random.normal(size=array.shape) for array in arrays]
         for p, grad in zip(params, grads, strict=True):
@@ -126,37 +133,19 @@ def test_many_steps_of_lars_match_the_authors(momentum: float, weight_decay: flo
         np.testing.assert_allclose(p.detach().numpy(), array, rtol=1e-12, atol=1e-14)
 
 
-def test_lars_leaves_gradients_as_they_were() -> None:
-    p = parameter([[3.0, 4.0]])
-    after_step(p, LARS([p], lr=1.0, weight_decay=1.0), [[1.0, 2.0]])
-    assert p.grad is not None
-    assert_values(p.grad, [[1.0, 2.0]])
-
-
-def test_groups_keep_their_own_settings() -> None:
+def test_groups_keep_their_own_settings_and_a_closure_gives_its_loss() -> None:
     slow, fast = parameter([1.0]), parameter([1.0])
     optimizer = LARS([{"params": [slow]}, {"params": [fast], "lr": 0.5}], lr=0.1)
-    slow.grad, fast.grad = torch.ones_like(slow), torch.ones_like(fast)
-    optimizer.step()
-    assert_values(torch.stack([slow, fast]).detach(), [[0.9], [0.5]])
-
-
-def test_lars_returns_the_loss_of_its_closure() -> None:
-    p = parameter([1.0])
+    authors = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-6, "eta": 1e-3}
+    assert optimizer.defaults == authors | {"clip": False, "foreach": None}
 
     def closure() -> float:
-        loss = (2 * p).sum()
+        loss = (slow + fast).sum()
         loss.backward()
         return loss.item()
 
-    assert LARS([p], lr=0.1).step(closure) == 2.0
-    assert_values(p.detach(), [0.8])
-
-
-def test_lars_defaults_are_the_authors() -> None:
-    defaults = LARS([parameter([1.0])], lr=0.1).defaults
-    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-6, "eta": 1e-3}
-    assert defaults == settings | {"clip": False, "foreach": None}
+    assert optimizer.step(closure) == 2.0
+    assert_values(torch.stack([slow, fast]).detach(), [[0.9], [0.5]])
 
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "0.1", None, True])
@@ -166,15 +155,11 @@ def test_lars_refuses_settings_that_cannot_be(name: str, value: Any) -> None:
     message = f"^{name} must be a finite number of at least 0, got {value!r}.$"
     with pytest.raises(ValueError, match=message):
         LARS([parameter([1.0])], **settings)
-    optimizer = LARS([parameter([1.0])], lr=0.1)
-    with pytest.raises(ValueError, match=message):
-        optimizer.add_param_group({"params": [parameter([1.0])], name: value})
-    assert len(optimizer.param_groups) == 1
-
-
-def test_lars_refuses_momentum_that_grows() -> None:
-    with pytest.raises(ValueError, match=r"momentum must be at most 1, got 1\.5"):
-        LARS([parameter([1.0])], lr=0.1, momentum=1.5)
+    with pytest.raises(ValueError, match=message):  # also of a group
+        LARS([{"params": [parameter([1.0])], name: value}], lr=0.1)
+    if name == "momentum":
+        with pytest.raises(ValueError, match=r"momentum must be at most 1, got 1\.5"):
+            LARS([parameter([1.0])], lr=0.1, momentum=1.5)
 
 
 def test_lars_takes_a_rate_that_is_a_tensor() -> None:
@@ -203,63 +188,58 @@ def test_norms_beyond_half_precision_keep_their_step(
     torch.testing.assert_close(p.detach(), torch.full_like(p, expected), rtol=0.01, atol=0)
 
 
-# Clipping the trust ratio
+# Many parameters at once
 
 
-class SoloLearnsLARS:
-    """solo-learn's solo/utils/lars.py with clip_lr, but for the denominator, which is ours."""
-
-    def __init__(self, lr: float, momentum: float, weight_decay: float, eta: float) -> None:
-        self.lr, self.momentum, self.weight_decay, self.eta = lr, momentum, weight_decay, eta
-        self.buffers: dict[int, Array] = {}
-
-    def step(self, params: list[Array], grads: list[Array]) -> None:
-        for index, (p, grad) in enumerate(zip(params, grads, strict=True)):
-            d_p = grad
-            if p.ndim != 1:
-                d_p = grad + self.weight_decay * p
-                p_norm, norm = np.linalg.norm(p), np.linalg.norm(d_p)
-                if p_norm != 0 and norm != 0:
-                    lars_lr = min(p_norm / norm * self.eta / self.lr, 1)
-                    d_p = d_p * lars_lr
-            self.buffers[index] = self.momentum * self.buffers.get(index, np.zeros_like(p)) + d_p
-            p -= self.lr * self.buffers[index]
+def parameters_of_all_kinds() -> list[nn.Parameter]:
+    """Some in two dtypes and three layouts, some zero, one without dimensions and one empty."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for dtype in (torch.float32, torch.float64)
+        for shape in ((4, 3), (4,), (6, 3, 5, 5), (), (2, 0), (7, 2))
+    ]
+    tensors[2] = tensors[2].to(memory_format=torch.channels_last)
+    tensors[5] = tensors[5].T
+    tensors[8] = tensors[8][:, :, ::2]
+    return [nn.Parameter(tensor) for tensor in [*tensors, torch.zeros(3, 2), torch.zeros(5)]]
 
 
-@pytest.mark.parametrize("foreach", [False, True])
-@pytest.mark.parametrize("lr", [1e-3, 0.02, 1.0])  # of three, all, some and none are clipped
-def test_many_steps_of_clipped_lars_match_solo_learn(lr: float, foreach: bool) -> None:
-    random = np.random.default_rng(0)
-    arrays = [scale * random.normal(size=(4, 3)) for scale in (0.2, 1.0, 5.0)]
-    arrays += [random.normal(size=4), np.zeros((3, 2))]
-    params = [nn.Parameter(torch.from_numpy(array.copy())) for array in arrays]
-    ours = LARS(params, lr, weight_decay=1e-4, eta=0.02, clip=True, foreach=foreach)
-    theirs = SoloLearnsLARS(lr, 0.9, 1e-4, 0.02)
-    for _ in range(5):
-        grads = [random.normal(size=array.shape) for array in arrays]
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = torch.from_numpy(grad)
-        ours.step()
-        theirs.step(arrays, grads)
-    for p, array in zip(params, arrays, strict=True):
-        np.testing.assert_allclose(p.detach().numpy(), array, rtol=1e-12, atol=1e-14)
+def lars_of(params: list[nn.Parameter], **settings: Any) -> LARS:
+    fast = {"params": params[1::3], "lr": 0.4, "eta": 0.05, "weight_decay": 0.3}
+    rest = [p for index, p in enumerate(params) if index % 3 != 1]
+    return LARS([{"params": rest}, fast], lr=0.7, weight_decay=1e-3, eta=0.02, **settings)
 
 
-def test_a_clipped_rate_is_the_lower_of_adapted_and_plain() -> None:
-    p = parameter([[3.0, 4.0]])  # eta |p| / |grad| = 0.25
-    optimizer = LARS([p], lr=1.0, momentum=0.0, weight_decay=0.0, eta=0.1, clip=True)
-    assert_values(after_step(p, optimizer, [[0.0, 2.0]]), [[3.0, 3.5]])
-    p = parameter([[3.0, 4.0]])
-    optimizer = LARS([p], lr=0.125, momentum=0.0, weight_decay=0.0, eta=0.1, clip=True)
-    assert_values(after_step(p, optimizer, [[0.0, 2.0]]), [[3.0, 3.75]])
+def take_steps(params: list[nn.Parameter], optimizer: LARS, steps: range) -> None:
+    """With gradients of which some are missing, some zero, and some in another layout."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for index, p in enumerate(params):
+            grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+            if (index + step) % 5 == 0:
+                grad = torch.zeros_like(p)
+            p.grad = None if (index + step) % 7 == 0 else grad
+        optimizer.step()
 
 
-@pytest.mark.parametrize("foreach", [False, True])
-def test_at_a_rate_of_zero_clipped_lars_gathers_momentum_and_moves_nothing(foreach: bool) -> None:
-    p = parameter([[3.0, 4.0]])
-    optimizer = LARS([p], lr=0.0, weight_decay=0.0, clip=True, foreach=foreach)
-    assert_values(after_step(p, optimizer, [[0.0, 2.0]]), [[3.0, 4.0]])
-    assert_values(optimizer.state[p]["momentum_buffer"], [[0.0, 2.0]])
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("clip", [False, True])
+def test_either_lars_goes_on_from_the_others_state(before: bool, after: bool, clip: bool) -> None:
+    expected, params = parameters_of_all_kinds(), parameters_of_all_kinds()
+    take_steps(expected, lars_of(expected, clip=clip, foreach=False), range(6))
+    first = lars_of(params, clip=clip, foreach=before)
+    take_steps(params, first, range(3))
+    state = first.state_dict()
+    for group in state["param_groups"]:
+        group["foreach"] = after
+    second = lars_of(params, clip=clip, foreach=after)
+    second.load_state_dict(state)
+    take_steps(params, second, range(3, 6))
+    for p, value, start in zip(params, expected, parameters_of_all_kinds(), strict=True):
+        torch.testing.assert_close(p, value)  # to rounding: each step is a few operations
+        assert p.stride() == start.stride()
+        assert torch.equal(p, start) == (p.numel() == 0)
 
 
 def test_a_state_from_before_there_was_clipping_is_taken() -> None:

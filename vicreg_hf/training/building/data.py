@@ -1,10 +1,10 @@
-"""From a run's settings to its images: which data, in which order, seen how."""
+"""From a run's settings to its images, and to settings in which the data have filled every gap."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vicreg_hf.data.bad_images import BadImages
 from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
+from vicreg_hf.data.columns.texts import TextColumn
 from vicreg_hf.data.memory import MEMORY_BUDGET, common_side, load_in_memory
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.opening.slicing import add_parts
@@ -22,23 +23,20 @@ from vicreg_hf.data.splits import ImageSplit, held_out_split, image_split
 from vicreg_hf.data.streams import ImageStream, image_stream
 from vicreg_hf.runtime.machine import default_num_workers
 from vicreg_hf.settings.pretraining import PretrainingArguments
-from vicreg_hf.training.building.second_branch import (
-    run_column,
-    spectrogram_settings,
-    takes_waveforms,
-)
+from vicreg_hf.training.building.second_branch import open_run_column, takes_waveforms
 
 LOCAL_SHARE = 96 / 224
-"""Of a local view's side in a global one's (SwAV, arXiv:2006.09882)."""
+"""Side of a local view over that of a global one (SwAV, arXiv:2006.09882)."""
 
 
 @dataclass
-class Inputs:
+class TrainingData:
     """The images of a run, and the order in which they come."""
 
     train: ImageSplit | ImageStream
     images: ImageSplit | PairedSplit | ImageStream | Tensor
-    """The same: to decode as they come, alone or with what belongs to them, or in memory."""
+    """The images of `train` as training reads them: one by one, in pairs with another column, or
+    decoded in memory."""
     held_out: ImageSplit | None
     batches: GlobalBatches
     total_steps: int
@@ -46,7 +44,7 @@ class Inputs:
 
     @property
     def pairs(self) -> PairedSplit | None:
-        """The samples, where the second branch takes something else than the images."""
+        """The pairs, where the second branch takes another column."""
         return self.images if isinstance(self.images, PairedSplit) else None
 
     @property
@@ -56,31 +54,33 @@ class Inputs:
         return column.settings if isinstance(column, SpectrogramColumn) else None
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells these data from others."""
+        """A description that other data do not share."""
         return (self.pairs or self.train).fingerprint()
 
 
-def open_inputs(
+def open_training_data(
     args: PretrainingArguments,
     *,
     rank: int = 0,
     world_size: int = 1,
     local_processes: int = 1,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Inputs:
-    """Find the data, and settle what the settings leave to it.
+) -> tuple[PretrainingArguments, TrainingData]:
+    """Find the data, and fill in the settings that follow from them.
 
     Args:
-        args: filled in where they are None.
-        rank: of this process; world_size says of how many.
-        local_processes: how many share this machine's cores.
-        main_first: in whose context the data are opened, so that one process prepares the cache.
+        rank: number of this process, from 0 to world_size - 1.
+        local_processes: processes that share this machine's cores.
+        main_first: a context in which the data are opened, so that one process prepares the cache.
+
+    Returns:
+        The settings of the run, in which no default is left open, and its data.
 
     Raises:
         ValueError: data that are not there, or settings that do not suit them.
-        ImageError: hardly an image can be used.
+        ImageError: hardly any image can be used.
     """
-    train, held_out, pairs = _open_splits(args, main_first)
+    train, held_out, eval_split, pairs = _open_splits(args, main_first)
     batches = GlobalBatches(
         _num_images(train, args), args.batch_size, seed=args.seed, rank=rank,
         world_size=world_size, micro_batch_size=args.micro_batch_size,
@@ -91,85 +91,105 @@ def open_inputs(
             f"num_train_epochs must give at least one step, got {args.num_train_epochs} epochs of "
             f"{batches.steps_per_epoch} steps; use max_steps."
         )
-    if args.warmup_epochs is None:
-        args.warmup_epochs = min(10.0, total_steps // 10 / batches.steps_per_epoch)
     log = Path(str(args.output_dir)) / "bad_images.jsonl"
     bad = BadImages(train.num_images, args.max_bad_fraction, log)
     images: ImageSplit | PairedSplit | ImageStream | Tensor = pairs or train
     side = None
-    if isinstance(train, ImageSplit):
-        side = common_side(train)
-        loaded = None if side is None or pairs is not None else load_in_memory(train, bad=bad)
+    if isinstance(train, ImageStream):
+        images = train.share(rank, world_size, seed=args.seed)
+    elif (side := common_side(train)) is not None and pairs is None:
+        loaded = load_in_memory(train, bad=bad)
         if loaded is not None:
             images = loaded
-        elif (
-            side is not None and pairs is None
-            and args.in_chans * side * side * len(train) <= MEMORY_BUDGET
-        ):  # fmt: skip
+        elif train.read_or_replace([0])[0][0].numel() * len(train) <= MEMORY_BUDGET:
             side = None  # the first images are alike, but not all
-    else:
-        images = train.share(rank, world_size, seed=args.seed)
-    args.image_column = train.column.name
-    sound = train.column.settings if isinstance(train.column, SpectrogramColumn) else None
-    default_side = 224 if sound is None else sound.num_mels
-    args.image_size = args.image_size or side or default_side
-    usual = "authors" if side is None else "cifar"
-    args.augmentation = args.augmentation or (usual if sound is None else "audio")
-    _settle_views(args)
-    if args.num_workers is None:
-        args.num_workers = default_num_workers(local_processes)
-    return Inputs(train, images, held_out, batches, total_steps, bad)
+    data = TrainingData(train, images, held_out, batches, total_steps, bad)
+    workers = default_num_workers(local_processes)
+    return _filled_in(args, data, eval_split=eval_split, own_side=side, num_workers=workers), data
 
 
-def _settle_views(args: PretrainingArguments) -> None:
-    """The sides of views that are not the first."""
-    assert args.image_size is not None
-    seen = args.prime_modality in ("image", "audio") and not takes_waveforms(args)
-    if seen and args.prime_image_size is None:
-        args.prime_image_size = args.image_size
-    if args.num_local_views and args.local_image_size is None:
-        args.local_image_size = max(8, round(args.image_size * LOCAL_SHARE / 8) * 8)
+def _filled_in(
+    args: PretrainingArguments,
+    data: TrainingData,
+    *,
+    eval_split: str | None,
+    own_side: int | None,
+    num_workers: int,
+) -> PretrainingArguments:
+    """The settings with a value for everything that the data and the machine decide.
+
+    Args:
+        eval_split: name of the held-out split, if there is one.
+        own_side: the side of the images in pixels, if all are small, square and alike.
+        num_workers: loading workers that suit the machine.
+    """
+    sound, second = data.sound, data.pairs.column if data.pairs else None
+    image_size = args.image_size or own_side or (sound.num_mels if sound else 224)
+    sides: dict[str, int] = {"image_size": image_size}
+    if args.prime_modality in ("image", "audio") and not takes_waveforms(args):
+        sides["prime_image_size"] = args.prime_image_size or image_size
+    if args.num_local_views:
+        local = max(8, round(image_size * LOCAL_SHARE / 8) * 8)
+        sides["local_image_size"] = args.local_image_size or local
+    warmup_epochs = args.warmup_epochs
+    if warmup_epochs is None:
+        warmup_epochs = min(10.0, data.total_steps // 10 / data.batches.steps_per_epoch)
+    augmentation = "audio" if sound else "authors" if own_side is None else "cifar"
+    return replace(
+        args,
+        image_column=data.train.column.name,
+        eval_split=args.eval_split or eval_split,
+        model_args=_model_args(args, sound=sound is not None),
+        augmentation=args.augmentation or augmentation,
+        prime_column=second.name if second else args.prime_column,
+        prime_max_length=second.max_length if isinstance(second, TextColumn) else None,
+        warmup_epochs=warmup_epochs,
+        num_workers=num_workers if args.num_workers is None else args.num_workers,
+        **sides,
+    )
+
+
+def _model_args(args: PretrainingArguments, *, sound: bool) -> dict[str, Any] | None:
+    """The timm arguments; spectrograms have one channel where these do not say it."""
+    assert not isinstance(args.model_args, str)
+    return {"in_chans": 1} | (args.model_args or {}) if sound else args.model_args
 
 
 def _open_splits(
     args: PretrainingArguments, main_first: Callable[[], AbstractContextManager[Any]]
-) -> tuple[ImageSplit | ImageStream, ImageSplit | None, PairedSplit | None]:
-    """The training split, the held-out one if there is any, and the samples of two columns."""
+) -> tuple[ImageSplit | ImageStream, ImageSplit | None, str | None, PairedSplit | None]:
+    """The training split, the held-out one with its name, and the pairs of two columns."""
     with main_first():
         splits = open_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
     splits = add_parts(splits, train_split=args.train_split, eval_split=args.eval_split)
+    table = splits[args.train_split]
+    sound = holds_sound(getattr(table, "features", None) or {}, args.image_column)
+    channels = (_model_args(args, sound=sound) or {}).get("in_chans", 3)
     columns: Any = {
         "dataset_name": Path(args.dataset_name).name or args.dataset_name,
         "image_column": args.image_column,
-        "channels": args.in_chans,
+        "channels": channels,
     }
-    features = getattr(splits[args.train_split], "features", None) or {}
-    if holds_sound(features, args.image_column):
-        assert not isinstance(args.model_args, str)
-        args.model_args = {"in_chans": 1} | (args.model_args or {})
-        columns |= {"channels": args.in_chans, "sound": spectrogram_settings(args)}
+    if sound:
+        columns["sound"] = SpectrogramSettings(args.sampling_rate, args.audio_seconds)
     if args.streaming:
-        return image_stream(splits, args.train_split, **columns), None, None
+        return image_stream(splits, args.train_split, **columns), None, None, None
     columns["label_column"] = args.label_column
     train = image_split(splits, args.train_split, **columns)
     held_out, name = held_out_split(splits, args.eval_split, args.train_split, **columns)
-    args.eval_split = args.eval_split or name
-    pairs = None
-    if args.is_paired:
-        table = splits[args.train_split]
-        column = run_column(args, table)
-        args.prime_column = column.name
-        pairs = PairedSplit(train, column.prepare(table), column)
-    return train, held_out, pairs
+    if not args.is_paired:
+        return train, held_out, name, None
+    column = open_run_column(args, table, channels)
+    return train, held_out, name, PairedSplit(train, column.prepare(table), column)
 
 
 def holds_sound(features: Mapping[str, Any], column: str | None) -> bool:
-    """Whether it is sounds that a run sees as images."""
+    """Whether the images of a run are spectrograms of sounds."""
     if column is not None:
         return isinstance(features.get(column), datasets.Audio)
     kinds = list(features.values())
-    seen = any(isinstance(kind, (datasets.Image, datasets.Array3D)) for kind in kinds)
-    return not seen and any(isinstance(kind, datasets.Audio) for kind in kinds)
+    images = any(isinstance(kind, (datasets.Image, datasets.Array3D)) for kind in kinds)
+    return not images and any(isinstance(kind, datasets.Audio) for kind in kinds)
 
 
 def _num_images(train: ImageSplit | ImageStream, args: PretrainingArguments) -> int:
@@ -180,4 +200,4 @@ def _num_images(train: ImageSplit | ImageStream, args: PretrainingArguments) -> 
             f"max_steps must be given for streams of unknown length, and {train.name} does not "
             "say how many images it holds."
         )
-    return args.max_steps * args.batch_size  # what the run will see is its epoch
+    return args.max_steps * args.batch_size  # the images that the run reads are its epoch

@@ -1,4 +1,4 @@
-"""From settings to a model with weights from the seed, checked with one sample of what it takes.
+"""From settings to a model with weights from the seed, tried with one sample of each input.
 
 Shapes: C channels, S side in pixels.
 """
@@ -40,93 +40,88 @@ def build_model(
     """The model that a run trains.
 
     Args:
-        args: settled.
-        pairs: the samples of a second branch that takes something else than the images.
+        args: the settings as `open_training_data` completes them.
+        pairs: the pairs, where the second branch takes another column.
         sound: how sounds become the first branch's images, if they do.
 
     Raises:
-        ValueError: architectures or arguments that cannot be, or that do not take what they get.
+        ValueError: architectures or arguments that cannot be, or that do not take their inputs.
     """
     torch.manual_seed(derive_seed(args.seed, epoch=0, index=0, stream=Stream.MODEL))
-    assert args.image_size is not None
-    backbone, model_args, cfg = timm_branch(
-        args.architecture, _dict(args.model_args), image_size=args.image_size,
-        pretrained=args.pretrained, whole=sound is not None,
-    )  # fmt: skip
+    own: Any = args.model_args
+    backbone, own, cfg = _create_timm_encoder(
+        args.architecture, own, args.image_size, pretrained=args.pretrained, whole=sound is not None
+    )
     column = None if pairs is None else pairs.column
-    prime, backbone_prime = create_prime(args, column, sound=sound is not None)
+    prime, backbone_prime = _create_second_encoder(args, column, sound=sound is not None)
     config = VICRegConfig(
-        architecture=args.architecture, model_args=model_args, pretrained_cfg=cfg,
+        architecture=args.architecture, model_args=own, pretrained_cfg=cfg,
         expander_dims=args.expander_widths, sim_coeff=args.sim_coeff, std_coeff=args.std_coeff,
         cov_coeff=args.cov_coeff, variance_reduction=args.variance_reduction, prime=prime,
         spectrogram=None if sound is None else sound.to_dict(),
     )  # fmt: skip
     model = VICRegModel(config, backbone=backbone, backbone_prime=backbone_prime)
-    check_takes(model, args, pairs)
+    _try_inputs(model, args, pairs)
     return model
 
 
-def create_prime(
-    args: PretrainingArguments, column: Column | None, *, sound: bool = False
+def _create_second_encoder(
+    args: PretrainingArguments, column: Column | None, *, sound: bool
 ) -> tuple[dict[str, Any] | None, nn.Module | None]:
     """The second branch as `VICRegConfig` describes it, and its encoder; None where there is none.
 
     Args:
-        column: of what it takes; None where that is the first branch's images.
+        column: the column that it takes; None for the first branch's images.
         sound: whether those images are spectrograms.
 
     Raises:
         ValueError: an architecture or arguments that cannot be.
     """
-    modality, encoder, own = args.prime_modality, None, _dict(args.prime_model_args)
-    if modality is None:
+    if args.prime_modality is None:
         return None, None
-    name = args.prime_architecture or args.architecture
-    found: dict[str, Any] = {"modality": modality, "expander_dims": args.prime_expander_widths}
-    if isinstance(column, TextColumn):
-        encoder = TextEncoder.create(name, own, pretrained=args.prime_pretrained)
-        check_tokenizer(encoder, column.tokenizer, column.max_length)
-        found["preparation"] = {"max_length": column.max_length}
-    elif isinstance(column, WaveformColumn):
-        encoder = WaveformEncoder.create(name, own, pretrained=args.prime_pretrained)
-        found["preparation"] = {
-            "sampling_rate": column.sampling_rate, "seconds": args.audio_seconds,
-        }  # fmt: skip
-    elif isinstance(column, VectorColumn):
-        found["num_features"] = column.width
-    else:
-        if args.prime_architecture is None and own is None:
-            own = _dict(args.model_args)
-        if isinstance(column, SpectrogramColumn):
-            own = (own or {}) | {"in_chans": 1}
-            found["preparation"] = column.settings.to_dict()
-        elif column is None:  # the same images
-            own = {"in_chans": args.in_chans} | (own or {}) if args.in_chans != 3 else own
-        assert args.prime_image_size is not None
-        check_architecture(name, "prime_architecture")
-        encoder, own, found["pretrained_cfg"] = timm_branch(
-            name,
-            own,
-            image_size=args.prime_image_size,
-            pretrained=args.prime_pretrained,
-            whole=isinstance(column, SpectrogramColumn) or (column is None and sound),
-        )
-        found |= {"architecture": name.partition(".")[0], "model_args": own}
-    if isinstance(encoder, (TextEncoder, WaveformEncoder)):
-        settings: Any = encoder.model.config
-        fields = settings.to_dict()
-        fields.pop("_name_or_path", None)  # of this machine
-        found |= {"architecture": settings.model_type, "encoder_config": fields}
-    return found, encoder
+    name, pretrained = args.prime_architecture or args.architecture, args.prime_pretrained
+    own: Any = args.prime_model_args
+    prime = {"modality": args.prime_modality, "expander_dims": args.prime_expander_widths}
+    if isinstance(column, VectorColumn):
+        return prime | {"num_features": column.width}, None
+    if isinstance(column, (TextColumn, WaveformColumn)):
+        if isinstance(column, TextColumn):
+            encoder: Any = TextEncoder.create(name, own, pretrained=pretrained)
+            check_tokenizer(encoder, column.tokenizer, column.max_length)
+            preparation: Any = {"max_length": column.max_length}
+        else:
+            encoder = WaveformEncoder.create(name, own, pretrained=pretrained)
+            preparation = {"sampling_rate": args.sampling_rate, "seconds": args.audio_seconds}
+        encoder_config = encoder.model.config.to_dict()
+        encoder_config.pop("_name_or_path", None)  # a path of this machine
+        return prime | {
+            "architecture": encoder.model.config.model_type, "encoder_config": encoder_config,
+            "preparation": preparation,
+        }, encoder  # fmt: skip
+    if args.prime_architecture is None and own is None:
+        own = args.model_args
+    spectrograms = column.settings if isinstance(column, SpectrogramColumn) else None
+    if spectrograms is not None:
+        own = (own or {}) | {"in_chans": 1}
+        prime["preparation"] = spectrograms.to_dict()
+    elif column is None and args.in_chans != 3:  # the images of the first branch
+        own = {"in_chans": args.in_chans} | (own or {})
+    check_architecture(name, "prime_architecture")
+    encoder, own, cfg = _create_timm_encoder(
+        name, own, args.prime_image_size, pretrained=pretrained,
+        whole=spectrograms is not None or (column is None and sound),
+    )  # fmt: skip
+    base = name.partition(".")[0]
+    return prime | {"architecture": base, "model_args": own, "pretrained_cfg": cfg}, encoder
 
 
-def timm_branch(
+def _create_timm_encoder(
     architecture: str,
     model_args: Mapping[str, Any] | None,
+    image_size: int | None,
     *,
-    image_size: int,
-    pretrained: bool = False,
-    whole: bool = False,
+    pretrained: bool,
+    whole: bool,
 ) -> tuple[nn.Module, dict[str, Any] | None, dict[str, Any]]:
     """A timm backbone that takes views of image_size.
 
@@ -136,6 +131,7 @@ def timm_branch(
     Returns:
         It, the model_args it was built with, and its pretrained_cfg.
     """
+    assert image_size is not None
     args = dict(model_args or {})
     name = architecture if pretrained else architecture.partition(".")[0]
     backbone: Any = create_backbone(name, args, pretrained=pretrained)
@@ -150,54 +146,44 @@ def timm_branch(
 
 
 @torch.inference_mode()
-def check_takes(model: VICRegModel, args: PretrainingArguments, pairs: PairedSplit | None) -> None:
-    """Encode one of each kind of input, so that what cannot work fails before training.
+def _try_inputs(model: VICRegModel, args: PretrainingArguments, pairs: PairedSplit | None) -> None:
+    """Encode one of each kind of input, so that an encoder that refuses it fails before training.
 
     Raises:
-        ValueError: says which encoder does not take what.
+        ValueError: says which encoder does not take which input.
     """
-    assert args.image_size is not None
     model.eval()
-    config = model.config
-    sides = [args.image_size, *([args.local_image_size] if args.num_local_views else [])]
-    for side in sides:
-        shape = (1, args.in_chans, side, side)
-        hint = " Local views need model_args with dynamic_img_size, where the model has it."
-        with _refused(
-            config.architecture, config.model_args, shape, hint if side != sides[0] else ""
-        ):
-            model(torch.zeros(shape))
-    if config.prime is not None:
-        name, own = config.prime["architecture"], config.prime["model_args"]
-        if config.prime["pretrained_cfg"] is not None:
-            shape = (1, *config.prime["pretrained_cfg"]["input_size"])
-            with _refused(name, own, shape):
-                model(pixel_values_prime=torch.zeros(shape))
-        elif pairs is not None:
-            column: Any = pairs.column
-            _, items = zip(*pairs.read_or_replace([0, 0])[0], strict=True)
-            with _refused(name, own, None):
+    first, second = model.config, model.config.prime
+    for side in [args.image_size, *([args.local_image_size] if args.num_local_views else [])]:
+        shape: Any = (args.in_chans, side, side)
+        local = " Local views need model_args with dynamic_img_size, where the model has it."
+        with _refusals(first.architecture, first.model_args, shape,
+                       "" if side == args.image_size else local):  # fmt: skip
+            model(torch.zeros(1, *shape))
+    if second is not None:
+        shape = None if second["pretrained_cfg"] is None else second["pretrained_cfg"]["input_size"]
+        with _refusals(second["architecture"], second["model_args"], shape):
+            if shape is not None:
+                model(pixel_values_prime=torch.zeros(1, *shape))
+            elif pairs is not None:
+                column: Any = pairs.column
+                _, items = zip(*pairs.read_or_replace([0, 0])[0], strict=True)
                 model(pixel_values_prime=column.batch(items, np.zeros(2, np.int64), 0, args.seed))
     model.train()
 
 
 @contextmanager
-def _refused(
+def _refusals(
     name: str | None, model_args: Any, shape: tuple[int, ...] | None, hint: str = ""
 ) -> Iterator[None]:
-    """One sentence of whatever an encoder raises of an input."""
+    """Say in one sentence that an encoder refuses an input, whatever it raises."""
     try:
         yield
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-        what = "what is in its column"
+        inputs = "the samples of its column"
         if shape is not None:
-            what = f"images of {' x '.join(map(str, shape[1:]))}"
+            inputs = f"images of {' x '.join(map(str, shape))}"
         raise ValueError(
-            f"the backbone must take {what}, but {name} with model_args={model_args} does not: "
+            f"the backbone must take {inputs}, but {name} with model_args={model_args} does not: "
             f"{one_line(error)}{hint}"
         ) from error
-
-
-def _dict(given: Any) -> dict[str, Any] | None:
-    assert not isinstance(given, str)  # the arguments have read it
-    return given

@@ -1,9 +1,8 @@
-"""The authors' LARS, timm's optimisers by name, and the learning rate as a function of the step."""
+"""The authors' LARS, and timm's optimisers by name."""
 
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterable
 from types import NoneType
 from typing import Any
@@ -15,11 +14,10 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from vicreg_hf.runtime.checks import check_number
 
-FINAL_LR_FRACTION = 1e-3
 OWN = ("weight_decay", "eta", "clip", "foreach", "fused")
-"""Of a parameter group, what the optimiser was made with and no loaded state replaces."""
+"""Settings of a parameter group that no loaded state replaces."""
 FUSED = (Adam, AdamW, SGD)
-"""Optimisers that torch has as one operation for all parameters, on CPU and on CUDA."""
+"""Optimisers that torch has fused over all parameters, on CPU and on CUDA."""
 
 
 class LARS(Optimizer):
@@ -31,18 +29,18 @@ class LARS(Optimizer):
     Args:
         params: parameters or parameter groups.
         lr: learning rate.
-        momentum: of the scaled updates, without damping.
+        momentum: factor of the sum of earlier scaled updates, without damping.
         weight_decay: added to the gradient as weight_decay * p.
         eta: trust coefficient.
         clip: let no parameter learn faster than without adaptation: the rate of each is at most lr,
-            min(eta * |p| / |grad + weight_decay * p|, lr). As solo-learn's clip_lr, whose
-            denominator is |grad| + weight_decay * |p| instead.
-        foreach: update many parameters at once, with the same result but for rounding; None does
-            so on CUDA, as torch.optim.
+            min(eta * |p| / |grad + weight_decay * p|, lr). solo-learn's clip_lr does the same with
+            |grad| + weight_decay * |p| in the denominator.
+        foreach: update many parameters at once, which only rounds otherwise; None does so on CUDA,
+            as torch.optim.
 
     Raises:
-        ValueError: a setting, also of a parameter group, that is not a finite number of at least 0,
-            or a momentum above 1.
+        ValueError: a setting, also in a parameter group, is not a finite number of at least 0, or
+            momentum is above 1.
 
     Source: vicreg@4e12602, main_vicreg.py, LARS; You et al. 2017, arXiv:1708.03888; clip from
     solo-learn, solo/utils/lars.py.
@@ -59,18 +57,19 @@ class LARS(Optimizer):
         clip: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
-        _check_numbers(numbers)
-        defaults = numbers | {"clip": clip, "foreach": foreach}
+        defaults = {
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta,
+            "clip": clip, "foreach": foreach,
+        }  # fmt: skip
         super().__init__(params, defaults)  # pyright: ignore[reportArgumentType]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_numbers(param_group)
+        _check_numbers(self.defaults | param_group)
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # of a state that was saved before there were these
+        for group in self.param_groups:  # a state that was saved before there were these
             group.setdefault("clip", False)
             group.setdefault("foreach", None)
 
@@ -132,15 +131,15 @@ class LARS(Optimizer):
 
 def _check_numbers(group: dict[str, Any]) -> None:
     for name in ("lr", "momentum", "weight_decay", "eta"):
-        value = group.get(name, 0)
+        value = group[name]
         # a rate may be a tensor of torch.optim's, which schedules change in place
         check_number(name, value.item() if isinstance(value, Tensor) and name == "lr" else value)
-    if group.get("momentum", 0) > 1:
+    if group["momentum"] > 1:
         raise ValueError(f"momentum must be at most 1, got {group['momentum']}.")
 
 
 def _norm_dtype(p: Tensor) -> torch.dtype | None:
-    """In half precision that of single: a norm above 65504 would be infinite, its step zero."""
+    """Single precision for half: a norm above 65504 would be infinite, and its step zero."""
     return torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else None
 
 
@@ -162,12 +161,13 @@ def create_optimizer(
 ) -> Optimizer:
     """The authors' LARS by "lars", else any optimiser of timm's by its name.
 
-    Biases and normalisation parameters are left out of weight decay in either. A state that is
-    loaded brings what the optimiser has gathered, and leaves its settings as they are here. torch's
+    Biases and normalisation parameters are left out of weight decay in either. A loaded state
+    brings moments and momentum, and leaves the settings as they are here. torch's
     Adam, AdamW and SGD are fused on CPU and CUDA, where the parameters are now.
 
     Args:
-        lars_eta: trust coefficient of "lars"; likewise lars_clip, as `LARS` has it.
+        lars_eta: eta of `LARS`, the trust coefficient; ignored by other optimisers.
+        lars_clip: clip of `LARS`, likewise.
 
     Raises:
         ValueError: a name timm does not have, or settings that no checkpoint can hold.
@@ -176,46 +176,41 @@ def create_optimizer(
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = LARS(params, lr, weight_decay=weight_decay, eta=lars_eta, clip=lars_clip)
     else:
-        optimizer = _of_timm(name, model, lr=lr, weight_decay=weight_decay)
-    _check_settings(name, optimizer)
+        optimizer = _create_timm_optimizer(name, model, lr=lr, weight_decay=weight_decay)
     optimizer.register_load_state_dict_pre_hook(_with_own_settings)
     optimizer.register_load_state_dict_post_hook(_lay_out_as_parameters)
     return optimizer
 
 
-def _of_timm(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> Optimizer:
+def _create_timm_optimizer(
+    name: str, model: nn.Module, *, lr: float, weight_decay: float
+) -> Optimizer:
     known = [str(other) for other in list_optimizers()]
     if name not in known:
         near = difflib.get_close_matches(name, ["lars", *known], n=8)
         hint = f"near are {', '.join(near)}." if near else f"timm has {', '.join(known)}."
         raise ValueError(f"optimizer must be lars or one of timm's, got {name!r}; {hint}")
     devices = {p.device.type for p in model.parameters() if p.requires_grad}
-    can_fuse = get_optimizer_class(name, bind_defaults=False) in FUSED and devices <= {
-        "cpu",
-        "cuda",
-    }
-    more: Any = {"fused": True} if can_fuse else {}
-    return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **more)
-
-
-def _check_settings(name: str, optimizer: Optimizer) -> None:
-    settings = {k: v for group in optimizer.param_groups for k, v in group.items() if k != "params"}
-    for key, value in settings.items():
+    kind = get_optimizer_class(name, bind_defaults=False)
+    more: Any = {"fused": True} if kind in FUSED and devices <= {"cpu", "cuda"} else {}
+    optimizer = create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **more)
+    for key, value in (item for group in optimizer.param_groups for item in group.items()):
         if not isinstance(value, (bool, int, float, str, list, tuple, Tensor, NoneType)):
             raise ValueError(
                 "optimizer must have settings that a checkpoint can hold, without pickle, and "
                 f"{name!r} has {key}={value!r}; choose another."
             )
+    return optimizer
 
 
 def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """What is loaded instead of a state that may have been saved under other settings."""
+    """The state to load, with the settings that this optimiser was made with."""
     saved, own = state["param_groups"], optimizer.param_groups
     groups = [
         group | {name: mine[name] for name in OWN if name in mine}
         for group, mine in zip(saved, own, strict=False)
     ]
-    # as many as were saved: torch says it where that is another number
+    # as many groups as were saved: torch refuses another number
     return state | {"param_groups": groups + saved[len(groups) :]}
 
 
@@ -229,19 +224,3 @@ def _lay_out_as_parameters(optimizer: Optimizer) -> None:
         for name, value in entries.items():
             if isinstance(value, Tensor) and value.shape == p.shape:
                 entries[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
-
-
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up from zero, then a cosine to a thousandth of the peak.
-
-    Args:
-        step: the optimiser step about to be taken, from 0.
-        peak: base_lr * batch_size / 256.
-
-    Source: vicreg@4e12602, main_vicreg.py, adjust_learning_rate.
-    """
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    share = 0.5 * (1 + math.cos(math.pi * done))
-    return peak * share + peak * FINAL_LR_FRACTION * (1 - share)

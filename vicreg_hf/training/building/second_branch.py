@@ -1,4 +1,4 @@
-"""What a second branch takes of each sample, if not a view of the same image.
+"""The inputs of both branches: views of the images, and another column for the second branch.
 
 Shapes: B samples per process.
 """
@@ -17,7 +17,7 @@ from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.data.columns.base import Column
 from vicreg_hf.data.columns.images import ImageColumn
 from vicreg_hf.data.columns.second_column import open_second_column
-from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
+from vicreg_hf.data.columns.spectrograms import SpectrogramColumn
 from vicreg_hf.data.pairs import PairedSplit, SecondInput
 from vicreg_hf.models.tokenizers import default_max_length
 from vicreg_hf.settings.pretraining import PretrainingArguments
@@ -26,50 +26,44 @@ from vicreg_hf.views.random_views import RandomViews
 
 
 def takes_waveforms(args: PretrainingArguments) -> bool:
-    """Whether a second branch takes sounds as they are, being of transformers and not of timm."""
+    """Whether the second branch takes sounds as waveforms, its model not being one of timm."""
     name = str(args.prime_architecture).partition(".")[0]
     return args.prime_modality == "audio" and not timm.is_model(name)
 
 
-def run_column(args: PretrainingArguments, table: datasets.Dataset) -> Column:
-    """The column that the second branch of a run reads; errors as of `open_second_column`."""
-    assert args.prime_modality is not None
-    preparation: dict[str, Any] = {}
-    name, waveforms = str(args.prime_architecture), takes_waveforms(args)
+def open_run_column(args: PretrainingArguments, table: datasets.Dataset, channels: int) -> Column:
+    """The column that the second branch of a run reads; errors as of `open_second_column`.
+
+    Args:
+        channels: channels of the first branch's images.
+    """
+    own: Any = args.prime_model_args
+    sound: dict[str, Any] = {"sampling_rate": args.sampling_rate, "seconds": args.audio_seconds}
+    preparations: dict[str | None, dict[str, Any]] = {"audio": sound}
     if args.prime_modality == "text":
-        args.prime_max_length = args.prime_max_length or default_max_length(name)
-        preparation = {"max_length": args.prime_max_length}
-    elif waveforms:
-        preparation = {"sampling_rate": args.sampling_rate, "seconds": args.audio_seconds}
-    elif args.prime_modality == "audio":
-        preparation = spectrogram_settings(args).to_dict()
-    own = args.prime_model_args
-    assert not isinstance(own, str)
+        length = args.prime_max_length or default_max_length(str(args.prime_architecture))
+        preparations["text"] = {"max_length": length}
     like_first = args.prime_architecture is None and own is None
     return open_second_column(
-        table, args.prime_modality, args.prime_column, preparation, waveforms=waveforms,
+        table, str(args.prime_modality), args.prime_column,
+        preparations.get(args.prime_modality, {}), waveforms=takes_waveforms(args),
         tokenizer=args.prime_tokenizer or args.prime_architecture,
-        channels=args.in_chans if like_first else (own or {}).get("in_chans", 3),
+        channels=channels if like_first else (own or {}).get("in_chans", 3),
     )  # fmt: skip
 
 
-def spectrogram_settings(args: PretrainingArguments) -> SpectrogramSettings:
-    """How a run sees sound."""
-    return SpectrogramSettings(sampling_rate=args.sampling_rate, seconds=args.audio_seconds)
-
-
-def run_views(
+def create_views(
     args: PretrainingArguments,
     config: VICRegConfig,
     pairs: PairedSplit | None,
     *,
     compiled: bool = False,
 ) -> tuple[RandomViews, SecondInput | None]:
-    """The views of a run's images, and how the other halves of pairs become inputs.
+    """The views of a run's images, and the inputs that the second branch makes of its column.
 
     Args:
-        args: settled.
-        config: of the model, whose encoders settle sides and normalisation.
+        args: the settings as `open_training_data` completes them.
+        config: configuration of the model, whose encoders decide sides and normalisation.
         compiled: whether operations on images are fused.
     """
     first, second = config.pretrained_cfg, (config.prime or {}).get("pretrained_cfg")
@@ -90,7 +84,7 @@ def run_views(
     return views, SecondInput(other.crop, other.transform_crops)
 
 
-def plain_views(args: PretrainingArguments, pairs: PairedSplit | None) -> RandomViews:
+def unnormalised_views(args: PretrainingArguments, pairs: PairedSplit | None) -> RandomViews:
     """The views of a run's images with levels from 0 to 1, for people to look at."""
     channels = args.in_chans
     like = {"mean": [0.0] * channels, "std": [1.0] * channels}
@@ -106,10 +100,11 @@ def _image_views(
     *,
     compiled: bool = False,
 ) -> RandomViews:
-    """Of the images; in pairs all but the second, which is of something else.
+    """The views of the images; in pairs all but the second view, which another column gives.
 
     Args:
-        first: pretrained_cfg of what sees all views but the second; likewise second, of that.
+        first: pretrained_cfg of the encoder of the first view.
+        second: pretrained_cfg of the encoder of the second view.
     """
     assert args.augmentation is not None
     recipes = multi_crop_recipes(
@@ -120,9 +115,9 @@ def _image_views(
     sides[1] = second["input_size"][-1]
     sides += [args.local_image_size] * args.num_local_views
     cfgs = [second if view == 1 else first for view in range(len(recipes))]
-    seen = [view for view in range(len(recipes)) if pairs is None or view != 1]
+    kept = [view for view in range(len(recipes)) if pairs is None or view != 1]
     return RandomViews(
-        [sides[view] for view in seen], tuple(recipes[view] for view in seen),
-        mean=[cfgs[view]["mean"] for view in seen], std=[cfgs[view]["std"] for view in seen],
-        seed=args.seed, in_chans=args.in_chans, compile=compiled, numbers=seen,
+        [sides[view] for view in kept], tuple(recipes[view] for view in kept),
+        mean=[cfgs[view]["mean"] for view in kept], std=[cfgs[view]["std"] for view in kept],
+        seed=args.seed, in_chans=args.in_chans, compile=compiled, numbers=kept,
     )  # fmt: skip

@@ -27,7 +27,7 @@ from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.features.encode import extract_features
 from vicreg_hf.metrics.knn import vote
-from vicreg_hf.runtime.randomness import Stream
+from vicreg_hf.runtime.randomness import Stream, permutation
 
 K = 20
 MAX_TRAIN, MAX_TEST = 50_000, 10_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.settings.pretraining import PretrainingArguments
-from vicreg_hf.training.building.data import Inputs, open_inputs
-from vicreg_hf.training.building.second_branch import plain_views
+from vicreg_hf.training.building.data import TrainingData, open_training_data
+from vicreg_hf.training.building.second_branch import unnormalised_views
 
 IMAGES = 8
 """Images that are shown at most."""
@@ -39,9 +38,8 @@ def draw_preview(args: PretrainingArguments, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"preview must be a file such as views.png, got {str(path)!r}.")
-    args = replace(args)
-    inputs = open_inputs(args)
-    views = plain_views(args, inputs.pairs)
+    args, inputs = open_training_data(args)
+    views = unnormalised_views(args, inputs.pairs)
     epoch, rows = inputs.batches.batch(0)
     images = _first_images(inputs, rows[:IMAGES].tolist())
     rows = rows[: len(images)]
@@ -56,7 +54,7 @@ def draw_preview(args: PretrainingArguments, path: str | Path) -> Path:
     return path
 
 
-def _first_images(inputs: Inputs, rows: list[int]) -> list[Tensor]:
+def _first_images(inputs: TrainingData, rows: list[int]) -> list[Tensor]:
     """The images of some rows, or the first that can be used of a stream."""
     train = inputs.train
     if isinstance(train, ImageSplit):
