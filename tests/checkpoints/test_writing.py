@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import signal
 import time
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from checkpoints import (
     train,
 )
 from torch import Tensor
+from warm import Script
 from workflow import small_files
 
 from vicreg_hf.checkpoints.contents import FILES, MANIFEST, CheckpointError, read_manifest
@@ -167,27 +166,36 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_names_the_path(
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
+SAVING = """
+import sys
+from pathlib import Path
+from checkpoints import fresh
+from vicreg_hf.checkpoints.writing import CheckpointWriter
+
+objects, writer = fresh(width=64), CheckpointWriter(Path(sys.argv[1]))
+for step in range(int(sys.argv[2]), int(sys.argv[2]) + 10_000):
+    writer.save(step, *objects, {})
+"""
+
+
 def test_killed_at_twenty_moments_of_saving_the_newest_is_always_whole(tmp_path: Path) -> None:
-    objects, chance = fresh(width=64), random.Random(0)
+    script, folder, chance = tmp_path / "saving.py", tmp_path / "saved", random.Random(0)
+    script.write_text(SAVING)
     in_the_middle = 0
-    (newest,) = save_steps(tmp_path, objects, 1)
+    (newest,) = save_steps(folder, fresh(width=64), 1)
     for trial in range(20):
         saved = int(newest.name.removeprefix("step-"))
-        child = os.fork()
-        if not child:
-            writer = CheckpointWriter(tmp_path)
-            for step in range(saved + 1, saved + 10_000):
-                writer.save(step, *objects, {})
+        saving = Script([str(script), str(folder), str(saved + 1)])
         until = time.monotonic() + 30
         least = saved + 1 - trial % 2  # every second time it gets on
-        while not any((tmp_path / f"step-{step}").exists() for step in (least, least + 1)):
+        while not any((folder / f"step-{step}").exists() for step in (least, least + 1)):
             assert time.monotonic() < until
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.06))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        left = sorted(path.name for path in tmp_path.iterdir())
-        found, damaged = newest_checkpoint(tmp_path)
+        saving.kill()
+        saving.communicate()
+        left = sorted(path.name for path in folder.iterdir())
+        found, damaged = newest_checkpoint(folder)
         assert found is not None, (trial, left)
         assert not damaged, (trial, left, damaged)
         assert int(found.name.removeprefix("step-")) >= saved, (trial, left)

@@ -125,7 +125,7 @@ def test_the_share_of_bad_images_is_judged_at_every_start(encoder: Path, tmp_pat
         table.to_parquet(str(tmp_path / "data" / f"{split}.parquet"))
     places = (encoder, tmp_path / "data", tmp_path / "out")
     for _ in range(2):
-        with pytest.raises(ImageError, match=r"max_bad_fraction=0.18 .* got 3 of 16; mend or"):
+        with pytest.raises(ImageError, match=r"max_bad_fraction=0.18 .* got 3 of 16. Mend or"):
             extract(*places, rows_per_file=1, max_bad_fraction=0.18)
     # as a kill leaves it: the list is written last
     (tmp_path / "out" / "bad_images.jsonl").unlink()

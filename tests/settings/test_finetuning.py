@@ -46,9 +46,9 @@ def test_learning_rates_are_those_of_torchs_scheduler(settings: FinetuneSettings
     [
         ({"epochs": 0}, "epochs must be positive, got 0"),
         ({"batch_size": 0}, "batch_size must be positive, got 0"),
-        ({"lr_head": 0.0}, "lr_head must be a positive number, got 0.0"),
-        ({"lr_backbone": -1.0}, "lr_backbone must be a number from 0, got -1.0"),
-        ({"weight_decay": float("nan")}, "weight_decay must be a number from 0, got nan"),
+        ({"lr_head": 0.0}, "lr_head must be positive, got 0.0"),
+        ({"lr_backbone": -1.0}, "lr_backbone must be at least 0, got -1.0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be at least 0 and finite, got nan"),
         ({"scale": (0.5, 0.1)}, "scale must be two positive numbers"),
         ({"flip": 2.0}, "flip must be a number between 0 and 1, got 2.0"),
     ],

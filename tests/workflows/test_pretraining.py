@@ -184,7 +184,7 @@ def train_in_double_precision() -> list[float]:
     model: Any = VICRegModel(VICRegConfig(architecture="test_resnet", expander_dims=[48, 48]))
     model = model.double()
     if dist.is_initialized():
-        model = DistributedDataParallel(SyncBatchNorm.convert(model), broadcast_buffers=False)
+        model = DistributedDataParallel(SyncBatchNorm.convert(model))
     optimizer = create_optimizer("adamw", model, lr=2e-3, weight_decay=0.05)
     batches = GlobalBatches(64, 16, seed=0, rank=rank(), world_size=world_size())
     views, cpu, losses = TwoViews(32, "cifar"), torch.device("cpu"), []

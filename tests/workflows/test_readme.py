@@ -147,7 +147,7 @@ def test_preview_is_drawn(tmp_path: Path, images: Path) -> None:
 def test_a_run_is_measured_and_searched_and_its_encoder_loaded(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", rows=220)
     trained = tmp_path / "r50"
-    settings = ["--architecture=test_resnet", "--knn_steps=0", *SHORT]
+    settings = ["--architecture=test_resnet", *SHORT]
     run_command(f"scripts/pretrain.py --dataset_name {images} --output_dir {trained}", *settings)
     places = {
         "path/or/hub-id": images,
@@ -169,6 +169,7 @@ def test_a_run_is_measured_and_searched_and_its_encoder_loaded(tmp_path: Path) -
     run_python(replaced("".join(loading), places), tmp_path)
 
 
+@pytest.mark.slow
 def test_an_encoder_is_published(tmp_path: Path, images: Path) -> None:
     run_dir = tmp_path / "r50"
     with running_hub() as hub:

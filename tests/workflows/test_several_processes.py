@@ -28,11 +28,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """pretrain.py, which reads the results of a check one step later, as on a GPU."""
 EACH_IN_ITS_OWN_FOLDER = """
 import os, sys
-sys.path.insert(0, "scripts")
 sys.argv.append("--output_dir=" + sys.argv.pop(1 + int(os.environ["RANK"])))
 del sys.argv[1]
-import pretrain
-pretrain.main()
+import runpy
+runpy.run_path("scripts/pretrain.py", run_name="__main__")
 """
 """pretrain.py, whose processes are given two folders, as nodes without a common one."""
 

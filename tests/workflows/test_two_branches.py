@@ -94,6 +94,7 @@ def stock(first: Path | str, second: Path | str, kind: str, **extra: str) -> int
     return int(done.stdout)
 
 
+@pytest.mark.slow
 def test_images_and_captions_find_each_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +118,7 @@ def test_images_and_captions_find_each_other(
     assert "It is the second of two branches" in (out / "encoder_prime" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_images_find_the_vectors_they_were_aligned_with(tmp_path: Path) -> None:
     data, out = write_vectors(tmp_path / "data", rows=1024, test_rows=256), tmp_path / "run"
     pretrain(parse_arguments([
@@ -159,6 +161,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return VICRegModel.from_pretrained(run_dir / "encoder").state_dict()
 
 
+@pytest.mark.slow
 def test_another_architecture_is_trained_and_resumed(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +201,7 @@ def test_the_first_step_of_two_processes_is_that_of_one(
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_both_encoders_are_pushed_each_to_its_own_repository(images: Path, tmp_path: Path) -> None:
     with running_hub() as hub:
         flags = [*SMALL, *SECOND, f"--dataset_name={images}", "--max_steps=2",

@@ -76,11 +76,22 @@ def loading(
     finally:
         if workers:
             patience = threading.Timer(WORKER_PATIENCE, _kill, [workers])
-            patience.start()
             with suppress(RuntimeError):  # torch raises it for those that are killed
+                _start(patience)
                 batches._shutdown_workers()
             patience.cancel()
             _kill(workers)
+
+
+def _start(thread: threading.Thread) -> None:
+    """Start a thread; torch's news of a worker's death, which it raises, comes before or after."""
+    if not hasattr(signal, "SIGCHLD"):  # Windows
+        return thread.start()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    try:
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _end_of_any(workers: Sequence[Any]) -> str | None:
