@@ -14,7 +14,7 @@ import torch
 from checkpoints import Objects, after_a_step, fresh, save, save_steps
 from safetensors import SafetensorError
 
-from vicreg_hf.checkpoints.contents import FILES, MANIFEST, CheckpointError
+from vicreg_hf.checkpoints.manifest import FILES, MANIFEST, CheckpointError
 from vicreg_hf.checkpoints.reading import load_checkpoint, newest_checkpoint
 
 

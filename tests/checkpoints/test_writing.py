@@ -24,7 +24,7 @@ from torch import Tensor
 from warm import Script
 from workflow import small_files
 
-from vicreg_hf.checkpoints.contents import FILES, MANIFEST, CheckpointError, read_manifest
+from vicreg_hf.checkpoints.manifest import FILES, MANIFEST, CheckpointError, read_manifest
 from vicreg_hf.checkpoints.reading import load_checkpoint, newest_checkpoint
 from vicreg_hf.checkpoints.writing import KEEP, CheckpointWriter
 

@@ -17,29 +17,29 @@ AT_THE_END = ["--logging_steps=100", "--save_steps=100", "--warmup_epochs=0", "-
 """Settings of a run that logs and saves at its end alone."""
 
 
-def test_a_run_elsewhere_waits_for_checks_alone_and_learns_as_on_the_cpu(tmp_path: Path) -> None:
-    names, all_flags = [], []
-    for kind, (size, *flags) in KINDS.items():
-        data = write_images(tmp_path / f"{kind} images", size=size)  # pyright: ignore
-        for steps in (1, 3):
-            names.append(f"{kind} {steps}")
-            own = [f"--dataset_name={data}", f"--output_dir={tmp_path / names[-1]}"]
-            all_flags.append([*SMALL, *AT_THE_END, *flags, *own, f"--max_steps={steps}"])
-    (tmp_path / "runs.json").write_text(json.dumps(all_flags))
+@pytest.mark.parametrize("kind", ["in memory", pytest.param("from files", marks=pytest.mark.slow)])
+def test_a_run_elsewhere_waits_for_checks_alone_and_learns_as_on_the_cpu(
+    kind: str, tmp_path: Path
+) -> None:
+    size, *flags = KINDS[kind]
+    data = write_images(tmp_path / "images", size=size)  # pyright: ignore
+    runs = [
+        [*SMALL, *AT_THE_END, *flags, f"--dataset_name={data}",
+         f"--output_dir={tmp_path / str(steps)}", f"--max_steps={steps}"]
+        for steps in (1, 3)
+    ]  # fmt: skip
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
     result = run(
         [sys.executable, "tests/helpers/elsewhere.py", str(tmp_path / "runs.json")], PYTHONPATH="."
     )
     assert result.returncode == 0, result.stderr
-    waits = dict(zip(names, json.loads(result.stdout.splitlines()[-1]), strict=True))
-    for kind, (_, *flags) in KINDS.items():
-        short, long = waits[f"{kind} 1"], waits[f"{kind} 3"]
-        assert short["pretrain._metrics"] > 0  # so waiting is seen
-        more = {place: number - short.get(place, 0) for place, number in long.items()}
-        assert {place: n for place, n in more.items() if n} == {"distributed.read": 2}
-        data, on_cpu = tmp_path / f"{kind} images", tmp_path / f"{kind} CPU"
-        expected = train(data, on_cpu, *AT_THE_END, *flags, "--max_steps=1")  # pyright: ignore
-        rows = metrics(tmp_path / f"{kind} 1")
-        assert len(rows) == len(expected) == 2  # before and after
-        for term in ("loss", "invariance", "variance", "covariance", "embedding_std"):
-            # about a hundred roundings of float32; later steps may switch a ReLU
-            assert rows[1][term] == pytest.approx(expected[1][term], rel=1e-5), term
+    short, long = json.loads(result.stdout.splitlines()[-1])
+    assert short["pretrain._metrics"] > 0  # so waiting is seen
+    more = {place: number - short.get(place, 0) for place, number in long.items()}
+    assert {place: n for place, n in more.items() if n} == {"distributed.read": 2}
+    expected = train(data, tmp_path / "CPU", *AT_THE_END, *flags, "--max_steps=1")  # pyright: ignore
+    rows = metrics(tmp_path / "1")
+    assert len(rows) == len(expected) == 2  # before and after
+    for term in ("loss", "invariance", "variance", "covariance", "embedding_std"):
+        # about a hundred roundings of float32; later steps may switch a ReLU
+        assert rows[1][term] == pytest.approx(expected[1][term], rel=1e-5), term

@@ -1,4 +1,4 @@
-"""What saving adds to a training step, in the background and in the foreground."""
+"""The time that saving adds to a training step, in the background and in the foreground."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def bare(run: Run, precision: str, channels_last: bool) -> Contender:
 
 
 def ours(run: Run, precision: str) -> Contender:
-    """What `pretraining.fit` does in every step, without what it does in some."""
+    """The work of every step in `training.pretrain.fit`, without logging, saving and measuring."""
     checks = StepChecks(run)
 
     def step(*views: Tensor) -> None:

@@ -79,7 +79,7 @@ def our_loss(z: Tensor, z_prime: Tensor) -> Tensor:
 
 
 def losses() -> dict[str, Loss]:
-    """What is compared; lightly's when it is installed."""
+    """The losses that are compared; lightly's is among them where it is installed."""
     found: dict[str, Loss] = {"vicreg_hf": our_loss, "authors": authors_loss}
     try:
         from lightly.loss import VICRegLoss as LightlyLoss  # pyright: ignore[reportMissingImports]

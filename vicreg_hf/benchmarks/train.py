@@ -32,7 +32,7 @@ from vicreg_hf.training.setup import setup
 
 DEFAULTS = ("--architecture=resnet18", "--image_size=32", "--expander_dims=2048-2048-2048")
 NAMES = ("bare", "vicreg_hf", "authors", "lightly")
-"""What --only takes, in the order of the table."""
+"""Choices of --only, in the order of the table."""
 LABELS = {"bare": "bare backbone"}
 WARM_UP = 3
 """Steps of a turn that are not measured, at least."""
@@ -180,7 +180,7 @@ def _rows(
     return table([*header, "authors / this", *(["peak MiB"] if on_gpu else [])], lines)
 
 
-# What it is measured on
+# The images
 def _pictures(side: int, count: int) -> list[Image.Image] | list[bytes]:
     """Images of the views' own side where that is small; else JPEGs of 500 x 375."""
     if side <= SMALL_IMAGE:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from vicreg_hf.checkpoints.contents import (
+from vicreg_hf.checkpoints.manifest import (
     MODEL,
     OPTIMIZER,
     OPTIMIZER_REST,

@@ -44,7 +44,7 @@ class ImageSplit(Samples[Tensor]):
         return len(self)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells one data set from another: its length, and a digest of images all over it."""
+        """Its length and a digest of images all over it, which tell it from other data sets."""
         digest = hashlib.sha256()
         for cell in self.cells(self.sampled_rows()):
             with suppress(ImageError):

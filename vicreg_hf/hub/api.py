@@ -51,7 +51,7 @@ SENTENCES = {
     413: "the Hub, or a proxy before it, takes no upload of this size for {repo_id} (413); push "
     "from a network without the proxy, or less at once: no expander, no ONNX.",
 }
-"""What a user must know and do, by status code."""
+"""Sentences that tell a user what has happened and what helps, by status code."""
 
 T = TypeVar("T")
 

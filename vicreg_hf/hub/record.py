@@ -43,7 +43,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What the card of a run says of it."""
+    """The facts of a run that its card tells."""
 
     args: Mapping[str, Any]
     """Every setting of the run by its name."""

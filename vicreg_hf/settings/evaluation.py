@@ -32,8 +32,8 @@ class EvaluationArguments(EncodingSettings):
     recipe_folder: ClassVar[str] = "evaluation"
 
     protocols: str = "knn,linear"
-    """What to measure, joined by commas: any of knn, linear, linear-sgd, finetune-1, finetune-10,
-    finetune, svm, retrieval, cross-retrieval, collapse."""
+    """Protocols to measure by, joined by commas: any of knn, linear, linear-sgd, finetune-1,
+    finetune-10, finetune, svm, retrieval, cross-retrieval, collapse."""
     output_dir: str | None = None
     """Directory of results.json and report.html; by default evaluations/MODEL-on-DATA."""
     train_split: str = "train"

@@ -19,7 +19,7 @@ from vicreg_hf.training.run import Run
 
 @dataclass
 class Step:
-    """What a step has computed, on the device."""
+    """The output and the gradients of a step, on the device."""
 
     number: int
     """From 1, as in metrics.jsonl."""

@@ -1,4 +1,4 @@
-"""The contents of a checkpoint: its files, its values, and how each is verified.
+"""The manifest of a checkpoint: which files and values it has, and how each is verified.
 
 A checkpoint is a directory `step-N`, where N optimiser steps were taken. Nothing in it is pickled.
 
