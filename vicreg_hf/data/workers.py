@@ -95,12 +95,14 @@ def _start(thread: threading.Thread) -> None:
 
 
 def _end_of_any(workers: Sequence[Any]) -> str | None:
-    """How one of them ended, if one has by now or does within a second."""
-    connection.wait([worker.sentinel for worker in workers], timeout=1)
-    for status in (worker.exitcode for worker in workers):
-        if status is not None:
-            by = signal.strsignal(-status) if status < 0 else f"exit status {status}"
-            return f"it was ended by {by}"
+    """How one of them ended, if one has by now or does within seconds."""
+    ended = connection.wait([worker.sentinel for worker in workers], timeout=5)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(5)  # its files are closed a moment before it has a status
+            if (status := worker.exitcode) is not None:
+                by = signal.strsignal(-status) if status < 0 else f"exit status {status}"
+                return f"it was ended by {by}"
     return None
 
 
