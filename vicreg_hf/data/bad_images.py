@@ -80,14 +80,11 @@ class BadImages:
                 file.writelines(json.dumps(image._asdict()) + "\n" for image in fresh.values())
         first = next(iter(fresh.values()))
         listed = f" They are listed in {self.path}." if self.path else ""
-        say(
-            f"warning: {len(self)} images could not be used and were {self.fate}; the latest: "
-            f"{first.place}: {first.reason}{listed}"
-        )
-        total = seen if self.num_images is None else min(seen, self.num_images)
-        least = LEAST_SEEN if self.num_images is None else min(LEAST_SEEN, self.num_images)
         latest = f"; the latest: {first.place}: {first.reason}{listed}"
-        check_share(len(self), max(total, least), self.max_fraction, latest)
+        say(f"warning: {len(self)} images could not be used and were {self.fate}{latest}")
+        total = max(seen, LEAST_SEEN)
+        total = total if self.num_images is None else min(total, self.num_images)
+        check_share(len(self), total, self.max_fraction, latest)
 
     def forget(self) -> None:
         """Remove the file of an earlier run."""

@@ -29,6 +29,7 @@ from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.data.workers import loading, loading_errors, prefetch
+from vicreg_hf.runtime.transfer import on_device
 from vicreg_hf.views.random_views import RandomViews, Views
 
 
@@ -70,15 +71,11 @@ def training_views(
         else:
             if isinstance(images, ImageStream):
                 size = batches.rows_per_process
-                stream = _crops_of_stream(images, size, views, steps, device, num_workers)
-                crops = stack.enter_context(closing(stream))
+                crops = closing(_crops_of_stream(images, size, views, steps, device, num_workers))
             else:
                 make, pinned = StepCrops(images, batches, views, paired), device.type == "cuda"
-                loaded = loading(
-                    steps, make, num_workers, item_bytes=make.item_bytes, pinned=pinned
-                )
-                crops = stack.enter_context(loaded)
-            made = _views_of_crops(crops, views, device, bad, paired)
+                crops = loading(steps, make, num_workers, item_bytes=make.item_bytes, pinned=pinned)
+            made = _views_of_crops(stack.enter_context(crops), views, device, bad, paired)
         yield from prefetch((tuple(map(channels_last, each)) for each in made), device)
 
 
@@ -98,10 +95,7 @@ def _views_of_memory(
 ) -> Iterator[Views]:
     for step in steps:
         epoch, rows = batches.batch(step)
-        chosen = images[torch.from_numpy(rows)]
-        if device.type == "cuda":
-            chosen = chosen.pin_memory()
-        yield views(chosen.to(device, non_blocking=True), rows, epoch)
+        yield views(on_device(images[torch.from_numpy(rows)], device), rows, epoch)
 
 
 def _views_of_crops(

@@ -6,6 +6,7 @@ Shapes: B images per process, C channels, S side of a view.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,17 +41,14 @@ class Crops(NamedTuple):
     """The batch of what belongs to the images, as `SecondInput.collate` gives it."""
 
 
+@dataclass
 class StepCrops:
     """Makes the crops of the samples of a step."""
 
-    def __init__(
-        self,
-        samples: ImageSplit | PairedSplit,
-        batches: GlobalBatches,
-        views: RandomViews,
-        paired: SecondInput | None,
-    ) -> None:
-        self.samples, self.batches, self.views, self.paired = samples, batches, views, paired
+    samples: ImageSplit | PairedSplit
+    batches: GlobalBatches
+    views: RandomViews
+    paired: SecondInput | None
 
     def __call__(self, step: int) -> Crops:
         epoch, rows = self.batches.batch(step)

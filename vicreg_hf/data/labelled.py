@@ -16,12 +16,7 @@ from torch import Tensor
 from vicreg_hf.data.classes import check_class_names, renumber_classes
 from vicreg_hf.data.columns.finding import declares_classes, find_label_column, holds_class_lists
 from vicreg_hf.data.opening.dataset import open_dataset
-from vicreg_hf.data.opening.slicing import (
-    EVAL_SPLITS,
-    add_parts,
-    check_held_out,
-    held_out_names,
-)
+from vicreg_hf.data.opening.slicing import EVAL_SPLITS, add_parts, check_held_out, held_out_names
 from vicreg_hf.data.splits import ImageSplit, image_split
 
 

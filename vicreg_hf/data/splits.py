@@ -19,11 +19,7 @@ from vicreg_hf.data.columns.finding import find_image_column
 from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.data.columns.images import ImageColumn
 from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
-from vicreg_hf.data.opening.slicing import (
-    Splits,
-    check_held_out,
-    held_out_names,
-)
+from vicreg_hf.data.opening.slicing import Splits, check_held_out, held_out_names
 from vicreg_hf.data.samples import Samples
 
 FINGERPRINTED = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -98,14 +98,9 @@ class SyncBatchNorm(_BatchNorm):
     """Batch normalisation over the rows of all processes, on any device.
 
     torch's own raises on CPU. Statistics and gradients equal those of one process that holds every
-    row; every process must hold at least one. It also carries the activation and dropout that timm
+    row; every process must hold at least one. It also calls the dropout and activation that timm
     fuses into its BatchNormAct2d.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.drop: nn.Module = nn.Identity()
-        self.act: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training and self.running_mean is not None:
@@ -114,7 +109,10 @@ class SyncBatchNorm(_BatchNorm):
             )
         else:
             normal = self._normalize(x)
-        return self.act(self.drop(normal))
+        for name in ("drop", "act"):
+            if hasattr(self, name):
+                normal = getattr(self, name)(normal)
+        return normal
 
     @torch.compiler.disable()  # pyright: ignore[reportCallIssue, reportArgumentType]
     def _normalize(self, x: Tensor) -> Tensor:
@@ -141,21 +139,8 @@ class SyncBatchNorm(_BatchNorm):
 
     @classmethod
     def convert(cls, module: nn.Module) -> nn.Module:
-        """Replace every batch normalisation inside module; names and state stay the same."""
-        if isinstance(module, _BatchNorm) and not isinstance(module, cls):
-            return cls._from(module)
-        for name, child in module.named_children():
-            converted = cls.convert(child)
-            if converted is not child:
-                module.register_module(name, converted)
+        """Make every batch normalisation inside module one of these; its state stays as it is."""
+        for part in module.modules():
+            if isinstance(part, _BatchNorm):
+                part.__class__ = cls
         return module
-
-    @classmethod
-    def _from(cls, norm: _BatchNorm) -> SyncBatchNorm:
-        new = cls(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        if isinstance(norm, BatchNormAct2d):
-            new.drop, new.act = norm.drop, norm.act  # pyright: ignore[reportAttributeAccessIssue]
-        new.weight, new.bias = norm.weight, norm.bias
-        new.running_mean, new.running_var = norm.running_mean, norm.running_var
-        new.num_batches_tracked = norm.num_batches_tracked
-        return new.train(norm.training)

@@ -13,16 +13,10 @@ from vicreg_hf.views.random_views import PerChannel, RandomViews, are_recipes
 Preset = str | Mapping[str, Any] | Recipes | tuple[ViewRecipe, ViewRecipe]
 
 
-class _Config(Protocol):
-    @property
-    def pretrained_cfg(self) -> dict[str, Any] | None: ...
-
-
 class Configured(Protocol):
     """A model whose configuration says which images it takes, as a `VICRegModel` has it."""
 
-    @property
-    def config(self) -> _Config: ...
+    config: Any
 
 
 class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
@@ -85,7 +79,6 @@ class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
             ValueError: the model is set to another size, or as for `TwoViews`.
         """
         cfg = model.config.pretrained_cfg
-        assert cfg is not None
         channels, _, size = cfg["input_size"]
         if image_size not in (None, size):
             raise ValueError(
