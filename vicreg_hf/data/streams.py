@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -39,11 +38,8 @@ class ImageStream:
 
     def fingerprint(self) -> dict[str, Any]:
         """The length and a digest of the first images, which tell one data set from another."""
-        digest = hashlib.sha256()
-        for row in self.table.take(8):
-            with suppress(ImageError):
-                digest.update(self.column.encoded(row[self.column.name]))
-        return {"images": self.num_images, "sha256": digest.hexdigest()}
+        digest = self.column.digest(row[self.column.name] for row in self.table.take(8))
+        return {"images": self.num_images, "sha256": digest}
 
     def share(self, rank: int, world_size: int, *, seed: int) -> ImageStream:
         """The part that one of several processes reads: whole shards, or every n-th image."""

@@ -76,9 +76,8 @@ def analyse(
     empty = mean.new_empty(0)
     if not product:
         variance = sum_over_processes(sum_of_squares(rows - mean, 0), group) / (total - 1)
-        return ViewStatistics(mean, variance, empty, empty.long(), empty.clone()), mean.new_zeros(
-            ()
-        )
+        statistics = ViewStatistics(mean, variance, empty, empty.long(), empty.clone())
+        return statistics, mean.new_zeros(())
     x = (rows - mean).contiguous()
     matrix = sum_over_processes(_symmetric_product(x.T), group).div_(total - 1)
     variance = matrix.diagonal().clone()

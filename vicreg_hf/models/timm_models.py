@@ -111,12 +111,8 @@ def encoder_pretrained_cfg(
     size = model_args.get("img_size", image_size or (height, width))
     height, width = (size, size) if isinstance(size, int) else size
     channels = model_args.get("in_chans", channels)
-    cfg |= {
-        "num_classes": 0,
-        "custom_load": False,
-        "pool_size": None,
-        "input_size": (channels, height, width),
-    }
+    cfg |= {"num_classes": 0, "custom_load": False, "pool_size": None}
+    cfg["input_size"] = (channels, height, width)
     for key in ("mean", "std"):  # AutoImageProcessor wants one value per input channel
         if len(cfg[key]) != channels:
             cfg[key] = [sum(cfg[key]) / len(cfg[key])] * channels

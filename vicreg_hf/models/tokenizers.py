@@ -47,9 +47,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"prime_tokenizer must be a directory or a Hub id that AutoTokenizer loads, got "
             f"{name!r}: {one_line(error)}"
         ) from error
-    if set(tokenizer.get_vocab().values()) <= set(
-        tokenizer.all_special_ids
-    ):  # as where only a config is
+    # as where only a config is
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise ValueError(
             f"prime_tokenizer must have a vocabulary, and {name!r} holds none; save the tokenizer "
             "there, beside the model."

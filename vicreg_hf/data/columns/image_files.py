@@ -92,12 +92,9 @@ def decode_image(data: bytes, channels: int = 3) -> Tensor:
     except ImageError:
         raise
     except UnidentifiedImageError:
-        heif = data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and "HEIF" not in FORMATS
-        why = (
-            "it looks like HEIF, which needs `pip install pi-heif`"
-            if heif
-            else "it is of no known format"
-        )
+        why = "it is of no known format"
+        if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and "HEIF" not in FORMATS:
+            why = "it looks like HEIF, which needs `pip install pi-heif`"
         raise ImageError(f"the image cannot be decoded: {why}.") from None
     except Exception as error:  # decoders raise whatever their parsing meets
         raise ImageError(f"the image cannot be decoded: {error}") from error

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zipfile
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -40,6 +43,14 @@ class FileColumn(Column):
             return read_file(cell["path"], self.max_bytes) if stored is None else stored
         except Exception as error:  # zips raise whatever their parsing meets
             raise ImageError(f"the file cannot be read: {error}") from error
+
+    def digest(self, cells: Iterable[Any]) -> str:
+        """A checksum of the files of some cells, by which a data set is known again."""
+        digest = hashlib.sha256()
+        for cell in cells:
+            with suppress(ImageError):  # one that cannot be read
+                digest.update(self.encoded(cell))
+        return digest.hexdigest()
 
 
 def read_file(path: str, most: int = MAX_FILE) -> bytes:

@@ -27,10 +27,10 @@ def check_archives(path: Path) -> None:
     """
     sizes = {".zip": _sizes_in_zip, ".tar": _sizes_in_tar}
     for archive in [path] if path.is_file() else path.rglob("*"):
-        if archive.suffix not in sizes:
+        if (suffix := archive.suffix.lower()) not in sizes:
             continue
         try:
-            for name, size in sizes[archive.suffix](archive):
+            for name, size in sizes[suffix](archive):
                 if size > MAX_FILE:
                     raise ValueError(
                         f"files in an archive must have at most {MAX_FILE} bytes, got {name} with "
