@@ -6,7 +6,7 @@ Shapes: N images, C channels, H x W pixels.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vicreg_hf.data.classes import find_classes
 from vicreg_hf.data.columns.finding import find_image_column
+from vicreg_hf.data.columns.image_files import ValueRange
 from vicreg_hf.data.columns.images import ImageColumn
 from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
 from vicreg_hf.data.opening.slicing import Splits, check_held_out, held_out_names
@@ -55,11 +56,13 @@ def image_split(
     image_column: str | None = None,
     label_column: str | None = None,
     channels: int = 3,
+    value_range: ValueRange | None = None,
     sound: SpectrogramSettings | None = None,
 ) -> ImageSplit:
     """Pick a split and its columns.
 
     Args:
+        value_range: as in `ImageColumn`; None takes that of a sample of the split.
         sound: how a column of sound is seen, where there are no images.
 
     Raises:
@@ -77,7 +80,11 @@ def image_split(
             f"label_column must hold a class in some row, got none in {label_column!r} of "
             f"{dataset_name} ({name}); choose another or leave it out."
         )
-    return ImageSplit(column.prepare(table), column, f"{dataset_name} ({name})", labels, names)
+    split = ImageSplit(column.prepare(table), column, f"{dataset_name} ({name})", labels, names)
+    if isinstance(column, ImageColumn):
+        column = replace(column, value_range=value_range)
+        split.column = column.with_range(split.cells(split.sampled_rows()))
+    return split
 
 
 def open_column(

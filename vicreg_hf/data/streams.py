@@ -14,7 +14,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from vicreg_hf.data.columns.base import BadImage, path_of
-from vicreg_hf.data.columns.image_files import ImageError
+from vicreg_hf.data.columns.image_files import ImageError, ValueRange
 from vicreg_hf.data.columns.images import ImageColumn
 from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
 from vicreg_hf.data.opening.slicing import Splits
@@ -22,6 +22,8 @@ from vicreg_hf.data.samples import Sample
 from vicreg_hf.data.splits import open_column
 from vicreg_hf.runtime.checks import one_line
 
+RANGED = 16
+"""Images of a stream from which its range of values is taken."""
 SHUFFLE_BUFFER = 1000
 """Images of a stream that wait, still encoded, to be drawn in random order."""
 
@@ -93,9 +95,13 @@ def image_stream(
     dataset_name: str,
     image_column: str | None = None,
     channels: int = 3,
+    value_range: ValueRange | None = None,
     sound: SpectrogramSettings | None = None,
 ) -> ImageStream:
     """Pick a split of what was opened with streaming=True, and its column of images.
+
+    Args:
+        value_range: as in `ImageColumn`; None takes that of the first images.
 
     Raises:
         ValueError: no such split, nothing in it, no such column; or it cannot be read.
@@ -112,6 +118,9 @@ def image_stream(
     known = (table.info.splits or {}).get(name)
     table = column.prepare(table)
     with _reading(place):
-        if next(iter(table.take(1)), None) is None:
-            raise empty
+        first = [row[column.name] for row in table.take(1 if value_range else RANGED)]
+    if not first:
+        raise empty
+    if isinstance(column, ImageColumn):
+        column = replace(column, value_range=value_range).with_range(first)
     return ImageStream(table, column, place, getattr(known, "num_examples", None) or None)

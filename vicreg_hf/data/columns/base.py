@@ -11,6 +11,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 
+class ImageError(ValueError):
+    """Bytes that are not an image, or not one that can be used."""
+
+
 class BadImage(NamedTuple):
     """An image, or another sample, that cannot be used."""
 

@@ -7,15 +7,27 @@ from __future__ import annotations
 
 import io
 import warnings
+import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+
+from vicreg_hf.data.columns.base import ImageError
+from vicreg_hf.data.columns.tiffs import (
+    AS_ARRAYS,
+    check_bands,
+    describe_tiff,
+    is_signed,
+    values_of,
+    with_fourth_band,
+)
 
 MAX_PIXELS = 89_000_000
 """Largest size that a header may claim, from where PIL warns; checked before pixels are read."""
@@ -45,103 +57,180 @@ BLOCK = 2**20
 """Numbers that are converted at once, to need little memory."""
 _JPEG = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_ORIENTATION = 0x0112
+"""The EXIF tag that says how a camera was held."""
+
+ValueRange = tuple[float, float]
+"""The values that become the levels 0 and 255; those beyond them are clipped."""
 
 
-class ImageError(ValueError):
-    """Bytes that are not an image, or not one that can be used."""
-
-
-def decode_image(data: bytes, channels: int = 3) -> Tensor:
+def decode_image(data: bytes, channels: int = 3, value_range: ValueRange | None = None) -> Tensor:
     """Decode the first frame of an image, upright.
 
-    CMYK, palettes and gray become colour, alpha is dropped; 16-bit levels are rescaled, and float
-    values stretched over their range, where PIL would clip them.
+    CMYK, palettes and gray become colour, and what the file calls alpha is dropped.
 
     Args:
         data: the file's content, in one of `FORMATS`.
-        channels: C; 1 is gray, 3 RGB, 4 RGB and whatever the fourth channel holds.
+        channels: C; 1 is gray, 3 RGB, 4 RGB and whatever the fourth band holds.
+        value_range: of images with more than 8 bits, the values that become 0 and 255.
 
     Returns:
-        (C, H, W) uint8, in either memory layout.
+        (C, H, W) uint8, in any memory layout.
 
     Raises:
-        ImageError: empty, damaged or truncated data, another format, more than `MAX_PIXELS`.
+        ImageError: empty, damaged or truncated data, another format, more than `MAX_PIXELS`, bands
+            that would be lost or made up, or more than 8 bits where no value_range is given.
+    """
+    pixels = to_uint8(read_pixels(data, channels), value_range)
+    if channels == 1 and len(pixels) == 3:  # colour of 16 bits
+        pixels = np.array(Image.fromarray(pixels.transpose(1, 2, 0)).convert("L"))[None]
+    if len(pixels) < channels:
+        pixels = np.repeat(pixels, channels, 0)
+    return torch.from_numpy(pixels if min(pixels.strides) > 0 else pixels.copy())
+
+
+def read_pixels(data: bytes, channels: int = 3) -> NDArray[Any]:
+    """The values of an image's pixels, as its file holds them, upright.
+
+    Args:
+        data: the file's content, in one of `FORMATS`.
+        channels: C, the number that the image is read for.
+
+    Returns:
+        (C, H, W) uint8; where there are more than 8 bits, values of their own type, (1, H, W) of
+        gray and (3, H, W) or (4, H, W) of colour.
+
+    Raises:
+        ImageError: as in `decode_image`.
     """
     if channels not in MODES:
         raise ValueError(
-            f"an encoded image has 1, 3 or 4 channels, got {channels}; give images of others as "
-            "arrays, in a column of type Array3D."
+            f"an encoded image has 1, 3 or 4 channels, got {channels}; to have others, {AS_ARRAYS}."
         )
     if not data:
         raise ImageError("the image is empty (0 bytes).")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damage that matters is raised
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise ImageError(
-                        f"the image has {width} x {height} pixels, more than the {MAX_PIXELS} "
-                        "allowed."
-                    )
-                if channels == 3 and _is_plain_jpeg(image, data):
-                    # PIL's own libjpeg, without the copies that PIL makes of the pixels
-                    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                    return decode_jpeg(encoded, ImageReadMode.RGB)  # pyright: ignore[reportReturnType]
-                return _from_pil(image, MODES[channels])
+        return _read(data, channels)
     except ImageError:
         raise
-    except UnidentifiedImageError:
-        why = "it is of no known format"
-        if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and "HEIF" not in FORMATS:
-            why = "it looks like HEIF, which needs `pip install pi-heif`"
-        raise ImageError(f"the image cannot be decoded: {why}.") from None
     except Exception as error:  # decoders raise whatever their parsing meets
-        raise ImageError(f"the image cannot be decoded: {error}") from error
+        with suppress(Exception):  # texts and profiles may be damaged where the pixels are not
+            if len(plain := _without_extras(data)) < len(data):
+                return _read(plain, channels)
+        raise ImageError(f"the image cannot be decoded: {_reason(data, error)}") from error
+
+
+def has_eight_bits(data: bytes) -> bool:
+    """Whether a file's first bytes say that its values are levels from 0 to 255."""
+    if data.startswith(_PNG):
+        return data[24:25] != b"\x10"
+    return data.startswith((_JPEG, b"GIF8", b"RIFF", b"BM"))
+
+
+def _read(data: bytes, channels: int) -> NDArray[Any]:
+    data = with_fourth_band(data) if channels == 4 else data
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damage that matters is raised
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ImageError(
+                    f"the image has {width} x {height} pixels, more than the {MAX_PIXELS} allowed."
+                )
+            check_bands(image, channels)
+            pixels = _pixels(image, data, channels)
+            with suppress(Exception):  # broken EXIF is no reason to lose an image
+                return _UPRIGHT[image.getexif()[_ORIENTATION]](pixels)
+            return pixels
+
+
+_UPRIGHT: dict[Any, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    2: lambda pixels: pixels[..., ::-1],
+    3: lambda pixels: pixels[..., ::-1, ::-1],
+    4: lambda pixels: pixels[..., ::-1, :],
+    5: lambda pixels: pixels.swapaxes(1, 2),
+    6: lambda pixels: pixels[..., ::-1, :].swapaxes(1, 2),
+    7: lambda pixels: pixels[..., ::-1, ::-1].swapaxes(1, 2),
+    8: lambda pixels: pixels[..., ::-1].swapaxes(1, 2),
+}
+"""Turns (C, H, W) pixels upright, by the orientation that EXIF gives."""
+
+
+def _pixels(image: Image.Image, data: bytes, channels: int) -> NDArray[Any]:
+    """The pixels of an open image as they are stored, (C, H, W), or as `read_pixels` says."""
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    if channels == 3 and _is_plain_jpeg(image, data):
+        # PIL's own libjpeg, without the copies that PIL makes of the pixels
+        found: Any = decode_jpeg(encoded, ImageReadMode.RGB)
+        return found.numpy()
+    image.load()  # an error in here is damage to pixels
+    if data.startswith(_PNG) and data[24] == 16 and image.mode != "I;16":
+        bands: Any = decode_png(encoded, ImageReadMode.UNCHANGED)  # PIL keeps the higher 8 bits
+        alpha = len(bands) in (2, 4) and channels != 4
+        return bands.numpy()[: len(bands) - alpha]
+    if image.mode in ("F", "I") or image.mode.startswith("I;16") or is_signed(image):
+        return values_of(image)[None]
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if not (channels == 4 and image.mode == "CMYK"):  # whose four channels stay as they are
+        image = image.convert(MODES[channels])
+    pixels = np.array(image)
+    return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
 
 
 def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
-    """A JPEG of RGB or gray that is whole and upright.
+    """A JPEG of RGB or gray that is whole.
 
     Damaged ones are PIL's: torchvision has leaked memory on them, and crashes on damaged PNGs.
     """
-    if not (data.startswith(_JPEG) and data.endswith(_JPEG_END) and image.mode in ("RGB", "L")):
-        return False
-    with suppress(Exception):
-        tagged = not image.info.keys().isdisjoint(("exif", "xmp"))
-        return not tagged or image.getexif().get(0x0112, 1) == 1
-    return False
+    return data.startswith(_JPEG) and data.endswith(_JPEG_END) and image.mode in ("RGB", "L")
 
 
-def _from_pil(image: Image.Image, mode: str) -> Tensor:
-    with suppress(Exception):  # broken EXIF is no reason to lose an image
-        image = ImageOps.exif_transpose(image)
-    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
-        image = Image.fromarray(to_uint8(np.asarray(image)))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    if not (mode == "RGBA" and image.mode == "CMYK"):  # whose four channels stay as they are
-        image = image.convert(mode)
-    pixels = np.array(image)
-    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+def _without_extras(data: bytes) -> bytes:
+    """A PNG without texts, profiles and whatever else is not its pixels; other data as they are."""
+    kept, at = [data[:8]], 8
+    while data.startswith(_PNG) and len(head := data[at : at + 8]) == 8:
+        end = at + 12 + int.from_bytes(head[:4])
+        kind, checksum = head[4:], data[end - 4 : end]
+        whole = zlib.crc32(data[at + 4 : end - 4]).to_bytes(4) == checksum
+        if kind[:1].isupper() or (whole and kind in (b"tRNS", b"eXIf")):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept) if data.startswith(_PNG) else data
 
 
-def to_uint8(values: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Bring pixels of any number type to 0..255.
+def _reason(data: bytes, error: Exception) -> str:
+    """Why an image cannot be decoded."""
+    if not isinstance(error, UnidentifiedImageError):
+        return str(error)
+    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and "HEIF" not in FORMATS:
+        return "it looks like HEIF, which needs `pip install pi-heif`."
+    if (known := describe_tiff(data)) is not None:
+        return known
+    return "it is of no known format."
 
-    Integers are taken as 16-bit levels, if all are; other values are stretched over the range of
-    the finite ones.
+
+def to_uint8(
+    values: NDArray[np.generic], value_range: ValueRange | None = None
+) -> NDArray[np.uint8]:
+    """Bring pixels of any number type to levels from 0 to 255.
+
+    Args:
+        values: levels already, if they are uint8.
+        value_range: the finite values that become 0 and 255.
+
+    Raises:
+        ImageError: other values, of which nothing says what is black and what is white.
     """
     if values.dtype == np.uint8:
-        return values.astype(np.uint8)
-    low, high = 0.0, 65535.0
-    if np.issubdtype(values.dtype, np.floating):
-        finite = np.isfinite(values)
-        low = float(values.min(where=finite, initial=np.inf))
-        high = float(values.max(where=finite, initial=-np.inf))
-        low, high = (low, high) if low <= high else (0.0, 1.0)
-    elif values.min(initial=0) < 0 or values.max(initial=0) > high:
-        low, high = float(values.min()), float(values.max())
+        return values.astype(np.uint8, copy=False)
+    if value_range is None:
+        raise ImageError(
+            f"the values of its pixels must be of 8 bits, or a range of them known, got "
+            f"{values.dtype} from {values.min()} to {values.max()}; give --value_range."
+        )
+    low, high = value_range
     flat = values.reshape(-1)
     levels = np.empty(len(flat), np.uint8)
     for start in range(0, len(flat), BLOCK):
@@ -152,26 +241,27 @@ def to_uint8(values: NDArray[np.generic]) -> NDArray[np.uint8]:
     return levels.reshape(values.shape)
 
 
-def image_of_array(array: NDArray[Any], channels: int) -> Tensor:
-    """An image given as an array, as data sets keep those of many channels.
+def array_pixels(array: NDArray[Any], channels: int) -> NDArray[Any]:
+    """The pixels of an image that is given as an array, as data sets keep those of many channels.
 
     Args:
-        array: (C, H, W) or (H, W, C), of any number type.
+        array: (C, H, W) or (H, W, C), of any number type; also (H, W), if C is 1.
         channels: C.
 
     Returns:
-        (C, H, W) uint8, as `to_uint8` brings it there.
+        (C, H, W), of the same type.
 
     Raises:
         ImageError: no numbers, another shape, no pixels.
     """
     if not np.issubdtype(array.dtype, np.number):
         raise ImageError(f"an image must be an array of numbers, got {array.dtype}.")
-    if array.ndim == 3 and array.shape[0] != channels and array.shape[2] == channels:
-        array = array.transpose(2, 0, 1)
-    if array.ndim != 3 or array.shape[0] != channels or array.size == 0:
+    found = array[None] if array.ndim == 2 else array
+    if found.ndim == 3 and found.shape[0] != channels and found.shape[2] == channels:
+        found = found.transpose(2, 0, 1)
+    if found.ndim != 3 or found.shape[0] != channels or found.size == 0:
         raise ImageError(
             f"an image must be of shape ({channels}, H, W) or (H, W, {channels}), got "
             f"{array.shape}."
         )
-    return torch.from_numpy(np.ascontiguousarray(to_uint8(array)))
+    return found

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, from_numpy
 
-from vicreg_hf.data.columns.image_files import ImageError, decode_image, image_of_array
+from vicreg_hf.data.columns.base import ImageError
+from vicreg_hf.data.columns.image_files import (
+    ValueRange,
+    array_pixels,
+    decode_image,
+    has_eight_bits,
+    read_pixels,
+    to_uint8,
+)
 from vicreg_hf.data.columns.reading import FileColumn
 
 
@@ -20,24 +30,55 @@ class ImageColumn(FileColumn):
 
     feature: Any
     channels: int = 3
+    value_range: ValueRange | None = None
+    """The values that become the levels 0 and 255, where images have more than 8 bits."""
 
     def prepare(self, table: Any) -> Any:
         table = super().prepare(table)
-        if isinstance(self.feature, datasets.Array3D):
-            return table
-        return table.cast_column(self.name, datasets.Image(decode=False))
+        return table if self._of_arrays else table.cast_column(self.name, datasets.Image(False))
 
     def encoded(self, cell: Any) -> bytes:
         """The bytes of the image's file or array; errors as in `FileColumn.encoded`."""
-        if cell is not None and isinstance(self.feature, datasets.Array3D):
+        if cell is not None and self._of_arrays:
             return self._array(cell).tobytes()
         return super().encoded(cell)
 
     def decode(self, cell: Any) -> Tensor:
         """The image of a cell, (C, H, W) uint8; errors as in `Column.decode`."""
-        if cell is not None and isinstance(self.feature, datasets.Array3D):
-            return image_of_array(self._array(cell), self.channels)
-        return decode_image(self.encoded(cell), self.channels)
+        if cell is not None and self._of_arrays:
+            pixels = array_pixels(self._array(cell), self.channels)
+            return from_numpy(np.ascontiguousarray(to_uint8(pixels, self.value_range)))
+        return decode_image(self.encoded(cell), self.channels, self.value_range)
+
+    def with_range(self, cells: Iterable[Any]) -> ImageColumn:
+        """The column with one range of values for all its images, if any have more than 8 bits.
+
+        It is the range that is given, or else from the least to the largest finite value in a
+        sample of the cells.
+        """
+        if self.value_range is not None:
+            return self
+        low, high = np.inf, -np.inf
+        for cell in cells:
+            with suppress(ImageError):  # which its reader says
+                values = self._values(cell)
+                if values is not None and len(finite := values[np.isfinite(values)]):
+                    low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+        return self if low > high else replace(self, value_range=(low, high))
+
+    def _values(self, cell: Any) -> NDArray[Any] | None:
+        """The values of an image as they are stored; None if they are levels of 8 bits."""
+        if cell is not None and self._of_arrays:
+            values = array_pixels(self._array(cell), self.channels)
+        elif has_eight_bits(data := self.encoded(cell)):
+            return None
+        else:
+            values = read_pixels(data, self.channels)
+        return None if values.dtype == np.uint8 else values
+
+    @property
+    def _of_arrays(self) -> bool:
+        return isinstance(self.feature, datasets.Array3D)
 
     def _array(self, cell: Any) -> NDArray[Any]:
         try:
