@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -32,6 +34,7 @@ from vicreg_hf.data.workers import (
     prefetch,
 )
 from vicreg_hf.runtime.machine import default_num_workers
+from vicreg_hf.runtime.signals import Signals, StoppedWaiting
 from vicreg_hf.views.two_views import TwoViews
 
 
@@ -110,9 +113,10 @@ def test_a_worker_that_is_killed_is_said_to_have_died() -> None:
 
 def test_a_lost_connection_is_told_with_what_the_worker_died_of() -> None:
     def lose_the_worker() -> None:
+        others = set(multiprocessing.active_children())
         with loading_errors(), loading(range(6), int, 1, item_bytes=lambda: 8) as items:
             next(items)
-            (worker,) = items._workers  # type: ignore[attr-defined]
+            (worker,) = set(multiprocessing.active_children()) - others
             worker.kill()
             raise EOFError
 
@@ -133,6 +137,60 @@ def test_a_worker_goes_on_when_its_process_group_is_told_to_end(split: ImageSpli
         os.kill(worker.pid or 0, number)
     assert len([*made, *batches]) == 10
     assert not worker.is_alive()
+
+
+def tensor_of(item: int) -> torch.Tensor:
+    return torch.full((1000,), item)
+
+
+def test_batches_that_shared_memory_has_no_room_for_come_through_pipes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert [batches_ahead(100, 2, room) for room in (399, 400, 799, 800)] == [0, 1, 2, 3]
+    free = shutil.disk_usage(workers.SHARED_MEMORY).free
+    with loading(range(3), tensor_of, 1, item_bytes=lambda: free) as items:
+        assert [int(item[-1]) for item in items] == [0, 1, 2]
+    assert "come through pipes" in capsys.readouterr().err
+
+
+class Unsendable:
+    """What cannot leave a worker, as where shared memory or open files are used up."""
+
+    def __init__(self, fault: int) -> None:
+        self.fault = fault
+
+    def __reduce__(self) -> Any:
+        raise OSError(self.fault, os.strerror(self.fault))
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [(errno.ENOSPC, "--shm-size"), (errno.EMFILE, "raise ulimit -n"), (errno.EIO, "worker died")],
+)
+def test_a_worker_that_cannot_pass_a_batch_on_ends(fault: int, sentence: str) -> None:
+    with (
+        pytest.raises(LoadingError, match=sentence),
+        loading_errors(),
+        loading([fault], Unsendable, 1, item_bytes=lambda: 8) as items,
+    ):
+        list(items)
+
+
+def test_a_worker_that_is_stuck_is_told_of_and_does_not_keep_a_run_from_stopping(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workers, "WAITING", 1)
+    monkeypatch.setattr(workers, "SILENCE", 1)
+    threading.Timer(2.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    with (
+        Signals(),
+        pytest.raises(StoppedWaiting),
+        loading([60.0], time.sleep, 1, item_bytes=lambda: 8) as items,
+    ):
+        next(items)
+    assert (
+        "warning: no batch has come from the loading workers for 1 sec" in capsys.readouterr().err
+    )
 
 
 # --- the thread

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import math
+import multiprocessing
+import os
+import pickle
+import shutil
 import signal
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from multiprocessing import connection
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from multiprocessing import connection, queues
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from vicreg_hf.data.columns.image_files import ImageError
-from vicreg_hf.runtime.signals import ignore_requests
+from vicreg_hf.runtime.checks import one_line
+from vicreg_hf.runtime.signals import StoppedWaiting, ignore_requests, stop_requested
 
 MOST_AHEAD = 4
 """Batches, or chunks of a stream, that a loading worker makes ahead at most."""
@@ -27,17 +36,39 @@ AHEAD = 2
 """Batches that the thread makes ahead of the one in use."""
 WORKER_PATIENCE = 5.0
 """Seconds that loading workers have to end by themselves."""
+WAITING = 5
+"""Seconds of waiting for a batch after which a request to stop is heard."""
+SILENCE = 60
+"""Seconds without a batch after which a run says that it waits for data, and so each time."""
+SHARED_MEMORY = "/dev/shm"
+FAULTS = {errno.ENOSPC: "No space left", errno.EMFILE: "Too many open files"}
+"""What keeps a worker from passing a batch on: its exit status then, and words of the error."""
 
 T = TypeVar("T")
 
 
 class LoadingError(RuntimeError):
-    """A loading worker died."""
+    """A loading worker died, or none could be started."""
 
 
-def batches_ahead(batch_bytes: int, num_workers: int) -> int:
-    """How many batches each of a process's loading workers makes ahead: see `BYTES_AHEAD`."""
-    return max(1, min(MOST_AHEAD, BYTES_AHEAD // (batch_bytes * num_workers)))
+def batches_ahead(batch_bytes: int, num_workers: int, room: float = math.inf) -> int:
+    """How many batches each of a process's loading workers makes ahead: see `BYTES_AHEAD`.
+
+    Args:
+        room: bytes of shared memory for them, and for two batches in use.
+
+    Returns:
+        0 if the room is too small for one each.
+    """
+    ahead = max(1, min(MOST_AHEAD, BYTES_AHEAD // (batch_bytes * num_workers)))
+    return max(0, int(min(ahead, (room - 2 * batch_bytes) // (batch_bytes * num_workers))))
+
+
+def _shared_memory() -> float:
+    """Bytes of shared memory that are free, divided among the machine's processes of the run."""
+    if not os.path.isdir(SHARED_MEMORY):
+        return math.inf
+    return shutil.disk_usage(SHARED_MEMORY).free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -53,34 +84,117 @@ def loading(
 
     The workers end with the context. They hear no request to end, and one that was killed may
     leave the others a lock that is never released, so they are killed if they do not end. Enter it
-    in the main thread: only there is torch told what a worker died of.
+    in the main thread: only there is torch told what a worker died of. Results come in shared
+    memory, or through pipes where that is too small.
 
     Args:
         source: a sequence, or an IterableDataset, each worker's part of it.
         item_bytes: called for the size of a result, if there are workers.
         pinned: copy tensors to memory that a GPU reads by itself.
+
+    Raises:
+        LoadingError: workers cannot be started.
     """
+    if not num_workers:
+        yield iter(DataLoader(source, batch_size=None, collate_fn=make, pin_memory=pinned))
+        return
+    size = item_bytes()
+    ahead = batches_ahead(size, num_workers, _shared_memory())
+    if not ahead:
+        _warn(
+            f"{SHARED_MEMORY} has {_shared_memory() / 2**20:.0f} MiB for each process, "
+            f"too little for batches of {size / 2**20:.0f} MiB by {num_workers} loading workers, "
+            "so they come through pipes, which is slower; enlarge it (docker: --shm-size)."
+        )
     loader = DataLoader(
-        source, batch_size=None, collate_fn=make, num_workers=num_workers, pin_memory=pinned,
-        prefetch_factor=batches_ahead(item_bytes(), num_workers) if num_workers else None,
-        worker_init_fn=ignore_requests,
+        source, batch_size=None, collate_fn=make if ahead else _Pickled(make), pin_memory=pinned,
+        num_workers=num_workers, prefetch_factor=max(1, ahead), timeout=WAITING,
+        worker_init_fn=_begin_work,
     )  # fmt: skip
-    batches: Any = iter(loader)
-    workers: list[Any] = getattr(batches, "_workers", [])
+    others = set(multiprocessing.active_children())
     try:
-        yield batches
+        batches: Any = iter(loader)
+    except OSError:
+        _kill(set(multiprocessing.active_children()) - others)
+        raise
+    workers: list[Any] = batches._workers
+    try:
+        yield _each(batches) if ahead else map(pickle.loads, _each(batches))
     except (ConnectionError, EOFError) as error:  # torch has not heard of it yet
         if (end := _end_of_any(workers)) is None:
             raise
         raise LoadingError(_cause_of_death(end)) from error
     finally:
-        if workers:
-            patience = threading.Timer(WORKER_PATIENCE, _kill, [workers])
-            with suppress(RuntimeError):  # torch raises it for those that are killed
-                _start(patience)
-                batches._shutdown_workers()
-            patience.cancel()
-            _kill(workers)
+        patience = threading.Timer(WORKER_PATIENCE, _kill, [workers])
+        with suppress(RuntimeError):  # torch raises it for those that are killed
+            _start(patience)
+            batches._shutdown_workers()
+        patience.cancel()
+        _kill(workers)
+
+
+def _warn(sentence: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class _Pickled(Generic[T]):
+    """A function whose results are bytes, which do not need shared memory."""
+
+    make: Callable[[Any], T]
+
+    def __call__(self, item: Any) -> bytes:
+        return pickle.dumps(self.make(item), pickle.HIGHEST_PROTOCOL)
+
+
+def _each(batches: Iterator[T]) -> Iterator[T]:
+    """Pass batches on, and say when none comes.
+
+    Raises:
+        StoppedWaiting: none came for `WAITING` seconds, and the run has been asked to stop.
+        LoadingError: none came for `SILENCE` seconds, of several processes that were.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # otherwise the rest waits for this one
+    waited = 0
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            waited += WAITING
+            if stop_requested() and alone:
+                raise StoppedWaiting(f"No batch came for {waited} seconds.") from None
+            if waited % SILENCE == 0:
+                if stop_requested():
+                    raise LoadingError(
+                        f"no batch came for {waited} seconds, and the run was asked to stop. The "
+                        "last checkpoint is untouched."
+                    ) from None
+                _warn(
+                    f"no batch has come from the loading workers for {waited} seconds; the data "
+                    "are slow to read, or a worker is stuck."
+                )
+            continue
+        waited = 0
+        yield batch
+
+
+def _begin_work(worker: int) -> None:
+    """Make a worker end, with a status that tells why, where it cannot pass a batch on."""
+    ignore_requests(worker)
+    queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # pyright: ignore
+
+
+def _end_worker(error: Exception, _batch: object) -> None:
+    for status, words in FAULTS.items():
+        if getattr(error, "errno", None) == status or words in str(error):
+            os._exit(status)
+    os.write(2, f"a loading worker cannot pass a batch on: {one_line(error)}\n".encode())
+    os._exit(1)
 
 
 def _start(thread: threading.Thread) -> None:
@@ -106,7 +220,7 @@ def _end_of_any(workers: Sequence[Any]) -> str | None:
     return None
 
 
-def _kill(workers: Sequence[Any]) -> None:
+def _kill(workers: Iterable[Any]) -> None:
     for worker in workers:
         worker.kill()
 
@@ -126,12 +240,20 @@ def loading_errors() -> Iterator[None]:
         raise ImageError(sentence.split("ImageError: ", 1)[-1]) from None
     except (ConnectionError, EOFError) as error:  # killed in the middle of a batch
         raise LoadingError(_cause_of_death(f"the connection to it was lost: {error}")) from None
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         # torch's signal handler knows of what the worker died, and its loader only that it did
         for message in (str(error.__cause__), str(error)):
             if "DataLoader worker" in message:
                 raise LoadingError(_cause_of_death(message)) from None
+        if any(words in str(error) for words in (FAULTS[errno.EMFILE], "ancdata")):
+            raise LoadingError(f"{one_line(error)}. {_FEW_FILES}") from None
         raise
+
+
+_FEW_FILES = (
+    "Loading workers need more open files than are allowed: raise ulimit -n, or lower "
+    "--num_workers."
+)
 
 
 def _cause_of_death(message: str) -> str:
@@ -141,10 +263,12 @@ def _cause_of_death(message: str) -> str:
             "Something outside this program killed it, mostly for want of memory: lower "
             "--num_workers or free some."
         )
-    elif "Bus error" in message or "shm" in message or "shared memory" in message:
+    elif any(w in message for w in ("Bus error", "shared memory", f"exit code {errno.ENOSPC}")):
         why = (
             "Shared memory is full: enlarge /dev/shm (docker: --shm-size), or lower --num_workers."
         )
+    elif f"exit code {errno.EMFILE}" in message:
+        why = _FEW_FILES
     else:
         why = "With --num_workers 0 the main process decodes, and shows what fails."
     return f"a loading worker died: {sentence}. {why} The last checkpoint is untouched."

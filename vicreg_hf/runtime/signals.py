@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 STOPPED = 75
 """Exit status of a run that was asked to stop and has saved: EX_TEMPFAIL, start it again."""
@@ -34,6 +34,10 @@ _LAUNCHERS = {
 
 class Stopped(Exception):  # noqa: N818
     """The run was asked to stop, and has saved what it had reached."""
+
+
+class StoppedWaiting(Stopped):
+    """The run was asked to stop while it waited for data, and can save what it had reached."""
 
 
 def handle_requests(handler: Any) -> None:
@@ -60,6 +64,9 @@ class Signals:
     the main thread, where Python handles no signals, nothing happens.
     """
 
+    current: ClassVar[Signals | None] = None
+    """The one that is entered."""
+
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         """The first request."""
@@ -70,6 +77,7 @@ class Signals:
         self._pipe: tuple[int, int] | None = None
 
     def __enter__(self) -> Signals:
+        Signals.current = self
         if threading.current_thread() is threading.main_thread():
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
@@ -82,6 +90,7 @@ class Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        Signals.current = None
         if self._pipe is None:
             return
         for number, handler in self._handlers_before.items():
@@ -107,6 +116,11 @@ class Signals:
         elif not self.settled and number != LAUNCHER_ENDED and now - self._since > SAME_REQUEST:
             _say(f"{number.name}: ended at once; the last checkpoint is untouched.")
             os._exit(128 + number)
+
+
+def stop_requested() -> bool:
+    """Whether the run that is under way, if one is, has been asked to stop."""
+    return Signals.current is not None and Signals.current.received is not None
 
 
 def name_of(number: signal.Signals) -> str:

@@ -32,7 +32,7 @@ from vicreg_hf.runtime.distributed import (
 )
 from vicreg_hf.runtime.liveness import watched
 from vicreg_hf.runtime.output_dir import claim
-from vicreg_hf.runtime.signals import Signals, Stopped, name_of
+from vicreg_hf.runtime.signals import Signals, Stopped, StoppedWaiting, name_of
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.faults import TERMS, OutOfMemory, ProcessLost, explained, step_failure
 from vicreg_hf.training.finish import finish_run
@@ -100,7 +100,11 @@ def fit(run: Run, signals: Signals) -> None:
     watch = CollapseWatch(args, run.batches.steps_per_epoch, run.log.rows())
     checks = StepChecks(run)
     run.wrapped.train()
-    with closing(views_from_here(run)) as batches, _fastest_convolutions(run.accelerator.device):
+    with (
+        _saved_if_stopped_waiting(run, signals),
+        closing(views_from_here(run)) as batches,
+        _fastest_convolutions(run.accelerator.device),
+    ):
         bar = tqdm(
             batches, "pretraining", run.total_steps, initial=run.step, unit="step",
             disable=not run.accelerator.is_local_main_process,
@@ -143,6 +147,16 @@ def fit(run: Run, signals: Signals) -> None:
             if stopping and not last:
                 stop(run, signals)
     wait_until_saved(run)
+
+
+@contextmanager
+def _saved_if_stopped_waiting(run: Run, signals: Signals) -> Iterator[None]:
+    """Save a run that is asked to stop while no data come."""
+    try:
+        yield
+    except StoppedWaiting:
+        save(run)
+        stop(run, signals)
 
 
 @contextmanager
