@@ -111,12 +111,7 @@ def loading(
         num_workers=num_workers, prefetch_factor=max(1, ahead), timeout=WAITING,
         worker_init_fn=_begin_work,
     )  # fmt: skip
-    others = set(multiprocessing.active_children())
-    try:
-        batches: Any = iter(loader)
-    except OSError:
-        _kill(set(multiprocessing.active_children()) - others)
-        raise
+    batches = _start_workers(loader)
     workers: list[Any] = batches._workers
     try:
         yield _each(batches) if ahead else map(pickle.loads, _each(batches))
@@ -131,6 +126,20 @@ def loading(
             batches._shutdown_workers()
         patience.cancel()
         _kill(workers)
+
+
+def _start_workers(loader: DataLoader[Any]) -> Any:
+    """The iterator of a loader; where not all its workers can be started, none is left."""
+    others = set(multiprocessing.active_children())
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        return iter(loader)
+    except OSError as error:
+        _kill(set(multiprocessing.active_children()) - others)
+        error.__traceback__ = None  # frees torch's unfinished iterator, which fails at its end
+        raise
+    finally:
+        sys.unraisablehook = hook
 
 
 def _warn(sentence: str) -> None:
@@ -240,6 +249,8 @@ def loading_errors() -> Iterator[None]:
         raise ImageError(sentence.split("ImageError: ", 1)[-1]) from None
     except (ConnectionError, EOFError) as error:  # killed in the middle of a batch
         raise LoadingError(_cause_of_death(f"the connection to it was lost: {error}")) from None
+    except LoadingError:
+        raise
     except (OSError, RuntimeError) as error:
         # torch's signal handler knows of what the worker died, and its loader only that it did
         for message in (str(error.__cause__), str(error)):
