@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 
-from vicreg_hf.checkpoints.manifest import (
+from vicreg_hf.checkpoints.reading import (
     MANIFEST,
     MODEL,
     OPTIMIZER,

@@ -24,8 +24,8 @@ from vicreg_hf.features.writing import complete_parts
 from vicreg_hf.hub.api import HubError, open_repository, push_files, visible_files
 from vicreg_hf.hub.record import impersonal
 from vicreg_hf.runtime.files import replacing, writing
+from vicreg_hf.runtime.machine import start_accelerator
 from vicreg_hf.runtime.output_dir import claim
-from vicreg_hf.runtime.processes import start_accelerator
 from vicreg_hf.settings.extraction import ExtractionArguments
 
 RECORD, BAD_IMAGES = "extraction.json", "bad_images.jsonl"

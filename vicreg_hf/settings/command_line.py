@@ -85,7 +85,7 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
         type=int,
         help="Instead of training, take a step of the run in output_dir again and describe it.",
     )
-    known = _early(argv, "config", "replay", "dataset_name", "output_dir")
+    known = early(argv, "config", "replay", "dataset_name", "output_dir")
     recipe = known.config
     if recipe is None and known.replay is not None:
         recipe = str(Path(known.output_dir or "") / "config.yaml")
@@ -109,10 +109,10 @@ def parse_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
         EvaluationArguments, description="Measure an encoder on a labelled data set."
     )
     parser.add_argument("--config", help=f"A recipe ({names}) or a YAML file; flags override it.")
-    return parser.read(argv, _early(argv, "config").config)
+    return parser.read(argv, early(argv, "config").config)
 
 
-def _early(argv: Sequence[str], *names: str) -> argparse.Namespace:
+def early(argv: Sequence[str], *names: str) -> argparse.Namespace:
     """The values of a few flags, from which it follows how the others are read."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
