@@ -133,10 +133,9 @@ def _check_record(
     recorded = _read_record(path)
     if recorded is None:
         if write:
-            with writing(output_dir):
+            with writing(output_dir), replacing(path) as aside:
                 output_dir.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as aside:
-                    aside.write_text(json.dumps(record, indent=2) + "\n")
+                aside.write_text(json.dumps(record, indent=2) + "\n")
         return
     different = [name for name, value in record.items() if recorded.get(name) != value]
     if different:

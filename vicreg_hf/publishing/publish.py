@@ -144,14 +144,9 @@ def export_encoders(
         The directory of the second encoder; None if there is none to publish.
     """
     export_encoder(model, first, include_expander=include_expander)
-    return (
-        export_second_encoder(model, second, column=column) if has_second_encoder(model) else None
-    )
-
-
-def has_second_encoder(model: VICRegModel) -> bool:
-    """Whether there is a second encoder to publish; precomputed embeddings have none."""
-    return model.prime is not None and not isinstance(model.prime.backbone, nn.Identity)
+    if model.prime is None or isinstance(model.prime.backbone, nn.Identity):
+        return None  # precomputed embeddings have no encoder
+    return export_second_encoder(model, second, column=column)
 
 
 def export_second_encoder(model: VICRegModel, directory: str | Path, *, column: Any = None) -> Path:

@@ -14,7 +14,7 @@ from vicreg_hf.data.opening.dataset import DEMO
 from vicreg_hf.hub.api import without_tokens
 from vicreg_hf.runtime.console import outlive_readers
 from vicreg_hf.settings.evaluation import EvaluationArguments
-from vicreg_hf.settings.parser import SettingsParser, expand_home
+from vicreg_hf.settings.parser import FlagsParser, SettingsParser, expand_home
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.settings.recipes import describe_recipes, recipe_names
 
@@ -58,7 +58,6 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
         ValueError: a setting that cannot be.
         SystemExit: words that are not flags, or --help.
     """
-    argv = expand_home(argv)
     parser = SettingsParser(
         PretrainingArguments,
         headings=HEADINGS,
@@ -103,7 +102,6 @@ def parse_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
         ValueError: a setting that cannot be.
         SystemExit: words that are not flags, or --help.
     """
-    argv = expand_home(argv)
     names = ", ".join(recipe_names(EvaluationArguments.recipe_folder))
     parser = SettingsParser(
         EvaluationArguments, description="Measure an encoder on a labelled data set."
@@ -114,7 +112,7 @@ def parse_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
 
 def early(argv: Sequence[str], *names: str) -> argparse.Namespace:
     """The values of a few flags, from which it follows how the others are read."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = FlagsParser(add_help=False)
     for name in names:
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
-    return parser.parse_known_args(argv)[0]
+        parser.add_argument(f"--{name}")
+    return parser.parse_known_args(expand_home(argv))[0]
