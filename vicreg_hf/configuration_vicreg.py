@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from vicreg_hf.loss.checks import check_coefficients
 from vicreg_hf.models.resnets import published_name
 from vicreg_hf.runtime.checks import check_number, read_widths
 
@@ -99,7 +99,6 @@ def _check_mapping(name: str, value: Any) -> None:
         raise ValueError(f"{name} must map names to values, as a dict, or be None, got {value!r}.")
 
 
-@strict
 class VICRegConfig(PreTrainedConfig):
     """Configuration of a `VICRegModel`: a timm backbone, the expander and the loss.
 
@@ -158,13 +157,8 @@ class VICRegConfig(PreTrainedConfig):
             )
         for name in ("model_args", "pretrained_cfg", "spectrogram", "prime"):
             _check_mapping(name, getattr(self, name))
-        for name in ("sim_coeff", "std_coeff", "cov_coeff", "gamma"):
-            check_number(name, getattr(self, name))
         check_number("eps", self.eps, positive=True)
-        if self.variance_reduction not in ("mean", "sum"):
-            raise ValueError(
-                f"variance_reduction must be mean or sum, got {self.variance_reduction!r}."
-            )
+        check_coefficients(**self.loss_settings)
         if self.weights not in ("shared", "separate"):
             raise ValueError(f"weights must be shared or separate, got {self.weights!r}.")
         widths = read_widths("expander_dims", self.expander_dims)

@@ -107,11 +107,9 @@ class VICRegModel(PreTrainedModel):
         self.post_init()
         if config.pretrained_cfg is None:
             config.pretrained_cfg = _pretrained_cfg(backbone, config.model_args)
-        prime = config.prime
-        if self.prime is not None and is_timm(self.prime.backbone):
-            assert prime is not None
-            if prime["pretrained_cfg"] is None:
-                prime["pretrained_cfg"] = _pretrained_cfg(self.prime.backbone, prime["model_args"])
+        prime: Any = config.prime
+        if self.prime is not None and is_timm(self.prime.backbone) and not prime["pretrained_cfg"]:
+            prime["pretrained_cfg"] = _pretrained_cfg(self.prime.backbone, prime["model_args"])
 
     @classmethod
     def from_timm(
@@ -128,12 +126,7 @@ class VICRegModel(PreTrainedModel):
         """
         architecture = check_architecture(name)
         backbone = create_backbone(name, model_args or {}, pretrained=True)
-        settings = VICRegConfig(
-            architecture=architecture,
-            model_args=model_args,
-            pretrained_cfg=_pretrained_cfg(backbone, model_args),
-            **config,
-        )
+        settings = VICRegConfig(architecture=architecture, model_args=model_args, **config)
         second = None
         if settings.prime is not None and not config.get("prime"):  # the same architecture
             second = create_backbone(name, model_args or {}, pretrained=True)

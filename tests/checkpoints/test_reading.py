@@ -14,8 +14,13 @@ import torch
 from checkpoints import Objects, after_a_step, fresh, save, save_steps
 from safetensors import SafetensorError
 
-from vicreg_hf.checkpoints.manifest import FILES, MANIFEST, CheckpointError
-from vicreg_hf.checkpoints.reading import load_checkpoint, newest_checkpoint
+from vicreg_hf.checkpoints.reading import (
+    FILES,
+    MANIFEST,
+    CheckpointError,
+    load_checkpoint,
+    newest_checkpoint,
+)
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,14 @@ from torch import Tensor
 from warm import Script
 from workflow import small_files
 
-from vicreg_hf.checkpoints.manifest import FILES, MANIFEST, CheckpointError, read_manifest
-from vicreg_hf.checkpoints.reading import load_checkpoint, newest_checkpoint
+from vicreg_hf.checkpoints.reading import (
+    FILES,
+    MANIFEST,
+    CheckpointError,
+    load_checkpoint,
+    newest_checkpoint,
+    read_manifest,
+)
 from vicreg_hf.checkpoints.writing import KEEP, CheckpointWriter
 
 OPTIMISERS = ["lars", "adamw", "sgd"]

@@ -8,7 +8,7 @@ import onnxruntime
 import torch
 from families import trained
 
-from vicreg_hf.hub.onnx import export_onnx
+from vicreg_hf.hub.export import export_onnx
 
 
 def test_onnx_gives_the_features_of_any_number_of_images(tmp_path: Path) -> None:

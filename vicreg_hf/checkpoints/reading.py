@@ -1,9 +1,30 @@
-"""Finding the newest checkpoint that is whole, and loading it."""
+"""Checkpoints: which files and values each has, how these are verified, found and loaded.
+
+A checkpoint is a directory `step-N`, where N optimiser steps were taken. Nothing in it is pickled.
+
+    config.json            the training model's `VICRegConfig`
+    model.safetensors      its weights and buffers
+    optimizer.safetensors  the tensors of the optimiser's state, by parameter and name
+    optimizer.json         the rest of that state, and the settings of its parameter groups
+    probe.safetensors      the online probe's state, where the run has one
+    manifest.json          all other values:
+        step               N
+        world_size         processes of the run
+        versions           versions of Python and of the packages that results depend on
+        state              a `RunState`
+        settings_sha256    SHA-256 of the state's settings
+        files              size in bytes and SHA-256 of every other file, by its name
+        sha256             SHA-256 of the values above
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypedDict
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -11,19 +32,126 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from vicreg_hf.checkpoints.manifest import (
-    MODEL,
-    OPTIMIZER,
-    OPTIMIZER_REST,
-    PROBE,
-    CheckpointError,
-    find_damage,
-    join_tensors,
-    newest_first,
-    read_manifest,
-    step_of,
-)
 from vicreg_hf.runtime.checks import one_line
+
+MANIFEST = "manifest.json"
+MODEL, OPTIMIZER, OPTIMIZER_REST = "model.safetensors", "optimizer.safetensors", "optimizer.json"
+PROBE = "probe.safetensors"
+FILES = {"config.json", MODEL, OPTIMIZER, OPTIMIZER_REST}
+"""The files that every checkpoint has beside its manifest."""
+PREFIX = "step-"
+GROUP = "group"
+"""Tensors of a parameter group are named after it, as `group0.lr`; others after a parameter."""
+
+_NAME = re.compile(rf"{PREFIX}(0|[1-9][0-9]*)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read."""
+
+
+class RunState(TypedDict, total=False):
+    """The values of a run beside weights, optimiser, probe and step."""
+
+    settings: dict[str, Any]
+    """All fields of `PretrainingArguments`."""
+    total_steps: int
+    """Optimiser steps of the whole run."""
+    data: dict[str, Any]
+    """Number of images and checksums of the training data."""
+    seconds: float
+    """Time that all sessions of the run took together."""
+    scaler: dict[str, Any] | None
+    """State of the gradient scaler of float16."""
+    precision: str
+    """accelerate's mixed_precision."""
+    threads: int | None
+    """Threads of a process on CPU, which decide the order of sums."""
+    prime_sha256: str | None
+    """Checksum of the second branch's description, where the branches have weights of their own."""
+    labels_sha256: str | None
+    """Checksum of the labels that the online probe learns."""
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The values in the manifest of a checkpoint that is whole."""
+    return json.loads((path / MANIFEST).read_text())
+
+
+def step_of(path: Path) -> int:
+    return int(path.name[len(PREFIX) :])
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Everything in a folder that is named like a checkpoint, whole or not."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def find_damage(path: Path) -> str | None:
+    """The first damage found in a checkpoint, in words, or None.
+
+    Raises:
+        OSError: it cannot be read, which says nothing about what it holds.
+    """
+    try:
+        manifest = read_manifest(path)
+        if manifest.pop("sha256") != digest(manifest):
+            return f"{MANIFEST} has another checksum"
+        if manifest["step"] != step_of(path):
+            return f"{MANIFEST} is of step {manifest['step']}"
+        if manifest["files"].keys() - {PROBE} != FILES:
+            return f"{MANIFEST} lists other files"
+        for name, expected in manifest["files"].items():
+            if (path / name).stat().st_size != expected["size"]:
+                return f"{name} has another size"
+            if file_digest(path / name) != expected["sha256"]:
+                return f"{name} has another checksum"
+    except (
+        FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, LookupError,
+        TypeError, AttributeError, RecursionError,
+    ) as error:  # fmt: skip
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def digest(values: Any) -> str:
+    """SHA-256 of values as JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def split_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state_dict as a flat dict of tensors and JSON for everything else."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, dict[str, Any]] = {}
+    groups = {f"{GROUP}{number}": group for number, group in enumerate(state["param_groups"])}
+    for owner, entries in (*state["state"].items(), *groups.items()):
+        rest[str(owner)] = {}
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{owner}.{name}"] = value
+            else:
+                rest[str(owner)][name] = value
+    param_groups = [rest.pop(name) for name in groups]
+    return tensors, {"param_groups": param_groups, "scalars": rest}
+
+
+def join_tensors(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """The state_dict that `split_tensors` has taken apart."""
+    state = {int(index): dict(entries) for index, entries in rest["scalars"].items()}
+    groups = [dict(group) for group in rest["param_groups"]]
+    for key, value in tensors.items():
+        owner, name = key.split(".", 1)
+        if owner.startswith(GROUP):
+            groups[int(owner.removeprefix(GROUP))][name] = value
+        else:
+            state[int(owner)][name] = value
+    return {"state": state, "param_groups": groups}
 
 
 def newest_checkpoint(folder: Path, *, before: int | None = None) -> tuple[Path | None, list[str]]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 
-from vicreg_hf.checkpoints.manifest import (
+from vicreg_hf.checkpoints.reading import (
     MANIFEST,
     MODEL,
     OPTIMIZER,
@@ -60,16 +60,17 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, *, world_size: int = 1) -> None:
         self.folder, self.world_size = folder, world_size
-        self._thread: threading.Thread | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._begun: Future[None] | None = None
         self._copies: Files = {}
-        self._error: Exception | None = None
         self._verified: set[Path] = set()
         installed_versions()  # those in use, whatever is installed meanwhile
 
     @property
     def failed(self) -> bool:
         """Whether a checkpoint could not be written; `wait` says why."""
-        return self._error is not None
+        begun = self._begun
+        return begun is not None and begun.done() and begun.exception() is not None
 
     def save(
         self,
@@ -96,9 +97,9 @@ class CheckpointWriter:
         if probe:
             files[PROBE] = dict(probe)
         self._copies = _copy(files, self._copies)
-        values = (step, model.config, self._copies, rest, state)
-        self._thread = threading.Thread(target=self._work, args=values, name="checkpoint")
-        self._thread.start()
+        self._begun = self._thread.submit(
+            self._write, step, model.config, self._copies, rest, state
+        )
 
     def wait(self) -> None:
         """Return when what was begun is on the disk.
@@ -107,19 +108,9 @@ class CheckpointWriter:
             CheckpointError: the disk is full or the folder cannot be written; checkpoints that
                 were there before are as they were.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def _work(self, step: int, *values: Any) -> None:
-        try:
-            self._write(step, *values)
-            self._prune(step)
-        except Exception as error:  # raised again by `wait`; nothing may pass for saved
-            self._error = error
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.result()
 
     def _write(
         self,
@@ -167,6 +158,7 @@ class CheckpointWriter:
                 "resume."
             ) from error
         self._verified.add(final)
+        self._prune(step)
 
     def _prune(self, step: int) -> None:
         """Remove all but the newest `KEEP` that are whole.

@@ -28,9 +28,8 @@ from vicreg_hf.hub.record import impersonal
 from vicreg_hf.runtime.checks import one_line
 from vicreg_hf.runtime.distributed import failing_together
 from vicreg_hf.runtime.files import clear_leftovers, replacing, writing
-from vicreg_hf.runtime.machine import hardware, software
+from vicreg_hf.runtime.machine import hardware, software, start_accelerator
 from vicreg_hf.runtime.output_dir import set_aside
-from vicreg_hf.runtime.processes import start_accelerator
 from vicreg_hf.settings.evaluation import TRAINED, EvaluationArguments
 
 RESULTS, REPORT = "results.json", "report.html"

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,26 +148,24 @@ def timm_encoder(
     data_config: dict[str, Any] = resolve_model_data_config(module)
     identity = {"architecture": architecture, "model_args": model_args, "data": data_config}
     width = int(module.head_hidden_size)
-    return Encoder(module.eval(), width, _TimmView(data_config), data_config, identity)
+    transform = create_transform(**data_config, is_training=False, use_prefetcher=True)
+    kept = tuple(data_config["input_size"][1:]) if data_config["crop_pct"] == 1 else None
+    view = partial(_timm_view, transform=transform, kept=kept)
+    return Encoder(module.eval(), width, view, data_config, identity)
 
 
-class _TimmView:
-    """timm's evaluation view, as TimmWrapperImageProcessor makes it, before normalisation."""
+def _timm_view(image: Tensor, *, transform: Any, kept: tuple[int, int] | None) -> Tensor:
+    """The evaluation view of timm, as TimmWrapperImageProcessor makes it, before normalisation.
 
-    def __init__(self, data_config: Mapping[str, Any]) -> None:
-        self.side = tuple(data_config["input_size"][1:])
-        self.whole = data_config["crop_pct"] == 1
-        self.transform: Any = create_transform(
-            **data_config, is_training=False, use_prefetcher=True
-        )
-
-    def __call__(self, image: Tensor) -> Tensor:
-        if self.whole and image.shape[-2:] == self.side:
-            return image
-        if len(image) not in PIL_CHANNELS:
-            return self.transform(image)
-        pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-        return self.transform(Image.fromarray(pixels.contiguous().numpy()))
+    Args:
+        kept: size of images that are left as they are.
+    """
+    if image.shape[-2:] == kept:
+        return image
+    if len(image) not in PIL_CHANNELS:
+        return transform(image)
+    pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    return transform(Image.fromarray(pixels.contiguous().numpy()))
 
 
 def _transformers_encoder(source: str, revision: str | None) -> Encoder:
@@ -177,7 +176,7 @@ def _transformers_encoder(source: str, revision: str | None) -> Encoder:
     model, found = loaded
     pooled = not any("pooler" in name for name in found["missing_keys"])
     module = _Pooled(model, trained_pooler=pooled).eval()
-    view = _ProcessorView(processor)
+    view = partial(_processed, processor)
     sample = view(torch.zeros(3, 64, 64, dtype=torch.uint8))
     with torch.inference_mode():
         width = module(sample[None]).shape[1]
@@ -224,16 +223,11 @@ class _Pooled(nn.Module):
         return last[:, 0] if last.ndim == 3 else last.mean((2, 3))
 
 
-class _ProcessorView:
+def _processed(processor: Any, image: Tensor) -> Tensor:
     """The view that a transformers image processor makes of an image, normalised."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __call__(self, image: Tensor) -> Tensor:
-        pixels = image.expand(3, -1, -1) if len(image) == 1 else image[:3]
-        picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-        return self.processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    pixels = image.expand(3, -1, -1) if len(image) == 1 else image[:3]
+    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return processor(images=picture, return_tensors="pt")["pixel_values"][0]
 
 
 def _crop_pct(size: dict[str, int], crop: dict[str, int], *, side: int) -> float:

@@ -24,8 +24,8 @@ from vicreg_hf.features.writing import complete_parts
 from vicreg_hf.hub.api import HubError, open_repository, push_files, visible_files
 from vicreg_hf.hub.record import impersonal
 from vicreg_hf.runtime.files import replacing, writing
+from vicreg_hf.runtime.machine import start_accelerator
 from vicreg_hf.runtime.output_dir import claim
-from vicreg_hf.runtime.processes import start_accelerator
 from vicreg_hf.settings.extraction import ExtractionArguments
 
 RECORD, BAD_IMAGES = "extraction.json", "bad_images.jsonl"
@@ -133,10 +133,9 @@ def _check_record(
     recorded = _read_record(path)
     if recorded is None:
         if write:
-            with writing(output_dir):
+            with writing(output_dir), replacing(path) as aside:
                 output_dir.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as aside:
-                    aside.write_text(json.dumps(record, indent=2) + "\n")
+                aside.write_text(json.dumps(record, indent=2) + "\n")
         return
     different = [name for name, value in record.items() if recorded.get(name) != value]
     if different:

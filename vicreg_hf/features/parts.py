@@ -75,21 +75,17 @@ def write_part(file: Path, table: pa.Table) -> None:
 def read_part(part: Part, num_features: int, *, with_features: bool = True) -> Contents:
     """Read a part. With its features it is compared with its checksum.
 
-    A file without one was written by an earlier version: parquet then compares each of its pages
-    with a checksum of its own.
-
     Raises:
         FileNotFoundError: it is absent.
         PartError: its contents are not those that were written.
     """
     try:
-        with pq.ParquetFile(part.file, page_checksum_verification=True) as file:
+        with pq.ParquetFile(part.file) as file:
             table = file.read(None if with_features else ["row"])
         rows = table["row"].to_numpy()
         features = np.empty((0, num_features), np.float32)
         if with_features:
-            checksum = (table.schema.metadata or {}).get(CHECKSUM)
-            if checksum is not None and checksum != _sha256(table):
+            if (table.schema.metadata or {}).get(CHECKSUM) != _sha256(table):
                 raise PartError("its rows do not have the checksum they were written with")
             flat = table["embedding"].combine_chunks().flatten().to_numpy()
             features = flat.reshape(len(rows), num_features)

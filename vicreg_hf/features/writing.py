@@ -6,7 +6,6 @@ Shapes: B images, C channels, S side in pixels, F features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,14 +151,12 @@ def write_parts(
     prepared: list[PreparedRows] = []
     features = [empty]
     left_out: list[BadImage] = []
-    written: Future[None] | None = None
     with (
         failing_together(device), loading_errors(), encoding_precision(accelerator, bf16),
         tqdm(
             total=sum(len(part.rows) for part in own), unit="image",
             disable=not accelerator.is_local_main_process,
         ) as bar,
-        ThreadPoolExecutor(1) as writer,
     ):  # fmt: skip
         for (part, rows), batch in zip(batches, loader, strict=True):
             prepared.append(batch)
@@ -168,14 +165,9 @@ def write_parts(
                 features.append(encode_with(encoder, batch.images, device))
             bar.update(len(rows))
             if rows[-1] == part.rows[-1]:
-                if written is not None:
-                    written.result()
                 found = torch.cat(features).cpu().numpy().astype(dtype)
-                # written while the next part is encoded
-                written = writer.submit(_write, part, splits[part.split], prepared, found, root)
+                _write(part, splits[part.split], prepared, found, root)
                 prepared, features = [], [empty]
-        if written is not None:
-            written.result()
     return left_out
 
 

@@ -35,11 +35,11 @@ TIMEOUT = 60.0
 """Seconds without an answer after which a request has failed; the client's own limit is none."""
 PASSING = (408, 409, 412, 429, 500, 502, 503, 504)
 """Status codes of failures that may pass. 409 and 412 say that another commit came first."""
-NO_ANSWER = (
+FAILURES = (
     HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError, LocalTokenNotFoundError,
+    ValueError, LookupError, TypeError, AttributeError,
 )  # fmt: skip
-OTHER_ANSWER = (ValueError, LookupError, TypeError, AttributeError)
-"""Errors of the client when an answer is no JSON, or JSON of another form."""
+"""Errors of the client when there is no answer, or one that is no JSON or JSON of another form."""
 SENTENCES = {
     401: "pushing to {repo_id} needs an access token that the Hub knows, got none or another "
     "(401); run `hf auth login`, or set HF_TOKEN.",
@@ -225,7 +225,7 @@ def _request(send: Callable[[HfApi], T], repo_id: str, token: str | bool | None)
         try:
             with _time_limit():
                 return send(HfApi(token=token, library_name="vicreg_hf"))
-        except (*NO_ANSWER, *OTHER_ANSWER) as error:
+        except FAILURES as error:
             status = _status(error)
             lasting = isinstance(error, OfflineModeIsEnabled) or status not in (None, *PASSING)
             if lasting or attempt == ATTEMPTS:

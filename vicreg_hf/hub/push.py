@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 
 from vicreg_hf.hub.api import open_repository, push_files, read_text, visible_files
 from vicreg_hf.hub.card import CARD_FILE, PICTURES, model_card, personalise
-from vicreg_hf.hub.export import EncoderModel, export_encoder
+from vicreg_hf.hub.export import ONNX_FILE, EncoderModel, export_encoder
 from vicreg_hf.hub.layout import TRAINING_ONLY, files_to_push, is_published
-from vicreg_hf.hub.onnx import ONNX_FILE
 from vicreg_hf.runtime.files import temporary_folder
 
 COMMIT_MESSAGE = "Upload a VICReg encoder"
@@ -26,20 +26,15 @@ def push_model(
     include_expander: bool,
     private: bool | None,
     commit_message: str,
-    create_pr: bool,
-    token: str | bool | None,
-    revision: str | None,
+    **target: Any,
 ) -> str:
     """Export a model, and push what was written; see `VICRegModel.push_to_hub`."""
-    repo_id = open_repository(
-        repo_id, private=private, token=token, revision=revision, create_pr=create_pr
-    )
+    repo_id = open_repository(repo_id, private=private, **target)
     with temporary_folder() as folder:
         export_encoder(model, folder, include_expander=include_expander)
         return push_encoder(
             folder, repo_id, include_expander=include_expander, commit_message=commit_message,
-            short_card=model_card(model, licence=None), create_pr=create_pr, token=token,
-            revision=revision,
+            short_card=model_card(model, licence=None), **target,
         )  # fmt: skip
 
 

@@ -33,15 +33,12 @@ def read_widths(name: str, given: Any) -> list[int]:
     Raises:
         ValueError: something else, or a width below 1.
     """
-    widths: list[Any] = []
-    right = isinstance(given, Iterable) and not isinstance(given, (bytes, dict))
+    widths: list[Any] = [0]
     if isinstance(given, str):
-        parts = given.split("-")
-        right = all(part.strip().isdecimal() for part in parts)
-        widths = [int(part) for part in parts] if right else []
-    elif right:
+        widths = [int(part) if part.strip().isdecimal() else 0 for part in given.split("-")]
+    elif isinstance(given, Iterable) and not isinstance(given, (bytes, dict)):
         widths = list(given)
-    if not right or not all(is_whole(width) and width > 0 for width in widths):
+    if not all(is_whole(width) and width > 0 for width in widths):
         raise ValueError(
             f"{name} must be positive widths, as [8192, 8192, 8192], or these joined by '-', as "
             f"8192-8192-8192, got {given!r}."

@@ -16,7 +16,7 @@ from datetime import timedelta
 from accelerate import Accelerator
 from torch.distributed import TCPStore
 
-from vicreg_hf.runtime.signals import Stopped
+from vicreg_hf.runtime.signals import Stopped, say
 
 BEAT = 2.0
 """Seconds between two signs of life."""
@@ -118,7 +118,5 @@ class _Watch(threading.Thread):
 
 
 def _end_process(reason: str) -> None:
-    message = f"error: {reason}; the run ends. Start it again to go on from its last checkpoint."
-    with suppress(OSError):
-        os.write(2, f"\n{message}\n".encode())
+    say(f"error: {reason}; the run ends. Start it again to go on from its last checkpoint.")
     os._exit(LOST)

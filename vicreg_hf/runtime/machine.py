@@ -1,4 +1,4 @@
-"""The cores of this machine, and the share of a process."""
+"""The cores of this machine, the processes of a run, and each one's share of the former."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from vicreg_hf.runtime.distributed import PATIENCE
 
 
 def available_cores() -> int:
@@ -24,6 +27,29 @@ def available_cores() -> int:
 def local_processes(accelerator: Accelerator) -> int:
     """Processes of this run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
+
+
+def start_accelerator(*handlers: Any) -> Accelerator:
+    """Join the other processes, and give each on CPU its share of the cores.
+
+    Args:
+        handlers: further `kwargs_handlers` of Accelerator.
+
+    Raises:
+        ValueError: processes were started that accelerate does not count.
+    """
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(kwargs_handlers=[*handlers, patience])
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"every launched process must take part, got WORLD_SIZE={launched} and "
+            f"{accelerator.num_processes} in accelerate; see README, 'Several processes'."
+        )
+    if accelerator.device.type == "cpu":
+        # accelerate launch sets OMP_NUM_THREADS=1, which leaves all cores but one idle
+        torch.set_num_threads(max(1, available_cores() // local_processes(accelerator)))
+    return accelerator
 
 
 def default_num_workers(num_processes: int) -> int:

@@ -42,19 +42,19 @@ class StoppedWaiting(Stopped):
 
 def handle_requests(handler: Any) -> None:
     """Set a handler of `REQUESTS`, as `signal.signal` takes it, but leave nohup's alone."""
-    for number in REQUESTS:
-        if not _ignored_by_nohup(number):
-            signal.signal(number, handler)
+    for number in _not_ignored_by_nohup():
+        signal.signal(number, handler)
 
 
 def stop_before_the_run(*_: object) -> None:
     """A handler for the seconds of a script's imports, when there is nothing to save."""
-    os.write(2, b"\nStopped before the run began.\n")
+    say("Stopped before the run began.")
     os._exit(STOPPED)
 
 
-def _ignored_by_nohup(number: signal.Signals) -> bool:
-    return number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+def _not_ignored_by_nohup() -> list[signal.Signals]:
+    nohup = signal.SIG_IGN
+    return [n for n in REQUESTS if n.name != "SIGHUP" or signal.getsignal(n) != nohup]
 
 
 class Signals:
@@ -84,7 +84,7 @@ class Signals:
             self._fd_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
             self._thread.start()
-            heard = [number for number in REQUESTS if not _ignored_by_nohup(number)]
+            heard: list[Any] = _not_ignored_by_nohup()
             heard += [LAUNCHER_ENDED] if _hear_when_launcher_ends() else []
             self._handlers_before = {n: signal.signal(n, _do_nothing) for n in heard}
         return self
@@ -112,9 +112,9 @@ class Signals:
         if self.received is None:
             self.received, self._since = number, now
             if os.environ.get("RANK", "0") == "0":
-                _say(f"{name_of(number)}: finishing the step and saving. Once more ends at once.")
+                say(f"{name_of(number)}: finishing the step and saving. Once more ends at once.")
         elif not self.settled and number != LAUNCHER_ENDED and now - self._since > SAME_REQUEST:
-            _say(f"{number.name}: ended at once; the last checkpoint is untouched.")
+            say(f"{number.name}: ended at once; the last checkpoint is untouched.")
             os._exit(128 + number)
 
 
@@ -143,7 +143,8 @@ def _do_nothing(_number: int, _frame: FrameType | None) -> None:
     """Take the place of the default handler, which would end the process."""
 
 
-def _say(sentence: str) -> None:
+def say(sentence: str) -> None:
+    """Print a line to stderr from any thread, whatever Python is doing."""
     with suppress(OSError):
         os.write(2, f"\n{sentence}\n".encode())
 

@@ -6,7 +6,7 @@ import ast
 import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import Field, dataclass, fields
 from itertools import pairwise
 from types import NoneType, UnionType
@@ -77,8 +77,17 @@ def _checked(f: Field[Any], value: Any, hint: Any) -> Any:
         return os.fspath(value)
     if value is None:
         return value
-    if not kinds <= {int, float, bool, NoneType}:
-        return _limited(f.name, value, limits)
+    if kinds <= {int, float, bool, NoneType}:
+        value = _number(f.name, value, kinds)
+    finite = not isinstance(value, float) or math.isfinite(value)
+    for limit in limits:
+        if not (finite and limit.holds(value)):
+            rule = limit.rule if finite else f"{limit.rule} and finite"
+            raise ValueError(f"{f.name} must be {rule}, got {value!r}.")
+    return value
+
+
+def _number(name: str, value: Any, kinds: set[Any]) -> bool | int | float:
     if bool in kinds:
         kind, rule, right = bool, "True or False", isinstance(value, (bool, np.bool))
     elif float in kinds:
@@ -88,17 +97,8 @@ def _checked(f: Field[Any], value: Any, hint: Any) -> Any:
         kind, rule, right = int, "a whole number", is_whole(value)
     if not right:
         more = " or None" if NoneType in kinds else ""
-        raise ValueError(f"{f.name} must be {rule}{more}, got {value!r}.")
-    return _limited(f.name, kind(value), limits)
-
-
-def _limited(name: str, value: Any, limits: Sequence[Limit]) -> Any:
-    finite = not isinstance(value, float) or math.isfinite(value)
-    for limit in limits:
-        if not (finite and limit.holds(value)):
-            rule = limit.rule if finite else f"{limit.rule} and finite"
-            raise ValueError(f"{name} must be {rule}, got {value!r}.")
-    return value
+        raise ValueError(f"{name} must be {rule}{more}, got {value!r}.")
+    return kind(value)
 
 
 def descriptions(settings: type[Settings]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from vicreg_hf.data.opening.dataset import DEMO
 from vicreg_hf.hub.api import without_tokens
 from vicreg_hf.runtime.console import outlive_readers
 from vicreg_hf.settings.evaluation import EvaluationArguments
-from vicreg_hf.settings.parser import SettingsParser, expand_home
+from vicreg_hf.settings.parser import FlagsParser, SettingsParser, expand_home
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.settings.recipes import describe_recipes, recipe_names
 
@@ -62,7 +62,6 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
         ValueError: a setting that cannot be.
         SystemExit: words that are not flags, or --help.
     """
-    argv = expand_home(argv)
     parser = SettingsParser(
         PretrainingArguments,
         headings=HEADINGS,
@@ -89,7 +88,7 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
         type=int,
         help="Instead of training, take a step of the run in output_dir again and describe it.",
     )
-    known = _early(argv, "config", "replay", "dataset_name", "output_dir")
+    known = early(argv, "config", "replay", "dataset_name", "output_dir")
     recipe = known.config
     if recipe is None and known.replay is not None:
         recipe = str(Path(known.output_dir or "") / "config.yaml")
@@ -107,18 +106,17 @@ def parse_evaluation_arguments(argv: Sequence[str]) -> EvaluationArguments:
         ValueError: a setting that cannot be.
         SystemExit: words that are not flags, or --help.
     """
-    argv = expand_home(argv)
     names = ", ".join(recipe_names(EvaluationArguments.recipe_folder))
     parser = SettingsParser(
         EvaluationArguments, description="Measure an encoder on a labelled data set."
     )
     parser.add_argument("--config", help=f"A recipe ({names}) or a YAML file; flags override it.")
-    return parser.read(argv, _early(argv, "config").config)
+    return parser.read(argv, early(argv, "config").config)
 
 
-def _early(argv: Sequence[str], *names: str) -> argparse.Namespace:
+def early(argv: Sequence[str], *names: str) -> argparse.Namespace:
     """The values of a few flags, from which it follows how the others are read."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = FlagsParser(add_help=False)
     for name in names:
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
-    return parser.parse_known_args(argv)[0]
+        parser.add_argument(f"--{name}")
+    return parser.parse_known_args(expand_home(argv))[0]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from huggingface_hub.constants import HF_HOME
 
 from vicreg_hf.settings.base import Count, Limit, NotNegative, Positive, PositiveShare
-from vicreg_hf.settings.encoding import EncodingSettings
+from vicreg_hf.settings.extraction import EncodingSettings
 from vicreg_hf.settings.finetuning import LINEAR, ONE_PERCENT, TEN_PERCENT, FinetuneSettings
 
 TRAINED: dict[str, tuple[FinetuneSettings, float]] = {

@@ -25,8 +25,18 @@ def expand_home(words: Iterable[str]) -> list[str]:
     return expanded
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """Reports an error in a single line, and offers the flag that was probably meant."""
+class FlagsParser(argparse.ArgumentParser):
+    """Read a script's own flags, with hyphens or underscores.
+
+    An error is a single line, which offers the flag that was probably meant.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options, allow_abbrev=False)
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        hyphened = {name.replace("_", "-"): None for name in names if name.startswith("--")}
+        return super().add_argument(*dict.fromkeys([*names, *hyphened]), **options)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = expand_home(sys.argv[1:] if args is None else args)
@@ -54,18 +64,7 @@ class _OneLineParser(argparse.ArgumentParser):
         self.error(f"{name} is no setting" + (f", --{near[0]} is one" if near else ""))
 
 
-class FlagsParser(_OneLineParser):
-    """Read a script's own flags, with hyphens or underscores."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)
-
-    def add_argument(self, *names: Any, **options: Any) -> Any:
-        hyphened = {name.replace("_", "-"): None for name in names if name.startswith("--")}
-        return super().add_argument(*dict.fromkeys([*names, *hyphened]), **options)
-
-
-class SettingsParser(_OneLineParser, HfArgumentParser):
+class SettingsParser(FlagsParser, HfArgumentParser):
     """Read settings and a script's own flags from command-line words."""
 
     def __init__(
@@ -82,12 +81,7 @@ class SettingsParser(_OneLineParser, HfArgumentParser):
         """
         self._settings, self._descriptions = settings, descriptions(settings)
         self._headings, self._section = dict(headings or {}), None
-        super().__init__(
-            settings,  # pyright: ignore[reportArgumentType]
-            allow_abbrev=False,
-            usage="%(prog)s [--SETTING VALUE ...]",
-            description=description,
-        )
+        super().__init__(settings, usage="%(prog)s [--SETTING VALUE ...]", description=description)
         assert not self._headings, "a heading must stand above a setting"
         self._section = None  # nor does it stand above what a script adds
 

@@ -27,9 +27,8 @@ from vicreg_hf.models.timm_models import check_architecture
 from vicreg_hf.publishing.publish import check_exportable
 from vicreg_hf.runtime.distributed import any_process
 from vicreg_hf.runtime.files import replacing, writing
-from vicreg_hf.runtime.machine import hardware, local_processes
+from vicreg_hf.runtime.machine import hardware, local_processes, start_accelerator
 from vicreg_hf.runtime.output_dir import set_aside
-from vicreg_hf.runtime.processes import start_accelerator
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.data import TrainingData, open_training_data
 from vicreg_hf.training.building.model import build_model

@@ -9,7 +9,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from vicreg_hf.checkpoints.manifest import join_tensors, split_tensors
+from vicreg_hf.checkpoints.reading import join_tensors, split_tensors
 from vicreg_hf.training.building.optimizers import LARS, create_optimizer
 
 
