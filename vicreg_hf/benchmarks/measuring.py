@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from accelerate.utils import patch_environment
 
 MIB = 2**20
-_MAP_FROM = "MALLOC_MMAP_THRESHOLD_"
-"""glibc's setting: allocations of at least so many bytes are mapped, and unmapped when freed."""
 
 
 def median_seconds(
@@ -41,7 +40,7 @@ def median_seconds(
     begun = time.perf_counter()
     for _ in range(1 + max_repeats):
         for name, run in alternatives.items():
-            times[name].append(_seconds(run, device))
+            times[name].append(seconds_of(run, device))
         if time.perf_counter() - begun > seconds:
             break
     return {name: statistics.median(all_[1:] or all_) for name, all_ in times.items()}
@@ -62,18 +61,13 @@ def run_processes(worker: Callable[..., object], args: tuple[Any, ...], count: i
 @contextmanager
 def memory_process() -> Iterator[ProcessPoolExecutor]:
     """A process in which freed memory goes back at once, so that its peaks can be measured."""
-    before = os.environ.get(_MAP_FROM)
-    os.environ[_MAP_FROM] = str(MIB // 4)
-    try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            pool.submit(
-                os.getpid
-            ).result()  # it starts with the first task, and so with the setting
-            yield pool
-    finally:
-        os.environ.pop(_MAP_FROM)
-        if before is not None:
-            os.environ[_MAP_FROM] = before
+    with (
+        # glibc maps allocations of so many bytes or more, and unmaps them when they are freed
+        patch_environment(MALLOC_MMAP_THRESHOLD_=MIB // 4),
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
+    ):
+        pool.submit(os.getpid).result()  # it starts with the first task, and so with the setting
+        yield pool
 
 
 def peak_extra_mib(run: Callable[[], object], device: torch.device) -> float | None:
@@ -105,7 +99,8 @@ def _status_mib(field: str) -> float:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """How long something takes, with all that it leaves to a GPU."""
     _synchronise(device)
     start = time.perf_counter()
     run()

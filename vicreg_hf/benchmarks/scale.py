@@ -9,7 +9,6 @@ Shapes: N images in all, W GPUs, n = N / W images each, D embedding dimensions.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -23,6 +22,7 @@ from vicreg_hf.benchmarks.measuring import table
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.loss.covariance import prefers_gram
 from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.runtime.checks import read_widths
 
 FLOAT32, BFLOAT16 = 4, 2
 """Bytes of a weight, a gradient or an entry of the loss's matrices, and of one of an embedding."""
@@ -197,7 +197,7 @@ def scale(
     *,
     image_size: int,
     batch_size: int,
-    expander_dims: Sequence[int],
+    expander_dims: str | Sequence[int],
     gpus: Sequence[int],
     weak: bool = False,
 ) -> str:
@@ -207,7 +207,8 @@ def scale(
         gpus: numbers of GPUs.
         weak: keep the images of each GPU, of which the first of `gpus` have `batch_size`.
     """
-    work = count_work(architecture, image_size, expander_dims)
+    widths = read_widths("expander_dims", expander_dims)
+    work = count_work(architecture, image_size, widths)
     rows, alone = [], 0.0
     for world in (1, *gpus):
         size = batch_size * world // gpus[0] if weak else batch_size
@@ -228,7 +229,7 @@ def scale(
     ]  # fmt: skip
     lines = [
         f"{architecture} at {image_size} pixels: {work.backbone_flops / 1e9:.2f} GFLOP a view "
-        f"forward; expander {'-'.join(map(str, expander_dims))}: "
+        f"forward; expander {'-'.join(map(str, widths))}: "
         f"{work.expander_flops / 1e9:.2f} GFLOP; {work.parameters / 1e6:.1f} million parameters, "
         f"{work.norms} batch normalisations; {'images of each GPU' if weak else 'global batch'} "
         "fixed. Predicted, not measured:",
@@ -236,15 +237,3 @@ def scale(
         table(["", "value", "unit", "source"], assumptions),
     ]  # fmt: skip
     return "\n".join(lines)
-
-
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for each assumption."""
-    for each in fields(Machine):
-        text = (
-            f"{each.metadata['unit']} (default {each.default}: {each.metadata['source']})".replace(
-                "%", "%%"
-            )
-        )
-        kind = type(each.default)
-        parser.add_argument(f"--{each.name}", default=each.default, type=kind, help=text)
