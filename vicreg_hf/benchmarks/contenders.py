@@ -52,8 +52,8 @@ class Contender:
     """torch.backends.cudnn.benchmark during its turns."""
     seconds: list[float] = field(default_factory=list)
     """A step, in each round."""
-    peak: int = 0
-    """Bytes on a GPU: model, optimiser and all else of a step."""
+    peak: float = 0.0
+    """MiB of the model, the optimiser and all else of a step."""
 
 
 def bare(run: Run, precision: str, channels_last: bool) -> Contender:

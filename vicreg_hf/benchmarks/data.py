@@ -10,6 +10,7 @@ import io
 import random
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
@@ -25,7 +26,6 @@ from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
 from vicreg_hf.data.batches import channels_last
 from vicreg_hf.data.columns.image_files import decode_image
 from vicreg_hf.data.pairs import PairedSplit
-from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.runtime.machine import available_cores
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.settings.pretraining import PretrainingArguments
@@ -241,10 +241,7 @@ def _stages(run: Run) -> str:
         colour, stage = (lambda: views(on_device, rows, epoch)), "crop and colour on the device"
         times["transfer"] = lambda: chosen.to(device, copy=True)
     else:
-        if isinstance(images, ImageSplit):
-            decode = lambda: images.read_or_replace(rows.tolist())[0]  # noqa: E731
-        else:
-            decode = lambda: images.first(len(rows))  # noqa: E731
+        decode = partial(run.inputs.first_images, rows.tolist())
         decoded = decode()
         rows = rows[: len(decoded)]
         crops = views.crop(decoded, rows, epoch)

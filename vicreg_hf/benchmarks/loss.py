@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,7 +30,6 @@ from vicreg_hf.benchmarks.measuring import (
     median_seconds,
     memory_process,
     peak_extra_mib,
-    run_processes,
     seconds_of,
     surroundings,
     table,
@@ -175,7 +175,7 @@ def _several_processes(
     for num_rows, dim, world in itertools.product(rows, dims, processes):
         with tempfile.TemporaryDirectory() as folder:
             settings = (world, f"{folder}/store", num_rows, dim, dtype, f"{folder}/lines")
-            run_processes(_worker, settings, world)
+            mp.spawn(_worker, settings, nprocs=world)
             lines += json.loads(Path(f"{folder}/lines").read_text())
     header = ["N", "D", "processes", "loss", "GFLOP per process", "MiB sent per process", "ms"]
     return table(header, lines)

@@ -13,11 +13,11 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from accelerate.utils import patch_environment
+
+from vicreg_hf.runtime.machine import hardware
 
 MIB = 2**20
 
@@ -44,18 +44,6 @@ def median_seconds(
         if time.perf_counter() - begun > seconds:
             break
     return {name: statistics.median(all_[1:] or all_) for name, all_ in times.items()}
-
-
-def run_processes(worker: Callable[..., object], args: tuple[Any, ...], count: int) -> None:
-    """Run a function in several processes to its end; it gets the number of its own, and `args`.
-
-    Where the system can, they are forked from one that has imported the function's module, which
-    takes seconds; not from this one, whose threads and memory they would have.
-    """
-    method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
-    if method == "forkserver":
-        mp.get_context(method).set_forkserver_preload([worker.__module__])
-    mp.start_processes(worker, args, nprocs=count, start_method=method)
 
 
 @contextmanager
@@ -121,19 +109,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def surroundings(device: torch.device) -> str:
     """Hardware, torch and commit, for the line above a table."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = f"{torch.get_num_threads()} threads, {_processor()}"
-    return f"{hardware}; torch {torch.__version__}, Python {platform.python_version()}; {_commit()}"
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    machine = hardware(device, 1).removesuffix(", 1 process")
+    if device.type == "cpu":
+        machine = f"{torch.get_num_threads()} threads on {machine}"
+    return f"{machine}; torch {torch.__version__}, Python {platform.python_version()}; {_commit()}"
 
 
 def _commit() -> str:

@@ -65,28 +65,21 @@ class Machine:
     infiniband_us: float = _assumed(5.0, "microseconds a message", "assumed")
     input_images_s: float = _assumed(37_000.0, "images/s a node", "assumed: 4 GB/s of 108 kB each")
 
-    def nodes(self, world: int) -> tuple[int, int]:
-        """GPUs in each node, and nodes.
-
-        Raises:
-            ValueError: nodes that are not full.
-        """
-        if world <= self.gpus_per_node:
-            return world, 1
-        if world % self.gpus_per_node:
-            full = self.gpus_per_node * -(-world // self.gpus_per_node)
-            raise ValueError(
-                f"gpus beyond one node must fill nodes, got {world} and gpus_per_node="
-                f"{self.gpus_per_node}; use {full}."
-            )
-        return self.gpus_per_node, world // self.gpus_per_node
-
     def gather_seconds(self, size: float, world: int) -> float:
         """An all-gather, after which every GPU holds `size` bytes.
 
         GPUs of the same place in all nodes gather first, then each node within itself.
+
+        Raises:
+            ValueError: nodes that are not full.
         """
-        inside, nodes = self.nodes(world)
+        inside = min(world, self.gpus_per_node)
+        nodes, rest = divmod(world, inside)
+        if rest:
+            raise ValueError(
+                f"gpus beyond one node must fill nodes, got {world} and gpus_per_node="
+                f"{self.gpus_per_node}; use {inside * (nodes + 1)}."
+            )
         seconds = size * (inside - 1) / inside / self.nvlink_gb_s
         seconds += size * (nodes - 1) / nodes / inside / self.infiniband_gb_s
         messages = math.log2(inside) * self.nvlink_us + math.log2(nodes) * self.infiniband_us

@@ -28,7 +28,7 @@ from vicreg_hf.benchmarks.contenders import (
     ours,
 )
 from vicreg_hf.benchmarks.data import data_set, jpeg, photographs
-from vicreg_hf.benchmarks.measuring import MIB, seconds_of, surroundings, table
+from vicreg_hf.benchmarks.measuring import MIB, peak_extra_mib, seconds_of, surroundings, table
 from vicreg_hf.data.memory import SMALL_IMAGE
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.training.setup import setup
@@ -122,7 +122,7 @@ def _take_turns(
 ) -> None:
     for contender in contenders:  # compiles, tunes and allocates
         _turn(contender, 1, device)
-        contender.peak = 0
+        contender.peak = 0.0
     for _, contender in itertools.product(range(rounds), contenders):
         contender.seconds.append(_turn(contender, steps, device))
 
@@ -130,15 +130,17 @@ def _take_turns(
 def _turn(contender: Contender, steps: int, device: torch.device) -> float:
     """Seconds a step."""
     torch.backends.cudnn.benchmark = contender.autotune
-    before = _start_memory(device)
     count = -(-steps // contender.workers) * contender.workers
-    with closing(contender.views()) as views:
-        _take(contender, views, max(WARM_UP, contender.workers))
-        seconds = seconds_of(lambda: _take(contender, views, count), device) / count
-    if device.type == "cuda":
-        extra = torch.cuda.max_memory_allocated(device) - before
-        contender.peak = max(contender.peak, _held(contender) + extra)
-    return seconds
+    took: list[float] = []
+
+    def take() -> None:
+        with closing(contender.views()) as views:
+            _take(contender, views, max(WARM_UP, contender.workers))
+            took.append(seconds_of(lambda: _take(contender, views, count), device) / count)
+
+    extra = peak_extra_mib(take, device) or 0.0
+    contender.peak = max(contender.peak, _held_mib(contender) + extra)
+    return took[0]
 
 
 def _take(contender: Contender, views: Iterator[Pair], count: int) -> None:
@@ -146,20 +148,12 @@ def _take(contender: Contender, views: Iterator[Pair], count: int) -> None:
         contender.step(x, x_prime)
 
 
-def _start_memory(device: torch.device) -> int:
-    """Bytes that are allocated on a GPU, from where its peak is measured anew."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def _held(contender: Contender) -> int:
-    """Bytes of the weights and the optimiser's state, which lie there between turns."""
+def _held_mib(contender: Contender) -> float:
+    """Memory of the weights and the optimiser's state, which lie there between turns."""
     state = contender.optimizer.state.values() if contender.optimizer is not None else ()
     moments = [value for entries in state for value in entries.values()]
     tensors = [*contender.model.parameters(), *contender.model.buffers(), *moments]
-    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
+    return sum(x.nbytes for x in tensors if isinstance(x, Tensor)) / MIB
 
 
 def _rows(
@@ -178,7 +172,7 @@ def _rows(
         line = [label, contender.precision, f"{1000 * took:.2f}", f"{views_per_step / took:.0f}"]
         line.append("-" if bare is None else f"{100 * bare / took:.1f} %")
         line.append("-" if authors is None else f"{authors / took:.2f}")
-        lines.append([*line, *([f"{contender.peak / MIB:.0f}"] if on_gpu else [])])
+        lines.append([*line, *([f"{contender.peak:.0f}"] if on_gpu else [])])
     header = ["", "precision", "ms a step", "views/s", "share of the bare backbone"]
     return table([*header, "authors / this", *(["peak MiB"] if on_gpu else [])], lines)
 
