@@ -172,14 +172,11 @@ def loaded_views(
         pictures: images, or the JPEGs of them.
         make: from an image to two (3, S, S) float32 tensors.
     """
-    sampler = RandomSampler(
-        pictures,
-        replacement=True,
-        num_samples=WITHOUT_END * batch_size,  # pyright: ignore
-    )
+    images: Any = pictures
     loader: Any = DataLoader(
-        pictures, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda",  # pyright: ignore
-        sampler=sampler, collate_fn=partial(_views_of, make),
+        images, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda",
+        sampler=RandomSampler(images, replacement=True, num_samples=10**9),
+        collate_fn=partial(_views_of, make),
     )  # fmt: skip
     for x, x_prime in loader:
         yield x.to(device, non_blocking=True), x_prime.to(device, non_blocking=True)

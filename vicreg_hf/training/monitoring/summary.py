@@ -81,14 +81,14 @@ def card_results(run: Run) -> list[Result]:
                 "encoder"
             )
             results.append(Result("online linear probe accuracy", last["probe"], how, percent=True))
-        compared = []
-        if first["step"] == 0:
-            compared.append(("untrained", first["knn"], "the encoder before training"))
-        if "knn_pixels" in first:
-            compared.append(("raw pixels", first["knn_pixels"], "the pixels themselves"))
+        untrained = first["knn"] if first["step"] == 0 else None
         results += [
             Result(f"{knn}, {name}", value, f"the same, of {what}", percent=True, of_model=False)
-            for name, value, what in compared
+            for name, value, what in (
+                ("untrained", untrained, "the encoder before training"),
+                ("raw pixels", first.get("knn_pixels"), "the pixels themselves"),
+            )
+            if value is not None
         ]
     last = next((row for row in reversed(rows) if "embedding_std" in row), None)
     if last is not None:
