@@ -19,12 +19,13 @@ from torch import Tensor
 from warm import run_script
 from workflow import ROOT, SMALL, write_images
 
-from vicreg_hf.benchmarks.data import _ratios, bottleneck, photographs, pil_view
+from vicreg_hf.benchmarks.contenders import loaded_views, plain_step
+from vicreg_hf.benchmarks.data import Views, _ratios, bottleneck, photographs, pil_view
 from vicreg_hf.benchmarks.loss import _figures, authors_loss, losses
 from vicreg_hf.benchmarks.measuring import MIB, memory_process, peak_extra_mib
-from vicreg_hf.benchmarks.peers import AuthorsLARS, PILViews, loaded_views, plain_step, projector
 from vicreg_hf.benchmarks.train import _pictures, training
 from vicreg_hf.loss.vicreg import vicreg_loss
+from vicreg_hf.models.expander import expander
 from vicreg_hf.runtime.distributed import rank, world_size
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.training.building.optimizers import LARS
@@ -256,7 +257,7 @@ def test_large_images_are_decoded_as_they_come() -> None:
     for picture in pictures:
         assert isinstance(picture, bytes)
         assert Image.open(io.BytesIO(picture)).size == (500, 375)
-    make = PILViews(PRESETS["authors"][:2], 65)
+    make = Views(pil_view, PRESETS["authors"][:2], 65)
     loaded = loaded_views(pictures, make, batch_size=2, num_workers=0, device=CPU)
     with closing(loaded) as batches:
         shapes = [[tuple(x.shape) for x in next(batches)] for _ in range(2)]  # beyond an epoch
@@ -266,10 +267,10 @@ def test_large_images_are_decoded_as_they_come() -> None:
 def test_the_authors_step_changes_weights_as_ours_does() -> None:
     """Loss and optimiser together, on the expander alone."""
     torch.manual_seed(0)
-    theirs = projector(6, [8, 8, 5])
+    theirs = expander(6, [8, 8, 5])
     ours = copy.deepcopy(theirs)
     step = plain_step(
-        theirs, authors_loss, AuthorsLARS(theirs.parameters(), 0.5), device=CPU, precision="fp32"
+        theirs, authors_loss, LARS(theirs.parameters(), 0.5), device=CPU, precision="fp32"
     )
     optimizer = LARS(ours.parameters(), 0.5)
     for x, x_prime in torch.randn(3, 2, 16, 6):

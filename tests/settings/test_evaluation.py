@@ -12,7 +12,7 @@ import torch
 from measuring import digits, write
 
 from vicreg_hf.data.labelled import open_labelled
-from vicreg_hf.evaluation.trained import training_rows
+from vicreg_hf.evaluation.requirements import training_rows
 from vicreg_hf.settings.command_line import parse_evaluation_arguments
 from vicreg_hf.settings.evaluation import EvaluationArguments
 from vicreg_hf.settings.finetuning import LINEAR, ONE_PERCENT, TEN_PERCENT

@@ -18,8 +18,8 @@ from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.training import pretrain as pretraining
 from vicreg_hf.training.faults import OutOfMemory, explained
 from vicreg_hf.training.replay import replay
+from vicreg_hf.training.resuming import save
 from vicreg_hf.training.run import Run
-from vicreg_hf.training.saving import save
 from vicreg_hf.training.setup import setup
 
 pytestmark = pytest.mark.usefixtures("one_core")

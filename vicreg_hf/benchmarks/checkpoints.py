@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from vicreg_hf.benchmarks.measuring import MIB, surroundings, table
+from vicreg_hf.benchmarks.measuring import MIB, seconds_of, surroundings, table
 from vicreg_hf.checkpoints.writing import CheckpointWriter
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.runtime.checks import read_widths
 from vicreg_hf.training.building.optimizers import create_optimizer
 
 
@@ -23,7 +23,7 @@ def checkpoints(
     *,
     batch_size: int,
     image_size: int,
-    expander_dims: Sequence[int],
+    expander_dims: str,
     save_steps: int,
 ) -> str:
     """Seconds that a save adds to a run, and their share of it at one save in `save_steps` steps.
@@ -32,7 +32,8 @@ def checkpoints(
     a save in the background lasts, so that what it takes from later steps counts.
     """
     on = torch.device(device)
-    model = VICRegModel(VICRegConfig(architecture=architecture, expander_dims=list(expander_dims)))
+    widths = read_widths("expander_dims", expander_dims)
+    model = VICRegModel(VICRegConfig(architecture=architecture, expander_dims=widths))
     model.to(memory_format=torch.channels_last).to(device)  # pyright: ignore[reportCallIssue]
     optimizer = create_optimizer("lars", model, lr=1e-3, weight_decay=1e-6)
     views = torch.randn(2, batch_size, 3, image_size, image_size, device=on)
@@ -45,12 +46,13 @@ def checkpoints(
         optimizer.zero_grad()
 
     def seconds(steps: int) -> float:
-        _synchronise(on)
-        begun = time.perf_counter()
-        for _ in range(steps):
-            step()
-        _synchronise(on)
-        return time.perf_counter() - begun
+        return seconds_of(lambda: [step() for _ in range(steps)], on)
+
+    def save(writer: CheckpointWriter, number: int, steps: int) -> None:
+        """Save, and take steps meanwhile."""
+        writer.save(number, model, optimizer, {})
+        seconds(steps)
+        writer.wait()
 
     seconds(3)
     a_step = seconds(3) / 3
@@ -59,20 +61,13 @@ def checkpoints(
         foreground, added, plain = [], [], []
         size = 0
         for number in range(4):
-            begun = time.perf_counter()
             waited_for = CheckpointWriter(Path(folder) / "foreground")
-            waited_for.save(number, model, optimizer, {})
-            waited_for.wait()
-            foreground.append(time.perf_counter() - begun)
+            foreground.append(seconds_of(partial(save, waited_for, number, 0), on))
             files = (waited_for.folder / f"step-{number}").iterdir()
             size = sum(file.stat().st_size for file in files)
             steps = int(3 * max(foreground) / a_step) + 3
             without = seconds(steps)
-            begun = time.perf_counter()
-            writer.save(number, model, optimizer, {})
-            seconds(steps)
-            writer.wait()
-            added.append(time.perf_counter() - begun - without)
+            added.append(seconds_of(partial(save, writer, number, steps), on) - without)
             plain.append(without / steps)
     a_step = statistics.median(plain[1:])  # the first save takes memory that later ones use again
     lines = [
@@ -82,16 +77,9 @@ def checkpoints(
             ("in the background", statistics.median(added[1:])),
         )
     ]
-    head = f"{architecture}, {batch_size} images of {image_size} pixels, {a_step:.3f} s a step, "
-    return "\n".join(
-        [
-            surroundings(on),
-            f"{head}checkpoints of {size / MIB:.0f} MiB",
-            table(["save", "seconds added", f"of the run at --save_steps {save_steps}"], lines),
-        ]
+    head = (
+        f"{architecture}, {batch_size} images of {image_size} pixels, {a_step:.3f} s a step, "
+        f"checkpoints of {size / MIB:.0f} MiB"
     )
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    header = ["save", "seconds added", f"of the run at --save_steps {save_steps}"]
+    return f"{surroundings(on)}\n{head}\n{table(header, lines)}"

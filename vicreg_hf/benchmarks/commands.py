@@ -4,164 +4,108 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from typing import Any
 
 import torch
 
 from vicreg_hf.benchmarks.checkpoints import checkpoints
-from vicreg_hf.benchmarks.data import against_others, bottleneck
+from vicreg_hf.benchmarks.data import views
 from vicreg_hf.benchmarks.features import extraction
-from vicreg_hf.benchmarks.loss import one_process, several_processes
-from vicreg_hf.benchmarks.measuring import surroundings
-from vicreg_hf.benchmarks.scale import Machine, add_machine_flags, scale
+from vicreg_hf.benchmarks.loss import losses_compared
+from vicreg_hf.benchmarks.scale import Machine, scale
 from vicreg_hf.benchmarks.train import NAMES, training
-from vicreg_hf.settings.command_line import parse_arguments
+from vicreg_hf.settings.parser import FlagsParser
 
 
-@dataclass
-class Command:
-    """One of them."""
+def measure(words: Sequence[str], description: str | None = None) -> str:
+    """What a command prints, from the words of its command line.
 
-    name: str
-    help: str
-    add_flags: Callable[[argparse.ArgumentParser], None]
-    measure: Callable[[argparse.Namespace, Sequence[str]], str]
-    """From the flags, and the words that are none, to what is printed."""
-    takes_more: bool = False
-    """Whether further words are flags of pretrain.py."""
+    Raises:
+        SystemExit: words that are not flags, or --help.
+    """
+    parser = FlagsParser(description=description)
+    _add_commands(parser.add_subparsers(dest="command", required=True))
+    args, others = parser.parse_known_args(words)
+    flags = vars(args)
+    own, run, takes_more = (flags.pop(name) for name in ("own", "run", "takes_more"))
+    if others and not takes_more:
+        own.refuse(others)
+    del flags["command"]
+    return run(others, **flags) if takes_more else run(**flags)
 
 
-def _loss_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=int, nargs="+", default=[256, 1024, 2048, 4096])
-    parser.add_argument("--dims", type=int, nargs="+", default=[2048, 8192, 16384])
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
-    parser.add_argument(
-        "--processes", type=int, nargs="+", help="instead, over so many processes on CPU"
+def _add_commands(parsers: Any) -> None:
+    def add(
+        name: str, run: Callable[..., str], summary: str, *, takes_more: bool = False
+    ) -> Callable[..., Any]:
+        """Add a command, whose flags are arguments of what it runs; returns what adds a flag.
+
+        Args:
+            takes_more: whether further words, flags of pretrain.py, are the first argument.
+        """
+        own = parsers.add_parser(name, help=summary)
+        own.set_defaults(own=own, run=run, takes_more=takes_more)
+        return own.add_argument
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    several: Any = {"type": int, "nargs": "+"}
+
+    flag = add("loss", losses_compared, "the loss against the authors' formula and lightly's")
+    flag("--rows", default=[256, 1024, 2048, 4096], **several)
+    flag("--dims", default=[2048, 8192, 16384], **several)
+    flag("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    flag("--processes", help="instead, over so many processes on CPU", **several)
+    flag("--device", default=device)
+
+    summary = (
+        "the views against the authors' pipeline; with flags of pretrain.py, such as --config or "
+        "--dataset_name, the bottleneck of that run"
     )
-    _device_flag(parser)
+    add("data", views, summary, takes_more=True)
 
+    flag = add("features", extraction, "extraction against the bare forward pass")
+    flag("--architecture", default="resnet50")
+    flag("--num_images", type=int, default=512)
+    flag("--batch_size", type=int, default=64)
+    flag("--side", type=int, help="of square images; 500 x 375 without")
+    flag("--device", default=device)
 
-def _loss(args: argparse.Namespace, _: Sequence[str]) -> str:
-    device = torch.device("cpu" if args.processes else args.device)
-    dtype = getattr(torch, args.dtype)
-    if args.processes:
-        table = several_processes(args.processes, args.rows, args.dims, dtype)
-    else:
-        table = one_process(args.rows, args.dims, device, dtype)
-    return f"{surroundings(device)}\n{table}"
+    flag = add("checkpoint", checkpoints, "what saving adds to a run")
+    flag("--architecture", default="resnet50")
+    flag("--batch_size", type=int, default=64)
+    flag("--image_size", type=int, default=224)
+    flag("--expander_dims", default="8192-8192-8192")
+    flag("--save_steps", type=int, default=500)
+    flag("--device", default=device)
 
-
-def _data(_: argparse.Namespace, others: Sequence[str]) -> str:
-    return bottleneck(parse_arguments(others)) if others else against_others()
-
-
-def _features_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--architecture", default="resnet50")
-    parser.add_argument("--num_images", type=int, default=512)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--side", type=int, help="of square images; 500 x 375 without")
-    _device_flag(parser)
-
-
-def _features(args: argparse.Namespace, _: Sequence[str]) -> str:
-    return extraction(
-        args.architecture, args.device, num_images=args.num_images, batch_size=args.batch_size,
-        side=args.side,
-    )  # fmt: skip
-
-
-def _checkpoint_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--architecture", default="resnet50")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--expander_dims", default="8192-8192-8192")
-    parser.add_argument("--save_steps", type=int, default=500)
-    _device_flag(parser)
-
-
-def _checkpoint(args: argparse.Namespace, _: Sequence[str]) -> str:
-    widths = [int(width) for width in args.expander_dims.split("-")]
-    return checkpoints(
-        args.architecture, args.device, batch_size=args.batch_size, image_size=args.image_size,
-        expander_dims=widths, save_steps=args.save_steps,
-    )  # fmt: skip
-
-
-def _train_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"])
-    parser.add_argument(
-        "--channels_last",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="of the bare backbone; vicreg_hf always is, the authors and lightly never",
+    summary = (
+        "training against the bare backbone, the authors' recipe and lightly's example; takes "
+        "flags of pretrain.py, such as --architecture or --batch_size"
     )
-    parser.add_argument("--steps", type=int, help="measured in a turn")
-    parser.add_argument("--rounds", type=int, default=5)
-    _device_flag(parser)
+    flag = add("train", training, summary, takes_more=True)
+    flag("--only", nargs="+", choices=NAMES, default=NAMES)
+    flag("--precision", choices=["fp32", "bf16", "fp16"])
+    layout = "of the bare backbone; vicreg_hf always is, the authors and lightly never"
+    flag("--channels_last", action=argparse.BooleanOptionalAction, default=True, help=layout)
+    flag("--steps", type=int, help="measured in a turn")
+    flag("--rounds", type=int, default=5)
+    flag("--device", default=device)
+
+    flag = add("scale", _scale, "step time on many GPUs, predicted from assumptions that are flags")
+    flag("--architecture", default="resnet50")
+    flag("--image_size", type=int, default=224)
+    flag("--batch_size", type=int, default=2048, help="global")
+    flag("--expander_dims", default="8192-8192-8192")
+    flag("--gpus", default=[1, 8, 32, 128, 512, 1024], **several)
+    kept = "keep the images of each GPU, those of the first --gpus"
+    flag("--weak", action="store_true", help=kept)
+    for each in fields(Machine):
+        unit, source = each.metadata["unit"], each.metadata["source"]
+        text = f"{unit} (default {each.default}: {source})".replace("%", "%%")
+        flag(f"--{each.name}", default=each.default, type=type(each.default), help=text)
 
 
-def _train(args: argparse.Namespace, others: Sequence[str]) -> str:
-    on_gpu = torch.device(args.device).type == "cuda"
-    return training(
-        others, precision=args.precision or ("bf16" if on_gpu else "fp32"), device=args.device,
-        channels_last=args.channels_last, steps=args.steps or (50 if on_gpu else 8),
-        rounds=args.rounds, only=args.only,
-    )  # fmt: skip
-
-
-def _scale_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--architecture", default="resnet50")
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--batch_size", type=int, default=2048, help="global")
-    parser.add_argument("--expander_dims", default="8192-8192-8192")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 32, 128, 512, 1024])
-    parser.add_argument(
-        "--weak", action="store_true", help="keep the images of each GPU, those of the first --gpus"
-    )
-    add_machine_flags(parser)
-
-
-def _scale(args: argparse.Namespace, _: Sequence[str]) -> str:
-    return scale(
-        Machine(**{each.name: getattr(args, each.name) for each in fields(Machine)}),
-        args.architecture, image_size=args.image_size, batch_size=args.batch_size,
-        expander_dims=[int(width) for width in args.expander_dims.split("-")], gpus=args.gpus,
-        weak=args.weak,
-    )  # fmt: skip
-
-
-def _device_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-
-
-COMMANDS = {
-    command.name: command
-    for command in (
-        Command("loss", "the loss against the authors' formula and lightly's", _loss_flags, _loss),
-        Command(
-            "data",
-            "the views against the authors' pipeline; with flags of pretrain.py, such as --config "
-            "or --dataset_name, the bottleneck of that run",
-            lambda parser: None,  # noqa: ARG005
-            _data,
-            takes_more=True,
-        ),
-        Command("features", "extraction against the bare forward pass", _features_flags, _features),
-        Command("checkpoint", "what saving adds to a run", _checkpoint_flags, _checkpoint),
-        Command(
-            "train",
-            "training against the bare backbone, the authors' recipe and lightly's example; "
-            "takes flags of pretrain.py, such as --architecture or --batch_size",
-            _train_flags,
-            _train,
-            takes_more=True,
-        ),
-        Command(
-            "scale",
-            "step time on many GPUs, predicted from assumptions that are flags",
-            _scale_flags,
-            _scale,
-        ),
-    )
-}
+def _scale(**flags: Any) -> str:
+    machine = Machine(**{each.name: flags.pop(each.name) for each in fields(Machine)})
+    return scale(machine, **flags)

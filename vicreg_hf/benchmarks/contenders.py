@@ -1,5 +1,7 @@
 """The ways to train that `train` compares, each ready to take steps.
 
+The authors' and lightly's are written plainly, as their code and example have them.
+
 Shapes: B images, C channels, S side of a view.
 """
 
@@ -7,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from itertools import repeat
 from typing import Any
 
 import timm
@@ -14,22 +19,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from torch.utils.data import DataLoader, RandomSampler, default_collate
 
+from vicreg_hf.benchmarks.data import Views, opened, pil_view
 from vicreg_hf.benchmarks.loss import authors_loss
-from vicreg_hf.benchmarks.peers import (
-    DTYPES,
-    AuthorsLARS,
-    Pair,
-    PILViews,
-    lightly_parts,
-    loaded_views,
-    plain_step,
-    projector,
-)
 from vicreg_hf.models.compiling import Compiled, call_directly
+from vicreg_hf.models.expander import expander
+from vicreg_hf.training.building.optimizers import LARS
 from vicreg_hf.training.run import Run
 from vicreg_hf.training.step import StepChecks, take_gradients, take_step, views_from_here
 
+Pair = tuple[Tensor, Tensor]
+Pictures = Sequence[Image.Image | bytes]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WITHOUT_END = 10**6
 """Steps of a run that is never finished."""
 
@@ -39,7 +41,7 @@ class Contender:
     """One way to train, and what it took."""
 
     precision: str
-    views: Callable[[], Generator[Pair]]
+    views: Callable[[], Generator[Any]]
     """Batches of views without end, from a start at which nothing is prepared."""
     step: Callable[[Tensor, Tensor], object]
     model: nn.Module
@@ -50,8 +52,8 @@ class Contender:
     """torch.backends.cudnn.benchmark during its turns."""
     seconds: list[float] = field(default_factory=list)
     """A step, in each round."""
-    peak: int = 0
-    """Bytes on a GPU: model, optimiser and all else of a step."""
+    peak: float = 0.0
+    """MiB of the model, the optimiser and all else of a step."""
 
 
 def bare(run: Run, precision: str, channels_last: bool) -> Contender:
@@ -73,7 +75,7 @@ def bare(run: Run, precision: str, channels_last: bool) -> Contender:
         total.backward()
         model.zero_grad()
 
-    return Contender(precision, lambda: _again((pair[0], pair[1])), step, model, autotune=True)
+    return Contender(precision, lambda: (pair for _ in repeat(None)), step, model, autotune=True)
 
 
 def ours(run: Run, precision: str) -> Contender:
@@ -94,36 +96,45 @@ def ours(run: Run, precision: str) -> Contender:
     )  # fmt: skip
 
 
-def authors(run: Run, pictures: Sequence[Image.Image | bytes]) -> Contender:
+def authors(run: Run, pictures: Pictures) -> Contender:
     """The authors' recipe: eager, fp16 on CUDA, PIL views, the covariance form, their LARS.
 
-    Without what their DistributedDataParallel adds on one process.
+    Without what their DistributedDataParallel adds on one process. LARS is taken parameter by
+    parameter, as theirs.
 
     Source: vicreg@4e12602, main_vicreg.py.
     """
-    make = PILViews(run.views.recipes, run.views.image_sizes[0])
-    head = projector(run.model.num_features, run.args.expander_widths)
+    make = Views(pil_view, run.views.recipes, run.views.image_sizes[0])
+    head = expander(run.model.num_features, run.args.expander_widths)
     precision = "fp16" if run.accelerator.device.type == "cuda" else "fp32"
     lr = 0.2 * run.args.batch_size / 256 / 100  # as in their warm-up
-    return _peer(
-        run, pictures, make, head, authors_loss, lambda p: AuthorsLARS(p, lr), precision,
-        autotune=True,
-    )  # fmt: skip
+    optimizer = partial(LARS, lr=lr, foreach=False)
+    return _peer(run, pictures, make, head, authors_loss, optimizer, precision, autotune=True)
 
 
-def lightly(run: Run, pictures: Sequence[Image.Image | bytes], precision: str) -> Contender | None:
-    """The example of lightly with this backbone, expander and precision; None if not installed."""
-    widths = run.args.expander_widths
-    parts = lightly_parts(run.model.num_features, widths, run.views.image_sizes[0])
-    if parts is None:
+def lightly(run: Run, pictures: Pictures, precision: str) -> Contender | None:
+    """The example of lightly with this backbone, expander and precision; None if not installed.
+
+    All hidden layers are as wide as the first: its head has one hidden width.
+
+    Source: lightly, examples/pytorch/vicreg.py.
+    """
+    if find_spec("lightly") is None:  # what fails once it is there is no absence
         return None
-    head, loss, make = parts
-    return _peer(run, pictures, make, head, loss, lambda p: SGD(p, lr=0.06), precision)
+    from lightly.loss import VICRegLoss  # pyright: ignore[reportMissingImports]
+    from lightly.models.modules.heads import (  # pyright: ignore[reportMissingImports]
+        VICRegProjectionHead,
+    )
+    from lightly.transforms import VICRegTransform  # pyright: ignore[reportMissingImports]
+
+    dims, make = run.args.expander_widths, VICRegTransform(input_size=run.views.image_sizes[0])
+    head = VICRegProjectionHead(run.model.num_features, dims[0], dims[-1], num_layers=len(dims))
+    return _peer(run, pictures, make, head, VICRegLoss(), partial(SGD, lr=0.06), precision)
 
 
 def _peer(
     run: Run,
-    pictures: Sequence[Image.Image | bytes],
+    pictures: Pictures,
     make: Callable[[Image.Image], Any],
     head: nn.Module,
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -132,20 +143,69 @@ def _peer(
     *,
     autotune: bool = False,
 ) -> Contender:
-    device, args = run.accelerator.device, run.args
-    workers = args.num_workers or 0
+    device, workers = run.accelerator.device, run.args.num_workers or 0
     model = nn.Sequential(_backbone(run), head).to(device)
     optimizer = optimizer_of(model.parameters())
     step = plain_step(model, loss, optimizer, device=device, precision=precision)
-
-    def views() -> Generator[Pair]:
-        return loaded_views(
-            pictures, make, batch_size=args.batch_size, num_workers=workers, device=device
-        )
-
+    views = partial(
+        loaded_views, pictures, make, batch_size=run.args.batch_size, num_workers=workers,
+        device=device,
+    )  # fmt: skip
     return Contender(
         precision, views, step, model, optimizer, workers=max(1, workers), autotune=autotune
     )
+
+
+def loaded_views(
+    pictures: Pictures,
+    make: Callable[[Image.Image], Any],
+    *,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+) -> Generator[Pair]:
+    """Batches without end of what workers make, on the device.
+
+    An epoch has no end because a small data set would measure the start of workers.
+
+    Args:
+        pictures: images, or the JPEGs of them.
+        make: from an image to two (3, S, S) float32 tensors.
+    """
+    images: Any = pictures
+    loader: Any = DataLoader(
+        images, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda",
+        sampler=RandomSampler(images, replacement=True, num_samples=10**9),
+        collate_fn=partial(_views_of, make),
+    )  # fmt: skip
+    for x, x_prime in loader:
+        yield x.to(device, non_blocking=True), x_prime.to(device, non_blocking=True)
+
+
+def _views_of(make: Callable[[Image.Image], Any], pictures: Pictures) -> Any:
+    return default_collate([make(opened(picture)) for picture in pictures])
+
+
+def plain_step(
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    optimizer: Optimizer,
+    *,
+    device: torch.device,
+    precision: str,
+) -> Callable[[Tensor, Tensor], None]:
+    """A step of the usual loop: everything under autocast, a loss scale under fp16."""
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    def step(x: Tensor, x_prime: Tensor) -> None:
+        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+            value = loss(model(x), model(x_prime))
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    return step
 
 
 def _backbone(run: Run) -> nn.Module:
@@ -157,8 +217,3 @@ def _backbone(run: Run) -> nn.Module:
 
 def _sum(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).sum()
-
-
-def _again(pair: Pair) -> Generator[Pair]:
-    while True:
-        yield pair

@@ -9,9 +9,11 @@ import dataclasses
 import io
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
@@ -24,8 +26,8 @@ from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
 from vicreg_hf.data.batches import channels_last
 from vicreg_hf.data.columns.image_files import decode_image
 from vicreg_hf.data.pairs import PairedSplit
-from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.runtime.machine import available_cores
+from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.run import Run
 from vicreg_hf.training.setup import setup
@@ -56,76 +58,92 @@ def jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-class _Blur:
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+def opened(picture: Image.Image | bytes) -> Image.Image:
+    """A picture, or the file of one, in RGB."""
+    image = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
+    return image.convert("RGB")
 
 
-class _Solarize:
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return ImageOps.solarize(image)
+def data_set(pictures: Sequence[Image.Image | bytes]) -> datasets.Dataset:
+    """Pictures, or the files of them, as a column of images."""
+    features = datasets.Features({"image": datasets.Image()})
+    return datasets.Dataset.from_dict({"image": list(pictures)}, features=features)
 
 
 def pil_view(recipe: ViewRecipe, side: int) -> tv.Compose:
     """The authors' pipeline for one view: PIL operations, drawn by torch's and Python's own."""
-    jitter = tv.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
-    crop = tv.RandomResizedCrop(
-        side, recipe.scale, recipe.ratio, interpolation=tv.InterpolationMode.BICUBIC
-    )
-    return tv.Compose(
-        [
-            crop,
-            tv.RandomHorizontalFlip(recipe.flip),
-            tv.RandomApply([jitter], recipe.jitter),
-            tv.RandomGrayscale(recipe.grayscale),
-            tv.RandomApply([_Blur()], recipe.blur),
-            tv.RandomApply([_Solarize()], recipe.solarize),
-            tv.ToTensor(),
-            tv.Normalize(MEAN, STD),
-        ]
-    )
+    last = [tv.ToTensor(), tv.Normalize(MEAN, STD)]
+    solarize = tv.RandomApply([ImageOps.solarize], recipe.solarize)
+    return tv.Compose([*_operations(tv, recipe, side, _blur), solarize, *last])
 
 
 def torchvision_view(recipe: ViewRecipe, side: int) -> v2.Compose:
     """The same with torchvision's v2 on uint8 tensors."""
-    jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
-    crop = v2.RandomResizedCrop(
-        side, recipe.scale, recipe.ratio, interpolation=v2.InterpolationMode.BICUBIC
-    )
-    return v2.Compose(
-        [
-            crop,
-            v2.RandomHorizontalFlip(recipe.flip),
-            v2.RandomApply([jitter], recipe.jitter),
-            v2.RandomGrayscale(recipe.grayscale),
-            v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], recipe.blur),
-            v2.RandomSolarize(128, recipe.solarize),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(list(MEAN), list(STD)),
-        ]
-    )
+    last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(MEAN), list(STD))]
+    blur, solarize = v2.GaussianBlur(13, (0.1, 2.0)), v2.RandomSolarize(128, recipe.solarize)
+    return v2.Compose([*_operations(v2, recipe, side, blur), solarize, *last])
 
 
-def kornia_view(recipe: ViewRecipe) -> nn.Module | None:
-    """The same, after the crop, with kornia on a float batch; None where it is not installed."""
+def _operations(library: Any, recipe: ViewRecipe, side: int, blur: Callable[..., Any]) -> list[Any]:
+    """Crop to blur, by the classes of torchvision's first or second version."""
+    jitter = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+    bicubic = tv.InterpolationMode.BICUBIC
+    return [
+        library.RandomResizedCrop(side, recipe.scale, recipe.ratio, interpolation=bicubic),
+        library.RandomHorizontalFlip(recipe.flip),
+        library.RandomApply([library.ColorJitter(*jitter)], recipe.jitter),
+        library.RandomGrayscale(recipe.grayscale),
+        library.RandomApply([blur], recipe.blur),
+    ]
+
+
+def _blur(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
+class Views:
+    """The views of an image by one of these pipelines; loading workers get it pickled."""
+
+    def __init__(self, view: Callable[..., Any], recipes: Sequence[ViewRecipe], side: int) -> None:
+        self.views = [view(recipe, side) for recipe in recipes]
+
+    def __call__(self, image: Any) -> list[Any]:
+        return [view(image) for view in self.views]
+
+
+def kornia_runs(recipes: Sequence[ViewRecipe], crops: Sequence[Tensor]) -> Runs:
+    """The same, after the crop, with kornia on float batches; none where it is not installed."""
     try:
         from kornia import augmentation as ka  # pyright: ignore[reportMissingImports]
     except ImportError:
-        return None
-    strengths = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
-    operations = [
-        ka.RandomHorizontalFlip(p=recipe.flip),
-        ka.ColorJitter(*strengths, p=recipe.jitter),
-        ka.RandomGrayscale(p=recipe.grayscale),
-        ka.RandomGaussianBlur((13, 13), (0.1, 2.0), p=recipe.blur),
-        ka.RandomSolarize(thresholds=(0.5, 0.5), additions=(0.0, 0.0), p=recipe.solarize),
-        ka.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+        return {}
+    views = [
+        nn.Sequential(
+            ka.RandomHorizontalFlip(p=r.flip),
+            ka.ColorJitter(r.brightness, r.contrast, r.saturation, r.hue, p=r.jitter),
+            ka.RandomGrayscale(p=r.grayscale),
+            ka.RandomGaussianBlur((13, 13), (0.1, 2.0), p=r.blur),
+            ka.RandomSolarize(thresholds=(0.5, 0.5), additions=(0.0, 0.0), p=r.solarize),
+            ka.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+        )
+        for r in recipes
     ]
-    return nn.Sequential(*operations)
+    compiled = [torch.compile(view) for view in views]
+    return {
+        "kornia, colour": lambda: [v(x / 255) for v, x in zip(views, crops, strict=True)],
+        "kornia, colour, compiled": lambda: [
+            v(x / 255) for v, x in zip(compiled, crops, strict=True)
+        ],
+    }
 
 
-def against_others() -> str:
-    """Tables for large and for small images, on one core."""
+def views(flags: Sequence[str]) -> str:
+    """The bottleneck of a run with flags of pretrain.py.
+
+    Without flags, tables for large and for small images, on one core.
+    """
+    if flags:
+        return bottleneck(parse_arguments(flags))
     torch.set_num_threads(1)
     parts = [
         surroundings(CPU),
@@ -141,38 +159,20 @@ def large_images(count: int = 32, side: int = 224) -> str:
     """A table for JPEGs of 500 x 375 pixels, on one core: milliseconds an image, both views."""
     recipes = PRESETS["authors"][:2]
     encoded = [jpeg(image) for image in photographs(count, 500, 375)]
-    theirs = [pil_view(recipe, side) for recipe in recipes]
-    modern = [torchvision_view(recipe, side) for recipe in recipes]
+    theirs, modern = Views(pil_view, recipes, side), Views(torchvision_view, recipes, side)
     indices = np.arange(count)
     plain, fused = TwoViews(side, recipes), TwoViews(side, recipes, compile=True)
     decoded = [decode_image(data) for data in encoded]
     crops = plain.crop(decoded, indices)
-
-    def authors() -> None:
-        for data in encoded:
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-            _ = [view(image) for view in theirs]
-
-    def modern_views() -> None:
-        for image in decoded:
-            _ = [view(image) for view in modern]
-
     runs: Runs = {
-        "authors": authors,
+        "authors": lambda: [theirs(opened(data)) for data in encoded],
         "decode": lambda: [decode_image(data) for data in encoded],
         "crop": lambda: plain.crop(decoded, indices),
         "colour": lambda: plain.transform_crops(crops, indices),
         "colour, compiled": lambda: fused.transform_crops(crops, indices),
-        "torchvision v2, crop and colour": modern_views,
+        "torchvision v2, crop and colour": lambda: [modern(image) for image in decoded],
     }
-    kornia = [kornia_view(recipe) for recipe in recipes]
-    if kornia[0] is not None and kornia[1] is not None:
-        modules = kornia[0], kornia[1]
-        compiled = [torch.compile(module) for module in modules]
-        runs["kornia, colour"] = lambda: [m(x / 255) for m, x in zip(modules, crops, strict=True)]
-        runs["kornia, colour, compiled"] = lambda: [
-            m(x / 255) for m, x in zip(compiled, crops, strict=True)
-        ]
+    runs |= kornia_runs(recipes, crops)
     took = _milliseconds(runs, count)
     workers = took["decode"] + took["crop"]
     sums = {
@@ -189,11 +189,11 @@ def small_images(count: int = 512, side: int = 32) -> str:
     pictures = photographs(count, side, side)
     images = torch.from_numpy(np.stack([np.array(p) for p in pictures])).permute(0, 3, 1, 2)
     images = images.contiguous()
-    theirs = [pil_view(recipe, side) for recipe in recipes]
+    theirs = Views(pil_view, recipes, side)
     indices = np.arange(count)
     plain, fused = TwoViews(side, recipes), TwoViews(side, recipes, compile=True)
     runs: Runs = {
-        "authors": lambda: [[view(picture) for view in theirs] for picture in pictures],
+        "authors": lambda: [theirs(picture) for picture in pictures],
         "everything": lambda: plain(images, indices),
         "everything, compiled": lambda: fused(images, indices),
     }
@@ -217,53 +217,48 @@ def bottleneck(args: PretrainingArguments) -> str:
     """A table of the views per second that each stage of a run would make alone, the least last.
 
     Workers are counted as many times as there are, or as there are cores for them.
+
+    Raises:
+        ValueError: settings that cannot be, or samples in pairs.
     """
     with tempfile.TemporaryDirectory() as folder:
         run = setup(dataclasses.replace(args, output_dir=folder, resume="never"))
         return f"{surroundings(run.accelerator.device)}\n\n{_stages(run)}"
 
 
-def _pinned(part: Tensor, device: torch.device) -> Tensor:
-    """As the run sends it."""
-    return part.pin_memory() if device.type == "cuda" else part
-
-
 def _stages(run: Run) -> str:
     views, device = run.views, run.accelerator.device
-    images, batches = run.inputs.images, run.batches
-    epoch, rows = batches.batch(0)
-    times: Runs = {}
+    images, (epoch, rows) = run.inputs.images, run.batches.batch(0)
     if isinstance(images, PairedSplit):
         raise ValueError("the stages of pairs are not measured; leave out --prime_modality.")
     workers = max(1, min(run.args.num_workers or 0, available_cores()))
+    pinned = device.type == "cuda"  # as the run sends them
+    times: Runs = {}
     if isinstance(images, Tensor):
-        chosen = _pinned(images[torch.from_numpy(rows)], device)
+        chosen = images[torch.from_numpy(rows)]
+        chosen = chosen.pin_memory() if pinned else chosen
         on_device = chosen.to(device)
+        colour, stage = (lambda: views(on_device, rows, epoch)), "crop and colour on the device"
         times["transfer"] = lambda: chosen.to(device, copy=True)
-        times["crop and colour on the device"] = lambda: views(on_device, rows, epoch)
-        made = views(on_device, rows, epoch)
     else:
-        if isinstance(images, ImageSplit):
-            decode = lambda: images.read_or_replace(rows.tolist())[0]  # noqa: E731
-        else:
-            decode = lambda: images.first(len(rows))  # noqa: E731
+        decode = partial(run.inputs.first_images, rows.tolist())
         decoded = decode()
         rows = rows[: len(decoded)]
-        crops = [_pinned(part, device) for part in views.crop(decoded, rows, epoch)]
+        crops = views.crop(decoded, rows, epoch)
+        crops = [part.pin_memory() if pinned else part for part in crops]
         moved = tuple(part.to(device) for part in crops)
+        colour, stage = (lambda: views.transform_crops(moved, rows, epoch)), "colour on the device"
         times[f"read and decode, {workers} workers"] = decode
         times[f"crop, {workers} workers"] = lambda: views.crop(decoded, rows, epoch)
         times["transfer"] = lambda: [part.to(device, copy=True) for part in crops]
-        times["colour on the device"] = lambda: views.transform_crops(moved, rows, epoch)
-        made = views.transform_crops(moved, rows, epoch)
-    made = tuple(map(channels_last, made))
+    made = tuple(map(channels_last, colour()))
 
     def step() -> None:
         take_gradients(run, made)
         run.optimizer.step()
         run.optimizer.zero_grad()
 
-    times["model"] = step
+    times |= {stage: colour, "model": step}
     rates = {
         name: len(made) * len(rows) / seconds * (workers if "workers" in name else 1)
         for name, seconds in median_seconds(times, device).items()

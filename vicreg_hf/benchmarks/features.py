@@ -7,12 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import datasets
 import timm
 import torch
 from accelerate import Accelerator
 
-from vicreg_hf.benchmarks.data import jpeg, photographs
+from vicreg_hf.benchmarks.data import data_set, jpeg, photographs
 from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
 from vicreg_hf.data.splits import image_split
 from vicreg_hf.features.encoders import timm_encoder
@@ -34,21 +33,16 @@ def extraction(
     encoder = timm.create_model(architecture, num_classes=0).eval().to(device)
     encoder = encoder.to(memory_format=torch.channels_last)
     registry: Any = encoder.pretrained_cfg
-    cfg = dict(registry)
-    if side is not None:
-        cfg |= {"input_size": (3, side, side), "crop_pct": 1.0}
-    opened = timm_encoder(encoder, architecture, pretrained_cfg=cfg)
+    own = {} if side is None else {"input_size": (3, side, side), "crop_pct": 1.0}
+    opened = timm_encoder(encoder, architecture, pretrained_cfg={**registry, **own})
     config = opened.data_config
-    size = (side, side) if side is not None else (500, 375)
-    cells = [{"bytes": jpeg(image), "path": None} for image in photographs(64, *size)]
+    size = (500, 375) if side is None else (side, side)
+    pictures = [jpeg(image) for image in photographs(64, *size)]
+    made = data_set([pictures[k % len(pictures)] for k in range(num_images)])
+    splits = {"train": image_split({"train": made}, "train", dataset_name="photographs")}
     pixels = torch.randn(batch_size, *config["input_size"], device=device)
     pixels = pixels.to(memory_format=torch.channels_last)
     with tempfile.TemporaryDirectory() as folder:
-        rows = {"image": [cells[k % len(cells)] for k in range(num_images)]}
-        made = datasets.Dataset.from_dict(
-            rows, features=datasets.Features({"image": datasets.Image()})
-        )
-        splits = {"train": image_split({"train": made}, "train", dataset_name="photographs")}
         part = Part("train", range(num_images), Path(folder) / "features" / "train.parquet")
 
         @torch.inference_mode()
@@ -67,10 +61,8 @@ def extraction(
     rates = {name: num_images / each for name, each in seconds.items()}
     header = ["encoder", "images", "forward alone, images/s", "extraction, images/s", "share"]
     row = [
-        f"{architecture} at {config['input_size'][-1]} px",
-        str(num_images),
-        f"{rates['bare']:.0f}",
-        f"{rates['whole']:.0f}",
+        f"{architecture} at {config['input_size'][-1]} px", str(num_images),
+        f"{rates['bare']:.0f}", f"{rates['whole']:.0f}",
         f"{100 * rates['whole'] / rates['bare']:.0f} %",
-    ]
+    ]  # fmt: skip
     return f"{surroundings(place)}\n{table(header, [row])}"

@@ -14,13 +14,13 @@ import statistics
 import struct
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,7 +30,8 @@ from vicreg_hf.benchmarks.measuring import (
     median_seconds,
     memory_process,
     peak_extra_mib,
-    run_processes,
+    seconds_of,
+    surroundings,
     table,
 )
 from vicreg_hf.loss.vicreg import vicreg_loss
@@ -100,7 +101,24 @@ def forward_backward(loss: Loss, inputs: Sequence[Tensor]) -> Callable[[], objec
     return lambda: torch.autograd.grad(loss(*inputs), inputs)
 
 
-def one_process(
+def losses_compared(
+    *,
+    rows: Sequence[int],
+    dims: Sequence[int],
+    dtype: str,
+    device: str,
+    processes: Sequence[int] | None,
+) -> str:
+    """A table over the grid, in one process or over several on CPU; dtype is torch's name."""
+    place, kind = torch.device("cpu" if processes else device), getattr(torch, dtype)
+    if processes:
+        lines = _several_processes(processes, rows, dims, kind)
+    else:
+        lines = _one_process(rows, dims, place, kind)
+    return f"{surroundings(place)}\n{lines}"
+
+
+def _one_process(
     rows: Sequence[int], dims: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> str:
     """A table over the grid: time and peak memory of forward and backward."""
@@ -146,7 +164,7 @@ IN_PLACE_FLOPS = {torch.ops.aten.addmm_: _addmm_flop}
 """Operations that torch's counter leaves out, with what counts them."""
 
 
-def several_processes(
+def _several_processes(
     processes: Sequence[int], rows: Sequence[int], dims: Sequence[int], dtype: torch.dtype
 ) -> str:
     """A table of global batches over CPU processes: arithmetic, bytes sent and time of each.
@@ -157,7 +175,7 @@ def several_processes(
     for num_rows, dim, world in itertools.product(rows, dims, processes):
         with tempfile.TemporaryDirectory() as folder:
             settings = (world, f"{folder}/store", num_rows, dim, dtype, f"{folder}/lines")
-            run_processes(_worker, settings, world)
+            mp.spawn(_worker, settings, nprocs=world)
             lines += json.loads(Path(f"{folder}/lines").read_text())
     header = ["N", "D", "processes", "loss", "GFLOP per process", "MiB sent per process", "ms"]
     return table(header, lines)
@@ -178,9 +196,7 @@ def _worker(
         times, before = [], _bytes_sent()
         for _ in range(repeats):
             dist.barrier()
-            begun = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begun)
+            times.append(seconds_of(run, inputs[0].device))
         dist.barrier()
         own = torch.tensor(_bytes_sent() - before)
         dist.all_reduce(own)

@@ -13,14 +13,13 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+from accelerate.utils import patch_environment
+
+from vicreg_hf.runtime.machine import hardware
 
 MIB = 2**20
-_MAP_FROM = "MALLOC_MMAP_THRESHOLD_"
-"""glibc's setting: allocations of at least so many bytes are mapped, and unmapped when freed."""
 
 
 def median_seconds(
@@ -41,39 +40,22 @@ def median_seconds(
     begun = time.perf_counter()
     for _ in range(1 + max_repeats):
         for name, run in alternatives.items():
-            times[name].append(_seconds(run, device))
+            times[name].append(seconds_of(run, device))
         if time.perf_counter() - begun > seconds:
             break
     return {name: statistics.median(all_[1:] or all_) for name, all_ in times.items()}
 
 
-def run_processes(worker: Callable[..., object], args: tuple[Any, ...], count: int) -> None:
-    """Run a function in several processes to its end; it gets the number of its own, and `args`.
-
-    Where the system can, they are forked from one that has imported the function's module, which
-    takes seconds; not from this one, whose threads and memory they would have.
-    """
-    method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
-    if method == "forkserver":
-        mp.get_context(method).set_forkserver_preload([worker.__module__])
-    mp.start_processes(worker, args, nprocs=count, start_method=method)
-
-
 @contextmanager
 def memory_process() -> Iterator[ProcessPoolExecutor]:
     """A process in which freed memory goes back at once, so that its peaks can be measured."""
-    before = os.environ.get(_MAP_FROM)
-    os.environ[_MAP_FROM] = str(MIB // 4)
-    try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            pool.submit(
-                os.getpid
-            ).result()  # it starts with the first task, and so with the setting
-            yield pool
-    finally:
-        os.environ.pop(_MAP_FROM)
-        if before is not None:
-            os.environ[_MAP_FROM] = before
+    with (
+        # glibc maps allocations of so many bytes or more, and unmaps them when they are freed
+        patch_environment(MALLOC_MMAP_THRESHOLD_=MIB // 4),
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
+    ):
+        pool.submit(os.getpid).result()  # it starts with the first task, and so with the setting
+        yield pool
 
 
 def peak_extra_mib(run: Callable[[], object], device: torch.device) -> float | None:
@@ -105,7 +87,8 @@ def _status_mib(field: str) -> float:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """How long something takes, with all that it leaves to a GPU."""
     _synchronise(device)
     start = time.perf_counter()
     run()
@@ -126,19 +109,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def surroundings(device: torch.device) -> str:
     """Hardware, torch and commit, for the line above a table."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = f"{torch.get_num_threads()} threads, {_processor()}"
-    return f"{hardware}; torch {torch.__version__}, Python {platform.python_version()}; {_commit()}"
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    machine = hardware(device, 1).removesuffix(", 1 process")
+    if device.type == "cpu":
+        machine = f"{torch.get_num_threads()} threads on {machine}"
+    return f"{machine}; torch {torch.__version__}, Python {platform.python_version()}; {_commit()}"
 
 
 def _commit() -> str:

@@ -9,7 +9,6 @@ Shapes: N images in all, W GPUs, n = N / W images each, D embedding dimensions.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -23,6 +22,7 @@ from vicreg_hf.benchmarks.measuring import table
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.loss.covariance import prefers_gram
 from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.runtime.checks import read_widths
 
 FLOAT32, BFLOAT16 = 4, 2
 """Bytes of a weight, a gradient or an entry of the loss's matrices, and of one of an embedding."""
@@ -65,28 +65,21 @@ class Machine:
     infiniband_us: float = _assumed(5.0, "microseconds a message", "assumed")
     input_images_s: float = _assumed(37_000.0, "images/s a node", "assumed: 4 GB/s of 108 kB each")
 
-    def nodes(self, world: int) -> tuple[int, int]:
-        """GPUs in each node, and nodes.
-
-        Raises:
-            ValueError: nodes that are not full.
-        """
-        if world <= self.gpus_per_node:
-            return world, 1
-        if world % self.gpus_per_node:
-            full = self.gpus_per_node * -(-world // self.gpus_per_node)
-            raise ValueError(
-                f"gpus beyond one node must fill nodes, got {world} and gpus_per_node="
-                f"{self.gpus_per_node}; use {full}."
-            )
-        return self.gpus_per_node, world // self.gpus_per_node
-
     def gather_seconds(self, size: float, world: int) -> float:
         """An all-gather, after which every GPU holds `size` bytes.
 
         GPUs of the same place in all nodes gather first, then each node within itself.
+
+        Raises:
+            ValueError: nodes that are not full.
         """
-        inside, nodes = self.nodes(world)
+        inside = min(world, self.gpus_per_node)
+        nodes, rest = divmod(world, inside)
+        if rest:
+            raise ValueError(
+                f"gpus beyond one node must fill nodes, got {world} and gpus_per_node="
+                f"{self.gpus_per_node}; use {inside * (nodes + 1)}."
+            )
         seconds = size * (inside - 1) / inside / self.nvlink_gb_s
         seconds += size * (nodes - 1) / nodes / inside / self.infiniband_gb_s
         messages = math.log2(inside) * self.nvlink_us + math.log2(nodes) * self.infiniband_us
@@ -197,7 +190,7 @@ def scale(
     *,
     image_size: int,
     batch_size: int,
-    expander_dims: Sequence[int],
+    expander_dims: str | Sequence[int],
     gpus: Sequence[int],
     weak: bool = False,
 ) -> str:
@@ -207,7 +200,8 @@ def scale(
         gpus: numbers of GPUs.
         weak: keep the images of each GPU, of which the first of `gpus` have `batch_size`.
     """
-    work = count_work(architecture, image_size, expander_dims)
+    widths = read_widths("expander_dims", expander_dims)
+    work = count_work(architecture, image_size, widths)
     rows, alone = [], 0.0
     for world in (1, *gpus):
         size = batch_size * world // gpus[0] if weak else batch_size
@@ -228,7 +222,7 @@ def scale(
     ]  # fmt: skip
     lines = [
         f"{architecture} at {image_size} pixels: {work.backbone_flops / 1e9:.2f} GFLOP a view "
-        f"forward; expander {'-'.join(map(str, expander_dims))}: "
+        f"forward; expander {'-'.join(map(str, widths))}: "
         f"{work.expander_flops / 1e9:.2f} GFLOP; {work.parameters / 1e6:.1f} million parameters, "
         f"{work.norms} batch normalisations; {'images of each GPU' if weak else 'global batch'} "
         "fixed. Predicted, not measured:",
@@ -236,15 +230,3 @@ def scale(
         table(["", "value", "unit", "source"], assumptions),
     ]  # fmt: skip
     return "\n".join(lines)
-
-
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for each assumption."""
-    for each in fields(Machine):
-        text = (
-            f"{each.metadata['unit']} (default {each.default}: {each.metadata['source']})".replace(
-                "%", "%%"
-            )
-        )
-        kind = type(each.default)
-        parser.add_argument(f"--{each.name}", default=each.default, type=kind, help=text)

@@ -5,27 +5,30 @@ Shapes: B images, C channels, S side of a view.
 
 from __future__ import annotations
 
-import io
 import itertools
-import os
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from PIL import Image
+from accelerate.utils import patch_environment
 from torch import Tensor
 
-from vicreg_hf.benchmarks.contenders import WITHOUT_END, Contender, authors, bare, lightly, ours
-from vicreg_hf.benchmarks.data import jpeg, photographs
-from vicreg_hf.benchmarks.measuring import MIB, surroundings, table
-from vicreg_hf.benchmarks.peers import Pair
+from vicreg_hf.benchmarks.contenders import (
+    WITHOUT_END,
+    Contender,
+    Pair,
+    Pictures,
+    authors,
+    bare,
+    lightly,
+    ours,
+)
+from vicreg_hf.benchmarks.data import data_set, jpeg, photographs
+from vicreg_hf.benchmarks.measuring import MIB, peak_extra_mib, seconds_of, surroundings, table
 from vicreg_hf.data.memory import SMALL_IMAGE
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.training.setup import setup
@@ -44,10 +47,10 @@ ACCELERATE = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 def training(
     flags: Sequence[str],
     *,
-    precision: str,
+    precision: str | None,
     device: str,
     channels_last: bool,
-    steps: int,
+    steps: int | None,
     rounds: int,
     only: Sequence[str] = NAMES,
 ) -> str:
@@ -58,9 +61,11 @@ def training(
 
     Args:
         flags: of pretrain.py, over `DEFAULTS`.
-        precision: fp32, bf16 or fp16; the authors' own is fp16 on CUDA whatever this is.
+        precision: fp32, bf16 or fp16, by default bf16 on CUDA and fp32 elsewhere; the authors' own
+            is fp16 on CUDA whatever this is.
         channels_last: layout of the bare backbone; vicreg_hf always has it, the others never.
-        steps: measured in a turn; rounded up to a multiple of the loading workers.
+        steps: measured in a turn, by default 50 on CUDA and 8 elsewhere; rounded up to a multiple
+            of the loading workers.
         rounds: turns of each; the median counts.
         only: what is measured, of `NAMES`.
 
@@ -71,10 +76,17 @@ def training(
         raise ValueError("train makes its own images, got --dataset_name; leave it out.")
     defaults = () if any(word.startswith("--config") for word in flags) else DEFAULTS
     args = parse_arguments([*defaults, *flags, "--dataset_name=made"])
+    kind = torch.device(device).type
+    on_gpu = kind == "cuda"
+    precision, steps = precision or ("bf16" if on_gpu else "fp32"), steps or (50 if on_gpu else 8)
     side = args.image_size or 224
     pictures = _pictures(side, max(args.batch_size, PICTURES))
-    with tempfile.TemporaryDirectory() as folder, _accelerate(precision, device):
-        _write(pictures, f"{folder}/images")
+    # as `accelerate launch` would with these
+    launched = patch_environment(
+        ACCELERATE_MIXED_PRECISION=ACCELERATE[precision], ACCELERATE_USE_CPU=kind == "cpu"
+    )
+    with tempfile.TemporaryDirectory() as folder, launched:
+        data_set(pictures).save_to_disk(f"{folder}/images")
         run = setup(
             replace(
                 args, dataset_name=f"{folder}/images", image_size=side, max_steps=WITHOUT_END,
@@ -110,7 +122,7 @@ def _take_turns(
 ) -> None:
     for contender in contenders:  # compiles, tunes and allocates
         _turn(contender, 1, device)
-        contender.peak = 0
+        contender.peak = 0.0
     for _, contender in itertools.product(range(rounds), contenders):
         contender.seconds.append(_turn(contender, steps, device))
 
@@ -118,19 +130,17 @@ def _take_turns(
 def _turn(contender: Contender, steps: int, device: torch.device) -> float:
     """Seconds a step."""
     torch.backends.cudnn.benchmark = contender.autotune
-    before = _start_memory(device)
     count = -(-steps // contender.workers) * contender.workers
-    with closing(contender.views()) as views:
-        _take(contender, views, max(WARM_UP, contender.workers))
-        _synchronise(device)
-        begun = time.perf_counter()
-        _take(contender, views, count)
-        _synchronise(device)
-        seconds = (time.perf_counter() - begun) / count
-    if device.type == "cuda":
-        extra = torch.cuda.max_memory_allocated(device) - before
-        contender.peak = max(contender.peak, _held(contender) + extra)
-    return seconds
+    took: list[float] = []
+
+    def take() -> None:
+        with closing(contender.views()) as views:
+            _take(contender, views, max(WARM_UP, contender.workers))
+            took.append(seconds_of(lambda: _take(contender, views, count), device) / count)
+
+    extra = peak_extra_mib(take, device) or 0.0
+    contender.peak = max(contender.peak, _held_mib(contender) + extra)
+    return took[0]
 
 
 def _take(contender: Contender, views: Iterator[Pair], count: int) -> None:
@@ -138,25 +148,12 @@ def _take(contender: Contender, views: Iterator[Pair], count: int) -> None:
         contender.step(x, x_prime)
 
 
-def _start_memory(device: torch.device) -> int:
-    """Bytes that are allocated on a GPU, from where its peak is measured anew."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def _held(contender: Contender) -> int:
-    """Bytes of the weights and the optimiser's state, which lie there between turns."""
+def _held_mib(contender: Contender) -> float:
+    """Memory of the weights and the optimiser's state, which lie there between turns."""
     state = contender.optimizer.state.values() if contender.optimizer is not None else ()
     moments = [value for entries in state for value in entries.values()]
     tensors = [*contender.model.parameters(), *contender.model.buffers(), *moments]
-    return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return sum(x.nbytes for x in tensors if isinstance(x, Tensor)) / MIB
 
 
 def _rows(
@@ -175,45 +172,16 @@ def _rows(
         line = [label, contender.precision, f"{1000 * took:.2f}", f"{views_per_step / took:.0f}"]
         line.append("-" if bare is None else f"{100 * bare / took:.1f} %")
         line.append("-" if authors is None else f"{authors / took:.2f}")
-        lines.append([*line, *([f"{contender.peak / MIB:.0f}"] if on_gpu else [])])
+        lines.append([*line, *([f"{contender.peak:.0f}"] if on_gpu else [])])
     header = ["", "precision", "ms a step", "views/s", "share of the bare backbone"]
     return table([*header, "authors / this", *(["peak MiB"] if on_gpu else [])], lines)
 
 
 # The images
-def _pictures(side: int, count: int) -> list[Image.Image] | list[bytes]:
+def _pictures(side: int, count: int) -> Pictures:
     """Images of the views' own side where that is small; else JPEGs of 500 x 375."""
     if side <= SMALL_IMAGE:
         different: Any = photographs(PICTURES, side, side)
     else:
         different = [jpeg(image) for image in photographs(PICTURES, 500, 375)]
     return [different[k % PICTURES] for k in range(count)]
-
-
-def _write(pictures: Sequence[Image.Image | bytes], folder: str) -> None:
-    """As a data set that pretrain.py takes."""
-    cells = [{"bytes": p if isinstance(p, bytes) else _png(p), "path": None} for p in pictures]
-    features = datasets.Features({"image": datasets.Image()})
-    datasets.Dataset.from_dict({"image": cells}, features=features).save_to_disk(Path(folder))
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@contextmanager
-def _accelerate(precision: str, device: str) -> Iterator[None]:
-    """Have accelerate begin as `accelerate launch` would with these."""
-    settings = {"ACCELERATE_MIXED_PRECISION": ACCELERATE[precision]}
-    settings["ACCELERATE_USE_CPU"] = str(torch.device(device).type == "cpu").lower()
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value

@@ -17,7 +17,7 @@ from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.opening.slicing import add_parts
 from vicreg_hf.evaluation.card import add_evaluation
 from vicreg_hf.evaluation.pair_embeddings import Pairs, open_pairs
-from vicreg_hf.evaluation.protocols import run_protocol
+from vicreg_hf.evaluation.protocols import RUNNERS
 from vicreg_hf.evaluation.report.gallery import Gallery
 from vicreg_hf.evaluation.requirements import require_labels, require_neighbours
 from vicreg_hf.evaluation.task import Task
@@ -84,11 +84,11 @@ def evaluate(args: EvaluationArguments, *, say: Say = print) -> dict[str, Any]:
     for protocol in args.protocol_names:
         before = len(task.measurements)
         if protocol in TRAINED:
-            run_protocol(protocol, task)
+            RUNNERS[protocol](task)
         else:
             with failing_together(accelerator.device):
                 if main:
-                    run_protocol(protocol, task)
+                    RUNNERS[protocol](task)
         for measurement in task.measurements[before:]:
             tell(f"{measurement.name}: {measurement.shown}")
     results = _results(task)

@@ -30,12 +30,12 @@ from torch.optim import SGD
 from tqdm import tqdm
 
 from vicreg_hf.data.bad_images import BadImages
-from vicreg_hf.data.batches import evaluation_batches, training_views
+from vicreg_hf.data.batches import channels_last, evaluation_batches, training_views
 from vicreg_hf.data.columns.base import BadImage
 from vicreg_hf.data.sampler import EpochRows, GlobalBatches
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.evaluation.classifier import Classifier, create_head, freeze_unused
-from vicreg_hf.features.encode import Autocast, encode, encoding_precision
+from vicreg_hf.features.encode import Autocast, encoding_precision, extract_features
 from vicreg_hf.models.batch_norm import synchronize
 from vicreg_hf.runtime.distributed import gather_rows, sum_over_processes
 from vicreg_hf.runtime.randomness import Stream, derive_seed
@@ -278,16 +278,13 @@ def _classify(
 ) -> Tensor:
     """(M, K) float32 logits of test images, each process computing an equal part of them."""
     model.eval()
-    device = accelerator.device
     share = -(-len(test) // accelerator.num_processes)
     start = accelerator.process_index * share
     own = np.arange(start, min(start + share, len(test)))
-    logits = torch.zeros(share, num_classes, device=device)
-    done = 0
-    for images in evaluation_batches(test, own, **settings) if len(own) else ():
-        logits[done : done + len(images)] = encode(
-            model, images, mean=mean, std=std, device=device, autocast=autocast,
-            memory_format=torch.channels_last,
-        )  # fmt: skip
-        done += len(images)
+    logits = torch.zeros(share, num_classes, device=accelerator.device)
+    if len(own):
+        batches = map(channels_last, evaluation_batches(test, own, **settings))
+        logits[: len(own)] = extract_features(
+            model, batches, mean=mean, std=std, device=accelerator.device, autocast=autocast
+        )
     return gather_rows(logits)[: len(test)].cpu()

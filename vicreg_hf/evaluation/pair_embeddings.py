@@ -5,7 +5,7 @@ Shapes: N pairs that can be used, M counterparts of their images, F features, D 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,10 +106,16 @@ def embed_pairs(
     model: Any = pairs.model
     model.to(device).eval()
     items, kept, owner = [], [], []
-    for place, own in _usable_counterparts(pairs.split, rows.tolist()):
-        items += own
-        owner += [len(kept)] * len(own)
-        kept.append(place)
+    captions = isinstance(pairs.split.column, TextColumn)
+    for start in range(0, len(rows), BATCH):
+        counterparts = pairs.split.others.try_read(rows[start : start + BATCH].tolist())
+        for place, sample in enumerate(counterparts, start):
+            if isinstance(sample, BadImage):
+                continue
+            own = [(text,) for text in sample.content] if captions else [sample.content]
+            items += own
+            owner += [len(kept)] * len(own)
+            kept.append(place)
     if not kept:
         raise ImageError(f"{pairs.split.name} must hold pairs that can be used, got none.")
     z = model.expander(features[torch.tensor(kept, device=features.device)].to(device))
@@ -119,18 +125,6 @@ def embed_pairs(
     ]
     left_out = len(rows) - len(kept)
     return z.float(), torch.cat(z_prime).float(), torch.tensor(owner, device=device), left_out
-
-
-def _usable_counterparts(
-    split: PairedSplit, rows: Sequence[int]
-) -> Iterator[tuple[int, list[Any]]]:
-    """Places of the rows whose counterpart can be used, and its captions or the one it is."""
-    for start in range(0, len(rows), BATCH):
-        for place, sample in enumerate(split.others.try_read(rows[start : start + BATCH]), start):
-            if isinstance(sample, BadImage):
-                continue
-            captions, item = isinstance(split.column, TextColumn), sample.content
-            yield place, [(caption,) for caption in item] if captions else [item]
 
 
 def _represent(pairs: Pairs, items: Sequence[Any], device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Protocols that measure features: classification, retrieval, and signs of collapse.
+"""What the protocols measure: classification, retrieval, and signs of collapse.
 
 Shapes: N training and M test images that can be used, F features, K classes.
 """
@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vicreg_hf.data.bad_images import BadImages
 from vicreg_hf.data.columns.image_files import ImageError
-from vicreg_hf.data.memory import SMALL_IMAGE
+from vicreg_hf.data.memory import SMALL_IMAGE, common_side, load_in_memory
+from vicreg_hf.data.splits import ImageSplit
+from vicreg_hf.evaluation.finetuning import finetune
 from vicreg_hf.evaluation.measurements import Measurement
 from vicreg_hf.evaluation.pair_embeddings import embed_pairs
+from vicreg_hf.evaluation.requirements import training_rows
 from vicreg_hf.evaluation.task import Task
-from vicreg_hf.evaluation.trained import measure_trained
 from vicreg_hf.features.encode import encode_with, encoding_precision
 from vicreg_hf.metrics.collapse import collapse_report
 from vicreg_hf.metrics.cross_modal import by_owner, chance, cross_recall
 from vicreg_hf.metrics.knn import knn_predict
 from vicreg_hf.metrics.linear_probe import linear_probe
 from vicreg_hf.metrics.retrieval import average_precision_at_k, nearest_neighbours, recall_at_k
+from vicreg_hf.runtime.machine import default_num_workers, local_processes
 from vicreg_hf.settings.evaluation import TRAINED
 from vicreg_hf.views.two_views import TwoViews
 
@@ -33,14 +38,6 @@ ALIGNED = 1000
 VIEWS_AT_ONCE = 64
 MOST_RANKINGS = 200
 """Resamples of mean average precision, each of which ranks all images anew."""
-
-
-def run_protocol(name: str, task: Task) -> None:
-    """Measure by one of `PROTOCOLS`; of `TRAINED` ones every process must call this."""
-    if name in TRAINED:
-        measure_trained(name, task)
-    else:
-        RUNNERS[name](task)
 
 
 def _knn(task: Task) -> None:
@@ -184,6 +181,45 @@ def _features_of_two_views(task: Task) -> tuple[Tensor, Tensor]:
     return torch.cat(features[0]), torch.cat(features[1])
 
 
+def _trained(protocol: str, task: Task) -> None:
+    """Train a classifier with the images, by one of `TRAINED`; every process must call this."""
+    args, data, encoder = task.args, task.data, task.encoder
+    settings, _ = args.training(protocol)
+    assert data.train.classes is not None
+    rows, workers = training_rows(protocol, args, data), args.num_workers
+    if workers is None:
+        workers = default_num_workers(local_processes(task.accelerator))
+    train, test = (_in_memory(part.split, encoder.in_chans) for part in (data.train, data.test))
+    result = finetune(
+        encoder.module, train, data.train.classes, test, num_classes=len(data.names),
+        num_features=encoder.num_features, image_size=encoder.image_size,
+        crop_pct=encoder.data_config["crop_pct"], mean=encoder.mean, std=encoder.std,
+        settings=settings, accelerator=task.accelerator, rows=rows, num_workers=workers,
+        in_chans=encoder.in_chans, bf16=args.bf16,
+    )  # fmt: skip
+    chosen = {name: value for name, value in asdict(settings).items() if name != "seed"} | {
+        "batch_size": result.batch_size, "training_images": len(train if rows is None else rows),
+    }  # fmt: skip
+    task.add_predictions(
+        protocol, NAMES[protocol], result.predictions[task.features["test"].rows], chosen,
+        {"losses": result.losses, "seconds": round(result.seconds, 1)},
+    )  # fmt: skip
+
+
+def _in_memory(split: ImageSplit, in_chans: int) -> ImageSplit | Tensor:
+    """Small images of one size decoded, if all can be."""
+    if common_side(split) is None:
+        return split
+    bad = BadImages(len(split), 1.0, None)
+    images = load_in_memory(split, bad=bad)
+    bad.agree(say=lambda _: None)
+    return split if images is None or len(bad) or images.shape[1] != in_chans else images
+
+
+NAMES = {
+    "linear-sgd": "linear, authors' protocol", "finetune-1": "fine-tuning, 1 % of the labels",
+    "finetune-10": "fine-tuning, 10 % of the labels", "finetune": "fine-tuning",
+}  # fmt: skip
 RUNNERS: dict[str, Callable[[Task], None]] = {
     "knn": _knn,
     "linear": _linear,
@@ -191,4 +227,6 @@ RUNNERS: dict[str, Callable[[Task], None]] = {
     "retrieval": _retrieval,
     "cross-retrieval": _cross_retrieval,
     "collapse": _collapse,
+    **{name: partial(_trained, name) for name in TRAINED},
 }
+"""What measures by each of `PROTOCOLS`."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vicreg_hf.data.labelled import LabelledData
 from vicreg_hf.data.sampler import GlobalBatches
-from vicreg_hf.evaluation.trained import training_rows
+from vicreg_hf.evaluation.label_lists import listed_subset, paths_of_images
+from vicreg_hf.metrics.subsets import balanced_subset
 from vicreg_hf.settings.evaluation import TRAINED, EvaluationArguments
 
 NO_LABELS = ("collapse", "cross-retrieval")
@@ -86,3 +90,27 @@ def _require_targets(data: LabelledData) -> None:
         raise ValueError(
             f"protocol svm needs images of some class, and {data.test.split.name} shows none."
         )
+
+
+def training_rows(
+    protocol: str, args: EvaluationArguments, data: LabelledData
+) -> NDArray[np.int64] | None:
+    """Numbers of the training images that one of `TRAINED` learns from; None is all.
+
+    Raises:
+        ValueError: a list that names what is not there.
+    """
+    (_, fraction), train = args.training(protocol), data.train
+    assert train.classes is not None
+    labelled = np.flatnonzero(train.classes.numpy() >= 0)
+    if protocol == "finetune" and args.label_list is not None:
+        listed = listed_subset(args.label_list, paths_of_images(train.split), len(train.split))
+        if len(unknown := np.setdiff1d(listed, labelled)):
+            raise ValueError(
+                f"label_list must name images that have a class, and {len(unknown)} have none; the "
+                f"first is {train.split.place(int(unknown[0]))}."
+            )
+        return listed
+    if fraction == 1:
+        return None if len(labelled) == len(train.classes) else labelled
+    return labelled[balanced_subset(train.classes[labelled], fraction, args.seed)]

@@ -9,7 +9,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from vicreg_hf.data.opening.dataset import DEMO
-from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.hub.api import HubError
 from vicreg_hf.hub.card import CARD_FILE, model_card, second_card, write_card
 from vicreg_hf.hub.layout import PRIME_DIRECTORY
@@ -56,25 +55,20 @@ def _write(run: Run, directory: Path) -> Path | None:
             f"the encoder could not be written to {directory}: {error}. The last checkpoint "
             "is whole; free some space and start again to finish."
         ) from error
-    print(last_message(directory, run.log.rows(), run.monitor, second=second))
+    print(last_message(run, directory, second))
     return second
 
 
 def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
     from vicreg_hf.training.monitoring.pictures import draw_pictures
 
-    args, inputs, rows = run.args, run.inputs, run.log.rows()
-    train = inputs.train
-    pictures = draw_pictures(
-        directory, run.model, rows, train=train if isinstance(train, ImageSplit) else None,
-        held_out=inputs.held_out, num_workers=args.num_workers or 0,
-    )  # fmt: skip
+    args = run.args
     record = TrainingRecord(
         args=asdict(args), num_views=args.num_views, data=_described(args.dataset_name),
-        hub_id=_hub_id(args.dataset_name), images=train.num_images, steps=run.step,
+        hub_id=_hub_id(args.dataset_name), images=run.inputs.train.num_images, steps=run.step,
         seconds=run.seconds,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
-        results=card_results(rows, run.monitor), pictures=pictures,
+        results=card_results(run), pictures=draw_pictures(run, directory),
     )  # fmt: skip
     write_card(directory / CARD_FILE, model_card(run.model, record=record))
     if second is not None:

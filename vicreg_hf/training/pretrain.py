@@ -38,8 +38,8 @@ from vicreg_hf.training.faults import TERMS, OutOfMemory, ProcessLost, explained
 from vicreg_hf.training.finish import finish_run
 from vicreg_hf.training.monitoring.collapse import CollapseWatch
 from vicreg_hf.training.monitoring.log import Clock
+from vicreg_hf.training.resuming import save, wait_until_saved
 from vicreg_hf.training.run import Run
-from vicreg_hf.training.saving import save, wait_until_saved
 from vicreg_hf.training.setup import make_output_dir, setup
 from vicreg_hf.training.step import Step, StepChecks, take_gradients, take_step, views_from_here
 

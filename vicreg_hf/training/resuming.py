@@ -1,15 +1,16 @@
-"""Going on with a run: its newest checkpoint, and how much the settings may have changed."""
+"""Saving a run, and going on with it although settings may have changed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch.optim import Optimizer
 
 from vicreg_hf.checkpoints.reading import (
     CheckpointError,
@@ -19,10 +20,10 @@ from vicreg_hf.checkpoints.reading import (
     read_manifest,
 )
 from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.runtime.distributed import failing_together
 from vicreg_hf.runtime.machine import installed_versions
-from vicreg_hf.settings.pretraining import PretrainingArguments
-from vicreg_hf.training.monitoring.probe import OnlineProbe
-from vicreg_hf.training.saving import cpu_threads, prime_sha256
+from vicreg_hf.training.faults import check_state_is_finite
+from vicreg_hf.training.run import Run
 
 FREE_TO_CHANGE = {
     "output_dir", "resume", "resume_changed", "num_workers", "compile", "compile_model",
@@ -44,34 +45,21 @@ LENGTH = {"num_train_epochs", "max_steps"}
 """Settings that say how long a run is."""
 
 
-def resume(
-    args: PretrainingArguments,
-    accelerator: Accelerator,
-    model: VICRegModel,
-    optimizer: Optimizer,
-    fingerprint: dict[str, Any],
-    *,
-    total_steps: int,
-    probe: OnlineProbe | None = None,
-    before: int | None = None,
-) -> tuple[int, float]:
-    """Load the newest checkpoint that is whole.
+def resume(run: Run, *, before: int | None = None) -> None:
+    """Go on from the newest checkpoint that is whole, if there is one, as settings ask.
+
+    The online probe starts anew unless the checkpoint has one of the same labels.
 
     Args:
-        fingerprint: identifies the data.
-        total_steps: length of the whole run by the settings.
-        probe: this session's; it starts anew unless the checkpoint has one of the same labels.
         before: a step; later checkpoints are passed over.
-
-    Returns:
-        The step to go on from, 0 where nothing was saved, and the seconds it took to reach it.
 
     Raises:
         CheckpointError: resuming was required and nothing valid is there, or it is of another run.
     """
+    args, accelerator, probe = run.args, run.accelerator, run.probe
     if args.resume == "never":
-        return 0, 0.0
-    folder = Path(str(args.output_dir)) / "checkpoints"
+        return
+    folder = run.writer.folder
     path, damaged = newest_checkpoint(folder, before=before)
     for sentence in damaged:
         accelerator.print(f"warning: {sentence}")
@@ -88,17 +76,17 @@ def resume(
                 "Mend one, choose another output_dir, or --resume never to start over, which moves "
                 "them aside."
             )
-        return 0, 0.0
+        return
     manifest = read_manifest(path)
     state = manifest["state"]
-    changed = _changes(args, state, fingerprint, prime_sha256(model))
-    if manifest["step"] != total_steps:  # else a new probe would learn nothing
+    changed = _changes(run, state)
+    if manifest["step"] != run.total_steps:  # else a new probe would learn nothing
         changed.pop("online_probe", None)
-    _check_settings(args, changed, path, manifest, total_steps)
+    _check_settings(run, changed, path, manifest)
     if changed:
         listed = "; ".join(changed.values())
         accelerator.print(f"warning: settings have changed since {path}: {listed}.")
-    load_checkpoint(path, model, optimizer)
+    load_checkpoint(path, run.model, run.inner_optimizer)
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     accelerator.print(f"Resuming from {path}.")
@@ -111,7 +99,8 @@ def resume(
             accelerator.print(f"The online probe starts anew: that of {path} is of other labels.")
         else:
             probe.load_state_dict(saved)
-    return manifest["step"], state.get("seconds", 0.0)
+    run.step = run.first_step = manifest["step"]
+    run.seconds_before = state.get("seconds", 0.0)
 
 
 def _check_same_everywhere(path: Path | None, folder: Path) -> None:
@@ -124,13 +113,9 @@ def _check_same_everywhere(path: Path | None, folder: Path) -> None:
         )
 
 
-def _changes(
-    args: PretrainingArguments,
-    state: dict[str, Any],
-    fingerprint: dict[str, Any],
-    prime: str | None,
-) -> dict[str, str]:
+def _changes(run: Run, state: dict[str, Any]) -> dict[str, str]:
     """Settings, data and second encoder that differ from the checkpoint's: a phrase for each."""
+    args, fingerprint = run.args, run.fingerprint
     saved, now = state["settings"], json.loads(json.dumps(asdict(args)))
     changed = {
         f.name: f"{f.name} was {saved[f.name]}, is {now[f.name]}"
@@ -144,7 +129,7 @@ def _changes(
             for data in (state["data"], fingerprint)
         )
         changed["dataset_name"] = f"the data were {was}, are {is_now}, in {args.dataset_name}"
-    if state.get("prime_sha256") not in (None, prime):
+    if state.get("prime_sha256") not in (None, _prime_sha256(run.model)):
         changed.setdefault(
             "prime_architecture", "the second encoder's own configuration is another"
         )
@@ -152,19 +137,15 @@ def _changes(
 
 
 def _check_settings(
-    args: PretrainingArguments,
-    changed: dict[str, str],
-    path: Path,
-    manifest: dict[str, Any],
-    total_steps: int,
+    run: Run, changed: dict[str, str], path: Path, manifest: dict[str, Any]
 ) -> None:
     """Refuse to go on as another run, and to describe steps by settings they were not taken with.
 
     Args:
         changed: see `_changes`.
         path: of the checkpoint; likewise manifest.
-        total_steps: length of the whole run by the settings now.
     """
+    args, total_steps = run.args, run.total_steps
     listed = "; ".join(changed.values())
     length = "num_train_epochs" if args.max_steps is None else "max_steps"
     another_run = bool(changed.keys() & {*MUST_STAY, "dataset_name"})
@@ -202,8 +183,65 @@ def _report_causes_of_rounding(accelerator: Accelerator, manifest: dict[str, Any
         ("precision was", "is", state.get("precision"), accelerator.mixed_precision),
         ("processes were", "are", manifest["world_size"], accelerator.num_processes),
     ]
-    threads = state.get("threads"), cpu_threads(accelerator)
+    threads = state.get("threads"), _cpu_threads(accelerator)
     if None not in threads:  # earlier versions did not save it
         pairs.append(("CPU threads of a process were", "are", *threads))
     if changed := [f"{were} {old}, {are} {new}" for were, are, old, new in pairs if old != new]:
         accelerator.print(f"The run goes on as it was but for rounding: {'; '.join(changed)}.")
+
+
+def save(run: Run) -> None:
+    """Begin to write a checkpoint; every process must call this.
+
+    Raises:
+        FloatingPointError: weights, statistics or optimiser state are not finite.
+        CheckpointError: the previous checkpoint could not be written.
+        OtherProcessFailed: that happened in the main process.
+    """
+    check_state_is_finite(run)
+    with failing_together(run.accelerator.device):
+        if run.accelerator.is_main_process:
+            run.writer.save(
+                run.step, run.model, run.inner_optimizer, _state_to_save(run),
+                probe=None if run.probe is None else run.probe.state_dict(),
+            )  # fmt: skip
+
+
+def wait_until_saved(run: Run) -> None:
+    """Wait until the latest checkpoint is on the disk; every process must call this.
+
+    Raises:
+        CheckpointError: it could not be written.
+        OtherProcessFailed: that happened in the main process.
+    """
+    with failing_together(run.accelerator.device):
+        run.writer.wait()
+
+
+def _state_to_save(run: Run) -> dict[str, Any]:
+    """A checkpoint's values besides weights, optimiser state, probe and step."""
+    scaler = run.accelerator.scaler
+    return {
+        "settings": asdict(run.args),
+        "total_steps": run.total_steps,
+        "data": run.fingerprint,
+        "seconds": run.seconds,
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "precision": run.accelerator.mixed_precision,
+        "threads": _cpu_threads(run.accelerator),
+        "prime_sha256": _prime_sha256(run.model),
+        "labels_sha256": None if run.probe is None else run.probe.labels_sha256,
+    }
+
+
+def _cpu_threads(accelerator: Accelerator) -> int | None:
+    """Threads over which torch divides a process's sums on a CPU; None on other devices."""
+    return torch.get_num_threads() if accelerator.device.type == "cpu" else None
+
+
+def _prime_sha256(model: VICRegModel) -> str | None:
+    """SHA-256 of the second branch's configuration, with that of its encoder."""
+    if model.config.prime is None:
+        return None
+    text = json.dumps(model.config.prime, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -40,19 +39,20 @@ class Run:
     """Prepares the second half of each sample, where samples are pairs."""
     monitor: KNNMonitor | None
     probe: OnlineProbe | None
-    log: MetricsLog
-    fingerprint: dict[str, Any]
-    """Identifies the training data; a checkpoint remembers it."""
+    started: float = field(default_factory=time.perf_counter)
     step: int = 0
     """Optimiser steps taken."""
+    first_step: int = 0
+    """The step from which this session goes on."""
     shapes_compared: bool = False
     """Whether the processes have compared the shapes of their views."""
     seconds_before: float = 0.0
     """Duration of the earlier sessions of this run."""
-    started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        self.first_step = self.step
+        self.log = MetricsLog(self.output_dir / "metrics.jsonl", self.accelerator.is_main_process)
+        self.fingerprint = self.inputs.fingerprint()
+        """Identifies the training data; a checkpoint remembers it."""
         self.writer = CheckpointWriter(
             self.output_dir / "checkpoints", world_size=self.accelerator.num_processes
         )

@@ -6,7 +6,6 @@ import tempfile
 import time
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +13,7 @@ import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vicreg_hf.data.pairs import PairedSplit
 from vicreg_hf.data.sampler import GlobalBatches
-from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.hub.api import open_repository
 from vicreg_hf.hub.card import PRIME_SUFFIX
 from vicreg_hf.hub.layout import PRIME_DIRECTORY
@@ -35,7 +32,6 @@ from vicreg_hf.training.building.model import build_model
 from vicreg_hf.training.building.optimizers import create_optimizer
 from vicreg_hf.training.building.second_branch import create_views
 from vicreg_hf.training.monitoring.knn import KNNMonitor, missing_for_knn
-from vicreg_hf.training.monitoring.log import MetricsLog
 from vicreg_hf.training.monitoring.probe import create_probe
 from vicreg_hf.training.monitoring.summary import first_message
 from vicreg_hf.training.resuming import resume
@@ -90,20 +86,15 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
         accelerator.print(
             f"Images of {channels} are seen without {', '.join(views.left_out)}, which need RGB."
         )
-    log = MetricsLog(Path(str(args.output_dir)) / "metrics.jsonl", accelerator.is_main_process)
-    fingerprint = data.fingerprint()
-    step, seconds = resume(
-        args, accelerator, model, optimizer, fingerprint, total_steps=data.total_steps,
-        probe=probe, before=before,
+    run = Run(
+        args, accelerator, model, model, optimizer, data, views, paired,
+        _create_monitor(args, data, model.config.pretrained_cfg or {}), probe, started,
     )  # fmt: skip
-    if _compiles_model(args, accelerator, model, data.total_steps - step):
+    resume(run, before=before)
+    if _compiles_model(args, accelerator, model, run.total_steps - run.step):
         model.compile_branches(expanders=accelerator.num_processes == 1)
-    wrapped, prepared = accelerator.prepare(model, optimizer)
-    return Run(
-        args, accelerator, model, wrapped, prepared, data, views, paired,
-        _create_monitor(args, data, model.config.pretrained_cfg or {}), probe, log, fingerprint,
-        step, seconds_before=seconds, started=started,
-    )  # fmt: skip
+    run.wrapped, run.optimizer = accelerator.prepare(model, optimizer)
+    return run
 
 
 def _open_repositories(args: PretrainingArguments) -> None:
@@ -170,13 +161,10 @@ def _set_aside(run: Run) -> None:
 def _create_monitor(
     args: PretrainingArguments, data: TrainingData, cfg: dict[str, Any]
 ) -> KNNMonitor | None:
-    if isinstance(data.train, ImageStream) or isinstance(data.images, ImageStream):
-        return None
     assert args.image_size is not None
-    images = data.train if isinstance(data.images, PairedSplit) else data.images
     return KNNMonitor.create(
-        data.train, images, data.held_out, image_size=args.image_size,
-        crop_pct=cfg["crop_pct"], mean=cfg["mean"], std=cfg["std"],
+        data.train, data.train if data.pairs else data.images, data.held_out,
+        image_size=args.image_size, crop_pct=cfg["crop_pct"], mean=cfg["mean"], std=cfg["std"],
         num_workers=args.num_workers or 0, bad=data.bad,
     )  # fmt: skip
 
@@ -208,8 +196,8 @@ def _compiles_model(
 
 def _normalises_batches(model: VICRegModel) -> bool:
     """Whether an encoder has batch normalisation, whatever the expanders have."""
-    encoders = [model.backbone] + ([] if model.prime is None else [model.prime.backbone])
-    return any(isinstance(part, _BatchNorm) for own in encoders for part in own.modules())
+    parts = (part for branch in model.branches for part in branch.backbone.modules())
+    return any(isinstance(part, _BatchNorm) for part in parts)
 
 
 def _check_micro_batches(model: VICRegModel, batches: GlobalBatches) -> None:

@@ -28,7 +28,7 @@ class Step:
     names: list[str]
     """P parameters that have a gradient."""
     grad_norms: Tensor
-    """(P,): of each of their gradients."""
+    """(P,): of each of their gradients; under fp16 without the loss scale."""
     grad_norm: Tensor
     """Scalar, of all gradients together."""
 
@@ -53,11 +53,9 @@ def take_gradients(run: Run, views: tuple[Any, ...]) -> Step:
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     # Dropout and drop-path draw from torch's generator: keyed too, so that resuming is exact.
-    device, rank = run.accelerator.device, run.accelerator.process_index
+    rank = run.accelerator.process_index
     seed = derive_seed(run.args.seed, epoch=run.step, index=rank, stream=Stream.DROPOUT)
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(seed)
+    torch.manual_seed(seed)
     x, x_prime, *others = views
     num_further, batches = run.args.num_global_views - 2, run.batches
     more: Any = {"further_views": others[:num_further], "local_views": others[num_further:]}
@@ -73,19 +71,13 @@ def take_gradients(run: Run, views: tuple[Any, ...]) -> Step:
             output = run.wrapped(x, x_prime, **more)
             run.accelerator.backward(output.loss)
             # last_hidden_state is large, and of no use here
-            kept = {k: v for k, v in output.items() if k != "last_hidden_state"}
-            output = VICRegOutput(**kept)
+            output = VICRegOutput(**{**output, "last_hidden_state": None})
     run.shapes_compared = True
-    names, norms = gradient_norms(run)
-    return Step(run.step + 1, lr, output, names, norms, torch.linalg.vector_norm(norms))
-
-
-def gradient_norms(run: Run) -> tuple[list[str], Tensor]:
-    """The parameters that have a gradient, and its norm (P,); under fp16 without the loss scale."""
     if run.accelerator.scaler is not None:
         run.accelerator.unscale_gradients(run.optimizer)
     grads = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
-    return list(grads), torch.stack(torch._foreach_norm(list(grads.values())))
+    norms = torch.stack(torch._foreach_norm(list(grads.values())))
+    return Step(run.step + 1, lr, output, list(grads), norms, torch.linalg.vector_norm(norms))
 
 
 def take_step(run: Run) -> None:

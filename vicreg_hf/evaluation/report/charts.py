@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
-from torch import Tensor
 
 from vicreg_hf.evaluation.report.gallery import Gallery, finite_rows, sample
 from vicreg_hf.metrics.collapse import effective_rank, singular_values
@@ -103,7 +102,13 @@ def spectrum(gallery: Gallery, *, seed: int) -> dict[str, Any] | None:
     ]
     varying = sample(std.nonzero().flatten().numpy(), MAX_CORRELATED, seed)
     if len(varying) > 1:
-        found["figures"].append(_draw_correlations(x[:, torch.from_numpy(varying)]))
+        unit = torch.nn.functional.normalize(x[:, torch.from_numpy(varying)], dim=0, eps=0)
+        pairs = (unit.T @ unit).numpy()[np.triu_indices(len(varying), k=1)].clip(-1, 1)
+        found["figures"].append(
+            _draw_histogram(
+                "correlation", pairs, "correlation of two dimensions", "pairs", limits=(-1.0, 1.0)
+            )
+        )
     return found
 
 
@@ -122,15 +127,6 @@ def _draw_singular(singular: NDArray[np.float64]) -> Markup:
         figure, "spectrum",
         f"Singular values of the centred features, {len(singular)} of them, on a logarithmic axis; "
         f"half way down the ranks the value is {relative[len(relative) // 2]:.2g} of the largest.",
-    )  # fmt: skip
-
-
-def _draw_correlations(x: Tensor) -> Markup:
-    scaled = x / x.norm(dim=0)
-    correlations = (scaled.T @ scaled).numpy()[np.triu_indices(x.shape[1], k=1)]
-    return _draw_histogram(
-        "correlation", correlations.clip(-1, 1), "correlation of two dimensions", "pairs",
-        limits=(-1.0, 1.0),
     )  # fmt: skip
 
 

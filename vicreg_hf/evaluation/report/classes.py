@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from sklearn.metrics import confusion_matrix
 
 from vicreg_hf.evaluation.report.gallery import encoded
 from vicreg_hf.metrics.intervals import wilson_interval
@@ -88,15 +89,13 @@ def _matrix(
     predicted: NDArray[np.int64], truth: NDArray[np.int64], names: Sequence[str]
 ) -> dict[str, Any] | None:
     """Shares by true class, as cells of a table or as a picture; of the classes that occur."""
-    occurring, places = np.unique(np.stack([truth, predicted]), return_inverse=True)
-    count = len(occurring)
-    if count > MAX_MATRIX:
+    occurring = np.union1d(truth, predicted)
+    if len(occurring) > MAX_MATRIX:
         return None
-    rows, columns = places.reshape(2, -1)
-    matrix = np.bincount(rows * count + columns, minlength=count**2).reshape(count, count)
+    matrix = confusion_matrix(truth, predicted, labels=occurring)
     shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     own = [names[index] for index in occurring]
-    if count <= MAX_NUMBERED:
+    if len(occurring) <= MAX_NUMBERED:
         images = matrix.sum(1).tolist()
         return {"names": own, "images": images, "shares": shares.tolist(), "picture": None}
     # one colour, the more opaque the larger the share, looks right on light and on dark

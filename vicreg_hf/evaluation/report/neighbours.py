@@ -5,8 +5,6 @@ Shapes: N training images, M test images, F features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vicreg_hf.evaluation.report.gallery import Gallery, Inline, finite_rows, take, thumbnail
+from vicreg_hf.evaluation.report.gallery import Gallery, finite_rows, take, thumbnail
 from vicreg_hf.metrics.knn import knn_predict
 from vicreg_hf.metrics.retrieval import most_similar
 
@@ -24,25 +22,6 @@ NEIGHBOURS = 6
 CANDIDATES = 2000
 """Test images among which queries are looked for."""
 K = 20
-
-
-@dataclass(frozen=True)
-class LabelledPicture:
-    """A picture as the page holds it, and its class."""
-
-    picture: Inline
-    label: int | None
-    similarity: float | None = None
-    """Cosine similarity to the query."""
-
-
-@dataclass(frozen=True)
-class Query:
-    """A test image beside its nearest training images."""
-
-    image: LabelledPicture
-    voted: int | None
-    near: Sequence[LabelledPicture]
 
 
 def neighbours(train: Gallery, test: Gallery, *, seed: int) -> dict[str, Any] | None:
@@ -71,8 +50,10 @@ def neighbours(train: Gallery, test: Gallery, *, seed: int) -> dict[str, Any] | 
     shown = []
     for kind, members in groups.items():
         chosen = members[:QUERIES]
-        found, similarity = _nearest(features, take(test.features, chosen).to(features))
-        queries = _queries(train, test, chosen, bank[found], similarity, votes)
+        similarity, found = most_similar(
+            features, take(test.features, chosen).to(features), min(NEIGHBOURS, len(bank))
+        )
+        queries = _queries(train, test, chosen, bank[found.cpu().numpy()], similarity, votes)
         shown.append({"kind": kind, "of": len(members), "queries": queries})
     return {
         "k": k, "images": len(bank), "candidates": len(candidates), "of": len(rows),
@@ -85,24 +66,23 @@ def _queries(
     test: Gallery,
     chosen: NDArray[np.int64],
     found: NDArray[np.int64],
-    similarity: NDArray[np.float32],
+    similarity: Tensor,
     votes: dict[int, int],
-) -> list[Query]:
+) -> list[dict[str, Any]]:
+    """Each chosen test image, with its class, the vote on it, and the training images found."""
     images = iter(train.read(found.flatten().tolist()))
     queries = []
     for row, image, near, close in zip(
-        chosen.tolist(), test.read(chosen.tolist()), found.tolist(), similarity, strict=True
-    ):
+        chosen.tolist(), test.read(chosen.tolist()), found.tolist(), similarity.tolist(),
+        strict=True,
+    ):  # fmt: skip
         pictures = [
-            LabelledPicture(thumbnail(next(images)), train.label(index), float(value))
+            {
+                "picture": thumbnail(next(images)), "label": train.label(index),
+                "similarity": value,
+            }
             for index, value in zip(near, close, strict=True)
-        ]
-        query = LabelledPicture(thumbnail(image), test.label(row))
-        queries.append(Query(query, votes.get(row), pictures))
+        ]  # fmt: skip
+        query = {"picture": thumbnail(image), "label": test.label(row)}
+        queries.append({"image": query, "voted": votes.get(row), "near": pictures})
     return queries
-
-
-def _nearest(bank: Tensor, queries: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Rows of the bank nearest in cosine similarity, and the similarity."""
-    similarity, rows = most_similar(bank, queries, min(NEIGHBOURS, len(bank)))
-    return rows.cpu().numpy(), similarity.cpu().numpy()

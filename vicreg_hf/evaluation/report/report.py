@@ -56,7 +56,8 @@ def write_report(
     names = [name if name.strip() else f"class {k}" for k, name in enumerate(class_names)]
     html = _template().render(
         title=title, facts=facts, names=names,
-        results=_results(measurements, predicted, truth, seed),
+        measurements=measurements,
+        differences=[] if truth is None else _differences(predicted, truth, seed),
         classes=None if truth is None else classes(predicted, truth, names),
         spectrum=spectrum(train, seed=seed),
         map=feature_map(test, seed=seed), neighbours=neighbours(train, test, seed=seed),
@@ -74,34 +75,6 @@ def _template() -> Any:
         colours=COLOURS, num_markers=len(MARKERS), num_worst=WORST, num_best=BEST
     )
     return environment.get_template(TEMPLATE)
-
-
-def _results(
-    measurements: Sequence[Measurement],
-    predicted: Mapping[str, NDArray[np.int64]],
-    truth: NDArray[np.int64] | None,
-    seed: int,
-) -> dict[str, Any]:
-    rows = []
-    for measured in measurements:
-        value, opening, interval = measured.shown.partition("(")
-        rows.append(
-            {
-                "name": measured.name, "value": value.strip(), "interval": opening + interval,
-                "images": measured.num_images, "settings": _settings_text(measured),
-            }
-        )  # fmt: skip
-    differences = [] if truth is None else _differences(predicted, truth, seed)
-    intervals = any(m.low is not None and m.high is not None for m in measurements)
-    return {"rows": rows, "differences": differences, "intervals": intervals}
-
-
-def _settings_text(measurement: Measurement) -> str:
-    settings = {**measurement.settings, "seed": measurement.seed}
-    return ", ".join(
-        f"{name.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}"
-        for name, value in settings.items()
-    )
 
 
 def _differences(

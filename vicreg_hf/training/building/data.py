@@ -53,6 +53,12 @@ class TrainingData:
         column = self.train.column
         return column.settings if isinstance(column, SpectrogramColumn) else None
 
+    def first_images(self, rows: list[int]) -> list[Tensor]:
+        """The images of some rows; of a stream as many that can be used, or all."""
+        if isinstance(self.train, ImageSplit):
+            return self.train.read_or_replace(rows)[0]
+        return self.train.first(len(rows))
+
     def fingerprint(self) -> dict[str, Any]:
         """A description that other data do not share."""
         return (self.pairs or self.train).fingerprint()

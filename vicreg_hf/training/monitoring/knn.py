@@ -103,26 +103,27 @@ class KNNMonitor:
     @classmethod
     def create(
         cls,
-        train: ImageSplit,
-        train_images: ImageSplit | Tensor,
+        train: ImageSplit | ImageStream,
+        train_images: Any,
         held_out: ImageSplit | None,
         *,
-        image_size: int,
-        crop_pct: float,
         mean: Sequence[float],
         std: Sequence[float],
-        num_workers: int,
         bad: BadImages | None = None,
+        **views: Any,
     ) -> KNNMonitor | None:
         """A monitor, or None where labels or a held-out split are missing.
 
         Args:
+            train_images: where the training images are read from: their split, or (N, C, S, S)
+                uint8 in memory.
             bad: training images that are known to be unusable.
+            views: image_size and other arguments of `evaluation_batches`.
 
         Raises:
             ValueError: the held-out split has classes that the other has not.
         """
-        if missing_for_knn(train, held_out) is not None:
+        if isinstance(train, ImageStream) or missing_for_knn(train, held_out) is not None:
             return None
         assert held_out is not None
         if train.label_names != held_out.label_names:
@@ -135,7 +136,7 @@ class KNNMonitor:
         return cls(
             LabelledImages(train, MAX_TRAIN, train_images, known_bad=bad),
             LabelledImages(held_out, MAX_TEST, held_out, budget=MEMORY_BUDGET - taken),
-            {"image_size": image_size, "crop_pct": crop_pct, "num_workers": num_workers},
+            views,
             {"mean": mean, "std": std},
         )
 

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from vicreg_hf.data.batches import evaluation_batches
 from vicreg_hf.data.splits import ImageSplit
+from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.features.encode import extract_features
 from vicreg_hf.hub.card import LOSS_PICTURE, RETRIEVAL_PICTURE, SPECTRUM_PICTURE
 from vicreg_hf.hub.record import Picture
 from vicreg_hf.metrics.retrieval import nearest_neighbours
-from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.runtime.randomness import Stream, permutation
 from vicreg_hf.training.monitoring.preview import picture_of
+from vicreg_hf.training.run import Run
 
 TERMS = ("loss", "invariance", "variance", "covariance")
 MAX_BANK = 2000
@@ -34,66 +35,48 @@ MAX_SPECTRUM = 1000
 """Images whose features have their singular values drawn."""
 
 
-def draw_pictures(
-    directory: Path,
-    model: VICRegModel,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    train: ImageSplit | None,
-    held_out: ImageSplit | None,
-    num_workers: int = 0,
-) -> list[Picture]:
-    """Draw the pictures of a run's card.
+def draw_pictures(run: Run, directory: Path) -> list[Picture]:
+    """Draw the pictures of a run's card, which is in a directory.
 
-    Args:
-        directory: of the card.
-        model: on any device.
-        rows: of metrics.jsonl.
-        train: where neighbours are looked for; None, for a stream, leaves out what needs images.
-        held_out: whose images are looked up; None takes other training images.
+    Of a stream only the loss is drawn. Without held-out images others of the training split are
+    looked up.
 
     Returns:
         The pictures, with what each shows.
     """
-    draw_loss_terms(rows, directory / LOSS_PICTURE)
+    model, held_out, train = run.model, run.inputs.held_out, run.inputs.train
+    _draw_loss_terms(run.log.rows(), directory / LOSS_PICTURE)
     pictures = [Picture(LOSS_PICTURE, "The loss, and its three terms before they are weighted.")]
-    if train is None:
+    if isinstance(train, ImageStream):
         return pictures
     cfg: Any = model.config.pretrained_cfg
+    device = run.accelerator.device
+    settings: Any = {"mean": cfg["mean"], "std": cfg["std"], "device": device}
 
     def read_and_encode(split: ImageSplit, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Images (N, C, S, S) and their representations (N, F)."""
         batches = evaluation_batches(
             split, chosen, cfg["input_size"][-1], crop_pct=cfg["crop_pct"], batch_size=128,
-            num_workers=num_workers,
+            num_workers=run.args.num_workers or 0,
         )  # fmt: skip
         images = torch.cat(list(batches))
-        return images, extract_features(
-            model.encoder, images.split(128), mean=cfg["mean"], std=cfg["std"],
-            device=next(model.parameters()).device,
-        )  # fmt: skip
+        return images, extract_features(model.encoder, images.split(128), **settings)
 
     chosen = permutation(len(train), seed=0, epoch=0, stream=Stream.SPLIT)[: QUERIES + MAX_BANK]
     bank, bank_features = read_and_encode(train, np.sort(chosen[QUERIES:]))
-    if held_out is None:
-        queries, query_features = read_and_encode(train, chosen[:QUERIES])
-        source = "training images left out of the search"
-    else:
-        chosen = permutation(len(held_out), seed=0, epoch=0, stream=Stream.SPLIT)[:QUERIES]
-        queries, query_features = read_and_encode(held_out, chosen)
+    source = "training images left out of the search"
+    if held_out is not None:
+        chosen = permutation(len(held_out), seed=0, epoch=0, stream=Stream.SPLIT)
         source = f"images of {held_out.name}"
+    queries, query_features = read_and_encode(held_out or train, chosen[:QUERIES])
     if len(bank) < 2 or len(queries) == 0:
         return pictures
     features = bank_features[:MAX_SPECTRUM]
-    training = model.expander.training
-    model.expander.eval()
-    with torch.inference_mode():
-        embeddings = model.expander(features)
-    model.expander.train(training)
-    draw_spectrum(
+    embeddings = extract_features(model.expander, [features], **settings)
+    _draw_spectrum(
         {"representations": features, "embeddings": embeddings}, directory / SPECTRUM_PICTURE
     )
-    draw_retrievals(queries, query_features, bank, bank_features, directory / RETRIEVAL_PICTURE)
+    _draw_retrievals(queries, query_features, bank, bank_features, directory / RETRIEVAL_PICTURE)
     return [
         *pictures,
         Picture(
@@ -109,13 +92,8 @@ def draw_pictures(
     ]
 
 
-def draw_loss_terms(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the loss and its terms over the steps.
-
-    Args:
-        rows: of metrics.jsonl.
-        path: of the PNG.
-    """
+def _draw_loss_terms(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the loss and its terms over the steps, from rows of metrics.jsonl."""
     rows = [row for row in rows if "loss" in row]
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     for axes, term in zip(figure.subplots(1, len(TERMS)), TERMS, strict=True):
@@ -125,12 +103,8 @@ def draw_loss_terms(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_spectrum(features: Mapping[str, Tensor], path: Path) -> None:
-    """Draw the singular values of centred features, the largest as 1.
-
-    Args:
-        features: (N, F) of each kind, by name.
-        path: of the PNG.
+def _draw_spectrum(features: Mapping[str, Tensor], path: Path) -> None:
+    """Draw the singular values of centred features (N, F) of each kind, the largest as 1.
 
     Source: Jing et al. 2022, "Understanding Dimensional Collapse", arXiv:2110.09348, figure 2.
     """
@@ -147,15 +121,12 @@ def draw_spectrum(features: Mapping[str, Tensor], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_retrievals(
+def _draw_retrievals(
     queries: Tensor, query_features: Tensor, bank: Tensor, bank_features: Tensor, path: Path
 ) -> None:
     """Draw each query beside its nearest images in cosine similarity.
 
-    Args:
-        queries: (N, C, S, S) uint8; likewise bank.
-        query_features: (N, F); likewise bank_features.
-        path: of the PNG.
+    Images are (N, C, S, S) uint8, and their features (N, F).
     """
     nearest = nearest_neighbours(bank_features, query_features, min(NEIGHBOURS, len(bank))).cpu()
     columns = nearest.shape[1] + 1

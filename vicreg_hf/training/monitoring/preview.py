@@ -8,9 +8,8 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.settings.pretraining import PretrainingArguments
-from vicreg_hf.training.building.data import TrainingData, open_training_data
+from vicreg_hf.training.building.data import open_training_data
 from vicreg_hf.training.building.second_branch import unnormalised_views
 
 IMAGES = 8
@@ -41,7 +40,7 @@ def draw_preview(args: PretrainingArguments, path: str | Path) -> Path:
     args, inputs = open_training_data(args)
     views = unnormalised_views(args, inputs.pairs)
     epoch, rows = inputs.batches.batch(0)
-    images = _first_images(inputs, rows[:IMAGES].tolist())
+    images = inputs.first_images(rows[:IMAGES].tolist())
     rows = rows[: len(images)]
     made = views.transform_crops(views.crop(images, rows, epoch), rows, epoch)
     try:
@@ -52,14 +51,6 @@ def draw_preview(args: PretrainingArguments, path: str | Path) -> Path:
             f"preview must be a file that can be written, got {path}: {error}."
         ) from None
     return path
-
-
-def _first_images(inputs: TrainingData, rows: list[int]) -> list[Tensor]:
-    """The images of some rows, or the first that can be used of a stream."""
-    train = inputs.train
-    if isinstance(train, ImageSplit):
-        return train.read_or_replace(rows)[0]
-    return train.first(len(rows))
 
 
 def picture_of_views(images: Sequence[Tensor], views: Sequence[Tensor]) -> Image.Image:

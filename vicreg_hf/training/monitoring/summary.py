@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from vicreg_hf.hub.record import Result, impersonal
 from vicreg_hf.settings.pretraining import PretrainingArguments
-from vicreg_hf.training.monitoring.knn import KNNMonitor
+from vicreg_hf.training.run import Run
 
 
 def first_message(
@@ -39,17 +38,10 @@ def first_message(
     )
 
 
-def last_message(
-    encoder: Path,
-    rows: list[dict[str, Any]],
-    monitor: KNNMonitor | None,
-    *,
-    second: Path | None = None,
-) -> str:
+def last_message(run: Run, encoder: Path, second: Path | None) -> str:
     """The lines that end a run: where the encoder is, how to load it, how good it is.
 
     Args:
-        rows: of metrics.jsonl.
         second: directory of the second branch's encoder, if it has one of its own.
     """
     lines = [
@@ -63,19 +55,16 @@ def last_message(
     ]
     if second is not None:
         lines += [f"That of the second branch is in {second}, whose card says how to load it.", ""]
-    if monitor is None:
+    if run.monitor is None:
         lines.append("No labelled held-out split, so no kNN accuracy was measured.")
-    for result in card_results(rows, monitor):
+    for result in card_results(run):
         lines.append(f"{result.name}: {result.shown} ({result.measured})")
     return "\n".join(lines)
 
 
-def card_results(rows: list[dict[str, Any]], monitor: KNNMonitor | None) -> list[Result]:
-    """The measurements of a run, for its card and its last message.
-
-    Args:
-        rows: of metrics.jsonl.
-    """
+def card_results(run: Run) -> list[Result]:
+    """The measurements of a run, for its card and its last message."""
+    rows, monitor = run.log.rows(), run.monitor
     results = []
     # an earlier session may have measured other images
     measured = [] if monitor is None else [
@@ -92,14 +81,14 @@ def card_results(rows: list[dict[str, Any]], monitor: KNNMonitor | None) -> list
                 "encoder"
             )
             results.append(Result("online linear probe accuracy", last["probe"], how, percent=True))
-        compared = []
-        if first["step"] == 0:
-            compared.append(("untrained", first["knn"], "the encoder before training"))
-        if "knn_pixels" in first:
-            compared.append(("raw pixels", first["knn_pixels"], "the pixels themselves"))
+        untrained = first["knn"] if first["step"] == 0 else None
         results += [
             Result(f"{knn}, {name}", value, f"the same, of {what}", percent=True, of_model=False)
-            for name, value, what in compared
+            for name, value, what in (
+                ("untrained", untrained, "the encoder before training"),
+                ("raw pixels", first.get("knn_pixels"), "the pixels themselves"),
+            )
+            if value is not None
         ]
     last = next((row for row in reversed(rows) if "embedding_std" in row), None)
     if last is not None:
