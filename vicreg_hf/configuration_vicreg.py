@@ -17,7 +17,7 @@ from vicreg_hf.runtime.checks import check_number, read_widths
 INDEX_FILE = "vicreg.safetensors.index.json"
 NESTED_KEY = "vicreg"
 LOSS_FIELDS = ("sim_coeff", "std_coeff", "cov_coeff", "gamma", "eps", "variance_reduction")
-METHOD_FIELDS = ("expander_dims", *LOSS_FIELDS, "spectrogram")
+METHOD_FIELDS = ("expander_dims", *LOSS_FIELDS, "spectrogram", "value_range")
 PRIME_FIELDS = ("weights", "prime")
 """Fields that config.json holds only where the weights of a second branch stand beside it."""
 MODALITIES = ("image", "text", "audio", "embedding")
@@ -116,6 +116,7 @@ class VICRegConfig(PreTrainedConfig):
         variance_reduction: "mean" (the authors' code) or "sum" (the paper) over the branches.
         spectrogram: how sound becomes the backbone's images, if it does: fields of
             `SpectrogramSettings`.
+        value_range: of images with more than 8 bits, the two values that become black and white.
         weights: "shared" by both branches, or "separate": the second has the same architecture.
         prime: the second branch where it is another one, as `complete_prime` takes it.
 
@@ -137,6 +138,7 @@ class VICRegConfig(PreTrainedConfig):
     eps: float = 1e-4
     variance_reduction: str = "mean"
     spectrogram: dict[str, Any] | None = None
+    value_range: list[float] | tuple[float, ...] | None = None
     weights: str = "shared"
     prime: dict[str, Any] | None = None
 
@@ -207,8 +209,9 @@ class VICRegConfig(PreTrainedConfig):
             include_expander: whether the index over all weight files is written beside it.
         """
         method = {key: getattr(self, key) for key in METHOD_FIELDS}
-        if self.spectrogram is None:
-            del method["spectrogram"]
+        for optional in ("spectrogram", "value_range"):
+            if method[optional] is None:
+                del method[optional]
         if include_expander:
             method["transformers_weights"] = INDEX_FILE
             if self.prime is not None:

@@ -78,7 +78,10 @@ def open_labelled(
         "dataset_name": Path(dataset_name).name or dataset_name,
         "label_column": None if several else label_column,
     }
-    parts = [Labelled(image_split(splits, each, **columns)) for each in (train_split, test_split)]
+    parts: list[Labelled] = []
+    for each in (train_split, test_split):
+        parts.append(Labelled(image_split(splits, each, **columns)))
+        columns["value_range"] = parts[0].split.value_range
     data = LabelledData(parts[0], parts[1], (), train_split, test_split)
     if column is None:
         return data

@@ -20,6 +20,7 @@ from vicreg_hf.data.columns.images import ImageColumn
 from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
 from vicreg_hf.data.opening.slicing import Splits, check_held_out, held_out_names
 from vicreg_hf.data.samples import Samples
+from vicreg_hf.runtime.checks import range_text
 
 FINGERPRINTED = 64
 """Images of a split by which it is known again."""
@@ -34,6 +35,11 @@ class ImageSplit(Samples[Tensor]):
     label_names: tuple[str, ...] = ()
 
     @property
+    def value_range(self) -> ValueRange | None:
+        """The values that become the levels 0 and 255, in images of more than 8 bits."""
+        return getattr(self.column, "value_range", None)
+
+    @property
     def num_images(self) -> int:
         """Its length; that of a stream may be unknown."""
         return len(self)
@@ -41,7 +47,9 @@ class ImageSplit(Samples[Tensor]):
     def fingerprint(self) -> dict[str, Any]:
         """Its length and a digest of images all over it, which tell it from other data sets."""
         digest = self.column.digest(self.cells(self.sampled_rows()))
-        return {"images": len(self), "sha256": digest}
+        limits = self.value_range
+        deep = {} if limits is None else {"value_range": range_text(limits)}
+        return {"images": len(self), "sha256": digest} | deep
 
     def sampled_rows(self) -> list[int]:
         """Rows all over the split, by which it is known again."""

@@ -25,7 +25,7 @@ from vicreg_hf.features.cache import Features, cached_features
 from vicreg_hf.features.encoders import Encoder, open_encoder
 from vicreg_hf.hub.card import CARD_FILE
 from vicreg_hf.hub.record import impersonal
-from vicreg_hf.runtime.checks import one_line
+from vicreg_hf.runtime.checks import one_line, read_range
 from vicreg_hf.runtime.distributed import failing_together
 from vicreg_hf.runtime.files import clear_leftovers, replacing, writing
 from vicreg_hf.runtime.machine import hardware, software, start_accelerator
@@ -104,6 +104,7 @@ def _open_data(args: EvaluationArguments, encoder: Encoder) -> tuple[LabelledDat
         args.dataset_name, train_split=args.train_split, eval_split=args.eval_split,
         config_name=args.dataset_config_name, image_column=args.image_column,
         label_column=args.label_column, channels=encoder.in_chans, sound=encoder.sound,
+        value_range=read_range("value_range", args.value_range) or encoder.value_range,
     )  # fmt: skip
     if "cross-retrieval" not in args.protocol_names:
         return data, None

@@ -26,7 +26,7 @@ from vicreg_hf.configuration_vicreg import NESTED_KEY
 from vicreg_hf.data.columns.spectrograms import SpectrogramSettings
 from vicreg_hf.hub.api import check_repo_id, check_revision
 from vicreg_hf.publishing.loading import find_encoder, load_model
-from vicreg_hf.runtime.checks import one_line
+from vicreg_hf.runtime.checks import one_line, read_range
 
 PIL_CHANNELS = (1, 3)
 """Images of these numbers of channels are resized by PIL, as stock pipelines do."""
@@ -48,6 +48,8 @@ class Encoder:
     """All else that its features depend on."""
     sound: SpectrogramSettings | None = None
     """How sounds become its images, if it was trained on sounds."""
+    value_range: tuple[float, float] | None = None
+    """The values that become black and white, if it was trained on images of more than 8 bits."""
 
     @property
     def in_chans(self) -> int:
@@ -102,17 +104,20 @@ def open_encoder(name: str, revision: str | None = None) -> Encoder:
             encoder = timm_encoder(
                 model.encoder, config.architecture, config.model_args, config.pretrained_cfg
             )
-            spectrogram = config.spectrogram
+            own = {"spectrogram": config.spectrogram, "value_range": config.value_range}
         elif isinstance(config, TimmWrapperConfig):
             at = "" if revision is None else f"@{revision}"
             address = f"local-dir:{source}" if local else f"hf-hub:{source}{at}"
             model = timm.create_model(address, pretrained=True, num_classes=0)
             encoder = timm_encoder(model, config.architecture, getattr(config, "model_args", None))
-            spectrogram = (getattr(config, NESTED_KEY, None) or {}).get("spectrogram")
+            own = getattr(config, NESTED_KEY, None) or {}
         else:
             return _transformers_encoder(source, revision)
-        sound = None if spectrogram is None else SpectrogramSettings(**spectrogram)
-        return replace(encoder, sound=sound)
+        sound = own.get("spectrogram")
+        return replace(
+            encoder, sound=None if sound is None else SpectrogramSettings(**sound),
+            value_range=read_range("value_range", own.get("value_range")),
+        )  # fmt: skip
     except Exception as error:  # loaders raise whatever their files make them
         raise ValueError(
             "model must be an encoder of images that timm or AutoModel loads, on the Hub or in a "

@@ -23,6 +23,7 @@ from vicreg_hf.features.parts import parts_of
 from vicreg_hf.features.writing import complete_parts
 from vicreg_hf.hub.api import HubError, open_repository, push_files, visible_files
 from vicreg_hf.hub.record import impersonal
+from vicreg_hf.runtime.checks import read_range
 from vicreg_hf.runtime.files import replacing, writing
 from vicreg_hf.runtime.machine import start_accelerator
 from vicreg_hf.runtime.output_dir import claim
@@ -87,13 +88,15 @@ def _extract(args: ExtractionArguments) -> Path:
 def _open_splits(args: ExtractionArguments, encoder: Encoder) -> dict[str, ImageSplit]:
     tables = open_dataset(args.dataset_name, args.dataset_config_name)
     names = [str(name) for name in tables] if args.split is None else [args.split]
-    splits = {
-        name: image_split(
+    splits: dict[str, ImageSplit] = {}
+    limits = read_range("value_range", args.value_range) or encoder.value_range
+    for name in names:
+        splits[name] = image_split(
             tables, name, dataset_name=Path(args.dataset_name).name, channels=encoder.in_chans,
             image_column=args.image_column, label_column=args.label_column, sound=encoder.sound,
-        )
-        for name in names
-    }  # fmt: skip
+            value_range=limits,
+        )  # fmt: skip
+        limits = splits[names[0]].value_range
     return _with_common_classes(splits)
 
 

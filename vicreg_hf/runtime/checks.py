@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,31 @@ def read_widths(name: str, given: Any) -> list[int]:
             f"8192-8192-8192, got {given!r}."
         )
     return [int(width) for width in widths]
+
+
+def read_range(name: str, given: Any) -> tuple[float, float] | None:
+    """Two numbers, given as a sequence or as text joined by a comma, the smaller one first.
+
+    Raises:
+        ValueError: something else.
+    """
+    if given is None:
+        return None
+    try:
+        low, high = map(float, given.split(",") if isinstance(given, str) else given)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(
+            f"{name} must be two finite numbers joined by a comma, the smaller first, as "
+            f"-1000,400, got {given!r}."
+        )
+    return low, high
+
+
+def range_text(limits: Sequence[float]) -> str:
+    """Two numbers as `read_range` reads them."""
+    return ",".join(str(int(x)) if float(x).is_integer() else repr(float(x)) for x in limits)
 
 
 def one_line(error: BaseException) -> str:

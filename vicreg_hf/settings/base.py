@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Union, get_args, get_or
 
 import numpy as np
 
-from vicreg_hf.runtime.checks import is_number, is_whole
+from vicreg_hf.runtime.checks import is_number, is_whole, range_text, read_range
 
 
 class Limit(NamedTuple):
@@ -57,6 +57,11 @@ class Settings:
         hints = get_type_hints(type(self), include_extras=True)
         for f in fields(self):
             self._fill(**{f.name: _checked(f, getattr(self, f.name), hints[f.name])})
+
+    def _read_range(self) -> None:
+        """Keep `value_range` as text, however it was given."""
+        limits = read_range("value_range", getattr(self, "value_range"))  # noqa: B009
+        self._fill(value_range=None if limits is None else range_text(limits))
 
     def _fill(self, **values: Any) -> None:
         """Set fields while the object is made."""

@@ -24,6 +24,9 @@ class EncodingSettings(Settings):
     """Configuration of a Hub data set."""
     image_column: str | None = None
     """Column of images; by default the only column of that type."""
+    value_range: str | None = None
+    """Values that become black and white, as LOW,HIGH, where images have more than 8 bits; by
+    default those of the encoder, or else the least and the largest in a sample of the images."""
     batch_size: Count = 256
     """Images that each process encodes at once."""
     bf16: bool = False
@@ -32,6 +35,10 @@ class EncodingSettings(Settings):
     """Processes that decode images, for each that encodes; by default its share of the cores."""
     max_bad_fraction: Share = 0.05
     """Share of the images, from 0 to 1, that may be unusable; they are left out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._read_range()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -40,6 +41,9 @@ class FlagsParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = expand_home(sys.argv[1:] if args is None else args)
+        for at in range(len(words) - 1, 0, -1):  # --value_range -1000,400, whose - begins no flag
+            if re.match(r"-[\d.]", words[at]) and words[at - 1].startswith("--"):
+                words[at - 1 : at + 1] = [f"{words[at - 1]}={words[at]}"]
         known = {flag.replace("_", "-") for flag in self._option_string_actions}
         names = {word: word.split("=")[0].replace("_", "-") for word in words if word[:2] == "--"}
         # before anything that may seem to be missing

@@ -60,6 +60,9 @@ class PretrainingArguments(Settings):
     """Held-out split for the kNN accuracy; by default test or validation, if there."""
     image_column: str | None = None
     """Column of images; by default the only column of that type."""
+    value_range: str | None = None
+    """Values that become black and white, as LOW,HIGH, where images have more than 8 bits; by
+    default the least and the largest in a sample of the training images."""
     label_column: str | None = None
     """Column of classes for kNN and probe; by default the only one, or the one called label."""
     streaming: bool = False
@@ -182,6 +185,7 @@ class PretrainingArguments(Settings):
                 widths = [widths] if is_whole(widths) else widths
                 self._fill(**{name: "-".join(map(str, read_widths(name, widths)))})
         super().__post_init__()
+        self._read_range()
         for name in ("model_args", "prime_model_args"):
             self._fill(**{name: _read_json(name, getattr(self, name))})
         self._read_augmentation()

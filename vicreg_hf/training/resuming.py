@@ -34,7 +34,7 @@ FREE_TO_CHANGE = {
 """Settings that say where and how often, and change nothing that is computed."""
 MUST_STAY = {
     "architecture", "model_args", "pretrained", "expander_dims", "optimizer", "batch_size", "seed",
-    "dataset_config_name", "train_split", "image_column", "streaming", "weights",
+    "dataset_config_name", "train_split", "image_column", "value_range", "streaming", "weights",
     "prime_modality", "prime_column", "prime_architecture", "prime_model_args", "prime_pretrained",
     "prime_tokenizer", "prime_max_length", "prime_expander_dims", "audio_seconds",
     "sampling_rate", "num_global_views", "num_local_views",
@@ -116,7 +116,8 @@ def _check_same_everywhere(path: Path | None, folder: Path) -> None:
 def _changes(run: Run, state: dict[str, Any]) -> dict[str, str]:
     """Settings, data and second encoder that differ from the checkpoint's: a phrase for each."""
     args, fingerprint = run.args, run.fingerprint
-    saved, now = state["settings"], json.loads(json.dumps(asdict(args)))
+    # before value_range was a setting, values were scaled by their type
+    saved, now = {"value_range": None} | state["settings"], json.loads(json.dumps(asdict(args)))
     changed = {
         f.name: f"{f.name} was {saved[f.name]}, is {now[f.name]}"
         for f in fields(args)

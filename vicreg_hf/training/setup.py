@@ -137,6 +137,11 @@ def _introduce(run: Run) -> None:
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
     )  # fmt: skip
     run.accelerator.print(sentence, flush=True)
+    if run.args.value_range is not None:
+        run.accelerator.print(
+            f"Values of {run.args.value_range.replace(',', ' to ')} become levels of 0 to 255; "
+            "--value_range sets others."
+        )
     if run.monitor is None:
         missing = missing_for_knn(run.inputs.train, run.inputs.held_out)
         run.accelerator.print(f"kNN needs labels and a held-out split, but {missing}.", flush=True)

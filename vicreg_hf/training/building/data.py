@@ -21,6 +21,7 @@ from vicreg_hf.data.pairs import PairedSplit
 from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.data.splits import ImageSplit, held_out_split, image_split
 from vicreg_hf.data.streams import ImageStream, image_stream
+from vicreg_hf.runtime.checks import range_text, read_range
 from vicreg_hf.runtime.machine import default_num_workers
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.second_branch import open_run_column, takes_waveforms
@@ -129,6 +130,7 @@ def _filled_in(
         own_side: the side of the images in pixels, if all are small, square and alike.
         num_workers: loading workers that suit the machine.
     """
+    limits = getattr(data.train.column, "value_range", None)
     sound, second = data.sound, data.pairs.column if data.pairs else None
     image_size = args.image_size or own_side or (sound.num_mels if sound else 224)
     sides: dict[str, int] = {"image_size": image_size}
@@ -144,6 +146,7 @@ def _filled_in(
     return replace(
         args,
         image_column=data.train.column.name,
+        value_range=args.value_range if limits is None else range_text(limits),
         eval_split=args.eval_split or eval_split,
         model_args=_model_args(args, sound=sound is not None),
         augmentation=args.augmentation or augmentation,
@@ -175,6 +178,7 @@ def _open_splits(
         "dataset_name": Path(args.dataset_name).name or args.dataset_name,
         "image_column": args.image_column,
         "channels": channels,
+        "value_range": read_range("value_range", args.value_range),
     }
     if sound:
         columns["sound"] = SpectrogramSettings(args.sampling_rate, args.audio_seconds)
@@ -182,6 +186,7 @@ def _open_splits(
         return image_stream(splits, args.train_split, **columns), None, None, None
     columns["label_column"] = args.label_column
     train = image_split(splits, args.train_split, **columns)
+    columns["value_range"] = train.value_range
     held_out, name = held_out_split(splits, args.eval_split, args.train_split, **columns)
     if not args.is_paired:
         return train, held_out, name, None

@@ -26,7 +26,7 @@ from vicreg_hf.models.text_encoder import TextEncoder
 from vicreg_hf.models.timm_models import check_architecture, create_backbone, encoder_pretrained_cfg
 from vicreg_hf.models.tokenizers import check_tokenizer
 from vicreg_hf.models.waveform_encoder import WaveformEncoder
-from vicreg_hf.runtime.checks import one_line
+from vicreg_hf.runtime.checks import one_line, read_range
 from vicreg_hf.runtime.randomness import Stream, derive_seed
 from vicreg_hf.settings.pretraining import PretrainingArguments
 
@@ -59,6 +59,7 @@ def build_model(
         expander_dims=args.expander_widths, sim_coeff=args.sim_coeff, std_coeff=args.std_coeff,
         cov_coeff=args.cov_coeff, variance_reduction=args.variance_reduction, prime=prime,
         spectrogram=None if sound is None else sound.to_dict(),
+        value_range=read_range("value_range", args.value_range),
     )  # fmt: skip
     model = VICRegModel(config, backbone=backbone, backbone_prime=backbone_prime)
     _try_inputs(model, args, pairs)
