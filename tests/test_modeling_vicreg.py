@@ -30,12 +30,10 @@ WIDTHS = (
     ("settings", "message"),
     [
         ({"sim_coeff": float("nan")}, "sim_coeff must be a finite number of at least 0, got nan."),
-        ({"gamma": None}, "gamma must be a finite number of at least 0, got None."),
         ({"eps": 0.0}, "eps must be a finite number above 0, got 0.0."),
         ({"variance_reduction": "max"}, "variance_reduction must be mean or sum, got 'max'."),
         ({"weights": "tied"}, "weights must be shared or separate, got 'tied'."),
         ({"expander_dims": [8, 0]}, f"{WIDTHS} got [8, 0]."),
-        ({"expander_dims": "8,8"}, f"{WIDTHS} got '8,8'."),
         ({"architecture": None}, "architecture must be the name of a timm model, got None."),
         ({"model_args": "{}"}, "model_args must map names to values, as a dict, or be None, got '"),
         ({"prime": "resnet18"}, "prime must map names to values, as a dict, or be None, got 'res"),
@@ -47,7 +45,6 @@ WIDTHS = (
         ({"prime": {"modality": "text"}}, "prime must hold encoder_config for the modality text"),
         ({"prime": {"expander_dims": [8, 4]}}, "both expanders must end in the same width"),
         ({"sim_coef": 8}, "sim_coef is no field of VICRegConfig; did you mean sim_coeff?"),
-        ({"expander_dim": [8]}, "expander_dim is no field of VICRegConfig; did you mean expander_"),
     ],
 )  # fmt: skip
 def test_a_field_that_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
