@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
-import pytest
 from workflow import ROOT
 
 PACKAGE = ROOT / "vicreg_hf"
@@ -27,16 +25,12 @@ PUBLISHED = {"modalities"}
 MOST_MODULES = 12
 
 
-def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name."""
-    found = {}
-    for file in sorted(PACKAGE.rglob("*.py")):
-        parts = file.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    return found
-
-
-MODULES = modules()
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
+"""Every module of the package by its dotted name."""
+ROOMS = [name for name in MODULES if name != PACKAGE.name and name.split(".")[1] not in PUBLISHED]
 
 
 def imports(name: str) -> set[str]:
@@ -50,7 +44,7 @@ def imports(name: str) -> set[str]:
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
                 found.add(inner if inner in MODULES else str(node.module))
-    return {module for module in found if module.split(".")[0] == "vicreg_hf"}
+    return {module for module in found if module.split(".")[0] == PACKAGE.name}
 
 
 def floor(module: str) -> int:
@@ -58,35 +52,29 @@ def floor(module: str) -> int:
     return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
 
 
-def rooms() -> list[str]:
-    return [name for name in MODULES if name != "vicreg_hf" and name.split(".")[1] not in PUBLISHED]
-
-
-@pytest.mark.parametrize("module", rooms())
-def test_a_room_imports_only_what_stands_below_it(module: str) -> None:
-    own = module.split(".")[1]
-    for other in imports(module):
-        assert other != "vicreg_hf", f"{module} imports the package's face"
-        if other.split(".")[1] != own:
-            assert floor(other) < floor(module), f"{module} imports {other}"
+def test_a_room_imports_only_what_stands_below_it() -> None:
+    for module in ROOMS:
+        for other in imports(module):
+            assert other != PACKAGE.name, f"{module} imports the package's face"
+            if other.split(".")[1] != module.split(".")[1]:
+                assert floor(other) < floor(module), f"{module} imports {other}"
 
 
 def test_no_circle_of_imports() -> None:
-    left = {name: imports(name) - {"vicreg_hf"} for name in rooms()}
+    left = {name: imports(name) - {"vicreg_hf"} for name in ROOMS}
     while left:
         ground = {name for name, below in left.items() if not below & left.keys()}
         assert ground, f"these import each other in a circle: {', '.join(sorted(left))}"
         left = {name: below for name, below in left.items() if name not in ground}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_no_import_is_hidden_from_those_who_run_the_code(module: str) -> None:
-    assert "TYPE_CHECKING" not in MODULES[module].read_text(encoding="utf-8")
+def test_no_import_is_hidden_from_those_who_run_the_code() -> None:
+    for module, file in MODULES.items():
+        assert "TYPE_CHECKING" not in file.read_text(encoding="utf-8"), module
 
 
 def test_folders_hold_few_modules_and_say_what_belongs_there() -> None:
-    folders = {file.parent for file in MODULES.values()}
-    for folder in folders:
+    for folder in {file.parent for file in MODULES.values()}:
         names = {file.name for file in folder.glob("*.py")} - {"__init__.py"}
         assert len(names) <= MOST_MODULES, f"{folder} holds {names}"
         sentence = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))

@@ -11,31 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Objects, after_a_step, fresh, save, save_steps
+from checkpoints import Objects, fresh, save
 from safetensors import SafetensorError
 
 from vicreg_hf.checkpoints.reading import (
     FILES,
     MANIFEST,
+    PROBE,
     CheckpointError,
     load_checkpoint,
+    load_probe,
     newest_checkpoint,
 )
 
 
-@pytest.fixture(scope="module")
-def trained() -> Objects:
-    return after_a_step()
-
-
-# Which is taken
-
-
-def test_the_newest_is_by_number_and_may_be_of_before_a_step(
-    trained: Objects, tmp_path: Path
-) -> None:
+def test_the_newest_is_by_number_and_may_be_of_before_a_step(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "absent") == newest_checkpoint(tmp_path) == (None, [])
-    before, newest = save_steps(tmp_path, trained, 9, 10)
+    before, newest = save(tmp_path, 9), save(tmp_path, 10)
     assert newest_checkpoint(tmp_path) == newest_checkpoint(tmp_path, before=11) == (newest, [])
     assert newest_checkpoint(tmp_path, before=10) == (before, [])
     assert newest_checkpoint(tmp_path, before=9) == (None, [])
@@ -44,30 +36,31 @@ def test_the_newest_is_by_number_and_may_be_of_before_a_step(
 # Damage
 
 
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
 def flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", sorted({*FILES, MANIFEST}))
-@pytest.mark.parametrize("damage", [truncate, empty, flip_a_bit, Path.unlink])
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "empty": lambda file: file.write_bytes(b""),
+    "a bit flipped": flip_a_bit,
+    "deleted": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("name", sorted({*FILES, PROBE, MANIFEST}))
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
-    damage: Callable[[Path], None], name: str, trained: Objects, tmp_path: Path
+    damage: Callable[[Path], Any], name: str, tmp_path: Path
 ) -> None:
-    before, newest = save_steps(tmp_path, trained, 9, 10)
+    before, newest = save(tmp_path, 9), save(tmp_path, 10)
     damage(newest / name)
     path, (sentence,) = newest_checkpoint(tmp_path)
     assert path == before
     assert f"checkpoint {newest} is damaged (" in sentence
+    assert name == MANIFEST or name in sentence
 
 
 @pytest.mark.parametrize(
@@ -79,10 +72,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
         lambda text: "[" * 200_000,  # noqa: ARG005
     ],
 )
-def test_a_changed_manifest_is_damage(
-    change: Callable[[str], str], trained: Objects, tmp_path: Path
-) -> None:
-    manifest = save(tmp_path, 16, trained, settings={"seed": 8}) / MANIFEST
+def test_a_changed_manifest_is_damage(change: Callable[[str], str], tmp_path: Path) -> None:
+    manifest = save(tmp_path, 16, settings={"seed": 8}) / MANIFEST
     text = manifest.read_text()
     assert change(text) != text
     manifest.write_text(change(text))
@@ -100,23 +91,32 @@ def test_a_changed_manifest_is_damage(
     ],
 )
 def test_what_is_no_checkpoint_gives_way_to_one(
-    obstacle: Callable[[Path], None], trained: Objects, tmp_path: Path
+    obstacle: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    (before,) = save_steps(tmp_path, trained, 1)
+    before = save(tmp_path, 1)
     obstacle(tmp_path / "step-2")
     newest, damaged = newest_checkpoint(tmp_path)
     assert newest == before
     assert len(damaged) == 1
-    (path,) = save_steps(tmp_path, trained, 2)
+    path = save(tmp_path, 2)
     assert newest_checkpoint(tmp_path) == (path, [])
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    weights = save(tmp_path, 2) / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to(weights)  # opened, it is no missing file but an error of the system
+    with pytest.raises(CheckpointError, match=r"step-2 cannot be read .*; start again when it can"):
+        newest_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("other", [fresh(width=16), fresh("adamw")], ids=["model", "optimiser"])
 def test_a_checkpoint_of_another_model_or_optimiser_is_refused(
-    other: Objects, trained: Objects, tmp_path: Path
+    other: Objects, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="step-1 does not fit this model and optimiser: "):
-        load_checkpoint(save(tmp_path, 1, trained), *other)
+        load_checkpoint(save(tmp_path, 1), *other)
 
 
 # Malice
@@ -133,14 +133,14 @@ class Bomb:
 
 
 @pytest.mark.parametrize("as_torch_file", [True, False])
-@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("name", sorted({*FILES, PROBE}))
 def test_a_pickle_in_place_of_a_file_is_never_run(
-    name: str, as_torch_file: bool, trained: Objects, tmp_path: Path
+    name: str, as_torch_file: bool, tmp_path: Path
 ) -> None:
     marker = tmp_path / "marker"
     pickle.loads(pickle.dumps(Bomb(marker)))
     marker.unlink()  # it goes off where it is unpickled
-    path = save(tmp_path, 1, trained)
+    path = save(tmp_path, 1)
     if as_torch_file:
         torch.save(Bomb(marker), path / name)
     else:
@@ -150,9 +150,14 @@ def test_a_pickle_in_place_of_a_file_is_never_run(
     digest = hashlib.sha256(content).hexdigest()
     manifest["files"][name] = {"size": len(content), "sha256": digest}
     (path / MANIFEST).write_text(json.dumps(manifest, indent=2))  # the attacker's as well
-    if name == "config.json":  # which is for AutoModel; resuming does not read it
+
+    def load() -> None:
         load_checkpoint(path, *fresh())
+        load_probe(path)
+
+    if name == "config.json":  # which is for AutoModel; resuming does not read it
+        load()
     else:
         with pytest.raises((CheckpointError, SafetensorError, ValueError)):
-            load_checkpoint(path, *fresh())
+            load()
     assert not marker.exists()

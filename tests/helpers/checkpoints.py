@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vicreg_hf.checkpoints.writing import CheckpointWriter
 from vicreg_hf.training.building.optimizers import create_optimizer
 
 Objects = tuple[VICRegModel, Optimizer]
+PROBE_STATE = {"weight": torch.arange(3.0)}
 
 
 def fresh(optimizer: str = "lars", *, seed: int = 0, width: int = 8) -> Objects:
@@ -35,7 +37,9 @@ def train(objects: Objects, *, first: int, last: int) -> None:
         optimizer.zero_grad()
 
 
-def after_a_step() -> Objects:
+@functools.cache
+def trained() -> Objects:
+    """The objects after a step, which no test changes."""
     objects = fresh()
     train(objects, first=0, last=1)
     return objects
@@ -62,13 +66,9 @@ def assert_same_bits(actual: dict[str, Any], expected: dict[str, Any]) -> None:
         assert same, name
 
 
-def save(folder: Path, step: int, objects: Objects, **state: Any) -> Path:
+def save(folder: Path, step: int, objects: Objects | None = None, **state: Any) -> Path:
     """A checkpoint by a writer of its own, as a run that was started again has."""
     writer = CheckpointWriter(folder)
-    writer.save(step, *objects, state)
+    writer.save(step, *(objects or trained()), state, probe=PROBE_STATE)
     writer.wait()
     return folder / f"step-{step}"
-
-
-def save_steps(folder: Path, objects: Objects, *steps: int) -> list[Path]:
-    return [save(folder, step, objects) for step in steps]

@@ -42,26 +42,22 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(
     assert_same_run(tmp_path, whole_run)
 
 
-GPU_MEMORY = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    torch.AcceleratorError("CUDA error: out of memory"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-]
-"""As torch 2.11 raises where the GPU's memory, pinned memory or a library's workspace is short."""
-
-
-@pytest.mark.parametrize("error", GPU_MEMORY, ids=lambda error: type(error).__name__)
-def test_want_of_memory_on_a_gpu_is_told_with_what_helps(error: RuntimeError) -> None:
-    with (
-        pytest.raises(OutOfMemory, match="lower --micro_batch_size"),
-        explained(parse_arguments([])),
-    ):
-        raise error
-
-
-def test_another_fault_of_a_gpu_is_not_taken_for_want_of_memory() -> None:
-    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-    with pytest.raises(torch.AcceleratorError), explained(parse_arguments([])):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), OutOfMemory),
+        (torch.AcceleratorError("CUDA error: out of memory"), OutOfMemory),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cub`"), OutOfMemory),
+        (torch.AcceleratorError("CUDA error: an illegal memory access"), torch.AcceleratorError),
+    ],
+    ids=["memory", "pinned memory", "a library's workspace", "another fault"],
+)
+def test_want_of_memory_on_a_gpu_is_told_with_what_helps(
+    error: RuntimeError, told: type[RuntimeError]
+) -> None:
+    """As torch 2.11 raises it."""
+    words = "lower --micro_batch_size" if told is OutOfMemory else "illegal"
+    with pytest.raises(told, match=words), explained(parse_arguments([])):
         raise error
 
 

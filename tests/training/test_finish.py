@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import same_state
 from hub import DROP, READER, WRITER, Hub, connected, running_hub
 from huggingface_hub import ModelCard
 from workflow import SMALL, metrics, write_images
 
-from vicreg_hf import PretrainingArguments, VICRegModel, pretrain
+from vicreg_hf import PretrainingArguments, pretrain
 from vicreg_hf.hub import api, export
 from vicreg_hf.hub.api import HubError
-from vicreg_hf.publishing.loading import find_encoder
 from vicreg_hf.publishing.publish import publish
 from vicreg_hf.settings.command_line import parse_arguments
 
@@ -126,23 +124,6 @@ def test_a_run_that_may_not_push_stops_before_it_trains(
     with pytest.raises(HubError, match="pushing to org/other needs an access token that may write"):
         pretrain(pushed(images, tmp_path / "run", "org/other"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    with pytest.raises(ValueError, match="hub_model_id must be org/name"):
+        pushed(images, tmp_path / "run", "a/b/c")
     assert "models/org/other" not in hub.repositories
-
-
-def test_the_flags_of_pushing_are_checked_with_the_others() -> None:
-    for flag, sentence in {
-        "--push_to_hub=true": "push_to_hub needs hub_model_id",
-        "--hub_model_id=a/b/c": "hub_model_id must be org/name",
-    }.items():
-        with pytest.raises(ValueError, match=sentence):
-            parse_arguments([*SMALL, "--dataset_name=demo", flag])
-
-
-def test_a_run_that_was_killed_is_published_from_its_newest_checkpoint(
-    finished: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "checkpoints").symlink_to(finished / "checkpoints")
-    found = find_encoder(tmp_path)
-    assert found == tmp_path / "checkpoints" / "step-3"
-    whole = VICRegModel.from_pretrained(finished / "encoder")
-    assert same_state(VICRegModel.from_pretrained(found), whole)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 import torch.distributed as dist
 from gloo import GlooPool
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from vicreg_hf import VICRegConfig, VICRegModel
@@ -87,29 +91,10 @@ def test_chunks_give_loss_gradients_statistics_and_random_numbers_of_one_pass(
     assert torch.equal(torch.rand(3), after)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 20])
-def test_without_batch_norm_in_the_backbone_any_chunks_give_what_the_model_gives(
-    chunk_size: int,
-) -> None:
-    x, x_prime = views()
-    whole, model = build("layer norm"), build("layer norm")
-    expected = whole(x, x_prime)
-    expected.loss.backward()
-    output = backward_in_chunks(model, x, x_prime, chunk_size=chunk_size)
-    assert_all_close(state(model, output.loss), state(whole, expected.loss))
-    for name in ("invariance", "variance", "covariance", "pooler_output"):
-        torch.testing.assert_close(output[name], expected[name])
-    torch.testing.assert_close(output.embeddings, expected.embeddings)
-    assert "last_hidden_state" not in output
-    kept = [output.loss, *(output.embeddings or ())]
-    assert not any(value is not None and value.requires_grad for value in kept)
-
-
 def test_gradients_are_added_to_those_already_there_unless_parameters_are_frozen() -> None:
     once, twice = build("batch norm"), build("batch norm")
     for model in (once, twice):
-        model.expander[0].requires_grad_(False)
-        for parameter in list(model.backbone.parameters())[:4]:
+        for parameter in [model.expander[0].weight, *list(model.backbone.parameters())[:4]]:
             parameter.requires_grad_(False)
     backward_in_chunks(once, *views(), chunk_size=4)
     for _ in range(2):
@@ -120,17 +105,21 @@ def test_gradients_are_added_to_those_already_there_unless_parameters_are_frozen
             torch.testing.assert_close(two.grad, 2 * one.grad)
 
 
-@pytest.mark.parametrize("chunk_size", [0, 2.5, True, "2", None])
+@pytest.mark.parametrize("chunk_size", [0, 2.5])
 def test_a_chunk_of_no_whole_number_of_images_is_refused(chunk_size: Any) -> None:
     message = f"^chunk_size must be a whole number of at least 1, got {chunk_size!r}.$"
     with pytest.raises(ValueError, match=message):
         backward_in_chunks(build("batch norm"), *views(), chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**10)])
+@pytest.mark.parametrize(
+    ("dtype", "factor", "inside"),
+    [(torch.bfloat16, 1.0, False), (torch.bfloat16, 1.0, True), (torch.float16, 2.0**10, False)],
+)
 def test_half_precision_and_loss_scaling_give_gradients_of_one_pass(
-    dtype: torch.dtype, factor: float
+    dtype: torch.dtype, factor: float, inside: bool
 ) -> None:
+    """Also inside an autocast of the caller."""
     # Rounding at the chunks' seams is that of one pass: exact but for the order of sums.
     autocast = partial(torch.autocast, "cpu", dtype)
     whole, model = (build("batch norm and drop path").float() for _ in range(2))
@@ -141,25 +130,18 @@ def test_half_precision_and_loss_scaling_give_gradients_of_one_pass(
     (loss * factor).backward()
     torch.manual_seed(2)
     model.forward = autocast()(model.forward)  # as accelerate prepares a model
-    output = backward_in_chunks(
-        model, x, x_prime, chunk_size=4, autocast=autocast,
-        backward=lambda loss: (loss * factor).backward(),
-    )  # fmt: skip
+    with autocast() if inside else nullcontext():
+        output = backward_in_chunks(
+            model, x, x_prime, chunk_size=4, autocast=autocast,
+            backward=lambda loss: (loss * factor).backward(),
+        )  # fmt: skip
     torch.testing.assert_close(output.loss, loss.detach())
     for (name, p), q in zip(whole.named_parameters(), model.parameters(), strict=True):
         assert p.grad is not None
-        assert q.grad is not None
+        assert q.grad is not None, name
         cosine = torch.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0)
         assert cosine > 0.999, (name, cosine)
         assert q.grad.norm().item() == pytest.approx(p.grad.norm().item(), rel=1e-2), name
-
-
-def test_every_parameter_gets_its_gradient_inside_an_autocast_of_the_caller() -> None:
-    model = build("batch norm").float()
-    x, x_prime = (view.float() for view in views())
-    with torch.autocast("cpu", torch.bfloat16):
-        backward_in_chunks(model, x, x_prime, chunk_size=4)
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 # Under DistributedDataParallel
@@ -170,41 +152,32 @@ def own_chunks(x: Tensor, micro_batch_size: int) -> Tensor:
     return torch.cat([part.chunk(world_size())[rank()] for part in x.split(micro_batch_size)])
 
 
-class Reductions:
-    """A communication hook that counts gradient reductions, and when they happened."""
-
-    def __init__(self) -> None:
-        self.forwards, self.at = 0, []
-
-    def forward(self, *_: Any) -> None:
-        self.forwards += 1
-
-    def hook(self, _, bucket):  # torch refuses annotations that are strings
-        self.at.append(self.forwards)
-        buffer = bucket.buffer().div_(world_size())
-        work = dist.all_reduce(buffer, async_op=True)
-        assert work is not None
-        return work.get_future().then(lambda future: future.value()[0])
-
-
-def chunks_under_ddp(kind: str, micro_batch_size: int, steps: int) -> tuple[Results, list[int]]:
+def chunks_under_ddp(kind: str, micro_batch_size: int, steps: int) -> tuple[Results, set[int]]:
+    """The state after the last step, and after how many forward passes gradients were reduced."""
     model = build(kind)
     SyncBatchNorm.convert(model)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    reductions = Reductions()
-    wrapped.register_comm_hook(None, reductions.hook)
-    model.register_forward_pre_hook(reductions.forward)
+    everyone, forwards = dist.group.WORLD, []
+    reduced_at: set[int] = set()
+    assert everyone is not None
+
+    def reduce(_, bucket):  # torch refuses annotations that are strings
+        reduced_at.add(len(forwards))
+        return allreduce_hook(everyone, bucket)
+
+    wrapped.register_comm_hook(None, reduce)
+    model.register_forward_pre_hook(lambda *_: forwards.append(None))
     x, x_prime = (own_chunks(view, micro_batch_size) for view in views())
     result: Results = {}
     for _ in range(steps):
         model.zero_grad()
-        reductions.at.clear()
-        reductions.forwards = 0
+        forwards.clear()
+        reduced_at.clear()
         output = backward_in_chunks(
             model, x, x_prime, chunk_size=micro_batch_size // world_size(), wrapped=wrapped
         )
         result = state(model, output.loss)
-    return result, reductions.at
+    return result, reduced_at
 
 
 @pytest.mark.parametrize(("kind", "micro_batch_size"), [("batch norm", 4), ("layer norm", 6)])
@@ -221,7 +194,7 @@ def test_two_processes_give_the_gradients_of_one_and_reduce_them_with_the_last_c
     for actual, reduced_at in gloo.run(2, chunks_under_ddp, kind, micro_batch_size, steps):
         assert_all_close(actual, expected)
         # after two views of all chunks, twice, and the loss of all
-        assert set(reduced_at) == {4 * num_chunks + 1}
+        assert reduced_at == {4 * num_chunks + 1}
 
 
 # Memory
@@ -232,16 +205,11 @@ def test_memory_follows_the_chunk_and_not_the_batch() -> None:
         pytest.skip("peak memory is read from Linux's /proc")
     model = build("batch norm").float()
     x, x_prime = torch.randn(2, 64, 3, 64, 64)
-    cpu = torch.device("cpu")
-
-    def whole() -> None:
-        model(x, x_prime).loss.backward()
-
-    def in_chunks() -> None:
-        backward_in_chunks(model, x, x_prime, chunk_size=4)
-
+    in_chunks = partial(backward_in_chunks, model, x, x_prime, chunk_size=4)
+    extra = []
     in_chunks()
-    measured, bounded = peak_extra_mib(whole, cpu), peak_extra_mib(in_chunks, cpu)
-    assert measured is not None
-    assert bounded is not None
-    assert bounded < measured / 5
+    for work in (lambda: model(x, x_prime).loss.backward(), in_chunks):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # else what earlier tests have freed is taken first
+        extra.append(peak_extra_mib(work, torch.device("cpu")))
+    assert extra[1] < extra[0] / 5

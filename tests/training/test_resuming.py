@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import datasets
 import pytest
-from workflow import (
-    SMALL,
-    WHOLE,
-    assert_same_file,
-    assert_same_run,
-    interrupt,
-    metrics,
-    train,
-    write_images,
-)
+from workflow import SMALL, WHOLE, assert_same_run, interrupt, metrics, train, write_images
 
-from vicreg_hf.checkpoints.reading import CheckpointError, newest_checkpoint
+from vicreg_hf.checkpoints.reading import (
+    MANIFEST,
+    CheckpointError,
+    digest,
+    newest_checkpoint,
+    read_manifest,
+)
 from vicreg_hf.publishing.loading import find_encoder
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.training.setup import make_output_dir, setup
@@ -40,11 +36,13 @@ def copied(whole_run: Path, tmp_path: Path) -> Path:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
+    """All files of a run but its lock."""
     files = [path for path in directory.rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def begin_and_be_killed(images: Path, output_dir: Path, *flags: str) -> None:
+    """As a run that does not reach its first step."""
     own = [f"--dataset_name={images}", f"--output_dir={output_dir}"]
     make_output_dir(setup(parse_arguments([*SMALL, *WHOLE, *own, *flags])))
 
@@ -62,9 +60,8 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert f"Resuming from {run / 'checkpoints' / 'step-6'}." in printed  # in mid-epoch
     assert "but for rounding" not in printed
     assert_same_run(run, whole_run)
-    assert_same_file(
-        run / "encoder" / "model.safetensors", whole_run / "encoder" / "model.safetensors"
-    )
+    weights = "encoder/model.safetensors"
+    assert (run / weights).read_bytes() == (whole_run / weights).read_bytes()
 
 
 def test_so_does_one_with_dropout_micro_batches_and_other_workers(tmp_path: Path) -> None:
@@ -76,19 +73,16 @@ def test_so_does_one_with_dropout_micro_batches_and_other_workers(tmp_path: Path
 
 
 def test_what_may_change_the_last_bits_is_named(
-    images: Path, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = interrupt(whole_run, tmp_path / "run")
-    file = run / "checkpoints" / "step-6" / "manifest.json"
-    manifest = json.loads(file.read_text())
+    manifest = read_manifest(copied / "checkpoints" / "step-8")
     assert manifest["state"]["threads"] == 1
     manifest["state"] |= {"threads": 2, "precision": "bf16"}
     manifest |= {"world_size": 2, "versions": manifest["versions"] | {"torch": "1.0"}}
     del manifest["sha256"]
-    text = json.dumps(manifest, sort_keys=True)
-    manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    file.write_text(json.dumps(manifest))
-    train(images, run, *WHOLE)
+    manifest["sha256"] = digest(manifest)
+    (copied / "checkpoints" / "step-8" / MANIFEST).write_text(json.dumps(manifest))
+    begin_and_be_killed(images, copied)
     printed = capsys.readouterr().out
     assert "goes on as it was but for rounding: torch was 1.0, is " in printed
     assert "precision was bf16, is no; processes were 2, are 1; CPU threads of" in printed
@@ -101,10 +95,10 @@ def test_other_settings_are_named_and_taken_and_another_run_only_on_request(
     images: Path, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = [*WHOLE, "--max_steps=9"]
-    train(images, copied, *more, "--base_lr=0.2", "--sim_coeff=24")
+    train(images, copied, *more, "--base_lr=0.2", "--sim_coeff=24", "--lars_eta=0.02")
     printed = capsys.readouterr().out
-    assert "base_lr was 0.3, is 0.2" in printed
-    assert "max_steps was 8, is 9" in printed
+    for change in ("base_lr was 0.3, is 0.2", "max_steps was 8, is 9", "lars_eta was 0.001, is 0"):
+        assert change in printed
     assert "sim_coeff: 24.0" in (copied / "encoder" / "README.md").read_text()
     other = tmp_path / "other"
     other.mkdir()
@@ -116,6 +110,7 @@ def test_other_settings_are_named_and_taken_and_another_run_only_on_request(
     for data, flag, message in [
         (other, "--seed=0", "the data were 64 images of SHA-256"),
         (images, "--seed=1", r"keep its model, batch, seed and data, .* seed was 0, is 1\."),
+        (images, "--variance_reduction=sum", "variance_reduction was mean, is sum"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             train(data, copied, *more, flag)
@@ -123,22 +118,17 @@ def test_other_settings_are_named_and_taken_and_another_run_only_on_request(
     assert train(other, copied, *more, *changed)[-1]["step"] == 10
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        (["--sim_coeff=24"], r"taken all its steps must .* sim_coeff was 25.0, is 24.0\. .*max_st"),
-        (["--warmup_epochs=1"], r"taken all its steps must .* warmup_epochs was .*, is 1.0\."),
-        (["--online_probe=false"], r"taken all its steps must .* online_probe was True, is False"),
-        (["--seed=1", "--resume_changed=true"],
-         r"seed was 0, is 1\. .* more --max_steps, and --resume_changed true, to go"),
-    ],
-)  # fmt: skip
 def test_a_run_that_has_ended_is_not_described_with_settings_it_never_had(
-    changed: list[str], message: str, images: Path, copied: Path
+    images: Path, copied: Path
 ) -> None:
-    before = contents(copied)
-    with pytest.raises(CheckpointError, match=message):
-        train(images, copied, *WHOLE, *changed)
+    before, another = contents(copied), ["--seed=1", "--resume_changed=true"]
+    for changed, message in [
+        (["--sim_coeff=24"], r"taken all its steps must .* sim_coeff was 25.0, is 24.0\. .*max_st"),
+        (["--online_probe=false"], r"taken all its steps must .* online_probe was True, is False"),
+        (another, r"seed was 0, is 1\. .* more --max_steps, and --resume_changed true, to go"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            train(images, copied, *WHOLE, *changed)
     assert contents(copied) == before
 
 
@@ -218,23 +208,8 @@ def test_damaged_checkpoints_alone_are_an_error(images: Path, copied: Path) -> N
     with pytest.raises(CheckpointError, match=r"every one there is damaged.*--resume never to"):
         train(images, copied, *WHOLE)
     assert contents(copied) == before
-    train(images, copied, *WHOLE, "--max_steps=1", "--resume=never")
-    assert contents(copied / "earlier-1") == before
     with pytest.raises(CheckpointError, match=r"required, but .* holds no valid checkpoint"):
         train(images, copied / "new", *WHOLE, "--resume=required")
-
-
-def test_a_checkpoint_that_cannot_be_read_just_now_is_not_passed_over(
-    images: Path, copied: Path, whole_run: Path, tmp_path: Path
-) -> None:
-    weights = copied / "checkpoints" / "step-8" / "model.safetensors"
-    aside = weights.rename(tmp_path / "aside")
-    weights.symlink_to(weights)  # opened, it is no missing file but an error of the system
-    with pytest.raises(CheckpointError, match=r"step-8 cannot be read .*; start again when it can"):
-        train(images, copied, *WHOLE, "--max_steps=9")
-    weights.unlink()
-    aside.rename(weights)
-    assert contents(copied) == contents(whole_run)
 
 
 @pytest.mark.parametrize("content", [None, b'{"note": 1}\n[]\n7\n{"step": '])
@@ -257,12 +232,3 @@ def test_a_run_whose_log_is_lost_when_all_is_done_ends_well(images: Path, tmp_pa
     for _ in range(2):
         train(tmp_path / "images", tmp_path / "run", "--max_steps=1")
         (tmp_path / "run" / "metrics.jsonl").write_bytes(b"")
-
-
-def test_a_place_for_checkpoints_that_is_none_is_refused_at_the_start(
-    images: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "checkpoints").write_text("in the way")
-    with pytest.raises(ValueError, match=r"output_dir must be .*/checkpoints'"):
-        train(images, tmp_path, *WHOLE)
-    assert not (tmp_path / "metrics.jsonl").exists() or not metrics(tmp_path)

@@ -58,12 +58,7 @@ def test_two_steps_of_lars_match_values_worked_by_hand() -> None:
         ([[3.0, 4.0]], [[0.0, 0.0]], {"lr": 0.5, "weight_decay": 0.0}, [[3.0, 4.0]]),
         # clipped: the lower of the adapted rate, eta |p| / |grad| = 0.25, and lr
         ([[3.0, 4.0]], [[0.0, 2.0]], {"lr": 1.0, "weight_decay": 0.0, "clip": True}, [[3.0, 3.5]]),
-        (
-            [[3.0, 4.0]],
-            [[0.0, 2.0]],
-            {"lr": 0.125, "weight_decay": 0.0, "clip": True},
-            [[3.0, 3.75]],
-        ),
+        ([[3.0, 4.0]], [[0.0, 2.0]], {"lr": 0.125, "weight_decay": 0, "clip": True}, [[3.0, 3.75]]),
     ],
 )
 def test_a_step_matches_values_worked_by_hand(
@@ -148,33 +143,23 @@ def test_groups_keep_their_own_settings_and_a_closure_gives_its_loss() -> None:
     assert_values(torch.stack([slow, fast]).detach(), [[0.9], [0.5]])
 
 
-@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "0.1", None, True])
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "eta"])
-def test_lars_refuses_settings_that_cannot_be(name: str, value: Any) -> None:
-    settings: dict[str, Any] = {"lr": 0.1, name: value}
-    message = f"^{name} must be a finite number of at least 0, got {value!r}.$"
+def test_lars_refuses_settings_that_cannot_be(name: str) -> None:
+    settings: dict[str, Any] = {"lr": 0.1, name: -1.0}
+    message = f"^{name} must be a finite number of at least 0, got -1.0.$"
     with pytest.raises(ValueError, match=message):
         LARS([parameter([1.0])], **settings)
     with pytest.raises(ValueError, match=message):  # also of a group
-        LARS([{"params": [parameter([1.0])], name: value}], lr=0.1)
-    if name == "momentum":
-        with pytest.raises(ValueError, match=r"momentum must be at most 1, got 1\.5"):
-            LARS([parameter([1.0])], lr=0.1, momentum=1.5)
-
-
-def test_lars_takes_a_rate_that_is_a_tensor() -> None:
-    p = parameter([1.0])
-    rate: Any = torch.tensor(0.25)
-    assert_values(after_step(p, LARS([p], lr=rate), [1.0]), [0.75])
-    with pytest.raises(ValueError, match="lr must be a finite number of at least 0, got nan"):
-        LARS([p], lr=rate * math.nan)
+        LARS([{"params": [parameter([1.0])], name: -1.0}], lr=0.1)
+    with pytest.raises(ValueError, match=r"momentum must be at most 1, got 1\.5"):
+        LARS([parameter([1.0])], lr=0.1, momentum=1.5)
 
 
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("weight", "grad", "expected"),
-    [(1.0, 300.0, 0.75), (300.0, 1.0, 225.0), (300.0, 300.0, 225.0), (0.5, 1.0, 0.375)],
+    [(1.0, 300.0, 0.75), (300.0, 1.0, 225.0)],
 )
 def test_norms_beyond_half_precision_keep_their_step(
     weight: float, grad: float, expected: float, dtype: torch.dtype, foreach: bool
@@ -205,41 +190,41 @@ def parameters_of_all_kinds() -> list[nn.Parameter]:
     return [nn.Parameter(tensor) for tensor in [*tensors, torch.zeros(3, 2), torch.zeros(5)]]
 
 
-def lars_of(params: list[nn.Parameter], **settings: Any) -> LARS:
-    fast = {"params": params[1::3], "lr": 0.4, "eta": 0.05, "weight_decay": 0.3}
-    rest = [p for index, p in enumerate(params) if index % 3 != 1]
-    return LARS([{"params": rest}, fast], lr=0.7, weight_decay=1e-3, eta=0.02, **settings)
-
-
-def take_steps(params: list[nn.Parameter], optimizer: LARS, steps: range) -> None:
-    """With gradients of which some are missing, some zero, and some in another layout."""
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        for index, p in enumerate(params):
-            grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
-            if (index + step) % 5 == 0:
-                grad = torch.zeros_like(p)
-            p.grad = None if (index + step) % 7 == 0 else grad
-        optimizer.step()
-
-
-@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("clip", [False, True])
-def test_either_lars_goes_on_from_the_others_state(before: bool, after: bool, clip: bool) -> None:
-    expected, params = parameters_of_all_kinds(), parameters_of_all_kinds()
-    take_steps(expected, lars_of(expected, clip=clip, foreach=False), range(6))
-    first = lars_of(params, clip=clip, foreach=before)
-    take_steps(params, first, range(3))
-    state = first.state_dict()
-    for group in state["param_groups"]:
-        group["foreach"] = after
-    second = lars_of(params, clip=clip, foreach=after)
-    second.load_state_dict(state)
-    take_steps(params, second, range(3, 6))
-    for p, value, start in zip(params, expected, parameters_of_all_kinds(), strict=True):
-        torch.testing.assert_close(p, value)  # to rounding: each step is a few operations
-        assert p.stride() == start.stride()
-        assert torch.equal(p, start) == (p.numel() == 0)
+def test_all_at_once_are_updated_as_one_by_one_with_the_same_state(clip: bool) -> None:
+    """Gradients are missing for some parameters, and zero for others."""
+    expected, params, start = (parameters_of_all_kinds() for _ in range(3))
+    plain, together = (
+        LARS(
+            [{"params": own[1::3], "lr": 0.4, "eta": 0.05}, {"params": own[::3] + own[2::3]}],
+            lr=0.7, weight_decay=1e-3, eta=0.02, clip=clip, foreach=foreach,
+        )
+        for own, foreach in ((expected, False), (params, True))
+    )  # fmt: skip
+    for step in range(6):
+        generator = torch.Generator().manual_seed(step)
+        for index, (p, q) in enumerate(zip(expected, params, strict=True)):
+            grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+            grad = grad * ((index + step) % 5 > 0)
+            p.grad, q.grad = (None if (index + step) % 7 == 0 else grad.clone() for _ in "pq")
+        plain.step()
+        together.step()
+    for p, q, before in zip(params, expected, start, strict=True):
+        torch.testing.assert_close(p, q)  # to rounding: each step is a few operations
+        torch.testing.assert_close(together.state[p], plain.state[q])
+        assert p.stride() == before.stride()
+        assert torch.equal(p, before) == (p.numel() == 0)
+
+
+def test_a_step_of_all_at_once_waits_for_no_value() -> None:
+    """On the meta device nothing has a value, so whatever asks for one fails."""
+    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in ((4, 3), (4,))]
+    optimizer = LARS(params, lr=0.1, clip=True, foreach=True)
+    for p in params:
+        p.grad = torch.empty_like(p)
+    optimizer.step()
+    with pytest.raises(RuntimeError):
+        params[0].sum().item()
 
 
 def test_a_state_from_before_there_was_clipping_is_taken() -> None:
