@@ -75,7 +75,7 @@ def test_what_has_no_neighbours_is_refused(change: dict[str, Any], message: str)
 
 def test_features_and_labels_may_be_arrays() -> None:
     (train, labels), (test, wanted) = split(100, seed=0), split(50, seed=1)
-    given: list[Any] = [train.numpy(), labels.numpy().astype(np.uint8), test.double().numpy()]
+    rows = labels.numpy().astype(np.uint8)
+    given: list[Any] = [train.numpy(), rows, test.double().numpy(), wanted.tolist()]
     given[0].flags.writeable = False
-    found = knn_accuracy(*given, wanted.tolist(), k=5)
-    assert found == knn_accuracy(train, labels, test, wanted, k=5)
+    assert knn_accuracy(*given, k=5) == knn_accuracy(train, labels, test, wanted, k=5)

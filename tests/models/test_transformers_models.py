@@ -59,11 +59,6 @@ CAPTIONS = ["a small red circle at the top left", "a large blue cross", "the mid
 CLIP = np.sin(np.arange(1600, dtype=np.float32)) + np.float32(0.1)
 
 
-def tokens_of(texts: list[str]) -> dict[str, Tensor]:
-    column = TextColumn("caption", TOKENIZER)
-    return column.batch([(text,) for text in texts], range(len(texts)), 0, 0)
-
-
 def encoder_of(kind: str) -> TextEncoder | WaveformEncoder:
     torch.manual_seed(0)
     if kind in SOUND:
@@ -74,7 +69,7 @@ def encoder_of(kind: str) -> TextEncoder | WaveformEncoder:
 def batch_of(kind: str) -> Any:
     if kind in SOUND:
         return WaveformColumn("sound", 8000, 1600).batch([CLIP] * 3, [0, 1, 2], 0, 0)
-    return tokens_of(CAPTIONS)
+    return TextColumn("caption", TOKENIZER).batch([(text,) for text in CAPTIONS], range(3), 0, 0)
 
 
 @pytest.fixture(scope="module")
