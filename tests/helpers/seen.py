@@ -15,7 +15,3 @@ def grey_levels(views: tuple[Tensor, Tensor]) -> Tensor:
     """Undo the normalisation; both views as (2, B, 3, S, S)."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     return (torch.stack(views) * std + mean) * 255
-
-
-def assert_equal_views(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
@@ -26,23 +25,14 @@ def split(rows: int, *, seed: int) -> tuple[Tensor, Tensor]:
     return centres[labels] + noise, labels
 
 
-def sklearn_predict(
-    train: Tensor, labels: Tensor, test: Tensor, *, k: int, temperature: float
-) -> NDArray[np.int64]:
-    def votes(cosine_distance: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.exp((1 - cosine_distance) / temperature)
-
-    weights: Any = votes  # its annotation knows only the names
-    classifier = KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute")
-    return classifier.fit(train.double().numpy(), labels.numpy()).predict(test.double().numpy())
-
-
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (300, 0.5)])
 def test_predictions_equal_scikit_learns(k: int, temperature: float) -> None:
     (train, labels), (test, _) = split(300, seed=0), split(1100, seed=1)  # more than one chunk
     train = train * torch.logspace(-3, 3, 300)[:, None]  # lengths do not matter
     actual = knn_predict(train, labels, test, k=k, temperature=temperature)
-    expected = sklearn_predict(train, labels, test, k=k, temperature=temperature)
+    votes: Any = lambda distance: np.exp((1 - distance) / temperature)  # noqa: E731
+    classifier = KNeighborsClassifier(k, weights=votes, metric="cosine", algorithm="brute")
+    expected = classifier.fit(train.double(), labels).predict(test.double())
     np.testing.assert_array_equal(actual.numpy(), expected)
 
 
@@ -52,13 +42,6 @@ def test_accuracy_is_the_share_of_right_predictions() -> None:
     assert knn_accuracy(train, labels, test, torch.tensor([0, 1, 0, 0]), k=1) == 0.75
 
 
-def test_neighbours_vote_by_similarity_and_not_by_number_alone() -> None:
-    train = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.1]])
-    labels, test = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.2]])
-    assert knn_predict(train, labels, test, k=3).tolist() == [0]
-    assert knn_predict(train, labels, test, k=3, temperature=1e3).tolist() == [1]
-
-
 ONES = torch.ones(10, 10)
 
 
@@ -66,23 +49,18 @@ ONES = torch.ones(10, 10)
     ("change", "message"),
     [
         ({"train_features": ONES * math.nan}, "^train_features must be finite numbers, and some"),
-        ({"test_features": ONES * math.inf}, "^test_features must be finite numbers, and some"),
         ({"test_features": ONES[:, :9]}, r"of one width, got \(10, 10\) and \(10, 9\)"),
         ({"test_features": ONES[0]}, r"^test_features must be rows of features .*, got \(10,\)"),
         ({"train_features": "abc"}, "^train_features must be a tensor or an array .*, got str"),
         ({"train_labels": torch.zeros(10)}, "^train_labels must be integers, got torch.float32"),
-        ({"train_labels": torch.zeros(10) > 0}, "^train_labels must be integers, got torch.bool"),
         ({"train_labels": ONES.long()}, r"^train_labels must be one class .*, got \(10, 10\)"),
         ({"train_labels": torch.arange(-1, 9)}, "^train_labels .* class from 0, got -1 in row 0"),
-        ({"test_labels": -torch.arange(10)}, "^test_labels .* class from 0, got -9 in row 9"),
         (
-            {"test_features": ONES[:0], "test_labels": torch.arange(0)},
+            {"test_features": ONES[:0], "test_labels": ONES[0, :0].long()},
             "at least 1 test row, got none",
         ),
         ({"train_labels": torch.arange(9)}, "every train row .*, got 10 rows and 9 labels"),
-        ({"test_labels": torch.arange(1)}, "every test row .*, got 10 rows and 1 labels"),
         ({"k": 11}, "k must lie between 1 and 10 training rows, got 11"),
-        ({"k": 2.5}, "k must lie between 1 and 10 training rows, got 2.5"),
     ],
 )
 def test_what_has_no_neighbours_is_refused(change: dict[str, Any], message: str) -> None:
@@ -95,9 +73,9 @@ def test_what_has_no_neighbours_is_refused(change: dict[str, Any], message: str)
         knn_accuracy(**given | change)
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.uint8])
-def test_features_and_labels_may_be_arrays(dtype: Any) -> None:
+def test_features_and_labels_may_be_arrays() -> None:
     (train, labels), (test, wanted) = split(100, seed=0), split(50, seed=1)
-    given = [train.numpy(), labels.numpy().astype(dtype), test.double().numpy(), wanted.tolist()]
+    rows = labels.numpy().astype(np.uint8)
+    given: list[Any] = [train.numpy(), rows, test.double().numpy(), wanted.tolist()]
     given[0].flags.writeable = False
     assert knn_accuracy(*given, k=5) == knn_accuracy(train, labels, test, wanted, k=5)

@@ -13,13 +13,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
-from vicreg_hf.metrics import linear_probe as linear
 from vicreg_hf.metrics.linear_probe import linear_probe
 from vicreg_hf.metrics.subsets import balanced_subset
 from vicreg_hf.runtime.randomness import permutation
 
 NUM_CLASSES = 4
-SETTINGS = [(0.01, 0.0), (0.1, 0.0), (0.1, 0.03), (1.0, 1e-3)]
 
 
 def blobs(rows: int, *, seed: int, dim: int = 6, noise: float = 1.5) -> tuple[Tensor, Tensor]:
@@ -30,36 +28,25 @@ def blobs(rows: int, *, seed: int, dim: int = 6, noise: float = 1.5) -> tuple[Te
     return centres[labels] + noise * torch.randn(rows, dim, generator=generator), labels
 
 
-def noisy_digits(rows: int, *, test: bool) -> tuple[Tensor, Tensor]:
-    """Handwritten digits in noise; no digit is in both splits."""
+def noisy_digits(*, test: bool) -> tuple[Any, Any]:
+    """2000 handwritten digits in noise, at any scales and beside constants; no digit is in both."""
     pixels, labels = load_digits(return_X_y=True)
     random = np.random.default_rng(int(test))
-    chosen = random.choice(np.flatnonzero((np.arange(len(labels)) % 3 == 0) == test), rows)
-    noisy = pixels[chosen] + random.normal(0, 4, (rows, pixels.shape[1]))
-    return torch.tensor(noisy, dtype=torch.float32), torch.from_numpy(labels[chosen])
+    rows = random.choice(np.flatnonzero((np.arange(len(labels)) % 3 == 0) == test), 2000)
+    scales = np.random.default_rng(9).permutation(np.logspace(-4, 4, 64))
+    noisy = (pixels[rows] + random.normal(0, 4, (2000, 64))) * scales
+    constants = np.tile([0.0, 0.1, 1 / 3, -7.7, 1e4 + 0.1], (2000, 1))
+    return np.concatenate([noisy, constants], axis=1).astype(np.float32), labels[rows]
 
 
 def test_accuracy_is_within_a_point_of_logistic_regression_at_any_scales_and_constants() -> None:
-    (x, labels), (x_test, wanted) = noisy_digits(2000, test=False), noisy_digits(2000, test=True)
-    scales = torch.logspace(-4, 4, 64)[torch.randperm(64, generator=torch.Generator())]
-    constants = torch.tensor([0.0, 0.1, 1 / 3, -7.7, 1e4 + 0.1])
-    x, x_test = (torch.cat([v * scales, constants.expand(len(v), -1)], dim=1) for v in (x, x_test))
-    scaler = StandardScaler().fit(x.double().numpy())
-    train, test = (scaler.transform(v.double().numpy()) for v in (x, x_test))
+    (x, labels), (x_test, wanted) = noisy_digits(test=False), noisy_digits(test=True)
+    scaler = StandardScaler().fit(x.astype(np.float64))
+    train, test = scaler.transform(x), scaler.transform(x_test)
     fits = (LogisticRegression(C=c, tol=1e-3, max_iter=300) for c in (0.001, 0.01, 0.1))
     best = max(float(fit.fit(train, labels).score(test, wanted)) for fit in fits)
     assert 0.8 < best < 0.95
     assert linear_probe(x, labels, x_test).accuracy(wanted) > best - 0.01
-
-
-@pytest.mark.parametrize("value", [0.0, 123.456])
-def test_the_rounding_of_a_constant_is_not_taken_for_its_spread(value: float) -> None:
-    constant, test = torch.full((1200, 1), value), torch.tensor([[value + 1]])
-    if value:
-        assert constant.std(0) > 0.0  # so is it, where torch sums along one column
-    x, x_test = linear._standardised(constant, test)
-    torch.testing.assert_close(x, torch.zeros(1200, 1), rtol=0, atol=1e-4)
-    torch.testing.assert_close(x_test, torch.ones(1, 1), rtol=0, atol=1e-4)
 
 
 def sgd(
@@ -84,36 +71,16 @@ def sgd(
     return model
 
 
-@pytest.mark.parametrize("diverging", [[], [(1e38, 0.0)], [(1e30, 1e-3)]])  # at once, and slowly
-def test_each_setting_is_trained_as_by_torchs_sgd_also_beside_one_that_diverges(
-    diverging: list[tuple[float, float]],
-) -> None:
-    x, labels = blobs(250, seed=0)
-    x = x.double()
-    options: Any = {"epochs": 3, "batch_size": 100, "seed": 5}  # the last batch is of 50
-    settings = SETTINGS + [(1e250 * rate, decay) for rate, decay in diverging]
-    weight, bias = linear._train(x, labels, NUM_CLASSES, settings, **options)
-    assert weight[:, len(SETTINGS) * NUM_CLASSES :].isfinite().all() == (not diverging)
-    for number, (rate, decay) in enumerate(SETTINGS):
-        own = slice(number * NUM_CLASSES, (number + 1) * NUM_CLASSES)
-        with torch.random.fork_rng():
-            expected = sgd(x, labels, rate=rate, decay=decay, **options)
-        close: Any = {"rtol": 1e-6, "atol": 1e-7}
-        torch.testing.assert_close(weight[:, own], expected.weight.detach().T, **close)
-        torch.testing.assert_close(bias[own], expected.bias.detach(), **close)
-
-
 @pytest.mark.parametrize(("rows", "expected"), [(40, 32), (2000, 50), (42_000, 1024)])
 def test_a_batch_is_a_fortieth_of_the_rows_from_32_to_1024(rows: int, expected: int) -> None:
     x, labels = blobs(rows, seed=0, dim=2)
     options: Any = {"epochs": 1, "learning_rates": [0.1], "weight_decays": [0.0]}
     assert linear_probe(x, labels, x, **options).batch_size == expected
-    assert linear_probe(x[:200], labels[:200], x, batch_size=7, **options).batch_size == 7
 
 
 def test_a_setting_is_chosen_on_rows_held_out_and_trained_again_on_all() -> None:
     (x, labels), (x_test, _) = blobs(400, seed=0), blobs(300, seed=1)
-    rates, decays = (0.001, 0.1, 1e38), (0.0, 0.1)  # the largest rate diverges
+    rates, decays = (0.001, 0.1, 1e30, 1e38), (0.0, 0.1)  # one diverges slowly, one at once
     options: Any = {"epochs": 4, "batch_size": 64, "seed": 7}
     result = linear_probe(x, labels, x_test, learning_rates=rates, weight_decays=decays, **options)
     assert list(result.validation) == [(rate, decay) for rate in rates for decay in decays]
@@ -122,16 +89,14 @@ def test_a_setting_is_chosen_on_rows_held_out_and_trained_again_on_all() -> None
     kept = torch.tensor([row not in held_out for row in range(len(x))])
     losses = {}
     for rate, decay in list(result.validation)[:4]:
-        with torch.random.fork_rng():
-            model = sgd(x[kept], labels[kept], rate=rate, decay=decay, **options)
+        model = sgd(x[kept], labels[kept], rate=rate, decay=decay, **options)
         loss = F.cross_entropy(model(x[held_out]), labels[held_out]).item()
         assert result.validation_loss[rate, decay] == pytest.approx(loss, rel=1e-3)
         losses[rate, decay] = loss
     chosen = (result.learning_rate, result.weight_decay)
     assert chosen == min(losses, key=lambda setting: losses[setting])
     assert chosen != max(result.validation, key=lambda setting: result.validation[setting])
-    with torch.random.fork_rng():
-        model = sgd(x, labels, rate=chosen[0], decay=chosen[1], **options)
+    model = sgd(x, labels, rate=chosen[0], decay=chosen[1], **options)
     agree = result.predictions == model(x_test).argmax(1)
     assert agree.double().mean() > 0.99  # but for rows that float32 cannot tell apart
     with pytest.raises(FloatingPointError, match="every linear classifier diverged"):
@@ -176,20 +141,12 @@ def test_other_float_dtypes_are_worked_on_in_float32(dtype: torch.dtype) -> None
     assert result.accuracy(wanted) > 0.5
 
 
-def test_accuracy_is_the_share_of_right_predictions() -> None:
-    result = linear.LinearResult(torch.tensor([0, 1, 2, -1]), 0.1, 0.0, {}, {}, 32)
-    assert result.accuracy(torch.tensor([0, 1, 1, 0])) == 0.5
-    with pytest.raises(ValueError, match="every test row needs one label, got 4 rows and 3 labels"):
-        result.accuracy([0, 1, 2])
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"train_labels": torch.tensor([0, 1])}, "one label, got 10 rows and 2 labels"),
         ({"train_labels": torch.zeros(10, dtype=torch.long)}, "at least two classes, got 1"),
         ({"train_labels": torch.arange(10), "num_classes": 9}, "below num_classes=9, got 9"),
-        ({"test_features": torch.ones(3, 2)}, r"of one width, got \(10, \d+\) and \(3, 2\)"),
         ({"learning_rates": ()}, "one learning rate and one weight decay, got none"),
     ],
 )

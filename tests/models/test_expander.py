@@ -5,36 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from vicreg_hf.models.expander import expander
 
 
-@pytest.mark.parametrize(
-    ("dims", "layers"),
-    [
-        ([], []),
-        ([5], [nn.Linear]),
-        ([5, 7, 2], [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2 + [nn.Linear]),
-    ],
-)
-def test_every_layer_but_the_last_is_normalised_and_rectified(
-    dims: list[int], layers: list[type[nn.Module]]
-) -> None:
-    module = expander(3, dims)
-    assert [type(layer) for layer in module] == layers
-    linears = [layer for layer in module if isinstance(layer, nn.Linear)]
-    assert [layer.in_features for layer in linears] == [3, *dims][: len(dims)]
-    assert [layer.out_features for layer in linears] == dims
-    assert [layer.bias is not None for layer in linears] == [True] * (len(dims) - 1) + [False] * (
-        len(dims) > 0
-    )
+def projector(widths: list[int]) -> nn.Sequential:
+    """vicreg@4e12602, main_vicreg.py, Projector, written out."""
+    layers: list[nn.Module] = []
+    for i in range(len(widths) - 2):
+        layers.append(nn.Linear(widths[i], widths[i + 1]))
+        layers.append(nn.BatchNorm1d(widths[i + 1]))
+        layers.append(nn.ReLU(True))
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=False))
+    return nn.Sequential(*layers)
 
 
-def test_output_equals_the_layers_written_out() -> None:
-    torch.manual_seed(0)
-    module, y = expander(3, [5, 2]).double(), torch.randn(6, 3, dtype=torch.float64)
-    state = module.state_dict()
-    hidden = y @ state["0.weight"].T + state["0.bias"]
-    expected = F.relu((hidden - hidden.mean(0)) / (hidden.var(0, correction=0) + 1e-5).sqrt())
-    torch.testing.assert_close(module(y), expected @ state["3.weight"].T)
+@pytest.mark.parametrize("dims", [[5], [5, 7, 2]])
+def test_the_expander_is_the_authors_projector(dims: list[int]) -> None:
+    ours, theirs, y = expander(3, dims), projector([3, *dims]), torch.randn(6, 3)
+    assert str(ours) == str(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours(y), theirs(y))
+    assert torch.equal(expander(3, [])(y), y)

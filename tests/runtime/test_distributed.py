@@ -8,12 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import GlooPool
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vicreg_hf import covariance_term, multi_view_loss, variance_term, vicreg_loss
-from vicreg_hf.models.batch_norm import SyncBatchNorm
 from vicreg_hf.runtime.distributed import (
     OtherProcessFailed,
     any_process,
@@ -25,169 +23,135 @@ from vicreg_hf.runtime.distributed import (
 )
 
 ROWS_PER_PROCESS = 3
-FEATURES = 5
 DIMS = [4, 24]  # N is 6 or 9: more rows than dimensions, and fewer
-KINDS = ["two views", "four views", "variance", "covariance"]
+LOSSES: dict[str, tuple[int, Any]] = {
+    "two views": (2, vicreg_loss),
+    "four views": (4, lambda *z, group: multi_view_loss(z[:2], z[2:], group=group)),
+    "variance": (1, lambda z, group: (variance_term(z, group=group),)),
+    "covariance": (1, lambda z, group: (covariance_term(z, group=group),)),
+}
+"""By name: how many views it takes, and the loss with its terms."""
 CPU = torch.device("cpu")
 
-Results = dict[str, Tensor]
+Results = tuple[list[Tensor], list[Tensor]]
 
 
-def all_rows(world: int, dim: int, views: int = 4) -> list[Tensor]:
-    """Views of every process's rows, different on each; not centred, all terms active."""
+def all_rows(world: int, dim: int) -> list[Tensor]:
+    """Four views of every process's rows, different on each; not centred, all terms active."""
     generator = torch.Generator().manual_seed(0)
-    shape = (views, world * ROWS_PER_PROCESS, dim)
+    shape = (4, world * ROWS_PER_PROCESS, dim)
     return list(torch.randn(*shape, generator=generator, dtype=torch.float64) * 0.8 + 0.3)
 
 
 def own_rows(dim: int) -> list[Tensor]:
-    """This process's rows of each view."""
-    rows = slice(rank() * ROWS_PER_PROCESS, (rank() + 1) * ROWS_PER_PROCESS)
-    return [x[rows].clone() for x in all_rows(world_size(), dim)]
-
-
-def assert_all_close(actual: Results, expected: Results) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=1e-11, atol=1e-11)
-
-
-# The losses
-
-
-def compute(kind: str, views: list[Tensor], group: Any = None) -> Results:
-    """A loss of as many views as it takes, with its terms."""
-    if kind == "two views":
-        return vicreg_loss(*views[:2], group=group)._asdict()
-    if kind == "four views":
-        return multi_view_loss(views[:2], views[2:], group=group)._asdict()
-    term = variance_term if kind == "variance" else covariance_term
-    return {"loss": term(views[0], group=group)}
+    return [x.chunk(world_size())[rank()] for x in all_rows(world_size(), dim)]
 
 
 def loss_and_gradients(
     kind: str, views: list[Tensor], group: Any = None, *, compiled: bool = False
 ) -> Results:
-    views = [x.requires_grad_() for x in views]
-    function: Any = compute
+    count, loss = LOSSES[kind]
+    views = [x.clone().requires_grad_() for x in views[:count]]
     if compiled:
-        torch.compiler.reset()
-        function = torch.compile(compute, fullgraph=True, backend="aot_eager")
-    values = function(kind, views, group)
-    grads = torch.autograd.grad(values["loss"], views, allow_unused=True)
-    named = {f"grad {number}": grad for number, grad in enumerate(grads) if grad is not None}
-    return {name: value.detach() for name, value in values.items()} | named
+        loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    terms = loss(*views, group=group)
+    return [term.detach() for term in terms], list(torch.autograd.grad(terms[0], views))
 
 
-def of_own_rows(kind: str, dim: int, paired: bool = False, compiled: bool = False) -> Results:
+def of_own_rows(kind: str, dim: int, paired: bool, compiled: bool) -> Results:
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])] if paired else [None, None]
     return loss_and_gradients(kind, own_rows(dim), groups[rank() // 2], compiled=compiled)
 
 
 def expected_results(kind: str, views: list[Tensor], world: int) -> list[Results]:
     """One process on all rows, its gradients times the processes that DDP averages over."""
-    whole = loss_and_gradients(kind, [x.clone() for x in views])
-    grads = {name: (whole.pop(name) * world).chunk(world) for name in list(whole) if "grad" in name}
-    return [whole | {name: part[r] for name, part in grads.items()} for r in range(world)]
+    terms, grads = loss_and_gradients(kind, views)
+    return [(terms, [(grad * world).chunk(world)[r] for grad in grads]) for r in range(world)]
 
 
+@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize(("kind", "world"), [*((kind, 3) for kind in KINDS), ("two views", 2)])
-def test_loss_and_gradients_equal_those_of_one_process_on_all_rows(
-    gloo: GlooPool, kind: str, world: int, dim: int
+@pytest.mark.parametrize("kind", LOSSES)
+def test_loss_and_gradients_equal_those_of_one_process_on_all_rows_of_its_group(
+    gloo: GlooPool, kind: str, dim: int, paired: bool
 ) -> None:
-    expected = expected_results(kind, all_rows(world, dim), world)
-    results = gloo.run(world, of_own_rows, kind, dim)
-    for actual, wanted in zip(results, expected, strict=True):
-        assert_all_close(actual, wanted)
-        assert actual["loss"].item() == results[0]["loss"].item()
+    assert_as_one_process(gloo, kind, dim, paired=paired)
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize(("kind", "compiled"), [*((k, False) for k in KINDS), (KINDS[0], True)])
-def test_a_process_group_sees_only_its_own_rows_also_compiled(
-    gloo: GlooPool, kind: str, compiled: bool, dim: int
+def test_processes_agree_with_one_when_compiled(gloo: GlooPool) -> None:
+    assert_as_one_process(gloo, "two views", 24, paired=True, compiled=True)
+
+
+def assert_as_one_process(
+    gloo: GlooPool, kind: str, dim: int, *, paired: bool, compiled: bool = False
 ) -> None:
-    halves = [[x.chunk(2)[half] for x in all_rows(4, dim)] for half in (0, 1)]
-    expected = [result for half in halves for result in expected_results(kind, half, 2)]
-    results = gloo.run(4, of_own_rows, kind, dim, True, compiled)
-    for actual, wanted in zip(results, expected, strict=True):
-        assert_all_close(actual, wanted)
+    """Compare three processes, or two pairs of them, with one process for each group."""
+    world, groups = (4, 2) if paired else (3, 1)
+    parts = zip(*(x.chunk(groups) for x in all_rows(world, dim)), strict=True)
+    expected = [r for part in parts for r in expected_results(kind, list(part), world // groups)]
+    results = gloo.run(world, of_own_rows, kind, dim, paired, compiled)
+    for number, (actual, wanted) in enumerate(zip(results, expected, strict=True)):
+        torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-11)
+        first = results[number - number % (world // groups)]
+        assert torch.equal(actual[0][0], first[0][0])
 
 
-def refusal(kind: str, counts: list[tuple[int, int, int]]) -> str:
-    """What zeros are refused with; counts are this process's global views, local ones and rows."""
+def refusal(counts: list[tuple[int, int, int]]) -> str:
+    """Zeros' refusal; counts are this process's global views, local ones and rows."""
     num_global, num_local, rows = counts[rank()]
     z = torch.zeros(rows, 4)
     try:
-        if kind == "multi-view":
-            multi_view_loss([z] * num_global, [z] * num_local)
-        else:
-            compute(kind, [z, z])
+        multi_view_loss([z] * num_global, [z] * num_local)
     except ValueError as error:
         return str(error)
     return "not refused"
 
 
 @pytest.mark.parametrize(
-    ("kind", "counts", "message"),
+    ("counts", "message"),
     [
-        ("two views", [(2, 0, 3), (2, 0, 2)], "the same shape, got (3, 4), (2, 4)"),
-        ("two views", [(2, 0, 0), (2, 0, 5)], "the same shape, got (0, 4), (5, 4)"),
-        ("two views", [(2, 0, 0), (2, 0, 0)], "at least 2 rows over all processes, got 0"),
-        ("variance", [(1, 0, 3), (1, 0, 2)], "the same shape, got (3, 4), (2, 4)"),
-        ("covariance", [(1, 0, 3), (1, 0, 2)], "the same shape, got (3, 4), (2, 4)"),
-        ("multi-view", [(2, 1, 3), (2, 1, 2)], "the same shape, got (3, 4), (2, 4)"),
-        ("multi-view", [(2, 1, 3), (3, 0, 3)], "(2, 1, 3, 4), (3, 0, 3, 4)"),
+        ([(2, 0, 0), (2, 0, 5)], "the same shape, got (0, 4), (5, 4)"),
+        ([(2, 0, 0), (2, 0, 0)], "at least 2 rows over all processes, got 0"),
+        ([(2, 1, 3), (3, 0, 3)], "(2, 1, 3, 4), (3, 0, 3, 4)"),
     ],
 )
 def test_shapes_that_differ_between_processes_are_refused_alike_in_all(
-    gloo: GlooPool, kind: str, counts: list[tuple[int, int, int]], message: str
+    gloo: GlooPool, counts: list[tuple[int, int, int]], message: str
 ) -> None:
-    messages = gloo.run(2, refusal, kind, counts)
+    messages = gloo.run(2, refusal, counts)
     assert messages[0] == messages[1]
     assert message in messages[0]
 
 
-# What the losses communicate
-
-
 class Recorder(TorchDispatchMode):
-    """Notes the names of collectives, and the elements that gathers result in."""
+    """Notes the names of collectives, and how many elements each results in."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.collectives: list[str] = []
-        self.gathered: list[int] = []
+        self.seen: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.name().startswith("c10d::"):
-            self.collectives.append(func.name())
-        if func.name() == "c10d::_allgather_base_":
-            self.gathered.append(args[0].numel())
+            self.seen.append((func.name(), args[0].numel() if isinstance(args[0], Tensor) else 0))
         return func(*args, **(kwargs or {}))
 
 
-def communication(kind: str, dim: int) -> tuple[list[str], list[int], list[str]]:
-    """Forward's collectives and its gathers' sizes; backward's collectives."""
-    views = [x.requires_grad_() for x in own_rows(dim)]
+def communication(kind: str, dim: int) -> tuple[set[str], list[int], list[Any]]:
+    """Names of forward's collectives and its gathers' sizes; backward's collectives."""
+    count, loss = LOSSES[kind]
     with Recorder() as forward:
-        loss = compute(kind, views)["loss"]
+        terms = loss(*(x.requires_grad_() for x in own_rows(dim)[:count]), group=None)
     with Recorder() as backward:
-        loss.backward()
-    return forward.collectives, forward.gathered, backward.collectives
-
-
-SHAPES_GATHERED = 2 * 4  # of two processes: global and local views, rows, dimensions
+        terms[0].backward()
+    gathered = [size for name, size in forward.seen if name == "c10d::_allgather_base_"]
+    return {name for name, _ in forward.seen}, gathered, backward.seen
 
 
 @pytest.mark.parametrize(
     ("kind", "dim", "gathered"),
     [
-        ("two views", 4, []),  # the covariance form
-        ("two views", 24, [2 * 6 * 24]),  # the Gram form
-        ("four views", 4, []),
-        ("four views", 24, [4 * 6 * 24]),  # all views in one
+        ("four views", 4, []),  # the covariance form
+        ("four views", 24, [4 * 6 * 24]),  # the Gram form: all views in one
         ("variance", 24, []),
         ("covariance", 24, [6 * 24]),
     ],
@@ -195,53 +159,9 @@ SHAPES_GATHERED = 2 * 4  # of two processes: global and local views, rows, dimen
 def test_embeddings_are_gathered_once_and_backward_communicates_nothing(
     gloo: GlooPool, kind: str, dim: int, gathered: list[int]
 ) -> None:
-    for forward, sizes, backward in gloo.run(2, communication, kind, dim):
-        assert sizes == [SHAPES_GATHERED, *gathered]
-        assert set(forward) == {"c10d::_allgather_base_", "c10d::allreduce_"}
-        assert not backward
-
-
-# A network under DistributedDataParallel
-
-
-class TwoBranches(nn.Module):
-    """A small network and the loss, as `VICRegModel` has them: each view passes by itself."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.network = nn.Sequential(
-            nn.Linear(FEATURES, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, dim)
-        )
-        self.double()
-
-    def forward(self, x: Tensor, x_prime: Tensor) -> Tensor:
-        return vicreg_loss(self.network(x), self.network(x_prime)).loss
-
-
-def gradients_and_buffers(model: nn.Module, inner: nn.Module, views: list[Tensor]) -> Results:
-    loss = model(*views[:2])
-    loss.backward()
-    grads = {name: p.grad for name, p in inner.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **grads, **dict(inner.named_buffers())}
-
-
-def network_on_own_rows(dim: int) -> Results:
-    model = TwoBranches(dim)
-    SyncBatchNorm.convert(model)
-    return gradients_and_buffers(DistributedDataParallel(model), model, own_rows(FEATURES))
-
-
-@pytest.mark.parametrize("dim", DIMS)
-def test_network_gradients_under_ddp_equal_those_of_one_process(gloo: GlooPool, dim: int) -> None:
-    model = TwoBranches(dim)
-    expected = gradients_and_buffers(model, model, all_rows(3, FEATURES))
-    assert len(expected) == 1 + 6 + 3  # the loss, all parameters, the buffers
-    for actual in gloo.run(3, network_on_own_rows, dim):
-        assert_all_close(actual, expected)
-
-
-# What processes agree on
+    shapes = 2 * 4  # of two processes: global and local views, rows, dimensions
+    expected = {"c10d::_allgather_base_", "c10d::allreduce_"}, [shapes, *gathered], []
+    assert gloo.run(2, communication, kind, dim) == [expected] * 2
 
 
 def agreement() -> tuple[Any, ...]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
+from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 from torch.distributed import TCPStore
-from warm import ranks
-from workflow import SMALL, metrics, write_images
 
 from vicreg_hf.runtime import liveness
 
@@ -45,13 +43,9 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], liveness._Watch]:
     ],
 )
 def test_a_process_ends_when_another_is_lost_and_not_when_it_leaves(
-    lost: int,
-    how: bytes | None,
-    message: str,
-    start: Callable[[int], liveness._Watch],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+    lost: int, how: bytes | None, message: str, start: Callable[[int], liveness._Watch],
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
     own, other = start(1 - lost), start(lost)
@@ -69,39 +63,9 @@ def test_a_process_ends_when_another_is_lost_and_not_when_it_leaves(
     assert message in capfd.readouterr().err
 
 
-ENDS_SLOWLY = """
-import os, runpy, time
-import accelerate
-
-own_end = accelerate.Accelerator.end_training
-
-def slow_end(accelerator):
-    time.sleep(5 * int(os.environ["RANK"]))
-    own_end(accelerator)
-
-accelerate.Accelerator.end_training = slow_end
-runpy.run_path("scripts/pretrain.py", run_name="__main__")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("steps", "status"), [(4, 0), (10_000, 75)])
-def test_a_process_that_ends_slowly_does_not_miss_the_others(
-    steps: int, status: int, tmp_path: Path
-) -> None:
-    script, images = tmp_path / "changed.py", write_images(tmp_path / "images")
-    script.write_text(ENDS_SLOWLY)
-    flags = [*SMALL, f"--dataset_name={images}", f"--max_steps={steps}", "--save_steps=50"]
-    # without a launcher, as under SLURM: the first holds the store of both
-    processes = ranks([str(script), *flags, f"--output_dir={tmp_path / 'run'}"], 2)
-    until = time.monotonic() + 120
-    while status and not (tmp_path / "run" / "metrics.jsonl").is_file():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    if status:
-        processes[0].send_signal(signal.SIGUSR1)
-    for process in processes:
-        printed = "".join(process.communicate(timeout=120))
-        assert process.returncode == status, printed
-        assert "error" not in printed
-    assert status or metrics(tmp_path / "run")[-1]["step"] == steps
+@pytest.mark.parametrize("main", [True, False])
+def test_the_main_process_which_may_hold_the_store_ends_after_the_others(main: bool) -> None:
+    both: Any = Mock(is_main_process=main)  # the accelerator, and the watch
+    liveness._leave_together(both, both)
+    said = [] if main else [call.leave(liveness.LEFT)]
+    assert both.mock_calls == [*said, call.wait_for_everyone(), call.end(), call.end_training()]

@@ -35,21 +35,21 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int) -> None:
             [RandomResizedCrop.get_params(image, list(scale), ratio) for _ in range(1500)]
         )
     ours = draw_crops(random_uniforms(20_000), height, width, ViewRecipe(scale=scale))
-    for measure in (
-        lambda box: box[:, 2] * box[:, 3],  # area
-        lambda box: box[:, 3] / box[:, 2],  # ratio
-        lambda box: box[:, 0],  # top
-        lambda box: box[:, 1],  # left
-        lambda box: box[:, 0] / np.maximum(height - box[:, 2], 1),  # top within its room
-        lambda box: box[:, 1] / np.maximum(width - box[:, 3], 1),  # left within its room
-    ):
-        result: Any = stats.ks_2samp(measure(ours), measure(theirs))
+
+    def measures(box: NDArray[np.int64]) -> list[Any]:
+        """Area, ratio, top, left, and the last two as shares of their room."""
+        top, left, h, w = box.T
+        places = top / np.maximum(height - h, 1), left / np.maximum(width - w, 1)
+        return [h * w, w / h, top, left, *places]
+
+    for own, other in zip(measures(ours), measures(theirs), strict=True):
+        result: Any = stats.ks_2samp(own, other)
         assert result.pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
     ("height", "width"),
-    [(1, 1), (1, 2), (3000, 1), (1, 3000), (3, 4), (4096, 4097), (100_000, 70_000)],
+    [(1, 1), (3000, 1), (1, 3000), (3, 4), (100_000, 70_000)],
 )
 def test_a_crop_lies_inside_its_image_and_reaches_its_far_corner(height: int, width: int) -> None:
     u = random_uniforms(1000)
@@ -65,52 +65,41 @@ def test_a_crop_lies_inside_its_image_and_reaches_its_far_corner(height: int, wi
     assert (left + w <= width).all()
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "expected"),
-    [
-        (30, 300, (0, 130, 30, 40)),  # too wide: cut to 4/3 in the middle
-        (300, 30, (130, 0, 40, 30)),  # too high: cut to 3/4 in the middle
-        (30, 33, (0, 0, 30, 33)),  # within the ratio: whole
-    ],
-)
-def test_without_a_fitting_attempt_the_crop_is_central(
-    height: int, width: int, expected: tuple[int, ...]
-) -> None:
+def test_without_a_fitting_attempt_the_crop_is_central() -> None:
     never = ViewRecipe(scale=(3.0, 3.0))  # larger than the image
-    np.testing.assert_array_equal(draw_crops(random_uniforms(3), height, width, never)[0], expected)
+    for height, width, expected in (
+        (30, 300, [0, 130, 30, 40]),  # too wide: cut to 4/3 in the middle
+        (300, 30, [130, 0, 40, 30]),  # too high: cut to 3/4 in the middle
+        (30, 33, [0, 0, 30, 33]),  # within the ratio: whole
+    ):
+        boxes = draw_crops(random_uniforms(3), height, width, never)
+        np.testing.assert_array_equal(boxes, [expected] * 3)
 
 
 def test_every_image_of_a_batch_may_have_its_own_size() -> None:
     u, heights, widths = random_uniforms(3), [50, 1, 700], [80, 9, 20]
     together = draw_crops(u, heights, widths, ViewRecipe())
-    thin = ViewRecipe(ratio=(0.1, 0.2))  # which leaves no pixel
-    np.testing.assert_array_equal(draw_crops(u, 1, 1, thin), [[0, 0, 1, 1]] * 3)
     alone = [draw_crops(u[[k]], heights[k], widths[k], ViewRecipe())[0] for k in range(3)]
     np.testing.assert_array_equal(together, alone)
+    thin = ViewRecipe(ratio=(0.1, 0.2))  # which leaves no pixel
+    np.testing.assert_array_equal(draw_crops(u, 1, 1, thin), [[0, 0, 1, 1]] * 3)
 
 
-# Colours
-
-
-# vicreg@4e12602, augmentations.py; the paper's appendix C.1; solo-learn's recipe for CIFAR
-@pytest.mark.parametrize(
-    ("preset", "view", "expected"),
-    [
-        ("authors", 0, {"blur": 1.0, "solarize": 0.0}),
-        ("authors", 1, {"blur": 0.1, "solarize": 0.2}),
-        ("paper", 0, {"blur": 0.5, "solarize": 0.1}),
-        ("paper", 1, {"blur": 0.5, "solarize": 0.1}),
-        ("cifar", 0, {"blur": 0.0, "solarize": 0.1}),
-        ("cifar", 1, {"blur": 0.0, "solarize": 0.1}),
-    ],
-)
-def test_operations_are_as_frequent_as_published(
-    preset: str, view: int, expected: dict[str, float]
-) -> None:
-    drawn = draw_transforms(random_uniforms(100_000), PRESETS[preset][view])
-    common = {"flip": 0.5, "jitter": 0.8, "grayscale": 0.2}
-    measured = {name: drawn[name].mean() for name in common | expected}
-    assert measured == pytest.approx(common | expected, abs=0.008)  # five standard errors
+def test_operations_are_as_frequent_as_published() -> None:
+    # vicreg@4e12602, augmentations.py; the paper's appendix C.1; solo-learn's recipe for CIFAR
+    for recipe, blur, solarize in (
+        (PRESETS["authors"].x, 1.0, 0.0),
+        (PRESETS["authors"].x_prime, 0.1, 0.2),
+        (PRESETS["paper"].x, 0.5, 0.1),
+        (PRESETS["paper"].x_prime, 0.5, 0.1),
+        (PRESETS["cifar"].x, 0.0, 0.1),
+        (PRESETS["cifar"].x_prime, 0.0, 0.1),
+    ):
+        drawn = draw_transforms(random_uniforms(100_000), recipe)
+        expected = {"flip": 0.5, "jitter": 0.8, "grayscale": 0.2, "blur": blur}
+        expected["solarize"] = solarize
+        measured = {name: drawn[name].mean() for name in expected}
+        assert measured == pytest.approx(expected, abs=0.008)  # five standard errors
 
 
 @pytest.mark.parametrize("preset", ["authors", "paper", "cifar"])

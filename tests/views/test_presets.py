@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.views.presets import (
     PRESETS,
     Recipes,
-    describe,
     find_recipes,
     local_recipe,
     multi_crop_recipes,
@@ -30,6 +26,9 @@ scale: [0.5, 1]
 x_prime:
   blur: 0.25
 """
+EVERYTHING = (
+    "{preset: cifar, hue: 0.5, x: {scale: [0.3, 0.9]}, x_prime: {blur_sigma: [1, 2]}, local: {}}"
+)
 LOCAL = OWN + "local: {scale: [0.1, 0.3], blur: 0.75}\n"
 
 
@@ -40,22 +39,18 @@ def own(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_changes_a_preset_for_both_views_or_one(own: Path) -> None:
-    base = PRESETS["paper"][0]
-    both = replace(base, flip=0, scale=(0.5, 1.0))
+def test_a_file_changes_a_preset_for_all_views_or_one(own: Path) -> None:
+    both = replace(PRESETS["paper"].x, flip=0, scale=(0.5, 1.0))
     assert find_recipes(str(own)) == (both, replace(both, blur=0.25), local_recipe(both))
     assert TwoViews(32, str(own)).recipes == find_recipes(str(own))[:2]
-
-
-def test_a_file_changes_local_views_on_top_of_what_x_has_become() -> None:
-    x, _, local = find_recipes(yaml.safe_load(LOCAL))
-    assert local == replace(x, scale=(0.1, 0.3), blur=0.75)
+    local = find_recipes(yaml.safe_load(LOCAL)).local
+    assert local == replace(both, scale=(0.1, 0.3), blur=0.75)
+    # local views change on top of what x has become, and end where global ones start
     sharp = find_recipes({"x": {"flip": 0.25, "scale": [0.28, 1]}, "blur": 0})
     assert sharp.local == replace(sharp.x, scale=(0.1, 0.28))
-    assert (sharp.local.flip, sharp.local.blur) == (0.25, 0)
     assert find_recipes({"local": None}) == PRESETS["authors"]
     assert PRESETS["authors"].local.scale == (0.05, 0.14)  # SwAV's own
-    assert PRESETS["cifar"].local.scale == (0.0714, 0.2)  # they end where global ones start
+    assert PRESETS["cifar"].local.scale == (0.0714, 0.2)
 
 
 def test_global_views_take_turns_and_local_ones_follow() -> None:
@@ -67,38 +62,9 @@ def test_global_views_take_turns_and_local_ones_follow() -> None:
     assert multi_crop_recipes("cifar", num_local_views=1) == PRESETS["cifar"]
     with pytest.raises(ValueError, match="num_global_views must be at least 1, got 0"):
         multi_crop_recipes("cifar", num_global_views=0)
-    with pytest.raises(ValueError, match="num_local_views must be at least 0, got -1"):
-        multi_crop_recipes("cifar", num_local_views=-1)
 
 
-def test_a_preset_that_is_not_there_is_called_as_the_caller_calls_it() -> None:
-    with pytest.raises(ValueError, match=r"^preset must be one of authors, .* got 'strong'"):
-        multi_crop_recipes("strong")
-    with pytest.raises(ValueError, match=r"^augmentation must be one of authors, .* got 'strong'"):
-        find_recipes("strong")
-
-
-PROBABILITIES = st.floats(0, 1)
-RANGES = st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(sorted)
-CHANGES = st.fixed_dictionaries(
-    {}, optional={"flip": PROBABILITIES, "scale": RANGES, "hue": st.floats(0, 0.5)}
-)
-
-
-@given(
-    st.sampled_from([*PRESETS]),
-    CHANGES,
-    st.fixed_dictionaries({}, optional=dict.fromkeys(("x", "x_prime", "local"), CHANGES)),
-)
-@settings(deadline=None, max_examples=50)
-def test_what_a_file_says_survives_its_description(
-    preset: str, common: dict[str, Any], own: dict[str, Any]
-) -> None:
-    recipes = find_recipes({"preset": preset, **common, **own})
-    assert find_recipes(describe(recipes)) == recipes
-
-
-@pytest.mark.parametrize("content", [OWN, LOCAL])
+@pytest.mark.parametrize("content", [OWN, LOCAL, EVERYTHING])
 def test_config_yaml_holds_what_the_file_said_and_not_where_it_was(own: Path, content: str) -> None:
     own.write_text(content)
     args = parse_arguments(["--augmentation", str(own)])
@@ -116,21 +82,15 @@ def test_config_yaml_holds_what_the_file_said_and_not_where_it_was(own: Path, co
     ("content", "message"),
     [
         ("- 1", r"must map fields to values, got \[1\]"),
-        ("x: 3", "x, x_prime and local must map fields to values, got 3"),
         ("local: {preset: cifar}", r"and fields of a view \(blur, .*\), got preset"),
         ("flip: [", "must be valid YAML"),
-        ("fliip: 1", r"fields of a view \(blur, .*\), got fliip"),
         ("preset: strong", "preset must be one of authors, .* got 'strong'"),
         ("flip: true", "flip must be a number between 0 and 1, got True"),
-        ("hue: 0.6", "hue must be a number between 0 and 0.5, got 0.6"),
         ("contrast: .inf", "contrast must be a number at least 0, got inf"),
         ("scale: [1, 0.5]", r"scale must be two positive numbers, the lesser first, got \[1, 0.5"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_sentence(
-    content: str, message: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "views.yaml"
-    path.write_text(content)
+def test_what_cannot_be_is_refused_in_a_sentence(content: str, message: str, own: Path) -> None:
+    own.write_text(content)
     with pytest.raises(ValueError, match=message):
-        find_recipes(str(path))
+        find_recipes(str(own))

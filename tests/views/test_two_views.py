@@ -1,26 +1,24 @@
-"""Views as the published encoder asks of its images."""
+"""Views as the published encoder asks of its images, and what they refuse."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from seen import NOTHING
 from transformers import AutoImageProcessor
 
 from vicreg_hf import TwoViews, VICRegConfig, VICRegModel
 from vicreg_hf.views.presets import ViewRecipe
 
-NOTHING = ViewRecipe(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grayscale=0.0)
-
 
 def model(architecture: str, **model_args: Any) -> VICRegModel:
-    config = VICRegConfig(
-        architecture=architecture, model_args=model_args or None, expander_dims=[8]
-    )
-    return VICRegModel(config)
+    args = model_args or None
+    return VICRegModel(VICRegConfig(architecture=architecture, model_args=args, expander_dims=[8]))
 
 
 @pytest.mark.parametrize(
@@ -58,3 +56,57 @@ def test_another_size_is_asked_of_the_model_and_not_of_its_views() -> None:
         TwoViews.for_model(made, image_size=32)
     with pytest.raises(ValueError, match="must be the backbone's img_size, 64, got 32; build the"):
         made.set_image_size(32)
+
+
+IMAGES = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "indices", "message"),
+    [
+        (IMAGES.float(), [0, 1], r"got Tensor of torch\.float32 \(2, 3, 8, 8\); stack images"),
+        (IMAGES.movedim(1, 3), [0, 1], r"of torch\.uint8 \(2, 8, 8, 3\)"),
+        (IMAGES[:0], [], r"B at least 1, got .* \(0, 3, 8, 8\)"),
+        (list(IMAGES), [0, 1], "got list ; stack images of one size"),
+        (IMAGES, [0, 1, 2], "indices must be one for each of 2 images, got 3"),
+        (IMAGES, [0.0, 1.0], "indices must be whole numbers from 0, got float64"),
+        (IMAGES, [0, -1], "indices must be whole numbers from 0, got int64 from -1"),
+    ],
+)
+def test_images_and_indices_that_cannot_be_are_refused(
+    images: Any, indices: Any, message: str
+) -> None:
+    views = TwoViews(image_size=8)
+    with pytest.raises(ValueError, match=message):
+        views(images, indices)
+    if message.startswith("indices"):
+        with pytest.raises(ValueError, match=message):
+            views.crop(list(images), indices)
+        with pytest.raises(ValueError, match=message):
+            views.transform_crops((images, images), indices)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "x"}, "^preset must be one of authors, .*, a YAML file or its content, got 'x"),
+        (
+            {"preset": ViewRecipe()},
+            r"^preset must be one of .*, got ViewRecipe\(.*; give .*, as \(",
+        ),
+        ({"preset": {"fliip": 1}}, "^preset must hold preset, x, x_prime, .*, got fliip"),
+        ({"preset": (NOTHING,) * 3}, "^preset must be a name or a ViewRecipe for each of 2 views,"),
+        ({"image_size": 0}, "number of at least 1 pixel, got 0"),
+        ({"image_size": [8, 8.5]}, r"number of at least 1 pixel, got \[8, 8.5\]"),
+        ({"image_size": [8]}, "image_size must be one for all views or one for each of 2, got 1"),
+        ({"mean": [[0.5]] * 3}, "mean must be one for all views or one for each of 2, got 3"),
+        ({"std": [[0.5], [0.1] * 4]}, r"std must be .*, one for each of 3 channels .*, got \[0.1"),
+        ({"std": [0.5, 0.0, 0.5]}, r"std must be above 0 for every channel, got \[0.5, 0.0, 0.5"),
+        ({"mean": [math.nan]}, r"mean must be a list of finite numbers, .*, got \[nan\]"),
+        ({"mean": [None] * 3}, "mean must be a list of finite numbers, .*, got"),
+        ({"in_chans": 0}, "in_chans must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TwoViews(**settings)
