@@ -46,7 +46,8 @@ def complete_prime(description: Mapping[str, Any], config: VICRegConfig) -> dict
             encoder_config: for texts and waveforms, the whole configuration of a model of
                 transformers.
             preparation: for texts max_length in tokens, for waveforms sampling_rate in hertz and
-                seconds, for spectrograms the fields of `SpectrogramSettings`.
+                seconds, for spectrograms the fields of `SpectrogramSettings`,
+                for images value_range.
             num_features: for precomputed embeddings, their width.
             expander_dims: widths of the second expander; by default the first's.
         config: the configuration of the first branch.

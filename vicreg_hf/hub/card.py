@@ -56,6 +56,7 @@ def model_card(
         pretrained_cfg=config.pretrained_cfg, num_features=model.num_features, origin=origin,
         branches=None if record is None else branches(config, record),
         own_branch="the first", spectrogram=config.spectrogram, started_from=base,
+        value_range=config.value_range,
     )  # fmt: skip
 
 
@@ -99,6 +100,7 @@ def second_card(
         started_from=base, loader=loader[0], loaded_part=loader[1],
         max_length=record.args["prime_max_length"],
         spectrogram=prime["preparation"] if prime["modality"] == "audio" else None,
+        value_range=(prime["preparation"] or {}).get("value_range"),
     )  # fmt: skip
 
 

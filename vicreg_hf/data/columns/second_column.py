@@ -16,6 +16,9 @@ from vicreg_hf.data.columns.vectors import VectorColumn
 from vicreg_hf.data.columns.waveforms import WaveformColumn
 from vicreg_hf.models.tokenizers import load_tokenizer
 
+RANGED = 64
+"""Rows from which the range of values of images is taken."""
+
 
 def open_second_column(
     table: datasets.Dataset,
@@ -41,7 +44,8 @@ def open_second_column(
     """
     if modality == "image":
         found = find_image_column(table.features, name)
-        return ImageColumn(found, table.features[found], channels)
+        image = ImageColumn(found, table.features[found], channels, **preparation)
+        return image.with_range(image.prepare(table.take(RANGED))[found])
     name = find_second_column(table.features, modality, name)  # before the Hub may be asked
     if modality == "text":
         return TextColumn(name, load_tokenizer(str(tokenizer)), **preparation)

@@ -15,6 +15,7 @@ from torch import nn
 
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.data.columns.base import Column
+from vicreg_hf.data.columns.images import ImageColumn
 from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
 from vicreg_hf.data.columns.texts import TextColumn
 from vicreg_hf.data.columns.vectors import VectorColumn
@@ -101,6 +102,8 @@ def _create_second_encoder(
         }, encoder  # fmt: skip
     if args.prime_architecture is None and own is None:
         own = args.model_args
+    if isinstance(column, ImageColumn) and column.value_range is not None:
+        prime["preparation"] = {"value_range": column.value_range}
     spectrograms = column.settings if isinstance(column, SpectrogramColumn) else None
     if spectrograms is not None:
         own = (own or {}) | {"in_chans": 1}
