@@ -26,17 +26,18 @@ class Terms(NamedTuple):
     covariance: Tensor
 
 
+def weighted(
+    invariance: Tensor, variance: Tensor, covariance: Tensor, *,
+    sim_coeff: float = 25.0, std_coeff: float = 25.0, cov_coeff: float = 1.0,
+) -> Terms:  # fmt: skip
+    total = sim_coeff * invariance + std_coeff * variance + cov_coeff * covariance
+    return Terms(total, invariance, variance, covariance)
+
+
 def authors_loss(
-    x: Tensor,
-    y: Tensor,
-    *,
-    sim_coeff: float = 25.0,
-    std_coeff: float = 25.0,
-    cov_coeff: float = 1.0,
-    gamma: float = 1.0,
-    eps: float = 1e-4,
-    variance_reduction: VarianceReduction = "mean",
-) -> Terms:
+    x: Tensor, y: Tensor, *, gamma: float = 1.0, eps: float = 1e-4,
+    variance_reduction: VarianceReduction = "mean", **coefficients: float,
+) -> Terms:  # fmt: skip
     """vicreg@4e12602, main_vicreg.py, VICReg.forward, written out; autograd differentiates it."""
     num_rows, dim = x.shape
     invariance = F.mse_loss(x, y)
@@ -48,25 +49,14 @@ def authors_loss(
         covariance = (centred.T @ centred) / (num_rows - 1)
         off_diagonal = covariance[~torch.eye(dim, dtype=torch.bool)]
         squares.append(off_diagonal.pow(2).sum() / dim)
-    variance = hinges[0] + hinges[1]
-    if variance_reduction == "mean":
-        variance = variance / 2
-    covariance = squares[0] + squares[1]
-    total = sim_coeff * invariance + std_coeff * variance + cov_coeff * covariance
-    return Terms(total, invariance, variance, covariance)
+    variance = (hinges[0] + hinges[1]) / (2 if variance_reduction == "mean" else 1)
+    return weighted(invariance, variance, squares[0] + squares[1], **coefficients)
 
 
 def plain_loss(
-    views: Sequence[Tensor],
-    num_global: int,
-    *,
-    sim_coeff: float = 25.0,
-    std_coeff: float = 25.0,
-    cov_coeff: float = 1.0,
-    gamma: float = 1.0,
-    eps: float = 1e-4,
-    variance_reduction: VarianceReduction = "mean",
-) -> Terms:
+    views: Sequence[Tensor], num_global: int, *, gamma: float = 1.0, eps: float = 1e-4,
+    variance_reduction: VarianceReduction = "mean", **coefficients: float,
+) -> Terms:  # fmt: skip
     """The definition for V views, pair by pair and view by view; autograd differentiates it."""
     numbered = combinations(enumerate(views), 2)
     errors = [F.mse_loss(a, b) for (i, a), (_, b) in numbered if i < num_global]
@@ -77,9 +67,7 @@ def plain_loss(
         squares.append((matrix - matrix.diag().diag()).square().sum() / z.shape[1])
     invariance = torch.stack(errors).mean() if errors else hinges[0] * 0
     variance = torch.stack(hinges).mean() * (1 if variance_reduction == "mean" else 2)
-    covariance = torch.stack(squares).mean() * 2
-    total = sim_coeff * invariance + std_coeff * variance + cov_coeff * covariance
-    return Terms(total, invariance, variance, covariance)
+    return weighted(invariance, variance, torch.stack(squares).mean() * 2, **coefficients)
 
 
 LOSSES: dict[str, tuple[int, Callable[..., Tensor], Callable[..., Tensor]]] = {
