@@ -58,8 +58,10 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
-def gloo() -> GlooPool:
-    return GlooPool()
+def gloo() -> Iterator[GlooPool]:
+    pool = GlooPool()
+    yield pool
+    pool.close()
 
 
 @contextmanager

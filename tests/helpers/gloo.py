@@ -1,4 +1,4 @@
-"""Processes of a test, each call's in a fresh gloo group."""
+"""Processes that tests share; every call forms a fresh gloo group among them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from warm import context
 
+MAX_PROCESSES = 4
 TIMEOUT = timedelta(minutes=3)
 """That a rank waits for others, whose processes may be starting on a busy machine."""
 
@@ -22,21 +23,22 @@ TIMEOUT = timedelta(minutes=3)
 class GlooPool:
     """Runs a function in several processes at once, as the ranks of one gloo group."""
 
+    def __init__(self) -> None:
+        self.pool = ProcessPoolExecutor(MAX_PROCESSES, context(), _prepare)
+
     def run(self, num_processes: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What `function(*args)` returns on every rank, in rank order.
 
         Args:
-            num_processes: W.
+            num_processes: at most `MAX_PROCESSES`.
             function: at the top level of a module; it may use torch.distributed.
             *args: anything that pickles; tensors are better made from a seed on the other side.
         """
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            ProcessPoolExecutor(num_processes, context(), _prepare) as pool,
-        ):
+        with tempfile.TemporaryDirectory() as folder:
             group = {"init_method": f"file://{folder}/store", "world_size": num_processes}
+            # Each has a process of its own, as none ends before all have met at the barrier.
             futures = [
-                pool.submit(_as_rank, group | {"rank": rank}, function, args)
+                self.pool.submit(_as_rank, group | {"rank": rank}, function, args)
                 for rank in range(num_processes)
             ]
             # Where one rank fails the others wait for it in vain: every error is shown.
@@ -44,6 +46,9 @@ class GlooPool:
         if errors:
             raise BaseExceptionGroup(f"{len(errors)} of {num_processes} ranks failed", errors)
         return [pickle.loads(future.result()) for future in futures]
+
+    def close(self) -> None:
+        self.pool.shutdown()
 
 
 def _prepare() -> None:
