@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 
 # Tests compare bits and two processes with one, as a CPU gives them: also where there is a GPU.
@@ -14,7 +15,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 gc.disable()
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ def pytest_xdist_auto_num_workers() -> int:
     """One more than cores, as tests wait for clocks and for processes that they start."""
     affinity = getattr(os, "sched_getaffinity", None)
     return (os.cpu_count() or 1 if affinity is None else len(affinity(0))) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest tests first, so that no worker is alone with them at the end."""
+    items.sort(key=lambda item: "workflows" not in item.path.parts)
 
 
 def pytest_sessionstart() -> None:
@@ -109,8 +115,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbed; tests copy it."""
+    """A run that nothing disturbed, beside a file of what it printed; tests copy it."""
     directory = tmp_path_factory.mktemp("runs") / "whole"
-    with on_one_core():
+    with on_one_core(), redirect_stdout(io.StringIO()) as printed:
         train(images, directory, *WHOLE)
+    (directory.parent / "printed").write_text(printed.getvalue())
     return directory

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import collections
 import functools
+import inspect
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ PACKAGE = "vicreg_hf"
 aten = torch.ops.aten
 ASKS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select}
 """Operations whose answer, or its size, the host must know."""
-CROSSES = {aten.copy_, aten._to_copy, aten.set_, aten._has_compatible_shallow_copy_type}
+COPIES = {aten.copy_, aten._to_copy}
+CROSSES = {*COPIES, aten.set_, aten._has_compatible_shallow_copy_type}
 """Operations that may have tensors of both devices."""
 waits: collections.Counter[str] = collections.Counter()
 
@@ -67,74 +68,71 @@ class Elsewhere(torch.Tensor):
         note()
         return self.inner.tolist()
 
-    def __array__(self, *_: Any, **__: Any) -> Any:
+    def numpy(self, *_: Any, **__: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         raise TypeError(f"a tensor is {NAME} and no array")
 
-    def numpy(self, **_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.__array__()
+    __array__ = numpy
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return call(func, args, kwargs or {})
+    def __torch_dispatch__(cls, *words: Any) -> Any:
+        return call(*words)
 
 
 class Pretend(TorchDispatchMode):
     """Where tensors may be made on that device."""
 
-    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return call(func, args, kwargs or {})
+    def __torch_dispatch__(self, *words: Any) -> Any:
+        return call(*words)
 
 
 def note() -> None:
     """Remember which function of the package waits."""
-    own = [frame for frame in traceback.extract_stack() if f"/{PACKAGE}/" in frame.filename]
-    waits[f"{Path(own[-1].filename).stem}.{own[-1].name}" if own else "outside"] += 1
+    frame = inspect.currentframe()
+    while frame is not None and f"/{PACKAGE}/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    code = None if frame is None else frame.f_code
+    waits["outside" if code is None else f"{Path(code.co_filename).stem}.{code.co_name}"] += 1
 
 
-def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    given, name = tree_leaves((args, kwargs)), func.overloadpacket
-    away = [x for x in given if isinstance(x, Elsewhere)]
-    here = [x for x in given if isinstance(x, torch.Tensor) and not isinstance(x, Elsewhere)]
+def call(func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """Do what torch has been asked for by the CPU, and note it where a GPU would have waited."""
+    name, kwargs = func.overloadpacket, kwargs or {}
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    away = [x for x in tensors if isinstance(x, Elsewhere)]
     wanted = kwargs.get("device")
     there = torch.device(wanted).type == NAME if wanted is not None else bool(away)
-    if name is aten.copy_ and not isinstance(args[0], Elsewhere):
-        there = False
+    if name is aten.copy_:
+        there = isinstance(args[0], Elsewhere)
     if away and (name in ASKS or (name in CROSSES and not there)):
         note()
-    if there and name in (aten.copy_, aten._to_copy):
-        source = args[1] if name is aten.copy_ else args[0]
-        blocks = not kwargs.get("non_blocking", False) and True not in args[2:]
-        if blocks and not isinstance(source, Elsewhere) and source.numel() > 0:
+    if there and name in COPIES and not kwargs.get("non_blocking") and True not in args[2:]:
+        source = args[name is aten.copy_]
+        if not isinstance(source, Elsewhere) and source.numel() > 0:
             note()
+    here = [x for x in tensors if not isinstance(x, Elsewhere)]
     if away and name not in CROSSES and any(x.ndim for x in here):
         raise RuntimeError(f"{func} has tensors of the CPU and of another device")
-    if name is aten._local_scalar_dense:
-        there = False
     args_here, kwargs_here = tree_map_only(Elsewhere, lambda x: x.inner, (args, kwargs))
     if wanted is not None:
         kwargs_here = kwargs_here | {"device": torch.device("cpu")}
     out = func(*args_here, **kwargs_here)
-    if not there:
+    if not there or name is aten._local_scalar_dense:
         return out
     out = tree_map_only(torch.Tensor, Elsewhere, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if away else out
 
 
-def register() -> None:
-    """Make the device known to torch, and `torch.tensor` able to make its tensors."""
-    _setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
-    for name in ("tensor", "as_tensor"):
-        setattr(torch, name, functools.partial(_made, getattr(torch, name)))
-
-
-def _made(make: Any, values: Any, *args: Any, device: Any = None, **given: Any) -> torch.Tensor:
+def made_there(make: Any, values: Any, *args: Any, device: Any = None, **given: Any) -> Any:
+    """What `torch.tensor` makes, also on that device."""
     tensor = values if isinstance(values, Elsewhere) else make(values, *args, **given)
     return tensor if device is None else tensor.to(device)
 
 
 if __name__ == "__main__":
     os.environ["ACCELERATE_TORCH_DEVICE"] = f"{NAME}:0"
-    register()
+    _setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
+    for name in ("tensor", "as_tensor"):
+        setattr(torch, name, functools.partial(made_there, getattr(torch, name)))
     from vicreg_hf.settings.command_line import parse_arguments
     from vicreg_hf.training.pretrain import pretrain
 

@@ -155,62 +155,59 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
     def do_GET(self) -> None:
-        self.answer()
-
-    do_HEAD = do_POST = do_GET  # noqa: N815
-
-    def answer(self) -> None:
-        url = urlsplit(self.path)
-        path = unquote(url.path)
+        path = unquote(urlsplit(self.path).path)
         fault = self.hub.fault(self.command, path)
         if fault is not None and fault.status == DROP:
             self.rfile.read(min(64, int(self.headers.get("Content-Length", 0))))
             self.close_connection = True
             self.connection.close()
             return
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.token = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        self.status, self.more = 200, dict[str, str]()
         if fault is not None and fault.status == SILENCE:
             self.hub.closed.wait()
             self.close_connection = True
-            return
-        if fault is not None:
+        elif fault is not None:
             own = {"error": f"fault {fault.status}"}
             self.say(fault.status, own if fault.content is None else fault.content)
-            return
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-        if token and token not in (WRITER, READER, STRANGER):
-            self.say(401, {"error": "Invalid username or password."})
-            return
-        for method, pattern, answer in _ROUTES:
-            found = re.fullmatch(pattern, path)
-            if found and self.command in method:
-                try:
-                    answer(self, token, body, *found.groups())
-                except Refusal as refusal:
-                    self.say(refusal.status, {"error": str(refusal)}, **refusal.headers)
-                return
-        self.say(404, {"error": f"no route {self.command} {path}"})
+        else:
+            try:
+                content = self.answer(path)
+                self.say(self.status, content)
+            except Refusal as refusal:
+                self.more |= refusal.headers
+                self.say(refusal.status, {"error": str(refusal)})
 
-    # Answers
+    do_HEAD = do_POST = do_GET  # noqa: N815
 
-    def say(self, status: int, content: Any = None, **headers: str) -> None:
+    def say(self, status: int, content: Any) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in self.more.items():
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def repository(self, key: str, token: str, *, write: bool = False) -> Repository:
+    def answer(self, path: str) -> Any:
+        if self.token and self.token not in (WRITER, READER, STRANGER):
+            raise Refusal(401, "Invalid username or password.")
+        for method, pattern, function in _ROUTES:
+            found = re.fullmatch(pattern, path)
+            if found and self.command in method:
+                return function(self, *found.groups())
+        raise Refusal(404, f"no route {self.command} {path}")
+
+    def repository(self, key: str, *, write: bool = False) -> Repository:
         """The repository if this token may see it, and write to it if needed."""
         found = self.hub.repositories.get(key)
-        if found is None or (found.private and token not in (WRITER, READER)):
-            status = 404 if token else 401
+        if found is None or (found.private and self.token not in (WRITER, READER)):
+            status = 404 if self.token else 401
             raise Refusal(status, "Repository not found", X_Error_Code="RepoNotFound")
-        if write and token != WRITER:
-            raise Refusal(403 if token else 401, "You may not write here.")
+        if write and self.token != WRITER:
+            raise Refusal(403 if self.token else 401, "You may not write here.")
         return found
 
     def commit(self, found: Repository, revision: str) -> int:
@@ -219,41 +216,41 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "Revision not found", X_Error_Code="RevisionNotFound")
         return number
 
-    def create(self, token: str, body: bytes) -> None:
-        wanted = json.loads(body)
+    # Answers
+
+    def create(self) -> Any:
+        wanted = json.loads(self.body)
         kind = wanted.get("type") or "model"
         name = f"{wanted.get('organization') or 'org'}/{wanted['name']}"
-        key, shown = f"{kind}s/{name}", name if kind == "model" else f"{kind}s/{name}"
-        if token != WRITER:
-            raise Refusal(403 if token else 401, "You may not make repositories.")
-        url = {"url": f"{self.hub.endpoint}/{shown}"}
+        key = f"{kind}s/{name}"
+        if self.token != WRITER:
+            raise Refusal(403 if self.token else 401, "You may not make repositories.")
         if key in self.hub.repositories:
-            self.say(409, url | {"error": "You already created this repo"})
-            return
-        self.hub.repositories[key] = Repository(wanted.get("visibility") == "private")
-        self.say(200, url)
+            self.status = 409  # it is there already
+        else:
+            self.hub.repositories[key] = Repository(wanted.get("visibility") == "private")
+        return {"url": f"{self.hub.endpoint}/{key.removeprefix('models/')}"}
 
-    def branch(self, token: str, _: bytes, key: str, name: str) -> None:
-        found = self.repository(key, token, write=True)
+    def branch(self, key: str, name: str) -> Any:
+        found = self.repository(key, write=True)
         if name in found.branches:
             raise Refusal(409, "Reference already exists")
         found.branches[name] = found.branches["main"]
-        self.say(200, {})
+        return {}
 
-    def validate(self, *_: Any) -> None:
-        self.say(200, {"errors": [], "warnings": []})
+    def validate(self) -> Any:
+        return {"errors": [], "warnings": []}
 
-    def preupload(self, token: str, body: bytes, key: str, revision: str) -> None:
-        self.commit(self.repository(key, token, write=True), revision)
+    def preupload(self, key: str, revision: str) -> Any:
+        self.commit(self.repository(key, write=True), revision)
         regular = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
-        files = [{"path": file["path"], **regular} for file in json.loads(body)["files"]]
-        self.say(200, {"files": files})
+        return {"files": [regular | {"path": f["path"]} for f in json.loads(self.body)["files"]]}
 
-    def push(self, token: str, body: bytes, key: str, revision: str) -> None:
-        found = self.repository(key, token, write=True)
+    def push(self, key: str, revision: str) -> Any:
+        found = self.repository(key, write=True)
         self.commit(found, revision)
         files = dict(found.files(revision))
-        for entry in map(json.loads, body.splitlines()):
+        for entry in map(json.loads, self.body.splitlines()):
             value = entry["value"]
             if entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
@@ -264,40 +261,39 @@ class _Handler(BaseHTTPRequestHandler):
             number = found.branches[revision] = len(found.commits) - 1
         sha = found.sha(number)
         url = f"{self.hub.endpoint}/{key.removeprefix('models/')}/commit/{sha}"
-        self.say(200, {"success": True, "commitOid": sha, "commitUrl": url})
+        return {"success": True, "commitOid": sha, "commitUrl": url}
 
-    def info(self, token: str, _: bytes, key: str, revision: str = "main") -> None:
-        found = self.repository(key, token)
+    def info(self, key: str, revision: str = "main") -> Any:
+        found = self.repository(key)
         number = self.commit(found, revision)
         kind, name = key.split("/", 1)
         card = found.commits[number].get("README.md", b"").decode()
         tagged = re.search(r"^pipeline_tag: (.+)$", card, re.MULTILINE)
-        self.say(200, {
+        return {
             "_id": "0" * 24, "id": name, f"{kind[:-1]}Id": name, "private": found.private,
             "sha": found.sha(number), "tags": [], "downloads": 0, "likes": 0,
             "library_name": "transformers", "pipeline_tag": tagged[1] if tagged else None,
             "siblings": [{"rfilename": file} for file in found.commits[number]],
-        })  # fmt: skip
+        }  # fmt: skip
 
-    def tree(self, token: str, _: bytes, key: str, revision: str, folder: str) -> None:
-        found = self.repository(key, token)
+    def tree(self, key: str, revision: str, folder: str) -> Any:
+        found = self.repository(key)
         files = found.commits[self.commit(found, revision)]
         inside = {k: v for k, v in files.items() if k.startswith(folder)}
         if folder and not inside:
             raise Refusal(404, "Entry not found", X_Error_Code="EntryNotFound")
-        self.say(200, [
-            {"type": "file", "path": k, "size": len(v), "oid": hashlib.sha1(v).hexdigest()}
-            for k, v in inside.items()
-        ])  # fmt: skip
+        return [{"type": "file", "path": k, "size": len(v), "oid": hashlib.sha1(v).hexdigest()}
+                for k, v in inside.items()]  # fmt: skip
 
-    def resolve(self, token: str, _: bytes, kind: str, name: str, revision: str, file: str) -> None:
-        found = self.repository(f"{kind or 'models/'}{name}", token)
+    def resolve(self, kind: str | None, name: str, revision: str, file: str) -> Any:
+        found = self.repository(f"{kind or 'models/'}{name}")
         number = self.commit(found, revision)
-        headers = {"X_Repo_Commit": found.sha(number)}
+        self.more["X_Repo_Commit"] = found.sha(number)
         content = found.commits[number].get(file)
         if content is None:
-            raise Refusal(404, "Entry not found", X_Error_Code="EntryNotFound", **headers)
-        self.say(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', **headers)
+            raise Refusal(404, "Entry not found", X_Error_Code="EntryNotFound")
+        self.more["ETag"] = f'"{hashlib.sha1(content).hexdigest()}"'
+        return content
 
 
 _KEY = r"/api/((?:models|datasets)/[^/]+/[^/]+)"

@@ -8,7 +8,7 @@ import importlib
 for name in (
     "vicreg_hf.training.pretrain", "vicreg_hf.training.monitoring.preview",
     "vicreg_hf.training.replay", "vicreg_hf.evaluation.evaluate", "vicreg_hf.features.extract",
-    "workflow", "torch.distributed", "matplotlib.backends.backend_agg",
+    "gloo", "torch.distributed", "matplotlib.backends.backend_agg",
     "transformers.models.timm_wrapper.modeling_timm_wrapper",
 ):  # fmt: skip
     importlib.import_module(name)

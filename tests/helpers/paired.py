@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,87 +27,69 @@ SHAPES: dict[str, Callable[[Any, Any], Any]] = {  # of distances from the centre
     "triangle": lambda y, x: (abs(y) <= 1) & (abs(x) <= (y + 1) / 2),
     "cross": lambda y, x: (np.minimum(abs(y), abs(x)) <= 0.35) & (np.maximum(abs(y), abs(x)) <= 1),
 }
+ROWS, SIDES = ("top", "middle", "bottom"), ("left", "middle", "right")
 SIZES = {"small": 3.6, "large": 5.4}
 """Radius in pixels."""
-ROWS, SIDES = ("top", "middle", "bottom"), ("left", "middle", "right")
+FACTORS = (COLOURS, SHAPES, ROWS, SIDES, SIZES)
 SIDE = 32
 """Of an image, in pixels."""
 WIDTH = 16
 """Of a vector."""
 TIMBRES = ("sine", "square", "sawtooth")
-Factors = dict[str, NDArray[np.int64]]
 
 
-def draw_factors(count: int, rng: np.random.Generator) -> Factors:
-    """What each image shows, by number: colour, shape, row, side, size."""
-    kinds = {"colour": COLOURS, "shape": SHAPES, "row": ROWS, "side": SIDES, "size": SIZES}
-    return {name: rng.integers(len(choices), size=count) for name, choices in kinds.items()}
-
-
-def draw_images(factors: Factors, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """A coloured shape on noise each, as PNG."""
-    grid = np.mgrid[0:SIDE, 0:SIDE].astype(float)
-    images = []
-    for colour, shape, row, side, size in zip(*factors.values(), strict=True):
-        centre = np.array([6 + 10 * row, 6 + 10 * side])[:, None, None] + rng.uniform(-1, 1)
-        y, x = (grid - centre) / list(SIZES.values())[size]
+def draw(count: int, rng: np.random.Generator) -> tuple[list[tuple[str, ...]], list[Any]]:
+    """A word for each of the factors of each image, and the coloured shapes on noise, as PNG."""
+    numbers = [rng.integers(len(choices), size=count) for choices in FACTORS]
+    shown, pictures = [], []
+    for own in zip(*numbers, strict=True):
+        words = tuple(list(k)[number] for k, number in zip(FACTORS, own, strict=True))
+        colour, shape, _, _, size = words
+        centre = (6 + 10 * np.array(own[2:4]))[:, None, None] + rng.uniform(-1, 1)
+        y, x = (np.mgrid[0:SIDE, 0:SIDE].astype(float) - centre) / SIZES[size]
         pixels = rng.normal(90, 20, (SIDE, SIDE, 3))
-        inside = list(SHAPES.values())[shape](y, x)
-        pixels[inside] = list(COLOURS.values())[colour] + rng.normal(0, 12, (inside.sum(), 3))
+        inside = SHAPES[shape](y, x)
+        pixels[inside] = COLOURS[colour] + rng.normal(0, 12, (inside.sum(), 3))
         buffer = io.BytesIO()
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
-        images.append({"bytes": buffer.getvalue(), "path": None})
-    return images
+        shown.append(words)
+        pictures.append({"bytes": buffer.getvalue(), "path": None})
+    return shown, pictures
 
 
-def captions_of(factors: Factors) -> list[list[str]]:
-    """Two paraphrases of each image: "a small red circle at the top left", and another order."""
-    found = []
-    for colour, shape, row, side, size in zip(*factors.values(), strict=True):
-        what = f"{list(SIZES)[size]} {list(COLOURS)[colour]} {list(SHAPES)[shape]}"
-        place = f"the {ROWS[row]} {SIDES[side]}"
-        found.append([f"a {what} at {place}", f"in {place} there is a {what}"])
-    return found
+def write_captions(folder: Path, **sizes: int) -> Path:
+    """Columns `picture`; `caption`, a string; `captions`, one or two."""
+
+    def columns(count: int, rng: np.random.Generator) -> dict[str, Any]:
+        shown, pictures = draw(count, rng)
+        what = [f"{size} {colour} {shape}" for colour, shape, _, _, size in shown]
+        where = [f"the {row} {side}" for _, _, row, side, _ in shown]
+        first = [f"a {a} at {b}" for a, b in zip(what, where, strict=True)]
+        other = [f"in {b} there is a {a}" for a, b in zip(what, where, strict=True)]
+        both = zip(first, other, strict=True)
+        captions = [list(pair[: 1 + k % 2]) for k, pair in enumerate(both)]
+        return {"picture": pictures, "caption": first, "captions": captions}
+
+    text = datasets.Value("string")
+    kinds = {"picture": datasets.Image(), "caption": text, "captions": datasets.List(text)}
+    return _write(folder, columns, kinds, **sizes)
 
 
-def write_captions(folder: Path, *, rows: int = 64, test_rows: int = 32, seed: int = 0) -> Path:
-    """Columns `picture`; `caption`, a string; `captions`, one or two; `shape`, a class."""
-    for split, rng, count in _splits(rows, test_rows, seed):
-        factors = draw_factors(count, rng)
-        both = captions_of(factors)
-        columns = {
-            "picture": draw_images(factors, rng),
-            "caption": [first for first, _ in both],
-            "captions": [pair[: 1 + k % 2] for k, pair in enumerate(both)],
-            "shape": factors["shape"],
-        }
-        text = datasets.Value("string")
-        features = {"caption": text, "captions": datasets.List(text), "shape": _classes(SHAPES)}
-        _write(folder, split, columns, {"picture": datasets.Image()} | features)
-    return folder
+def write_vectors(folder: Path, **sizes: int) -> Path:
+    """Columns `picture`; `vector`, a fixed random projection of its factors."""
+    directions = [np.random.default_rng(n).normal(0, 1, (len(k), WIDTH))
+                  for n, k in enumerate(FACTORS)]  # fmt: skip
 
+    def columns(count: int, rng: np.random.Generator) -> dict[str, Any]:
+        shown, pictures = draw(count, rng)
+        numbers = np.array([[list(k).index(w) for k, w in zip(FACTORS, words, strict=True)]
+                            for words in shown])  # fmt: skip
+        vectors = sum(d[column] for d, column in zip(directions, numbers.T, strict=True))
+        noise = rng.normal(0, 0.05, (count, WIDTH))
+        return {"picture": pictures, "vector": (vectors + noise).astype(np.float32)}
 
-def write_vectors(folder: Path, *, rows: int = 64, test_rows: int = 32, seed: int = 0) -> Path:
-    """Columns `picture`; `vector`, a fixed random network's view of its factors; `shape`."""
-    fixed = np.random.default_rng(1234)
-    sizes = [len(COLOURS) + len(SHAPES) + len(ROWS) + len(SIDES) + len(SIZES), 64, WIDTH]
-    weights = [fixed.normal(0, a**-0.5, (a, b)) for a, b in pairwise(sizes)]
-    for split, rng, count in _splits(rows, test_rows, seed):
-        factors = draw_factors(count, rng)
-        kinds = (COLOURS, SHAPES, ROWS, SIDES, SIZES)
-        coded = np.concatenate(
-            [np.eye(len(k))[numbers] for k, numbers in zip(kinds, factors.values(), strict=True)], 1
-        )
-        vectors = np.tanh(3 * coded @ weights[0]) @ weights[1]
-        columns = {
-            "picture": draw_images(factors, rng),
-            "vector": (vectors + rng.normal(0, 0.05, vectors.shape)).astype(np.float32),
-            "shape": factors["shape"],
-        }
-        vector = datasets.List(datasets.Value("float32"), length=WIDTH)
-        features = {"picture": datasets.Image(), "vector": vector, "shape": _classes(SHAPES)}
-        _write(folder, split, columns, features)
-    return folder
+    vector = datasets.List(datasets.Value("float32"), length=WIDTH)
+    return _write(folder, columns, {"picture": datasets.Image(), "vector": vector}, **sizes)
 
 
 def tone(kind: int, rate: int, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -125,23 +106,20 @@ def tone(kind: int, rate: int, rng: np.random.Generator) -> NDArray[np.float32]:
     return (0.3 * wave + rng.normal(0, 0.02, rate)).astype(np.float32)
 
 
-def write_clips(
-    folder: Path, *, rows: int = 64, test_rows: int = 32, rate: int = 16_000, seed: int = 0
-) -> Path:
+def write_clips(folder: Path, *, rate: int = 16_000, **sizes: int) -> Path:
     """Columns `sound`, a second of WAV each, and `kind`, one of 12 classes; rate in Hz."""
+
+    def columns(count: int, rng: np.random.Generator) -> dict[str, Any]:
+        kinds = rng.integers(12, size=count)
+        return {"sound": [encode_sound(tone(int(kind), rate, rng), rate) for kind in kinds],
+                "kind": kinds}  # fmt: skip
+
     names = [
         f"{TIMBRES[kind % 3]} {('low', 'high')[kind // 3 % 2]} {('steady', 'beating')[kind // 6]}"
         for kind in range(12)
     ]
-    for split, rng, count in _splits(rows, test_rows, seed):
-        kinds = rng.integers(12, size=count)
-        columns = {
-            "sound": [encode_sound(tone(int(kind), rate, rng), rate) for kind in kinds],
-            "kind": kinds,
-        }
-        features = {"sound": datasets.Value("binary"), "kind": _classes(names)}
-        _write(folder, split, columns, features, audio="sound")
-    return folder
+    kinds = {"sound": datasets.Value("binary"), "kind": datasets.ClassLabel(names=names)}
+    return _write(folder, columns, kinds, **sizes)
 
 
 def encode_sound(samples: NDArray[Any], rate: int, kind: str = "WAV", **options: Any) -> bytes:
@@ -154,7 +132,7 @@ def encode_sound(samples: NDArray[Any], rate: int, kind: str = "WAV", **options:
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word of the captions, between [CLS] and [SEP]."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    words = {"a", "at", "the", "in", "there", "is", *COLOURS, *SHAPES, *SIZES, *ROWS, *SIDES}
+    words = {"a", "at", "the", "in", "there", "is"}.union(*FACTORS)
     vocabulary = {word: number for number, word in enumerate(special + sorted(words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore
@@ -183,20 +161,16 @@ def write_text_encoder(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def _splits(rows: int, test_rows: int, seed: int) -> list[tuple[str, np.random.Generator, int]]:
-    counts = {"train": rows, "test": test_rows}
-    return [(k, np.random.default_rng([seed, n]), counts[k]) for n, k in enumerate(counts)]
-
-
-def _classes(names: Any) -> datasets.ClassLabel:
-    return datasets.ClassLabel(names=list(names))
-
-
 def _write(
-    folder: Path, split: str, columns: Any, features: Any, *, audio: str | None = None
-) -> None:
-    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    if audio is not None:  # made as Audio at once, it would be encoded by torchcodec
-        table = table.cast_column(audio, datasets.Audio())
+    folder: Path, columns: Callable[..., dict[str, Any]], kinds: dict[str, Any], *,
+    rows: int = 64, test_rows: int = 32, seed: int = 0,
+) -> Path:  # fmt: skip
+    """A parquet data set, whose splits are made from their numbers of rows and a generator."""
     folder.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(folder / f"{split}.parquet")
+    for number, (split, count) in enumerate({"train": rows, "test": test_rows}.items()):
+        made = columns(count, np.random.default_rng([seed, number]))
+        table = datasets.Dataset.from_dict(made, features=datasets.Features(kinds))
+        if "sound" in kinds:  # made as Audio at once, it would be encoded by torchcodec
+            table = table.cast_column("sound", datasets.Audio())
+        table.to_parquet(folder / f"{split}.parquet")
+    return folder

@@ -37,21 +37,19 @@ class Script:
 
     def __init__(self, words: Sequence[str], **variables: str) -> None:
         self.args = list(words)
-        context, folder = _server()
-        self._outputs = [folder / f"{uuid.uuid4()}-{name}" for name in ("out", "err")]
-        self._process = context.Process(
-            target=_become, args=(self.args, environment(**variables), self._outputs, _cores())
+        self._outputs = [_folder() / f"{uuid.uuid4()}-{name}" for name in ("out", "err")]
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+        self._process = context().Process(
+            target=_become, args=(self.args, environment(**variables), self._outputs, cores)
         )
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
 
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
-
     def poll(self) -> int | None:
         return self._process.exitcode
+
+    returncode = property(poll)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         self._process.join(timeout)
@@ -77,24 +75,26 @@ class Script:
 
 
 @functools.cache
-def _server() -> tuple[ForkServerContext, Path]:
-    """The context that forks processes, and a folder for their output and for caches."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["imported"])
+def _folder() -> Path:
+    """Where forked processes have their output and caches."""
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def context() -> ForkServerContext:
+    """Starts processes that have the imports already."""
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(["imported"])
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
     with pytest.MonkeyPatch.context() as patch:
         # OpenMP's threads are not in a fork, which would wait for them for ever: it starts none
-        own = environment(HF_HOME=str(folder), PYTHONPATH=path, OMP_NUM_THREADS="1")
+        own = environment(HF_HOME=str(_folder()), PYTHONPATH=path, OMP_NUM_THREADS="1")
         for name, value in own.items():
             patch.setenv(name, value)
         multiprocessing.forkserver.ensure_running()
-    return context, folder
-
-
-def _cores() -> set[int] | None:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    return made
 
 
 def _become(

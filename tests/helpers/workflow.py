@@ -7,13 +7,12 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,13 @@ LIMIT = 900
 """Seconds after which a process counts as hung, also on a busy machine."""
 
 
-def write_images(folder: Path, *, rows: int = 64, size: tuple[int, int] = (32, 32)) -> Path:
-    """A parquet data set of two classes, noise on dark or on light, in splits train and test."""
+def write_images(
+    folder: Path, *, rows: int = 64, size: tuple[int, int] = (32, 32), bad: Collection[int] = ()
+) -> Path:
+    """A parquet data set of two classes, noise on dark or on light, in splits train and test.
+
+    Bad rows of train hold a page in place of an image.
+    """
     rng = np.random.default_rng(0)
     names = datasets.ClassLabel(names=["dark", "light"])
     features = datasets.Features({"picture": datasets.Image(), "kind": names})
@@ -48,6 +52,8 @@ def write_images(folder: Path, *, rows: int = 64, size: tuple[int, int] = (32, 3
             buffer = io.BytesIO()
             Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
             pictures.append({"bytes": buffer.getvalue(), "path": None})
+        for row in bad if split == "train" else ():
+            pictures[row]["bytes"] = b"<html>404</html>"
         table = datasets.Dataset.from_dict({"picture": pictures, "kind": kinds}, features=features)
         folder.mkdir(parents=True, exist_ok=True)
         table.to_parquet(folder / f"{split}.parquet")
@@ -68,29 +74,9 @@ def run(command: list[str], **extra: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def launch(*flags: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    """Start scripts/pretrain.py, on several CPU processes if asked."""
-    if processes == 1:
-        return run(["accelerate", "launch", "scripts/pretrain.py", *flags])
-    command = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
-    return run([*command, "scripts/pretrain.py", *flags], ACCELERATE_USE_CPU="true")
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes that one has started, and what those have, the oldest first."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        with suppress(FileNotFoundError):  # it has just ended
-            for child in (task / "children").read_text().split():
-                found += [int(child), *descendants(int(child))]
-    return found
-
-
-def kill_all(pid: int) -> None:
-    """SIGKILL to a process and all that it has started: a launcher's are in other sessions."""
-    for number in [pid, *descendants(pid)]:
-        with suppress(ProcessLookupError):
-            os.kill(number, signal.SIGKILL)
+def flags_of(data: Path, output_dir: Path, *more: str) -> list[str]:
+    """Flags of scripts/pretrain.py for a small run."""
+    return [*SMALL, f"--dataset_name={data}", f"--output_dir={output_dir}", *more]
 
 
 def train(data: Path, output_dir: Path, *flags: str) -> list[dict[str, Any]]:
@@ -98,9 +84,7 @@ def train(data: Path, output_dir: Path, *flags: str) -> list[dict[str, Any]]:
     from vicreg_hf import pretrain
     from vicreg_hf.settings.command_line import parse_arguments
 
-    pretrain(
-        parse_arguments([*SMALL, f"--dataset_name={data}", f"--output_dir={output_dir}", *flags])
-    )
+    pretrain(parse_arguments(flags_of(data, output_dir, *flags)))
     return metrics(output_dir)
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from extracting import SETTINGS, extract, files, load, write_encoder, write_folder
-from hub import READER, WRITER, running_hub
-from warm import Script, run_script
-from workflow import run
+from hub import READER, WRITER, connected, running_hub
+from warm import Script, run_script, wait_for
 
+from vicreg_hf.hub.api import HubError
 from vicreg_hf.runtime.output_dir import claim
 
 
@@ -59,8 +57,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_features(
     words = command(encoder, folder, output)
     for parts in (1, 3):
         process = Script(words)
-        while len(list(output.glob("data/t*.parquet"))) < parts and process.poll() is None:
-            time.sleep(0.005)
+        wait_for(process, lambda n=parts: len(list(output.glob("data/t*.parquet"))) >= n)
         process.kill()
         process.communicate()
     done = run_script(*words)
@@ -69,44 +66,32 @@ def test_killed_at_any_moment_it_ends_with_the_same_features(
 
 
 def test_a_directory_in_use_is_refused(encoder: Path, folder: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    left = output / "data" / ".train-00000-of-00004.parquet.17.partial"
-    with claim(output):
-        left.parent.mkdir()
-        left.write_bytes(b"of the first")
-        done = run_script(*command(encoder, folder, output))
-        assert done.returncode == 1
-        assert done.stderr.endswith(
-            f"error: output_dir must not be in use by another run, and {output} is; wait for it, "
-            "stop it, or choose another output_dir.\n"
-        )
-        assert left.is_file()
-        assert not (output / "extraction.json").exists()
+    with (
+        claim(tmp_path),
+        pytest.raises(ValueError, match=rf"output_dir must not be in use .*, and {tmp_path} is"),
+    ):
+        extract(encoder, folder, tmp_path)
+    assert not (tmp_path / "extraction.json").exists()
 
 
 def test_features_are_pushed_as_a_data_set_in_one_commit(
-    extracted: Path, encoder: Path, folder: Path, tmp_path: Path
+    extracted: Path, encoder: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with running_hub() as hub:
-        online = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        output = tmp_path / "out"
-        shutil.copytree(extracted, output)
-        flags = ["--push_to_hub=true", "--hub_dataset_id=org/feats", "--hub_private=true"]
-        words = [sys.executable, *command(encoder, folder, output, *flags)]
-        refused = run(words, HF_TOKEN=READER, **online)
-        assert refused.returncode != 0
-        assert "error: pushing to org/feats needs an access token that may write" in refused.stderr
-        done = run(words, HF_TOKEN=WRITER, **online)
-        assert done.returncode == 0, done.stderr
-        repository = hub.repositories["datasets/org/feats"]
-        assert repository.private
-        assert len(repository.commits) == 2
-        pushed = repository.files()
-        data = {f"data/{name}": content for name, content in files(output).items()}
-        assert pushed.keys() == data.keys() | {"README.md"}
-        assert data.items() <= pushed.items()
-        assert str(folder) not in pushed["README.md"].decode()
-        for name, content in pushed.items():  # as a download lays it out
-            (tmp_path / "down" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "down" / name).write_bytes(content)
-        assert set(load(tmp_path / "down", tmp_path)) == {"train", "test"}
+    output = shutil.copytree(extracted, tmp_path / "out")
+    pushed = {"push_to_hub": True, "hub_dataset_id": "org/feats", "hub_private": True}
+    with running_hub() as hub, connected(hub, tmp_path / "home"):
+        monkeypatch.setenv("HF_TOKEN", READER)
+        with pytest.raises(HubError, match="pushing to org/feats needs an access token that may"):
+            extract(encoder, folder, output, **pushed)
+        monkeypatch.setenv("HF_TOKEN", WRITER)
+        extract(encoder, folder, output, **pushed)
+    repository = hub.repositories["datasets/org/feats"]
+    assert repository.private
+    assert len(repository.commits) == 2  # the first is empty
+    found = repository.files()
+    data = {f"data/{name}": content for name, content in files(output).items()}
+    assert found.keys() == data.keys() | {"README.md"}
+    assert data.items() <= found.items()
+    assert str(folder) not in found["README.md"].decode()
+    (output / "README.md").write_bytes(found["README.md"])  # as a download lays it out
+    assert set(load(output, tmp_path)) == {"train", "test"}

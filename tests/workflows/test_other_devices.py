@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from workflow import SMALL, metrics, run, train, write_images
+from warm import run_script
+from workflow import flags_of, metrics, train, write_images
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 KINDS = {
     "in memory": [(32, 32), "--optimizer=adamw", "--online_probe=true", "--num_local_views=1"],
@@ -23,21 +25,16 @@ def test_a_run_elsewhere_waits_for_checks_alone_and_learns_as_on_the_cpu(
 ) -> None:
     size, *flags = KINDS[kind]
     data = write_images(tmp_path / "images", size=size)  # pyright: ignore
-    runs = [
-        [*SMALL, *AT_THE_END, *flags, f"--dataset_name={data}",
-         f"--output_dir={tmp_path / str(steps)}", f"--max_steps={steps}"]
-        for steps in (1, 3)
-    ]  # fmt: skip
+    flags += AT_THE_END
+    runs = [flags_of(data, tmp_path / str(n), *flags, f"--max_steps={n}") for n in (1, 3)]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    result = run(
-        [sys.executable, "tests/helpers/elsewhere.py", str(tmp_path / "runs.json")], PYTHONPATH="."
-    )
+    result = run_script("tests/helpers/elsewhere.py", str(tmp_path / "runs.json"))
     assert result.returncode == 0, result.stderr
     short, long = json.loads(result.stdout.splitlines()[-1])
     assert short["pretrain._metrics"] > 0  # so waiting is seen
     more = {place: number - short.get(place, 0) for place, number in long.items()}
     assert {place: n for place, n in more.items() if n} == {"distributed.read": 2}
-    expected = train(data, tmp_path / "CPU", *AT_THE_END, *flags, "--max_steps=1")  # pyright: ignore
+    expected = train(data, tmp_path / "CPU", *flags, "--max_steps=1")  # pyright: ignore
     rows = metrics(tmp_path / "1")
     assert len(rows) == len(expected) == 2  # before and after
     for term in ("loss", "invariance", "variance", "covariance", "embedding_std"):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
+import runpy
 import shlex
-import subprocess
+import sys
 from dataclasses import replace
 from importlib.metadata import metadata
 from pathlib import Path
@@ -17,19 +16,24 @@ import timm
 import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-from hub import WRITER, running_hub
+from hub import connected, running_hub
 from paired import write_captions, write_text_encoder
 from warm import run_script
 from workflow import ROOT, run, write_images
 
+from vicreg_hf import pretrain
+from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.views.presets import PRESETS, find_recipes
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 FILES = [
     file for file in (ROOT / "README.md", *sorted(ROOT.glob("[!.]*/**/README.md")))
     if file.parts[-2] != "demo"  # a model card, which stock loaders run
 ]  # fmt: skip
 DOCUMENTS = {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in FILES}
-SHORT = ["--max_steps=2", "--batch_size=16", "--expander_dims=32-32"]
+SHORT = ["--max_steps=1", "--batch_size=16", "--expander_dims=32-32", "--image_size=32",
+         "--compile=false"]  # fmt: skip
 SMALLER = {
     "resnet50": "test_resnet", "resnet18": "test_resnet", "convnext_tiny": "test_convnext",
     "vit_tiny_patch16_224": "test_vit", "2048, 2048, 2048": "64", "[256, 512]": "[64, 512]",
@@ -41,24 +45,25 @@ SMALLER = {
 
 
 def blocks(language: str) -> list[str]:
-    found = [
-        re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL) for text in DOCUMENTS.values()
-    ]
-    return list(itertools.chain.from_iterable(found))
+    pattern = re.compile(rf"```{language}\n(.*?)```", re.DOTALL)
+    return [block for text in DOCUMENTS.values() for block in pattern.findall(text)]
 
 
-def commands(part: str) -> list[str]:
-    """The documents' commands with this in them, in blocks and in tables, without installation."""
+def all_commands() -> list[str]:
+    """The documents' commands, in blocks and in tables, without installation."""
     lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
     for text in DOCUMENTS.values():
         lines += re.findall(r"\| `(accelerate launch [^`]*)`", text)
-    found = [line.split("&& ")[-1] for line in lines if part in line]
-    return list(dict.fromkeys(found))
+    found = [line.split("&& ")[-1] for line in lines if "scripts/" in line]
+    return list(dict.fromkeys(c.replace("--model org/name", "--model runs/r50") for c in found))
 
 
-def python_with(part: str) -> str:
-    (block,) = [block for block in blocks("python") if part in block]
-    return block
+COMMANDS = all_commands()
+TRAININGS = [c for c in COMMANDS if "pretrain.py" in c and "--output_dir runs/" in c]
+"""The commands whose runs others take."""
+ON_THE_HUB = [c for c in COMMANDS if "publish.py" in c or "--push_to_hub" in c]
+EXTRACTING = [c for c in COMMANDS if "extract_features.py" in c]
+OTHERS = [c for c in COMMANDS if c not in (*TRAININGS, *ON_THE_HUB, *EXTRACTING)]
 
 
 def replaced(text: str, others: dict[str, Any]) -> str:
@@ -67,24 +72,41 @@ def replaced(text: str, others: dict[str, Any]) -> str:
     return text
 
 
-def run_command(command: str, *more: str) -> subprocess.CompletedProcess[str]:
+def filled(command: str, folder: Path) -> list[str]:
+    """The words of a command, on what is in the folder."""
+    paired = "prime" in command or "cross-retrieval" in command
+    return shlex.split(replaced(command, {
+        "path/or/hub-id": folder / ("pairs" if paired else "images"), "runs/": f"{folder}/runs/",
+        "../shared/data/cifar10": folder / "images", "distilbert-base-uncased": folder / "bert",
+        "views.png": folder / "views.png", "resnet50.pth": folder / "weights.pth",
+        "converted/": folder / "converted", "resnet50": "test_resnet", "dir feats": f"dir {folder}",
+    }))  # fmt: skip
+
+
+def run_words(words: list[str], *more: str) -> str:
     """Run a script in a process that has its imports, and make sure that it ends well."""
-    words = shlex.split(command)
-    result = run_script(*words[words.index(next(w for w in words if "scripts/" in w)) :], *more)
-    assert result.returncode == 0, result.stderr
-    return result
-
-
-def run_python(script: str, folder: Path) -> str:
-    (folder / "script.py").write_text(script)
-    result = run_script(str(folder / "script.py"))
+    begin = next(k for k, word in enumerate(words) if word.endswith(".py"))
+    result = run_script(*words[begin:], *more)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    return write_images(tmp_path / "images", rows=32, size=(60, 40))
+def run_python(script: str, folder: Path) -> str:
+    (folder / "script.py").write_text(script)
+    return run_words([str(folder / "script.py")])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, pairs and the runs on them, and what else the commands take."""
+    folder = tmp_path_factory.mktemp("readme")
+    write_images(folder / "images", rows=220)
+    write_captions(folder / "pairs")
+    write_text_encoder(folder / "bert")
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), folder / "weights.pth")
+    for command in TRAININGS:
+        assert "The encoder is in" in run_words(filled(command, folder), *SHORT)
+    return folder
 
 
 def test_the_first_readme_shows_the_main_job_first_and_is_short() -> None:
@@ -108,118 +130,74 @@ def test_links_lead_somewhere(name: str) -> None:
             assert heading in anchors, f"{name} links to {target}"
 
 
-TRAININGS = [
-    command
-    for command in commands("scripts/pretrain.py")
-    if not any(part in command for part in ("--preview", "--prime", "--push_to_hub"))
-]
-"""The commands that train, without those that a test below runs."""
+MADE = {"--preview": "views.png", "pretrain": "out/encoder/config.json",
+        "evaluate": "out/results.json", "convert": "converted/config.json"}  # fmt: skip
+"""What a command leaves, by a part of it."""
 
 
-@pytest.mark.parametrize("command", TRAININGS)
-def test_training_commands_run(command: str, tmp_path: Path, images: Path) -> None:
-    small = {"path/or/hub-id": images, "../shared/data/cifar10": images, "resnet50": "test_resnet"}
-    words = shlex.split(replaced(command, small))
-    if not any(word.startswith("--dataset_name") for word in words):  # of demo's 24,000 images
-        words += ["--train_split=train[:1000]", "--eval_split=test[:200]"]
-    if "--architecture" not in command and "--config" not in command:
-        words += ["--architecture=test_resnet"]
-    words += [*SHORT, "--image_size=32", f"--output_dir={tmp_path / 'run'}"]
-    environment = {}
-    while "=" in words[0]:
-        name, _, environment[name] = words.pop(0).partition("=")
-    if words[:2] == ["accelerate", "launch"] and len(command.split()) > 3:
-        result = run_script(*words[2:])  # without another launcher, whose start takes seconds
+@pytest.mark.parametrize("command", OTHERS)
+def test_commands_run(command: str, folder: Path) -> None:
+    words, more = filled(command, folder), [f"--output_dir={folder / 'out'}"]
+    made = folder / next(file for part, file in MADE.items() if part in command)
+    if "pretrain.py" in command:
+        more += [*SHORT, "--resume=never"]
+    if "evaluate.py" in command:
+        more += [f"--cache_dir={folder / 'cache'}", "--prime_column=caption"]
+    if words[-1] != "scripts/pretrain.py":  # no second start of a launcher, which takes seconds
+        run_words(words, *more[: None if "convert" not in command else 0])
     else:
-        result = run(words, **environment)
-    assert result.returncode == 0, result.stderr
-    assert "The encoder is in" in result.stdout
-    assert (tmp_path / "run" / "encoder" / "config.json").is_file()
+        environment = {}
+        while "=" in words[0]:
+            name, _, environment[name] = words.pop(0).partition("=")
+        of_demo = ["--train_split=train[:1000]", "--eval_split=test[:200]"]
+        # all of its images are drawn, and for one of the commands
+        data = ["--config=demo", f"--dataset_name={folder / 'images'}"] if environment else of_demo
+        result = run([*words, *more, *data], **environment)
+        assert result.returncode == 0, result.stderr
+    assert made.is_file()
+    made.unlink()
 
 
-def test_preview_is_drawn(tmp_path: Path, images: Path) -> None:
-    (command,) = commands("--preview")
-    places = {"path/or/hub-id": images, "views.png": tmp_path / "views.png"}
-    run_command(replaced(command, places), "--batch_size=16")
-    assert (tmp_path / "views.png").is_file()
+def test_features_are_searched(folder: Path) -> None:
+    (command,) = EXTRACTING
+    run_words(filled(command, folder))
+    (search,) = (block for block in blocks("python") if "NearestNeighbors" in block)
+    printed = run_python(search.replace('"feats"', f'"{folder}"'), folder)
+    assert "'0'" in printed  # the nearest to an image is itself
 
 
-def test_a_run_is_measured_and_searched_and_its_encoder_loaded(tmp_path: Path) -> None:
-    images = write_images(tmp_path / "images", rows=220)
-    trained = tmp_path / "r50"
-    settings = ["--architecture=test_resnet", *SHORT]
-    run_command(f"scripts/pretrain.py --dataset_name {images} --output_dir {trained}", *settings)
-    places = {
-        "path/or/hub-id": images,
-        "--model org/name": f"--model {trained}",
-        "runs/r50": trained,
-        "output_dir feats": f"output_dir {tmp_path / 'feats'}",
-    }
-    measuring = [c for c in commands("evaluate.py") if "cross-retrieval" not in c]
-    (command,) = {replaced(command, places) for command in measuring}
-    run_command(command, f"--output_dir={tmp_path / 'out'}", f"--cache_dir={tmp_path / 'cache'}")
-    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
-    assert {entry["protocol"] for entry in results} == {"knn", "linear", "retrieval"}
-    (command,) = commands("extract_features.py")
-    run_command(replaced(command, places))
-    search = python_with("NearestNeighbors").replace('"feats"', repr(str(tmp_path / "feats")))
-    assert "'0'" in run_python(search, tmp_path)  # the nearest to an image is itself
-    loading = [block for block in blocks("python") if "runs/r50" in block]
-    assert len(loading) == 3
-    run_python(replaced("".join(loading), places), tmp_path)
-
-
-@pytest.mark.slow
-def test_an_encoder_is_published(tmp_path: Path, images: Path) -> None:
-    run_dir = tmp_path / "r50"
-    with running_hub() as hub:
-        online = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": WRITER, "HF_HUB_OFFLINE": "0"}
-        (training,) = commands("--push_to_hub")
-        words = shlex.split(training.replace("path/or/hub-id", str(images)))
-        words += ["--architecture=test_resnet", "--image_size=32", *SHORT]
-        done = run([*words, f"--output_dir={run_dir}"], **online)
-        assert done.returncode == 0, done.stderr
-        assert len(hub.repositories.pop("models/org/name").commits) == 2  # the first is empty
-        (publishing,) = commands("scripts/publish.py")
-        done = run(shlex.split(publishing.replace("runs/r50", str(run_dir))), **online)
-        assert done.returncode == 0, done.stderr
-        assert "models/org/name" in hub.repositories
-
-
-def test_a_checkpoint_of_other_code_is_converted(tmp_path: Path) -> None:
-    state = timm.create_model("resnet18", num_classes=0).state_dict()
-    torch.save(state, tmp_path / "resnet50.pth")
-    (command,) = commands("convert_checkpoint.py")
-    places = {"resnet50.pth": tmp_path / "resnet50.pth", "converted/": tmp_path / "converted"}
-    run_command(replaced(command, places))
-    assert (tmp_path / "converted" / "config.json").is_file()
-
-
-def test_pairs_are_trained_and_measured(tmp_path: Path) -> None:
-    write_captions(tmp_path / "data", rows=64, test_rows=32)
-    write_text_encoder(tmp_path / "bert")
-    places = {"path/or/hub-id": tmp_path / "data", "distilbert-base-uncased": tmp_path / "bert",
-              "runs/pairs": tmp_path / "pairs", "resnet50": "test_resnet"}  # fmt: skip
-    (training,), (measuring,) = commands("--prime_modality"), commands("cross-retrieval")
-    run_command(replaced(training, places), *SHORT)
-    output = ["--prime_column=caption", f"--output_dir={tmp_path}/out", f"--cache_dir={tmp_path}/c"]
-    said = run_command(replaced(measuring, places), *output).stdout
-    for direction, k in itertools.product(("images to caption", "caption to images"), (1, 5, 10)):
-        assert f"{direction}, recall at {k}: " in said
+def test_an_encoder_is_published(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_hub() as hub, connected(hub, tmp_path / "home"):
+        for command in ON_THE_HUB:
+            words = filled(command, folder)
+            if "scripts/publish.py" in words:
+                monkeypatch.setattr(sys, "argv", words[1:])
+                runpy.run_path(words[1], run_name="__main__")
+            else:
+                own = ["--architecture=test_resnet", *SHORT, f"--output_dir={tmp_path / 'run'}"]
+                pretrain(parse_arguments([*words[3:], *own]))
+            repository = hub.repositories.pop("models/org/name")
+            assert len(repository.commits) == 2  # the first is empty
 
 
 STANDALONE = [
     block for block in blocks("python")
     if not any(word in block for word in ("runs/r50", "NearestNeighbors"))
 ]  # fmt: skip
+ON_A_RUN = "".join(block for block in blocks("python") if "runs/r50" in block)
 
 
-@pytest.mark.parametrize("number", range(len(STANDALONE)))
-def test_python_runs_as_shown(number: int, tmp_path: Path) -> None:
-    few = {'output_dir="runs/demo"': f"output_dir={str(tmp_path)!r}, max_steps=2, batch_size=16, "
-           'train_split="train[:1000]", eval_split="test[:200]"'}  # fmt: skip
-    script = replaced(STANDALONE[number], SMALLER | few)
-    assert script != STANDALONE[number] or "linear_probe" in script
+@pytest.mark.parametrize("number", range(len(STANDALONE) + 1))
+def test_python_runs_as_shown(number: int, folder: Path, tmp_path: Path) -> None:
+    given = [*STANDALONE, ON_A_RUN][number]
+    few = {
+        'output_dir="runs/demo"': f'output_dir="{tmp_path}", dataset_name="{folder}/images", '
+        "max_steps=2, batch_size=16", "runs/r50": f"{folder}/runs/r50",
+    }  # fmt: skip
+    script = replaced(given, SMALLER | few)
+    assert script != given or "linear_probe" in script
     run_python(script.replace('"runs/', f'"{tmp_path}/'), tmp_path)
 
 

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from hub import online, running_hub
+import timm
+from hub import connected, running_hub
 from paired import write_captions, write_clips, write_text_encoder, write_vectors
+from transformers import AutoImageProcessor, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 from warm import run_pretraining
-from workflow import LIMIT, ROOT, SMALL, environment, metrics, run, write_images
+from workflow import assert_same_run, flags_of, interrupt, metrics, train
 
-from vicreg_hf import VICRegModel, pretrain
 from vicreg_hf.checkpoints.reading import CheckpointError
 from vicreg_hf.evaluation.evaluate import evaluate
-from vicreg_hf.settings.command_line import parse_arguments, parse_evaluation_arguments
-from vicreg_hf.training.setup import setup
+from vicreg_hf.publishing.publish import publish
+from vicreg_hf.settings.command_line import parse_evaluation_arguments
 
 pytestmark = pytest.mark.usefixtures("one_core", "own_cache")
 LEARNING = [
-    "--architecture=test_resnet", "--expander_dims=256-256-256", "--optimizer=adamw",
-    "--base_lr=4e-3", "--logging_steps=50", "--num_workers=0",
+    "--expander_dims=256-256-256", "--optimizer=adamw", "--base_lr=4e-3", "--logging_steps=50",
 ]  # fmt: skip
 GENTLE = [
     "--batch_size=128", "--augmentation",
@@ -39,6 +35,27 @@ WAVE = json.dumps(
         "num_conv_pos_embedding_groups": 2,
     }
 )  # fmt: skip
+KINDS: dict[str, tuple[Any, int, int, list[str]]] = {
+    "caption": (write_captions, 1024, 80, [
+        *GENTLE, "--prime_modality=text", "--prime_column=captions", "--prime_architecture=BERT",
+    ]),
+    "vector": (write_vectors, 1024, 60, [
+        *GENTLE, "--prime_modality=embedding", "--prime_column=vector",
+    ]),
+    "sound": (write_clips, 1500, 200, [
+        "--prime_modality=audio", "--prime_architecture=wav2vec2", f"--prime_model_args={WAVE}",
+        "--batch_size=64", "--sampling_rate=8000", "--audio_seconds=1", "--image_size=48",
+    ]),
+}  # fmt: skip
+"""By the column that images find: how data are written, rows, steps in which a run learns, and
+its settings."""
+CARDS = {
+    "caption": ("| the first | `encoder`, `org/name` | the first view of images |",
+                "| the second | `encoder_prime`, `org/name-prime` | texts of column"),
+    "vector": ("not published",),
+    "sound": ("log-mel spectrograms of 128 bands", "waveforms of column `sound`"),
+}  # fmt: skip
+"""Parts of the card of the first encoder."""
 
 
 def recalls(output_dir: Path, data: Path, *flags: str) -> dict[str, dict[str, Any]]:
@@ -52,136 +69,55 @@ def recalls(output_dir: Path, data: Path, *flags: str) -> dict[str, dict[str, An
     return {result["name"]: result for result in results}
 
 
-def assert_learned(found: dict[str, dict[str, Any]], first: str, second: str) -> None:
-    """Ten times chance in both directions, on pairs that training has not seen."""
-    for name in (f"{first} to {second}", f"{second} to {first}"):
-        at_1 = found[f"{name}, recall at 1"]
-        assert at_1["value"] >= 10 * at_1["settings"]["chance"]
-        assert at_1["value"] <= found[f"{name}, recall at 5"]["value"]
-        assert found[f"{name}, recall at 5"]["value"] <= found[f"{name}, recall at 10"]["value"]
-
-
-STOCK = """
-import sys
-sys.modules["vicreg_hf"] = None  # importing it fails
-from pathlib import Path
-import timm, torch
-from transformers import AutoImageProcessor, AutoModel, AutoModelForTextEncoding, AutoTokenizer
-first, second, kind = sys.argv[1:]
-at = "local-dir" if Path(first).is_dir() else "hf-hub"
-encoder = AutoModel.from_pretrained(first)
-assert type(encoder).__name__ == "TimmWrapperModel"
-assert timm.create_model(f"{at}:{first}", pretrained=True).num_classes == 0
-AutoImageProcessor.from_pretrained(first)
-if kind == "text":
-    model = AutoModelForTextEncoding.from_pretrained(second)
-    tokens = AutoTokenizer.from_pretrained(second)(["a red circle"], return_tensors="pt")
-    print(model(**tokens).last_hidden_state.mean(1).shape[1])
-else:
-    timm.create_model(f"{at}:{second}", pretrained=True)
-    side = AutoImageProcessor.from_pretrained(second).data_config["input_size"]
-    print(AutoModel.from_pretrained(second)(torch.zeros(1, *side)).pooler_output.shape[1])
-"""
-
-
-def stock(first: Path | str, second: Path | str, kind: str, **extra: str) -> int:
-    """Load both encoders where vicreg_hf cannot be imported; features of the second."""
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(first), str(second), kind], env=environment(**extra),
-        capture_output=True, text=True, timeout=LIMIT, check=False, cwd=ROOT / "tests/helpers",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
-
-
-@pytest.mark.slow
-def test_images_and_captions_find_each_other(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("learns", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_and_what_belongs_to_them_find_each_other(
+    kind: str, learns: bool, tmp_path: Path
 ) -> None:
-    data = write_captions(tmp_path / "captions", rows=1024, test_rows=256)
-    bert, out = write_text_encoder(tmp_path / "bert"), tmp_path / "run"
-    pretrain(parse_arguments([
-        *LEARNING, *GENTLE, f"--dataset_name={data}", "--prime_modality=text",
-        f"--prime_architecture={bert}", "--prime_column=captions", f"--output_dir={out}",
-        "--max_steps=80",
-    ]))  # fmt: skip
-    assert "That of the second branch is in" in capsys.readouterr().out
-    assert_learned(recalls(out, data, "--prime_column=caption"), "images", "caption")
-    several = recalls(out, data, "--prime_column=captions", f"--model={out / 'encoder'}")
-    assert several["captions to images, recall at 1"]["num_images"] == 256
-    assert str(tmp_path) not in (out / "encoder" / "config.json").read_text()
-    assert stock(out / "encoder", out / "encoder_prime", "text") == 32
-    for directory in ("encoder", "encoder_prime"):
-        card = (out / directory / "README.md").read_text()
-        assert "| the first | `encoder`, `org/name` | the first view of images |" in card
-        assert "| the second | `encoder_prime`, `org/name-prime` | texts of column" in card
-    assert "It is the second of two branches" in (out / "encoder_prime" / "README.md").read_text()
-
-
-@pytest.mark.slow
-def test_images_find_the_vectors_they_were_aligned_with(tmp_path: Path) -> None:
-    data, out = write_vectors(tmp_path / "data", rows=1024, test_rows=256), tmp_path / "run"
-    pretrain(parse_arguments([
-        *LEARNING, *GENTLE, f"--dataset_name={data}", "--prime_modality=embedding",
-        "--prime_column=vector", f"--output_dir={out}", "--max_steps=60",
-    ]))  # fmt: skip
-    assert_learned(recalls(out, data), "images", "vector")
-    assert not (out / "encoder_prime").exists()
-    assert "not published" in (out / "encoder" / "README.md").read_text()
-
-
-@pytest.mark.parametrize("steps", [2, pytest.param(200, marks=pytest.mark.slow)])
-def test_spectrograms_find_their_waveforms(tmp_path: Path, steps: int) -> None:
-    rows, test_rows = (1500, 256) if steps > 2 else (64, 32)
-    data = write_clips(tmp_path / "clips", rows=rows, test_rows=test_rows, rate=8000)
-    out = tmp_path / "run"
-    pretrain(parse_arguments([
-        *LEARNING, "--batch_size=64", f"--dataset_name={data}", "--prime_modality=audio",
-        "--prime_architecture=wav2vec2", f"--prime_model_args={WAVE}", "--sampling_rate=8000",
-        "--audio_seconds=1", "--image_size=48", f"--output_dir={out}", f"--max_steps={steps}",
-    ]))  # fmt: skip
-    found = recalls(out, data)
-    assert found["sound to images, recall at 1"]["num_images"] == test_rows
-    if steps > 2:
-        assert_learned(found, "images", "sound")
+    write, rows, steps, flags = KINDS[kind]
+    rows, test_rows = (rows, 256) if learns else (64, 32)
+    rate = {"rate": 8000} if kind == "sound" else {}
+    data, out = write(tmp_path / "data", rows=rows, test_rows=test_rows, **rate), tmp_path / "run"
+    bert = write_text_encoder(tmp_path / "bert")
+    flags = [flag.replace("BERT", str(bert)) for flag in flags]
+    own = [f"--max_steps={steps}"] if learns else ["--max_steps=2", "--batch_size=32"]
+    train(data, out, *LEARNING, *flags, *own)
+    found = recalls(out, data, *(["--prime_column=caption"] if kind == "caption" else []))
+    for name in (f"images to {kind}", f"{kind} to images"):
+        at_1, at_5 = (found[f"{name}, recall at {k}"] for k in (1, 5))
+        assert at_1["num_images"] == test_rows
+        assert at_1["value"] <= at_5["value"]
+        if learns:  # ten times chance, on pairs that training has not seen
+            assert at_1["value"] >= 10 * at_1["settings"]["chance"]
     card = (out / "encoder" / "README.md").read_text()
-    assert "log-mel spectrograms of 128 bands" in card
-    assert "waveforms of column `sound`" in card
+    assert all(part in card for part in CARDS[kind])
+    assert str(tmp_path) not in (out / "encoder" / "config.json").read_text()
+    assert type(AutoModel.from_pretrained(out / "encoder")).__name__ == "TimmWrapperModel"
+    assert (out / "encoder_prime").exists() is (kind != "vector")
+    if kind == "caption":
+        several = recalls(out, data, "--prime_column=captions", f"--model={out / 'encoder'}")
+        assert several["captions to images, recall at 1"]["num_images"] == test_rows
+        second = out / "encoder_prime"
+        model: Any = AutoModelForTextEncoding.from_pretrained(second)
+        tokens = AutoTokenizer.from_pretrained(second)(["a red circle"], return_tensors="pt")
+        assert model(**tokens).last_hidden_state.mean(1).shape == (1, 32)
+        assert "It is the second of two branches" in (second / "README.md").read_text()
 
 
 SECOND = ["--prime_architecture=test_vit", "--prime_image_size=48", "--prime_expander_dims=40-32"]
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return VICRegModel.from_pretrained(run_dir / "encoder").state_dict()
-
-
-@pytest.mark.slow
-def test_another_architecture_is_trained_and_resumed(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    common = [*SMALL, f"--dataset_name={images}", "--max_steps=4", "--save_steps=2",
-              "--warmup_epochs=0"]  # fmt: skip
-    flags = [*common, *SECOND, "--num_local_views=1"]
-    pretrain(parse_arguments([*flags, f"--output_dir={whole}"]))
-    assert "prime.backbone.patch_embed.proj.weight" in weights(whole)
+def test_another_architecture_is_trained_and_resumed(images: Path, tmp_path: Path) -> None:
+    whole, flags = tmp_path / "whole", ["--max_steps=4", "--save_steps=2", "--warmup_epochs=0"]
+    train(images, whole, *flags, *SECOND, "--num_local_views=1")
     last = metrics(whole)[-1]
     assert last["embedding_std_prime"] > 0
     assert 1 <= last["effective_rank_prime"] <= 32
-    shutil.copytree(whole, parts, ignore=shutil.ignore_patterns("encoder*"))
-    (parts / "checkpoints" / "step-4" / "manifest.json").write_text("{}")  # damaged
-    pretrain(parse_arguments([*flags, f"--output_dir={parts}"]))
-    assert "Resuming from" in capsys.readouterr().out
-    for name, value in weights(whole).items():
-        torch.testing.assert_close(weights(parts)[name], value, rtol=0, atol=0, msg=name)
+    run = interrupt(whole, tmp_path / "run")
+    train(images, run, *flags, *SECOND, "--num_local_views=1")
+    assert_same_run(run, whole)
     with pytest.raises(CheckpointError, match="prime_architecture was test_vit, is None"):
-        setup(parse_arguments([*common, "--weights=separate", f"--output_dir={whole}"]))
+        train(images, whole, *flags, "--weights=separate")
 
 
 @pytest.mark.parametrize(
@@ -190,38 +126,29 @@ def test_another_architecture_is_trained_and_resumed(
 def test_the_first_step_of_two_processes_is_that_of_one(
     images: Path, tmp_path: Path, flags: list[str]
 ) -> None:
-    flags = [*SMALL, *flags, f"--dataset_name={images}", "--max_steps=1"]
-    pretrain(parse_arguments([*flags, f"--output_dir={tmp_path / 'one'}"]))
-    done = run_pretraining(*flags, f"--output_dir={tmp_path / 'two'}", processes=2)
+    flags = [*flags, "--max_steps=1"]
+    one = train(images, tmp_path / "one", *flags)[-1]
+    done = run_pretraining(*flags_of(images, tmp_path / "two", *flags), processes=2)
     assert done.returncode == 0, done.stderr
-    one, two = metrics(tmp_path / "one")[-1], metrics(tmp_path / "two")[-1]
+    two = metrics(tmp_path / "two")[-1]
     for name in ("loss", "embedding_std", "embedding_std_prime"):
         assert two[name] == pytest.approx(one[name], rel=1e-4), name
     # one ReLU that rounding sets the other way is less than this, a wrong average much more
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
 
 
-@pytest.mark.slow
 def test_both_encoders_are_pushed_each_to_its_own_repository(images: Path, tmp_path: Path) -> None:
-    with running_hub() as hub:
-        flags = [*SMALL, *SECOND, f"--dataset_name={images}", "--max_steps=2",
-                 f"--output_dir={tmp_path / 'run'}"]  # fmt: skip
-        done = run(
-            [sys.executable, "scripts/pretrain.py", *flags, "--push_to_hub=true",
-             "--hub_model_id=org/pair"], **online(hub, tmp_path / "home"),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Published: ") == 2
+    run = tmp_path / "run"
+    with running_hub() as hub, connected(hub, tmp_path / "home"):
+        pushed = ["--push_to_hub=true", "--hub_model_id=org/pair"]
+        train(images, run, *SECOND, *pushed, "--max_steps=1")
         for name in ("org/pair", "org/pair-prime"):
             names = hub.repositories[f"models/{name}"].files().keys()
             assert {"README.md", "config.json", "model.safetensors"} <= names
             assert not any(name.startswith(("expander", "prime")) for name in names)
-        assert stock("org/pair", "org/pair-prime", "image", **online(hub, tmp_path / "fresh"))
-        again = run(
-            [sys.executable, "scripts/publish.py", str(tmp_path / "run"), "--repo_id=org/again",
-             "--include_expander"], **online(hub, tmp_path / "home"),
-        )  # fmt: skip
-        assert again.returncode == 0, again.stderr
+            assert timm.create_model(f"hf-hub:{name}", pretrained=True).num_classes == 0
+            assert AutoImageProcessor.from_pretrained(name).data_config["input_size"]
+        publish(run, "org/again", include_expander=True)
         card = hub.repositories["models/org/again-prime"].files()["README.md"].decode()
-        assert "`org/again-prime`" in card
-        assert "org/name" not in card
+    assert "`org/again-prime`" in card
+    assert "org/name" not in card
