@@ -13,7 +13,6 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from vicreg_hf.data.bad_images import BadImages
 from vicreg_hf.data.batches import centre_crop, evaluation_batches, training_views
 from vicreg_hf.data.memory import common_side, load_in_memory
 from vicreg_hf.data.sampler import GlobalBatches
@@ -112,20 +111,6 @@ def test_memory_workers_and_processes_give_the_same_views(
         assert apart.max() < 12
 
 
-def test_a_bad_image_is_replaced_and_named_whoever_reads_it(damaged: ImageSplit) -> None:
-    in_memory = load_in_memory(damaged)
-    assert in_memory is not None
-    expected = levels_of(in_memory, range(5))
-    for num_workers in (0, 2):
-        bad = BadImages(20, 1.0, None)
-        made = levels_of(damaged, range(5), num_workers=num_workers, bad=bad)
-        assert (torch.stack(made) - torch.stack(expected)).abs().mean() < 0.05
-        said: list[str] = []
-        bad.agree(say=said.append)
-        assert {image.row for image in bad.found} == {3, 13, 14}
-        assert "3 images could not be used and were replaced; the latest: row" in said[0]
-
-
 # --- evaluation
 
 
@@ -157,10 +142,3 @@ def test_evaluation_batches_keep_the_order_of_the_rows(images: Tensor, split: Im
         made = list(evaluation_batches(source, rows, 24, batch_size=2, num_workers=num_workers))
         assert [len(batch) for batch in made] == [2, 2, 1]
         assert torch.equal(torch.cat(made), expected)
-
-
-def test_evaluation_tells_of_bad_images(damaged: ImageSplit) -> None:
-    bad = BadImages(20, 1.0, None)
-    assert sum(map(len, evaluation_batches(damaged, np.arange(20), 24, bad=bad))) == 20
-    bad.agree(say=lambda _: None)
-    assert {image.row for image in bad.found} == {3, 13, 14}

@@ -58,24 +58,21 @@ def listed(*names: str) -> Any:
 
 @pytest.mark.parametrize("how", ["parquet", "saved"])
 def test_classes_are_numbered_as_the_training_split_names_them(how: str, tmp_path: Path) -> None:
-    train = table(named(*ANIMALS), [0, 1, None, 2])
-    test = table(named(*REVERSED), [0, -1, 1, 2])
-    data = opened(save(tmp_path / "d", how, train=train, test=test))
-    assert data.names == ("ant", "bee", "cow")
-    assert numbers(data) == [[0, 1, -1, 2], [2, -1, 1, 0]]  # cow, none, bee, ant
-    assert (data.train_name, data.test_name) == ("train", "test")
-    assert data.train.targets is None
-
-
-def test_lists_of_classes_are_numbered_alike(tmp_path: Path) -> None:
-    train = table(listed(*ANIMALS), [[0], [1, 2], [], [2]])
-    test = table(listed(*REVERSED), [[0], [0, 1], [2]])
-    data = opened(save(tmp_path / "d", "parquet", train=train, test=test))
-    assert data.names == ("ant", "bee", "cow")
-    assert numbers(data) == [
-        [[1, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 1]], [[0, 0, 1], [0, 1, 1], [1, 0, 0]]
-    ]  # fmt: skip
-    assert data.train.classes is data.test.classes is None
+    one = table(named(*ANIMALS), [0, 1, None, 2]), table(named(*REVERSED), [0, -1, 1, 2])
+    several = (
+        table(listed(*ANIMALS), [[0], [1, 2], [], [2]]),
+        table(listed(*REVERSED), [[0], [0, 1], [2]]),
+    )
+    rows = [[1, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 1]], [[0, 0, 1], [0, 1, 1], [1, 0, 0]]
+    for folder, (train, test), found in (
+        ("one", one, ([0, 1, -1, 2], [2, -1, 1, 0])),  # cow, none, bee, ant
+        ("several", several, rows),
+    ):
+        data = opened(save(tmp_path / folder, how, train=train, test=test))
+        assert data.names == ("ant", "bee", "cow")
+        assert numbers(data) == [*found]
+        assert (data.train_name, data.test_name) == ("train", "test")
+        assert (data.train.classes is None) == (data.test.classes is None) == (folder != "one")
 
 
 @pytest.mark.parametrize(
@@ -198,3 +195,11 @@ def test_files_that_declare_no_names_have_those_of_their_card(tmp_path: Path) ->
     assert data.names == tuple(ANIMALS)
     assert numbers(data)[1] == [2, 2, 1]
     assert data.train.split.read([0])[0].shape == (3, 8, 8)
+
+
+def test_files_of_one_split_that_differ_are_refused(tmp_path: Path) -> None:
+    """Those of several splits have the names of their own files."""
+    names = {"train-00000-of-00002": ANIMALS, "train-00001-of-00002": REVERSED, "test": ANIMALS}
+    splits = {name: table(named(*own), [0, 1]) for name, own in names.items()}
+    with pytest.raises(ValueError, match=r"same in all files .*00001-of-.* for 'label' than"):
+        opened(save(tmp_path / "d", "parquet", **splits))

@@ -78,18 +78,6 @@ def test_a_worker_that_is_killed_is_said_to_have_died() -> None:
         list(items)
 
 
-def test_a_lost_connection_is_told_with_what_the_worker_died_of() -> None:
-    def lose_the_worker() -> None:
-        with loading_errors(), loading(range(6), int, 1, item_bytes=lambda: 8) as items:
-            next(items)
-            (worker,) = items._workers  # type: ignore[attr-defined]
-            worker.kill()
-            raise EOFError
-
-    with pytest.raises(LoadingError, match=r"worker died: .*Killed.*lower --num_workers"):
-        lose_the_worker()
-
-
 def test_a_worker_goes_on_when_its_process_group_is_told_to_end() -> None:
     """As by `timeout`, and by schedulers; it ends with what needs it, and at once."""
     others = set(multiprocessing.active_children())  # of earlier tests
@@ -119,7 +107,7 @@ def counting(made: list[int], until: int = 100) -> Callable[[], tuple[int, int] 
     return make
 
 
-def test_all_batches_come_in_order_from_another_thread() -> None:
+def test_batches_come_in_order_from_another_thread() -> None:
     numbers, threads = zip(*made_ahead(counting([], 20)), strict=True)
     assert list(numbers) == list(range(20))
     assert set(threads) != {threading.get_ident()}

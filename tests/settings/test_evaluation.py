@@ -9,7 +9,7 @@ import pytest
 
 from vicreg_hf.settings.command_line import parse_evaluation_arguments
 from vicreg_hf.settings.evaluation import EvaluationArguments
-from vicreg_hf.settings.finetuning import LINEAR, ONE_PERCENT, TEN_PERCENT
+from vicreg_hf.settings.finetuning import LINEAR, ONE_PERCENT, TEN_PERCENT, FinetuneSettings
 
 
 def given(**settings: Any) -> EvaluationArguments:
@@ -104,3 +104,26 @@ def test_settings_that_cannot_be_are_said_in_a_sentence(
     with pytest.raises(ValueError, match=sentence) as refused:
         given(**settings)
     assert "\n" not in str(refused.value)
+
+
+# --- how a classifier is trained
+
+
+def test_settings_are_the_authors() -> None:
+    common = {"batch_size": 256, "scale": (0.08, 1.0), "flip": 0.5}
+    linear = {"epochs": 100, "lr_head": 0.02, "lr_backbone": 0.0, "weight_decay": 1e-6}
+    few = {"epochs": 20, "weight_decay": 0.0}
+    for settings, expected in (
+        (LINEAR, linear),
+        (ONE_PERCENT, few | {"lr_backbone": 0.03, "lr_head": 0.08}),
+        (TEN_PERCENT, few | {"lr_backbone": 0.01, "lr_head": 0.1}),
+    ):
+        for name, value in (common | expected).items():
+            assert getattr(settings, name) == value
+
+
+def test_a_setting_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="scale must be two positive numbers"):
+        FinetuneSettings(scale=(0.5, 0.1))
+    with pytest.raises(ValueError, match="flip must be a number between 0 and 1, got"):
+        FinetuneSettings(flip=2.0)

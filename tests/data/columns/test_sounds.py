@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 import sys
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from paired import encode_sound
 from transformers import Wav2Vec2FeatureExtractor
@@ -72,7 +69,7 @@ def test_resampling_keeps_pitch_and_loudness_and_filters_what_is_too_high() -> N
 WAV = encode_sound(sine(440, 0.1), 16_000)
 
 
-def _patched(offset: int, value: int, width: int = 4) -> bytes:
+def patched(offset: int, value: int, width: int = 4) -> bytes:
     return WAV[:offset] + value.to_bytes(width, "little") + WAV[offset + width :]
 
 
@@ -85,8 +82,8 @@ def _patched(offset: int, value: int, width: int = 4) -> bytes:
         (encode_sound(sine(440)[:0], 16_000), "0 samples"),
         (encode_sound(sine(440), 16_000, "AU"), "must be of WAV, .* got AU"),
         (encode_sound(np.full(99, np.nan), 16_000, subtype="FLOAT"), "must be finite"),
-        (_patched(24, 2**31 - 1), "to 384000 samples per second, got 2147483647"),
-        (_patched(24, 1), "2000 to"),
+        (patched(24, 2**31 - 1), "to 384000 samples per second, got 2147483647"),
+        (patched(24, 1), "2000 to"),
         (encode_sound(np.zeros(601 * 2000, np.int16), 2_000), "longer than the 600 seconds"),
     ],
     ids=lambda value: value if isinstance(value, str) else "sound",
@@ -97,43 +94,8 @@ def test_what_cannot_be_used_is_refused(data: bytes, sentence: str) -> None:
 
 
 def test_a_header_that_claims_more_than_the_file_holds_costs_nothing() -> None:
-    data = _patched(40, 2**31 - 1)
-    assert np.array_equal(decode_sound(data, 16_000), decode_sound(WAV, 16_000))
-
-
-SOUNDS = [
-    encode_sound(sine(440, 0.05), 16_000, kind) for kind in ("WAV", "FLAC", "OGG", "MP3", "AIFF")
-]
-
-
-@given(
-    st.sampled_from(SOUNDS),
-    st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=20),
-    st.integers(0, 10_000),
-)
-def test_damaged_sounds_are_decoded_or_refused(
-    data: bytes, damage: list[tuple[int, int]], cut: int
-) -> None:
-    damaged = bytearray(data)
-    for place, value in damage:
-        damaged[place % len(damaged)] = value
-    try:
-        decoded = decode_sound(bytes(damaged[:cut] if cut < len(damaged) else damaged), 8_000)
-    except ImageError:
-        return
-    assert np.isfinite(decoded).all()
-    assert decoded.ndim == 1
-
-
-def test_cells_are_files_in_the_table_or_beside_it(tmp_path: Path) -> None:
-    column = WaveformColumn("sound")
-    (tmp_path / "a.wav").write_bytes(WAV)
-    from_path = column.decode({"bytes": None, "path": str(tmp_path / "a.wav")})
-    assert np.array_equal(from_path, column.decode({"bytes": WAV, "path": "b.wav"}))
-    missing = {"bytes": None, "path": str(tmp_path / "b.wav")}
-    for cell in (None, missing, {"bytes": None, "path": None}, {}, "a.wav"):
-        with pytest.raises(ImageError):
-            column.decode(cell)
+    longer = patched(40, 2**31 - 1)
+    assert np.array_equal(decode_sound(longer, 16_000), decode_sound(WAV, 16_000))
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -217,16 +179,6 @@ def test_a_spectrogram_agrees_with_that_of_transformers() -> None:
     assert image.max() == 255
 
 
-def test_frequency_rises_upwards_and_time_to_the_right() -> None:
-    settings = SpectrogramSettings(seconds=1.0)
-    low, high = (spectrogram_image(sine(f), settings)[0] for f in (200, 4000))
-    assert low.float().mean(1).argmax() > 100 > 60 > high.float().mean(1).argmax()
-    late = np.concatenate([0 * sine(440, 0.5), sine(440, 0.5)])
-    columns = spectrogram_image(late, settings)[0].float().amax(0)
-    assert columns[:56].max() == 0
-    assert columns[72:].min() > 200
-
-
 def test_the_middle_of_a_long_clip_is_seen_and_a_short_one_lies_in_the_middle() -> None:
     settings = SpectrogramSettings(seconds=1.0)
     whole = settings.num_samples
@@ -238,32 +190,19 @@ def test_the_middle_of_a_long_clip_is_seen_and_a_short_one_lies_in_the_middle() 
     bright = short.nonzero().flatten()
     assert 38 <= len(bright) <= 42  # 4001 / 125 samples of a hop, and 1024 of a frame
     assert abs((bright[0] + bright[-1]) / 2 - 64) < 1.5
+    assert spectrogram_image(0 * clip, settings).max() == 0
 
 
-def test_loudness_does_not_matter_and_silence_is_black() -> None:
-    settings = SpectrogramSettings(seconds=1.0)
-    loud, quiet = (spectrogram_image(k * sine(440), settings).int() for k in (1, 1e-6))
-    assert (loud - quiet).abs().max() <= 1
-    assert spectrogram_image(0 * sine(440), settings).max() == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
+def test_settings_survive_json_and_are_refused_where_they_do_not_go_together() -> None:
+    settings = SpectrogramSettings(seconds=3.0)
+    assert SpectrogramSettings(**json.loads(json.dumps(settings.to_dict()))) == settings
+    assert settings.hop_length == 375
+    faults: list[tuple[dict[str, Any], str]] = [
         ({"seconds": 0.05}, "longer than a frame"),
         ({"fft_length": 256}, "every mel band must hold a frequency"),
         ({"num_mels": 0}, "num_mels must be positive, got 0"),
         ({"max_frequency": 9000.0}, "at most half the sampling rate"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused(
-    options: dict[str, Any], sentence: str
-) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        SpectrogramSettings(**options)
-
-
-def test_settings_survive_json() -> None:
-    settings = SpectrogramSettings(seconds=3.0)
-    assert SpectrogramSettings(**json.loads(json.dumps(settings.to_dict()))) == settings
-    assert settings.hop_length == 375
+    ]
+    for options, sentence in faults:
+        with pytest.raises(ValueError, match=sentence):
+            SpectrogramSettings(**options)

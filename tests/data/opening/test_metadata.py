@@ -93,18 +93,14 @@ def test_a_metadata_file_above_the_splits_is_read(
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("columns", "labels"),
-    [({"caption": ["x", "y"]}, ["elm", "oak"]), ({"label": ["tall", "small"]}, ["tall", "small"])],
-)
-def test_folders_are_classes_unless_the_metadata_has_some(
-    columns: dict[str, Any], labels: list[str], tmp_path: Path
-) -> None:
+def test_folders_are_classes_unless_the_metadata_has_some(tmp_path: Path) -> None:
     folder = write(tmp_path, ["elm/1.png", "oak/2.png"])
-    write_metadata(folder / "metadata.csv", file_name=["elm/1.png", "oak/2.png"], **columns)
-    split = image_split(open_dataset(str(folder)), "train", dataset_name="pictures")
-    assert split.labels is not None
-    assert [split.label_names[k] for k in split.labels] == labels
+    for column, labels in {"caption": ["elm", "oak"], "label": ["tall", "small"]}.items():
+        rows = {"file_name": ["elm/1.png", "oak/2.png"], column: ["tall", "small"]}
+        write_metadata(folder / "metadata.csv", **rows)
+        split = image_split(open_dataset(str(folder)), "train", dataset_name="pictures")
+        assert split.labels is not None
+        assert [split.label_names[k] for k in split.labels] == labels
 
 
 def test_values_of_a_csv_stay_what_they_are(tmp_path: Path) -> None:
