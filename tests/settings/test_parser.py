@@ -1,33 +1,108 @@
-"""Settings as flags: what --help shows, and the sentence about words that are no flags."""
+"""Settings: declared with their limits, checked, read as flags, and shown by --help."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from pathlib import Path
+from typing import Annotated, Any
 
+import numpy as np
 import pytest
 
 from vicreg_hf import EvaluationArguments, PretrainingArguments
 from vicreg_hf.configuration_vicreg import MODALITIES
 from vicreg_hf.data.memory import SMALL_IMAGE
-from vicreg_hf.settings.base import Settings, descriptions
+from vicreg_hf.settings.base import (
+    Count,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    Settings,
+    Share,
+    WholeFromZero,
+    descriptions,
+    one_of,
+)
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.settings.evaluation import PROTOCOLS
 from vicreg_hf.settings.extraction import ExtractionArguments
+from vicreg_hf.settings.finetuning import FinetuneSettings
 from vicreg_hf.settings.parser import FlagsParser, SettingsParser
 from vicreg_hf.views.presets import PRESETS
 
 
 @dataclass(frozen=True)
 class Example(Settings):
-    """With one that must be given."""
+    """A setting of every kind, of which one must be given."""
 
     place: str
     """Where."""
-    size: int = 1
+    size: Count | None = None
     """How large."""
     grow: bool = False
     """Or not."""
+    rate: Positive = 1.0
+    """How fast."""
+    decay: NotNegative = 0.0
+    """How much less."""
+    seed: WholeFromZero = 0
+    """Which order."""
+    share: Share = 0.5
+    """Which part, if any."""
+    part: PositiveShare = 1
+    """Which part."""
+    mode: Annotated[str, one_of("one", "two", "three")] = "one"
+    """How."""
+
+
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [
+        ({"size": 0}, "size must be positive, got 0."),
+        ({"rate": math.inf}, "rate must be positive and finite, got inf."),
+        ({"decay": -1}, "decay must be at least 0, got -1."),
+        ({"seed": -1}, "seed must be at least 0, got -1."),
+        ({"share": 2.0}, "share must be between 0 and 1, got 2.0."),
+        ({"part": 0}, "part must be above 0 and at most 1, got 0."),
+        ({"mode": "four"}, "mode must be one of one, two, three, got 'four'."),
+        ({"size": 32.0}, "size must be a whole number or None, got 32.0."),
+        ({"size": True}, "size must be a whole number or None, got True."),
+        ({"rate": "1e-4"}, "rate must be a number, got '1e-4'."),
+        ({"grow": 1}, "grow must be True or False, got 1."),
+    ],
+)
+def test_a_value_outside_its_declaration_is_refused(values: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        Example("here", **values)
+    assert str(refused.value) == rule
+
+
+def test_numbers_of_numpy_and_paths_become_pythons() -> None:
+    values: Any = {"size": np.int64(64), "rate": np.float32(0.25), "grow": np.bool(False)}
+    example = Example(Path("a") / "b", **values)  # pyright: ignore[reportArgumentType]
+    assert (example.place, example.size, example.rate, example.grow) == ("a/b", 64, 0.25, False)
+    assert [type(getattr(example, name)) for name in values] == [int, float, bool]
+    assert type(Example("", decay=3).decay) is int
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PretrainingArguments(), EvaluationArguments("m", "d"), ExtractionArguments("m", "d", "o"),
+        FinetuneSettings(),
+    ],
+    ids=lambda settings: type(settings).__name__,
+)  # fmt: skip
+def test_settings_do_not_change_and_are_checked_when_they_are_replaced(settings: Any) -> None:
+    with pytest.raises(FrozenInstanceError):
+        settings.batch_size = 8
+    assert replace(settings) == settings
+    with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
+        replace(settings, batch_size=0)
+
+
+# --- flags
 
 
 def parser(**headings: str) -> SettingsParser:
@@ -96,7 +171,6 @@ def test_every_setting_has_a_sentence_and_those_of_choices_name_them_all() -> No
     [
         (["--place=a", "--sizes", "3"], "--sizes is no setting, --size is one"),
         (["--place", "a", "b"], "b is no setting"),
-        (["--place", "a", "-x"], "-x is no setting"),
         (["--place", "a", "--"], "-- is no setting"),
         (["--size", "3"], "the following arguments are required: --place"),
         (["--plac", "a"], "--plac is no setting, --place is one"),  # and none is called missing

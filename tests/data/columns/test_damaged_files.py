@@ -1,4 +1,4 @@
-"""Damaged files of every format: a tensor or an ImageError, and never the end of the process.
+"""Damaged files of every format: an array or an ImageError, and never the end of the process.
 
 VICREG_FUZZ=100000 sets how many; every file is a function of its number.
 """
@@ -8,12 +8,17 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
+from paired import encode_sound
 from PIL import Image
 
-from vicreg_hf.data.columns.image_files import ImageError, decode_image
+from vicreg_hf.data.columns.image_files import ImageError, decode_image, without_extras
+from vicreg_hf.data.columns.sound_files import decode_sound
 
 COUNT = int(os.environ.get("VICREG_FUZZ", "600"))
 FORMATS: list[tuple[str, str, dict[str, object]]] = [
@@ -71,40 +76,60 @@ def mutated(number: int, files: list[bytes]) -> bytes:
             case _:
                 other = files[int(random.integers(len(files)))]
                 data[start : start + size] = other[start : start + size]
-    return (
-        bytes(data[: int(random.integers(len(data) + 1))]) if random.random() < 0.1 else bytes(data)
-    )
+    end = int(random.integers(len(data) + 1)) if random.random() < 0.1 else len(data)
+    return bytes(data[:end])
 
 
-def decode_all(last: Any, decoded: Any) -> None:
-    """Decode all damaged files; `last` holds the number of the one in work."""
-    files = originals()
+def decode_as_pil(data: bytes, channels: int) -> Any:
+    """Decode an image whose pixels PIL reads too, if need be without texts and profiles."""
+    image = decode_image(data, channels, (0, 65535))
+    for version in (data, without_extras(data)):
+        with suppress(Exception), Image.open(io.BytesIO(version)) as opened:
+            opened.load()
+            return image
+    raise AssertionError("PIL refuses its pixels")
+
+
+def read_all(files: list[bytes], readers: list[Any], last: Any, decoded: Any) -> None:
+    """Read all damaged files; `last` holds the number of the one in work."""
     for number in range(COUNT):
         data = mutated(number, files)
         last.value = number
-        for channels in (1, 3, 4):
+        for read in readers:
             try:
-                image = decode_image(data, channels)
+                found = np.asarray(read(data))
             except ImageError:
                 continue
-            assert image.shape[0] == channels, (number, image.shape)
-            assert image.numel() > 0, number
+            assert found.shape[0] == read.keywords.get("channels", len(found)), number
+            assert found.size > 0, number
+            assert np.isfinite(found).all(), number
             decoded.value += 1
 
 
-def test_originals_decode() -> None:
-    files = originals()
-    assert len(files) >= 20
-    for data in files:
-        assert decode_image(data).shape == (3, 24, 32)
+WAVE = 0.5 * np.sin(np.arange(800) / 6)
+SOUNDS = [encode_sound(WAVE, 16_000, kind) for kind in ("WAV", "FLAC", "OGG", "MP3", "AIFF")]
+IMAGES = originals()
 
 
-def test_no_damaged_file_ends_the_process() -> None:
+def test_originals_can_be_read() -> None:
+    assert len(IMAGES) >= 20
+    assert {decode_as_pil(data, 3).shape for data in IMAGES} == {(3, 24, 32)}
+
+
+@pytest.mark.parametrize(
+    ("files", "readers"),
+    [
+        (IMAGES, [partial(decode_as_pil, channels=channels) for channels in (1, 3, 4)]),
+        (SOUNDS, [partial(decode_sound, sampling_rate=8_000)]),
+    ],
+    ids=["images", "sounds"],
+)
+def test_no_damaged_file_ends_the_process(files: list[bytes], readers: list[Any]) -> None:
     fork = multiprocessing.get_context("fork")  # a process of its own, and no imports
     last, decoded = fork.Value("i", -1), fork.Value("i", 0)
-    process = fork.Process(target=decode_all, args=(last, decoded))
+    process = fork.Process(target=read_all, args=(files, readers, last, decoded))
     process.start()
     process.join()
     assert process.exitcode == 0, f"file {last.value}"
     # damage that tells, and damage that does not
-    assert 0.2 < decoded.value / (3 * COUNT) < 0.9
+    assert 0.2 < decoded.value / (len(readers) * COUNT) < 0.9

@@ -5,23 +5,18 @@ from __future__ import annotations
 import json
 import pickle
 import sys
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
-from paired import encode_sound, write_clips
-from sklearn.linear_model import RidgeClassifier
+from paired import encode_sound
 from transformers import Wav2Vec2FeatureExtractor
 from transformers.audio_utils import mel_filter_bank, spectrogram
 
 from vicreg_hf.data.columns.image_files import ImageError
-from vicreg_hf.data.columns.images import ImageColumn
 from vicreg_hf.data.columns.sound_files import decode_sound
 from vicreg_hf.data.columns.spectrograms import (
     SpectrogramColumn,
@@ -29,15 +24,13 @@ from vicreg_hf.data.columns.spectrograms import (
     spectrogram_image,
 )
 from vicreg_hf.data.columns.waveforms import WaveformColumn
-from vicreg_hf.data.opening.dataset import open_dataset
 
 Samples = NDArray[np.float32]
 
 
 def sine(frequency: float, seconds: float = 1.0, rate: int = 16_000) -> Samples:
-    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * rate)) / rate)).astype(
-        np.float32
-    )
+    times = np.arange(int(seconds * rate)) / rate
+    return (0.5 * np.sin(2 * np.pi * frequency * times)).astype(np.float32)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +69,7 @@ def test_resampling_keeps_pitch_and_loudness_and_filters_what_is_too_high() -> N
 WAV = encode_sound(sine(440, 0.1), 16_000)
 
 
-def _patched(offset: int, value: int, width: int = 4) -> bytes:
+def patched(offset: int, value: int, width: int = 4) -> bytes:
     return WAV[:offset] + value.to_bytes(width, "little") + WAV[offset + width :]
 
 
@@ -89,8 +82,8 @@ def _patched(offset: int, value: int, width: int = 4) -> bytes:
         (encode_sound(sine(440)[:0], 16_000), "0 samples"),
         (encode_sound(sine(440), 16_000, "AU"), "must be of WAV, .* got AU"),
         (encode_sound(np.full(99, np.nan), 16_000, subtype="FLOAT"), "must be finite"),
-        (_patched(24, 2**31 - 1), "to 384000 samples per second, got 2147483647"),
-        (_patched(24, 1), "2000 to"),
+        (patched(24, 2**31 - 1), "to 384000 samples per second, got 2147483647"),
+        (patched(24, 1), "2000 to"),
         (encode_sound(np.zeros(601 * 2000, np.int16), 2_000), "longer than the 600 seconds"),
     ],
     ids=lambda value: value if isinstance(value, str) else "sound",
@@ -101,52 +94,16 @@ def test_what_cannot_be_used_is_refused(data: bytes, sentence: str) -> None:
 
 
 def test_a_header_that_claims_more_than_the_file_holds_costs_nothing() -> None:
-    data = _patched(40, 2**31 - 1)
-    assert np.array_equal(decode_sound(data, 16_000), decode_sound(WAV, 16_000))
-
-
-SOUNDS = [
-    encode_sound(sine(440, 0.05), 16_000, kind) for kind in ("WAV", "FLAC", "OGG", "MP3", "AIFF")
-]
-
-
-@given(
-    st.sampled_from(SOUNDS),
-    st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=20),
-    st.integers(0, 10_000),
-)
-def test_damaged_sounds_are_decoded_or_refused(
-    data: bytes, damage: list[tuple[int, int]], cut: int
-) -> None:
-    damaged = bytearray(data)
-    for place, value in damage:
-        damaged[place % len(damaged)] = value
-    try:
-        decoded = decode_sound(bytes(damaged[:cut] if cut < len(damaged) else damaged), 8_000)
-    except ImageError:
-        return
-    assert np.isfinite(decoded).all()
-    assert decoded.ndim == 1
-
-
-def test_cells_are_files_in_the_table_or_beside_it(tmp_path: Path) -> None:
-    column = WaveformColumn("sound")
-    (tmp_path / "a.wav").write_bytes(WAV)
-    from_path = column.decode({"bytes": None, "path": str(tmp_path / "a.wav")})
-    assert np.array_equal(from_path, column.decode({"bytes": WAV, "path": "b.wav"}))
-    missing = {"bytes": None, "path": str(tmp_path / "b.wav")}
-    for cell in (None, missing, {"bytes": None, "path": None}, {}, "a.wav"):
-        with pytest.raises(ImageError):
-            column.decode(cell)
+    longer = patched(40, 2**31 - 1)
+    assert np.array_equal(decode_sound(longer, 16_000), decode_sound(WAV, 16_000))
 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_columns_of_files_and_of_bytes_are_decoded_in_workers(plain: bool) -> None:
     stored: Any = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-    features = datasets.Features(sound=datasets.Value("binary") if plain else stored)
-    cell = WAV if plain else {"bytes": WAV, "path": None}
-    table = datasets.Dataset.from_dict({"sound": [cell]}, features=features)
-    table = table.add_column("kind", [0])  # pyright: ignore[reportCallIssue]
+    kinds = {"sound": stored["bytes"] if plain else stored, "kind": datasets.Value("int64")}
+    rows = {"sound": [WAV if plain else {"bytes": WAV, "path": None}], "kind": [0]}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
     if not plain:
         table = table.cast_column("sound", datasets.Audio())
     feature = table.features["sound"]
@@ -180,7 +137,7 @@ def test_pieces_are_normalised_as_the_stock_extractor_does() -> None:
 
 def test_pieces_are_cut_by_row_epoch_and_seed() -> None:
     column = WaveformColumn("sound", num_samples=1000)
-    ramp = np.arange(1010, dtype=np.float32) ** 2  # of which no two pieces are alike
+    ramp = np.arange(1010, dtype=np.float32) ** 2  # no two of its pieces are alike
     starts = torch.cat([column.batch([ramp[k : k + 1000]], [0], 0, 0) for k in range(11)])
 
     def drawn(rows: range, epoch: int = 0, seed: int = 0) -> Any:
@@ -198,11 +155,9 @@ def test_pieces_are_cut_by_row_epoch_and_seed() -> None:
 
 def test_short_clips_lie_somewhere_in_zeros() -> None:
     column = WaveformColumn("sound", num_samples=110)
-    batch = column.batch([np.full(100, 0.5, np.float32)] * 1100, range(1100), 0, 0)
-    inside = batch > 0
+    inside = column.batch([np.full(100, 0.5, np.float32)] * 1100, range(1100), 0, 0) > 0
     assert (inside.sum(1) == 100).all()
-    starts = inside.int().argmax(1)
-    assert torch.bincount(starts, minlength=11).min() > 60  # of 100
+    assert torch.bincount(inside.int().argmax(1), minlength=11).min() > 60  # of 100
 
 
 def test_a_spectrogram_agrees_with_that_of_transformers() -> None:
@@ -224,16 +179,6 @@ def test_a_spectrogram_agrees_with_that_of_transformers() -> None:
     assert image.max() == 255
 
 
-def test_frequency_rises_upwards_and_time_to_the_right() -> None:
-    settings = SpectrogramSettings(seconds=1.0)
-    low, high = (spectrogram_image(sine(f), settings)[0] for f in (200, 4000))
-    assert low.float().mean(1).argmax() > 100 > 60 > high.float().mean(1).argmax()
-    late = np.concatenate([0 * sine(440, 0.5), sine(440, 0.5)])
-    columns = spectrogram_image(late, settings)[0].float().amax(0)
-    assert columns[:56].max() == 0
-    assert columns[72:].min() > 200
-
-
 def test_the_middle_of_a_long_clip_is_seen_and_a_short_one_lies_in_the_middle() -> None:
     settings = SpectrogramSettings(seconds=1.0)
     whole = settings.num_samples
@@ -245,40 +190,19 @@ def test_the_middle_of_a_long_clip_is_seen_and_a_short_one_lies_in_the_middle() 
     bright = short.nonzero().flatten()
     assert 38 <= len(bright) <= 42  # 4001 / 125 samples of a hop, and 1024 of a frame
     assert abs((bright[0] + bright[-1]) / 2 - 64) < 1.5
+    assert spectrogram_image(0 * clip, settings).max() == 0
 
 
-def test_loudness_does_not_matter_and_silence_is_black() -> None:
-    settings = SpectrogramSettings(seconds=1.0)
-    image = spectrogram_image(sine(440), settings)
-    quiet = spectrogram_image(1e-6 * sine(440), settings)
-    assert (image.int() - quiet.int()).abs().max() <= 1
-    assert spectrogram_image(0 * sine(440), settings).max() == 0
-
-
-def test_settings_are_json_and_checked() -> None:
+def test_settings_survive_json_and_are_refused_where_they_do_not_go_together() -> None:
     settings = SpectrogramSettings(seconds=3.0)
     assert SpectrogramSettings(**json.loads(json.dumps(settings.to_dict()))) == settings
     assert settings.hop_length == 375
-    for options, sentence in [
+    faults: list[tuple[dict[str, Any], str]] = [
         ({"seconds": 0.05}, "longer than a frame"),
         ({"fft_length": 256}, "every mel band must hold a frequency"),
         ({"num_mels": 0}, "num_mels must be positive, got 0"),
-        ({"range_db": -1.0}, "range_db must be positive"),
-        ({"min_frequency": 9000.0}, "min_frequency"),
         ({"max_frequency": 9000.0}, "at most half the sampling rate"),
-    ]:
+    ]
+    for options, sentence in faults:
         with pytest.raises(ValueError, match=sentence):
             SpectrogramSettings(**options)
-
-
-def test_a_spectrogram_column_stands_in_for_an_image_column(tmp_path: Path) -> None:
-    """And the classes of clips can be told from what it gives."""
-    assert {n for n in dir(ImageColumn) if n[0] != "_"} <= set(dir(SpectrogramColumn))
-    splits = open_dataset(str(write_clips(tmp_path, rows=120, test_rows=60, rate=8_000)))
-    settings, x, labels = SpectrogramSettings(8_000, 1.0, 32, 256), {}, {}
-    for name, table in splits.items():
-        column = SpectrogramColumn("sound", table.features["sound"], settings)
-        images = torch.stack([column.decode(cell) for cell in column.prepare(table)["sound"]])
-        x[name], labels[name] = images.flatten(1).numpy() / 255, table["kind"]
-    classifier = RidgeClassifier().fit(x["train"], labels["train"])
-    assert classifier.score(x["test"], labels["test"]) > 0.6  # of 12 classes

@@ -116,7 +116,7 @@ def read_pixels(data: bytes, channels: int = 3) -> NDArray[Any]:
         raise
     except Exception as error:  # decoders raise whatever their parsing meets
         with suppress(Exception):  # texts and profiles may be damaged where the pixels are not
-            if len(plain := _without_extras(data)) < len(data):
+            if len(plain := without_extras(data)) < len(data):
                 return _read(plain, channels)
         raise ImageError(f"the image cannot be decoded: {_reason(data, error)}") from error
 
@@ -187,7 +187,7 @@ def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
     return data.startswith(_JPEG) and data.endswith(_JPEG_END) and image.mode in ("RGB", "L")
 
 
-def _without_extras(data: bytes) -> bytes:
+def without_extras(data: bytes) -> bytes:
     """A PNG without texts, profiles and whatever else is not its pixels; other data as they are."""
     kept, at = [data[:8]], 8
     while data.startswith(_PNG) and len(head := data[at : at + 8]) == 8:
