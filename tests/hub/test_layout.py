@@ -22,30 +22,22 @@ ENCODER = {"config.json", "model.safetensors"}
 TRAINING = {"expander.safetensors", "vicreg.safetensors.index.json"}
 
 
-def test_saving_writes_these_files_and_removes_an_older_expander(tmp_path: Path) -> None:
-    model = trained()
+def test_saving_writes_these_files_with_timms_names_in_float32(tmp_path: Path) -> None:
+    model = trained().bfloat16()
     model.save_pretrained(tmp_path / "absent", is_main_process=False)
     assert not (tmp_path / "absent").exists()
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == ENCODER | TRAINING
-    model.save_pretrained(tmp_path, include_expander=False)
+    model.save_pretrained(tmp_path, include_expander=False)  # and removes an older one
     assert {path.name for path in tmp_path.iterdir()} == ENCODER
-
-
-def test_the_published_encoder_has_timms_names_in_float32(tmp_path: Path) -> None:
-    model = trained().bfloat16()
-    model.save_pretrained(tmp_path)
     saved, expected = load_file(tmp_path / "model.safetensors"), model.encoder.state_dict()
     assert saved.keys() == expected.keys()
     for name, value in saved.items():
         assert value.dtype in (torch.float32, torch.int64)
         assert torch.equal(value, expected[name].to(value.dtype))
-
-
-def test_config_drops_where_the_registrys_weights_came_from(tmp_path: Path) -> None:
-    trained().save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["model_type"] == "timm_wrapper"
+    # where the registry's weights came from, which these are not
     assert not {"tag", "hf_hub_id", "url", "license"} & written["pretrained_cfg"].keys()
 
 
