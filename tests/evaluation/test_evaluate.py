@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
-from datasets import Dataset
-from encoders import resnet, vicreg, vit
+from encoders import vicreg
 from measuring import NAMES, arguments, labels_of, measure, stock_features, strict
 from numpy.typing import NDArray
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
-from timm.data import create_transform
-from timm.data.config import resolve_model_data_config
 
 from vicreg_hf.evaluation.evaluate import evaluate
 from vicreg_hf.metrics.linear_probe import linear_probe
@@ -35,15 +30,6 @@ def knn_accuracy(x: dict[str, NDArray[Any]], data: Path, k: int) -> float:
     votes: Any = KNeighborsClassifier(k, metric="cosine", weights=weights)
     votes.fit(x["train"], labels_of(data, "train"))
     return float((votes.predict(x["test"]) == labels_of(data, "test")).mean())
-
-
-def timm_features(directory: Path, data: Path, split: str) -> NDArray[np.float32]:
-    """The features of each image by timm alone."""
-    model = timm.create_model(f"local-dir:{directory}", pretrained=True, num_classes=0).eval()
-    view: Any = create_transform(**resolve_model_data_config(model), is_training=False)
-    table: Any = Dataset.from_parquet(str(data / f"{split}.parquet"))
-    with torch.no_grad():
-        return model(torch.stack([view(image) for image in table["image"]])).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -137,24 +123,3 @@ def test_a_collapsed_encoder_gives_numbers_that_json_has(few: Path, tmp_path: Pa
     found = measure(tmp_path / "dead", few, tmp_path, "knn,linear,retrieval,collapse")
     assert found["effective rank"]["value"] == pytest.approx(1, abs=0.01)
     strict(tmp_path / "out" / "results.json")
-
-
-def timm_model(path: Path) -> None:
-    torch.manual_seed(0)
-    model: Any = timm.create_model("test_efficientnet", num_classes=3)
-    model.pretrained_cfg |= {"input_size": [3, 48, 48], "crop_pct": 0.9}
-    timm.models.save_for_hf(model, str(path), safe_serialization=True)
-
-
-@pytest.mark.parametrize(
-    ("make", "width"), [(vit, 16), (resnet, 16), (timm_model, 256)], ids=["vit", "resnet", "timm"]
-)
-def test_encoders_of_other_people_are_measured(
-    make: Callable[[Path], Any], width: int, few: Path, tmp_path: Path
-) -> None:
-    make(tmp_path / "model")
-    found = measure(tmp_path / "model", few, tmp_path, knn_k="5")
-    stock = timm_features if make is timm_model else stock_features
-    x = {split: stock(tmp_path / "model", few, split) for split in ("train", "test")}
-    assert found["5-NN top-1 accuracy"]["value"] == pytest.approx(knn_accuracy(x, few, 5))
-    assert strict(tmp_path / "out" / "results.json")["num_features"] == width

@@ -141,20 +141,17 @@ def test_the_share_of_bad_images_is_judged_at_every_start(encoder: Path, tmp_pat
     assert "label" not in found.column_names
 
 
-@pytest.mark.parametrize("left", ['{"encoder": "0c', "[1]"])
 def test_a_damaged_record_is_no_hindrance_or_is_said(
-    left: str, extracted: Path, encoder: Path, folder: Path, tmp_path: Path
+    extracted: Path, encoder: Path, folder: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "out"
-    output.mkdir()
-    record = output / "extraction.json"
-    record.write_text(left)
-    extract(encoder, folder, output)  # nothing contradicts
+    record = tmp_path / "extraction.json"
+    record.write_text("[1]")
+    extract(encoder, folder, tmp_path)  # nothing contradicts
     assert record.read_bytes() == (extracted / "extraction.json").read_bytes()
-    record.write_text(left)
+    record.write_text('{"encoder": "0c')
     with pytest.raises(ValueError, match=rf"{record} must say which .* damaged \(.*; delete it if"):
-        extract(encoder, folder, output)
-    assert files(output) == files(extracted)
+        extract(encoder, folder, tmp_path)
+    assert files(tmp_path) == files(extracted)
 
 
 def test_other_settings_are_not_mixed_into_the_same_directory(
@@ -183,12 +180,9 @@ def test_half_precision_is_near(
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ({"batch_size": 0}, "batch_size must be positive"),
         ({"dtype": "int8"}, "dtype must be float32 or float16"),
         ({"push_to_hub": True}, "push_to_hub needs hub_dataset_id"),
-        ({"hub_dataset_id": "../x"}, "hub_dataset_id must be org/name"),
         ({"split": "absent"}, "split must be one of train, test"),
-        ({"image_column": "absent"}, "image_column must name a column of images"),
     ],
 )
 def test_settings_that_cannot_be_are_said(
@@ -229,18 +223,16 @@ def test_labels_mean_the_same_in_every_split(
     assert [names[k] if k >= 0 else None for k in found["test"]["label"]] == read
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_images_in_zips_are_named_as_in_a_folder(
-    several: bool, encoder: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "data").mkdir()
-    names = ["a.zip", "b.zip"] if several else ["a.zip"]
-    for name in names:
-        with zipfile.ZipFile(tmp_path / "data" / name, "w") as file:
-            for row, image in enumerate(photographs(2, 40, 40)):
-                file.writestr(f"{row}.png", png(image))
-    data = tmp_path / "data" / ("" if several else "a.zip")
-    output = extract(encoder, data, tmp_path / "features")
-    inside = ["0.png", "1.png"]
-    expected = [f"{zipped}/{name}" for zipped in names for name in inside] if several else inside
-    assert load(output, tmp_path)["train"]["image_id"][:] == expected
+def test_images_in_zips_are_named_as_in_a_folder(encoder: Path, tmp_path: Path) -> None:
+    data, inside = tmp_path / "data", ["0.png", "1.png"]
+    data.mkdir()
+    for zipped in ("a.zip", "b.zip"):
+        with zipfile.ZipFile(data / zipped, "w") as file:
+            for name, image in zip(inside, photographs(2, 40, 40), strict=True):
+                file.writestr(name, png(image))
+    for given, expected in {
+        data: ["a.zip/0.png", "a.zip/1.png", "b.zip/0.png", "b.zip/1.png"],
+        data / "a.zip": inside,
+    }.items():
+        output = extract(encoder, given, tmp_path / f"features of {given.name}")
+        assert load(output, tmp_path)["train"]["image_id"][:] == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,20 +64,15 @@ def test_a_token_that_may_not_push_is_refused_at_once(
 @pytest.mark.parametrize(
     ("status", "sentence"),
     [
-        (404, "check its name"),
+        (404, "must exist, with its revision, .*; check its name"),
         (413, "takes no upload of this size"),
-        (418, "refuses org/name (418"),
+        (418, r"refuses org/name \(418"),
     ],
 )
 def test_a_lasting_refusal_is_not_tried_again(status: int, sentence: str, hub: Hub) -> None:
     hub.fail("POST", "/commit/", status)
-    assert sentence in push("org/name")
+    assert re.search(sentence, push("org/name"))
     assert hub.count("POST", "/commit/") == 1
-
-
-@pytest.mark.usefixtures("hub")
-def test_a_revision_must_exist_to_be_pushed_to() -> None:
-    assert "must exist, with its revision" in push("org/name", revision="absent")
 
 
 def test_a_refusal_of_the_card_says_what_is_wrong_with_it(hub: Hub) -> None:
@@ -86,7 +82,6 @@ def test_a_refusal_of_the_card_says_what_is_wrong_with_it(hub: Hub) -> None:
         "the Hub refuses org/card (400): Invalid metadata in README.md. "
         '- "license" must be one of {those} known'
     )
-    assert hub.count("POST", "/api/validate-yaml") == 1
 
 
 @pytest.mark.parametrize("status", [503, 409, DROP])
@@ -148,16 +143,16 @@ def test_offline_mode_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unset the `HF_HUB_OFFLINE` environment variable" in push("org/name")
 
 
-@pytest.mark.parametrize("repo_id", ["../x", "a/b/c", "org/name\n", "org/na me", ""])
-def test_ids_with_another_form_are_refused(repo_id: str) -> None:
-    with pytest.raises(ValueError, match="repo_id must be org/name"):
-        check_repo_id(repo_id)
-
-
-@pytest.mark.parametrize("revision", ["a b", "../main", "-f", "a//b", "x.lock", "v1\n", ""])
-def test_revisions_with_another_form_are_refused(revision: str) -> None:
-    with pytest.raises(ValueError, match="revision must be a branch"):
-        check_revision(revision)
+@pytest.mark.parametrize(
+    ("check", "name", "sentence"),
+    [
+        *((check_repo_id, x, "repo_id must be org/name") for x in ("../x", "a/b/c", "a/b\n", "")),
+        *((check_revision, x, "revision must be a branch") for x in ("a b", "-f", "a//b", "v1\n")),
+    ],
+)
+def test_names_with_another_form_are_refused(check: Any, name: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        check(name)
     assert check_revision("release/v1.0") == "release/v1.0"
 
 
