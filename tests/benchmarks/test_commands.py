@@ -55,7 +55,7 @@ def share(cell: str) -> float:
 SMALLEST = ["--architecture=test_resnet", "--batch_size=8"]
 
 
-def test_extraction_is_measured_against_the_bare_forward_pass(
+def test_extraction_is_measured_against_the_forward_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("vicreg_hf.benchmarks.features.default_num_workers", lambda _: 0)
@@ -150,9 +150,7 @@ def averaged_as_by_ddp(results: list[list[Tensor]]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dim", DIMS)
-def test_over_two_processes_the_authors_gives_what_one_process_gives(
-    gloo: GlooPool, dim: int
-) -> None:
+def test_over_two_processes_the_authors_is_that_of_one_process(gloo: GlooPool, dim: int) -> None:
     # The authors' invariance is of the own rows: only its mean over processes is the batch's.
     actual = averaged_as_by_ddp(gloo.run(2, loss_and_gradients_of_own_rows, "authors", dim))
     expected = loss_and_gradients("authors", *all_rows(dim))
@@ -160,9 +158,7 @@ def test_over_two_processes_the_authors_gives_what_one_process_gives(
 
 
 @pytest.mark.parametrize("size", [(32, 32), (60, 40)], ids=["in memory", "decoded"])
-def test_the_bottleneck_of_a_run_is_its_slowest_stage(
-    size: tuple[int, int], tmp_path: Path
-) -> None:
+def test_the_bottleneck_is_the_slowest_stage(size: tuple[int, int], tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", size=size)
     flags = [*SMALL[:-1], "--num_workers=1", "--image_size=32", f"--dataset_name={folder}"]
     text, _, rows = measured("data", *flags)
@@ -175,7 +171,7 @@ def test_the_bottleneck_of_a_run_is_its_slowest_stage(
 
 
 @pytest.mark.parametrize("only", [NAMES, ["bare"]], ids=["all", "bare"])
-def test_training_is_measured_against_the_bare_backbone_the_authors_and_lightly(
+def test_training_is_measured_against_the_backbone_and_others(
     only: list[str],
 ) -> None:
     text, header, all_rows = measured(

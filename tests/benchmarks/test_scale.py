@@ -55,16 +55,6 @@ def test_parts_of_a_step_worked_by_hand() -> None:
     assert predict(WORK, least, 1, 256)["backbone"] == 1000
 
 
-def test_more_gpus_never_make_a_step_of_one_gpu_faster_than_their_number() -> None:
-    alone = predict(WORK, Machine(), 1, 2048)["step"]
-    for world in (2, 8, 64):
-        ours, theirs = (
-            predict(WORK, Machine(), world, 2048, authors=authors)["step"]
-            for authors in (False, True)
-        )
-        assert alone / world <= ours < theirs
-
-
 @pytest.mark.parametrize(
     ("world", "batch_size", "said"), [(8, 2044, "the nearest is 2048"), (12, 96, "use 16")]
 )

@@ -65,10 +65,10 @@ TRAIN, LABELS = two_classes(40)
 TEST, TEST_LABELS = two_classes(21, seed=1)
 
 
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
     forget_accelerator()
-    yield Accelerator(cpu=True)
+    yield
     forget_accelerator()
 
 
@@ -77,15 +77,13 @@ def forget_accelerator() -> None:
     GradientState._reset_state()
 
 
-def trained(
-    accelerator: Accelerator, settings: FinetuneSettings = QUICK, **changes: Any
-) -> FinetuneResult:
+def trained(settings: FinetuneSettings = QUICK, **changes: Any) -> FinetuneResult:
     given: dict[str, Any] = {
         "encoder": Encoder(), "train": TRAIN, "train_labels": LABELS, "test": TEST,
         "num_classes": 2, "num_features": 4, "image_size": 12, "crop_pct": 1.0,
         "mean": MEAN, "std": STD,
     }  # fmt: skip
-    return finetune(**given | changes, settings=settings, accelerator=accelerator)
+    return finetune(**given | changes, settings=settings, accelerator=Accelerator(cpu=True))
 
 
 def accuracy(result: FinetuneResult) -> float:
@@ -105,12 +103,10 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 @pytest.mark.parametrize(
     ("settings", "was_training"), [(QUICK, True), (QUICK, False), (TUNED, False)]
 )
-def test_a_copy_of_the_encoder_is_classified_as_it_is_or_tuned(
-    accelerator: Accelerator, settings: FinetuneSettings, was_training: bool
-) -> None:
+def test_a_copy_is_classified_or_tuned(settings: FinetuneSettings, was_training: bool) -> None:
     encoder = Encoder().train(was_training)
     before = state_of(encoder)
-    result = trained(accelerator, settings, encoder=encoder)
+    result = trained(settings, encoder=encoder)
     assert accuracy(result) > 0.9
     used: Any = result.model
     kept = list(before) if settings.frozen else ["unused.weight", "unused.bias"]
@@ -124,13 +120,8 @@ def test_a_copy_of_the_encoder_is_classified_as_it_is_or_tuned(
     assert not encoder.modes
 
 
-def test_an_encoder_without_weights_can_be_classified(accelerator: Accelerator) -> None:
-    given: dict[str, Any] = {"encoder": nn.Flatten(), "num_features": 3 * 12 * 12}
-    assert accuracy(trained(accelerator, replace(TUNED, lr_head=0.01), **given)) > 0.9
-
-
-def test_bfloat16_is_of_the_encoder_and_not_of_the_classifier(accelerator: Accelerator) -> None:
-    exact, coarse = (trained(accelerator, TUNED, bf16=bf16) for bf16 in (False, True))
+def test_bfloat16_is_of_the_encoder_and_not_of_the_classifier() -> None:
+    exact, coarse = (trained(TUNED, bf16=bf16) for bf16 in (False, True))
     assert coarse.losses != exact.losses
     assert coarse.losses == pytest.approx(exact.losses, rel=0.05)
     assert coarse.logits.dtype == torch.float32
@@ -182,44 +173,42 @@ def reference(settings: FinetuneSettings, rows: Tensor) -> tuple[list[float], Te
 @pytest.mark.parametrize(
     ("settings", "part"), [(QUICK, slice(None)), (TUNED, slice(3, 31))], ids=["frozen", "tuned"]
 )
-def test_training_is_the_authors_on_the_same_crops(
-    accelerator: Accelerator, settings: FinetuneSettings, part: slice
-) -> None:
+def test_training_is_the_authors_on_the_same_crops(settings: FinetuneSettings, part: slice) -> None:
     rows = torch.arange(len(TRAIN))[part]
     losses, logits = reference(settings, rows)
-    result = trained(accelerator, settings, rows=rows.numpy())
+    result = trained(settings, rows=rows.numpy())
     assert result.batch_size == 12
     assert result.losses == pytest.approx(losses, rel=2e-5)
     torch.testing.assert_close(result.logits, logits, rtol=1e-4, atol=1e-5)
 
 
-def test_crops_order_and_dropout_follow_the_seed_alone(accelerator: Accelerator) -> None:
+def test_crops_order_and_dropout_follow_the_seed_alone() -> None:
     encoder = Encoder()
     encoder.drop.p = 0.5
     with torch.random.fork_rng():
         torch.manual_seed(0)
         state = torch.get_rng_state()
-        first = trained(accelerator, TUNED, encoder=encoder)
+        first = trained(TUNED, encoder=encoder)
         assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is left alone
         torch.manual_seed(1)
-        assert trained(accelerator, TUNED, encoder=encoder).losses == first.losses
-    assert trained(accelerator, replace(TUNED, seed=4), encoder=encoder).losses != first.losses
-    assert first.losses != trained(accelerator, TUNED).losses
-    plain, frozen = trained(accelerator), trained(accelerator, encoder=encoder)
+        assert trained(TUNED, encoder=encoder).losses == first.losses
+    assert trained(replace(TUNED, seed=4), encoder=encoder).losses != first.losses
+    assert first.losses != trained(TUNED).losses
+    plain, frozen = trained(), trained(encoder=encoder)
     assert frozen.losses == plain.losses  # a frozen encoder has no dropout
 
 
-def test_a_subset_smaller_than_a_batch_is_the_batch(accelerator: Accelerator) -> None:
+def test_a_subset_smaller_than_a_batch_is_the_batch() -> None:
     rows = np.arange(0, 40, 4)
     labels = torch.full_like(LABELS, -1)
     labels[rows] = LABELS[rows]  # nothing else is known, or looked at
-    result = trained(accelerator, replace(QUICK, epochs=40), rows=rows, train_labels=labels)
+    result = trained(replace(QUICK, epochs=40), rows=rows, train_labels=labels)
     assert (result.batch_size, len(result.losses)) == (10, 40)
     assert accuracy(result) > 0.9
 
 
 def test_what_replaces_a_bad_image_is_not_taken_for_its_class(
-    accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     cells: list[bytes | None] = [png(image) for image in TRAIN]
     labels = LABELS.clone()
@@ -228,20 +217,20 @@ def test_what_replaces_a_bad_image_is_not_taken_for_its_class(
     table = DatasetDict({"train": table_of(cells)})
     split = image_split(table, "train", dataset_name="noise")
     given: Any = {"train_labels": labels, "num_classes": 3}
-    left_out: Any = trained(accelerator, train=split, **given).model
+    left_out: Any = trained(train=split, **given).model
     # the gradient of a class that is never right only lowers it
     assert left_out.head.bias[2] < -0.1
     assert "14 images could not be used and were left out" in capsys.readouterr().out
-    learned: Any = trained(accelerator, train=load_in_memory(split), **given).model
+    learned: Any = trained(train=load_in_memory(split), **given).model
     assert learned.head.bias[2] > left_out.head.bias[2] + 0.1
 
 
-def told(accelerator: Accelerator, settings: FinetuneSettings, test: Tensor) -> dict[str, Any]:
+def told(settings: FinetuneSettings, test: Tensor) -> dict[str, Any]:
     """A training with an image that cannot be used, in values that another process can be sent."""
     cells: list[bytes | None] = [png(image) for image in TRAIN]
     cells[7] = b""
     split = image_split(DatasetDict({"train": table_of(cells)}), "train", dataset_name="noise")
-    result = trained(accelerator, settings, train=split, test=test)
+    result = trained(settings, train=split, test=test)
     model: Any = result.model
     return {
         "losses": result.losses, "logits": result.logits, "state": state_of(model.encoder),
@@ -259,9 +248,8 @@ def told_by_rank(settings: FinetuneSettings, test: Tensor) -> dict[str, Any]:
         for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             patch.setenv(name, "2")
         patch.setenv("OMP_NUM_THREADS", "1")
-        accelerator = Accelerator(cpu=True)
-        assert accelerator.num_processes == 2
-        found = told(accelerator, settings, test)
+        assert Accelerator(cpu=True).num_processes == 2
+        found = told(settings, test)
     forget_accelerator()
     return found
 
@@ -270,15 +258,15 @@ def told_by_rank(settings: FinetuneSettings, test: Tensor) -> dict[str, Any]:
     ("settings", "test"), [(QUICK, TEST[:1]), (TUNED, TEST)], ids=["frozen", "tuned"]
 )
 def test_two_processes_do_what_one_does(
-    accelerator: Accelerator, gloo: GlooPool, settings: FinetuneSettings, test: Tensor
+    gloo: GlooPool, settings: FinetuneSettings, test: Tensor
 ) -> None:
     """The second process of the frozen encoder has no test image."""
-    alone = told(accelerator, settings, test)
+    one = told(settings, test)
     for together in gloo.run(2, told_by_rank, settings, test):
-        assert together["losses"] == pytest.approx(alone["losses"], rel=2e-5)
+        assert together["losses"] == pytest.approx(one["losses"], rel=2e-5)
         for name in ("logits", "state"):
-            torch.testing.assert_close(together[name], alone[name], rtol=1e-4, atol=1e-5)
-        assert together["modes"] == alone["modes"]
+            torch.testing.assert_close(together[name], one[name], rtol=1e-4, atol=1e-5)
+        assert together["modes"] == one["modes"]
 
 
 @pytest.mark.parametrize(
@@ -291,17 +279,15 @@ def test_two_processes_do_what_one_does(
         ({"num_features": 5}, r"shape \(2, 5\) for images of .*\(2, 3, 12, 12\), got \(2, 4\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(
-    accelerator: Accelerator, changes: dict[str, Any], message: str
-) -> None:
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        trained(accelerator, **changes)
+        trained(**changes)
 
 
-def test_a_loss_that_is_not_finite_ends_the_training(accelerator: Accelerator) -> None:
+def test_a_loss_that_is_not_finite_ends_the_training() -> None:
     with pytest.raises(FloatingPointError, match=r"in epoch 1 of 4; lower lr_head=1e\+30\.$"):
-        trained(accelerator, replace(QUICK, lr_head=1e30))
+        trained(replace(QUICK, lr_head=1e30))
     broken = Encoder()
     nn.init.constant_(broken.conv.weight, float("nan"))
     with pytest.raises(FloatingPointError, match=r"got nan .*lr_head=0\.5 or lr_backbone=0\.1"):
-        trained(accelerator, TUNED, encoder=broken)
+        trained(TUNED, encoder=broken)

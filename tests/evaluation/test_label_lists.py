@@ -51,9 +51,7 @@ def test_lines_name_rows(text: str, expected: list[int], tmp_path: Path) -> None
         (b"\xff\xfe\x00", r"must be a text file, got .*list\.txt"),
     ],
 )
-def test_a_line_that_names_no_row_is_itself_named(
-    text: bytes, message: str, tmp_path: Path
-) -> None:
+def test_a_line_that_names_no_row_is_named(text: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         listed_subset(listing(tmp_path, text), PATHS, len(PATHS))
 

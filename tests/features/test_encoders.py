@@ -31,7 +31,7 @@ def features_of(encoder: Encoder) -> Tensor:
 
 
 @pytest.mark.parametrize(("make", "width"), [(vit, 16), (resnet, 16)])
-def test_a_transformers_model_gives_what_it_pools(
+def test_transformers_models_are_pooled(
     make: Callable[[Path], Any], width: int, tmp_path: Path
 ) -> None:
     make(tmp_path)

@@ -52,9 +52,7 @@ def push(repo_id: str, token: str | None = WRITER, **settings: Any) -> str:
         (READER, r"needs an access token that may write there.*\(403\).*role 'write'"),
     ],
 )
-def test_a_token_that_may_not_push_is_refused_at_once(
-    token: str | None, sentence: str, hub: Hub
-) -> None:
+def test_a_token_that_may_not_push_is_refused(token: str | None, sentence: str, hub: Hub) -> None:
     with pytest.raises(HubError, match=sentence):
         api.open_repository("org/name", token=token)
     assert not hub.repositories
@@ -118,7 +116,7 @@ def test_a_hub_that_never_answers_is_given_up(hub: Hub, monkeypatch: pytest.Monk
         ("POST", "/commit/", b"null"),
     ],
 )  # fmt: skip
-def test_a_page_in_place_of_the_hub_is_tried_again_and_named(
+def test_a_page_in_place_of_the_hub_is_named(
     method: str, path: str, content: bytes, hub: Hub
 ) -> None:
     hub.fail(method, path, 200, content=content)

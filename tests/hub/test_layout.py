@@ -65,7 +65,7 @@ def load(path: Path) -> tuple[VICRegModel, str]:
     return model, captured.out
 
 
-def test_a_model_loads_with_its_settings_and_with_a_warning_without_its_expander(
+def test_a_model_loads_and_warns_if_it_has_no_expander(
     tmp_path: Path,
 ) -> None:
     settings: dict[str, Any] = {

@@ -133,9 +133,7 @@ def test_every_stock_loader_gives_our_features(architecture: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "test_convnext"])
-def test_classifiers_and_feature_maps_start_from_the_encoder(
-    architecture: str, tmp_path: Path
-) -> None:
+def test_classifiers_and_maps_start_from_the_encoder(architecture: str, tmp_path: Path) -> None:
     ours, x = trained(architecture), pixels(architecture)
     ours.save_pretrained(tmp_path)
     classifier = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=10)

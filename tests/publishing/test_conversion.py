@@ -18,6 +18,7 @@ from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from vicreg_hf import VICRegConfig, VICRegModel, convert_checkpoint
+from vicreg_hf.benchmarks.peers import projector
 
 
 class Wide(ResNet):
@@ -39,12 +40,7 @@ def authors(network: Any) -> Any:
     return network
 
 
-def projector(features: int, *, last_bias: bool = False) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(features, 24), nn.BatchNorm1d(24), nn.ReLU(),
-        nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU(),
-        nn.Linear(24, 16, bias=last_bias),
-    )  # fmt: skip
+WIDTHS = [24, 24, 16]
 
 
 def shaken(module: nn.Module) -> Any:
@@ -86,10 +82,10 @@ def same_weights(directory: Path, reference: nn.Module) -> bool:
     )
 
 
-def test_the_authors_full_checkpoint_becomes_a_stock_resnet50_with_its_expander(
+def test_the_authors_full_checkpoint_keeps_its_expander(
     tmp_path: Path,
 ) -> None:
-    r50, head = shaken(authors(resnet50())), shaken(projector(2048))
+    r50, head = shaken(authors(resnet50())), shaken(projector(2048, WIDTHS))
     weights = prefixed("module.backbone.", r50) | prefixed("module.projector.", head)
     optimizer = {"state": {0: {"mu": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
     torch.save({"epoch": 3, "model": weights, "optimizer": optimizer}, tmp_path / "model.pth")
@@ -100,7 +96,7 @@ def test_the_authors_full_checkpoint_becomes_a_stock_resnet50_with_its_expander(
     assert config["pretrained_cfg"]["crop_pct"] == 0.875
     assert config["pretrained_cfg"]["input_size"] == [3, 224, 224]
     model = VICRegModel.from_pretrained(tmp_path / "out").eval()
-    assert model.config.expander_dims == [24, 24, 16]
+    assert model.config.expander_dims == WIDTHS
     same_features(model.encoder, r50)
     with torch.no_grad():
         embedded = model(X, X).embeddings
@@ -129,7 +125,9 @@ def test_the_wide_networks_have_the_authors_weights(name: str, counts: list[int]
 def test_a_checkpoint_of_lightly_is_read(r18: Any, tmp_path: Path) -> None:
     """The examples of lightly save an nn.Sequential of a ResNet's children."""
     backbone = nn.Sequential(*list(r18.children())[:-1])
-    weights = prefixed("backbone.", backbone) | prefixed("projection_head.layers.", projector(512))
+    weights = prefixed("backbone.", backbone) | prefixed(
+        "projection_head.layers.", projector(512, WIDTHS)
+    )
     online = {f"online_classifier.linear.{k}": torch.zeros(3) for k in ("weight", "bias")}
     torch.save({"state_dict": weights | online, "loops": {}}, tmp_path / "last.ckpt")
     done = convert_checkpoint(tmp_path / "last.ckpt", tmp_path / "out")
@@ -167,7 +165,7 @@ class DictConfig:
         self.settings = OrderedDict(lr=0.3)
 
 
-def test_a_checkpoint_of_solo_learn_is_read_with_settings_of_unknown_classes(
+def test_settings_of_unknown_classes_beside_weights_are_passed_over(
     tmp_path: Path,
 ) -> None:
     reference: Any = shaken(resnet18())
@@ -175,7 +173,9 @@ def test_a_checkpoint_of_solo_learn_is_read_with_settings_of_unknown_classes(
     reference.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     reference.maxpool = nn.Identity()
     weights = prefixed("backbone.", reference) | prefixed("classifier.", nn.Linear(512, 10))
-    weights |= prefixed("projector.", projector(512, last_bias=True))
+    head = projector(512, WIDTHS)
+    head[-1] = nn.Linear(24, 16)  # with a bias, which an expander has not
+    weights |= prefixed("projector.", head)
     content = {"state_dict": weights, "hyper_parameters": DictConfig()}
     torch.save(content, tmp_path / "ep=999.ckpt")
     done = convert_checkpoint(tmp_path / "ep=999.ckpt", tmp_path / "out")
@@ -234,7 +234,7 @@ def test_every_weight_left_over_or_missing_is_listed(r18: Any, tmp_path: Path) -
     backbone = prefixed("module.backbone.", r18)
     others = backbone | {"module.decoder.weight": torch.zeros(3)}
     assert "got 1 of others: decoder.weight" in refusal({"model": others}, tmp_path)
-    head = prefixed("module.projector.", projector(512))
+    head = prefixed("module.projector.", projector(512, WIDTHS))
     for lost in ("0.bias", "6.weight"):
         part = {name: value for name, value in head.items() if not name.endswith(f"r.{lost}")}
         sentence = refusal({"model": backbone | part}, tmp_path)
@@ -250,7 +250,7 @@ def test_every_weight_left_over_or_missing_is_listed(r18: Any, tmp_path: Path) -
         ({"blocks.0.weight": torch.zeros(3)}, "whose first weight is conv1.weight"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_of_a_resnet_is_refused(
+def test_a_file_that_is_no_checkpoint_is_refused(
     content: Any, sentence: str, tmp_path: Path
 ) -> None:
     assert sentence in refusal(content, tmp_path)

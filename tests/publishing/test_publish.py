@@ -62,9 +62,7 @@ def test_both_encoders_are_pushed_as_they_were_written(output_dir: Path, hub: Hu
         assert files["model.safetensors"] == written
 
 
-def test_the_expander_onnx_the_licence_and_a_branch_are_pushed_on_request(
-    output_dir: Path, hub: Hub
-) -> None:
+def test_expander_onnx_licence_and_branch_are_pushed_on_request(output_dir: Path, hub: Hub) -> None:
     publish(
         output_dir, "org/more", include_expander=True, onnx=True, license="cc-by-4.0",
         revision="v2",
@@ -88,15 +86,11 @@ def test_the_expander_onnx_the_licence_and_a_branch_are_pushed_on_request(
         with torch.no_grad():
             expected = model.encoder(x)
         torch.testing.assert_close(torch.from_numpy(features), expected, rtol=1e-3, atol=1e-4)
-
-
-def test_a_push_deletes_what_an_earlier_one_left(output_dir: Path, hub: Hub) -> None:
-    publish(output_dir, "org/twice", include_expander=True)
-    push_files({"theirs.txt": b"-"}, "org/twice", commit_message="-")
-    publish(output_dir, "org/twice")
-    repository = hub.repositories["models/org/twice"]
-    assert "expander.safetensors" not in repository.files()
-    assert "theirs.txt" in repository.files()
+    # a later push deletes what this one left, and nothing else
+    push_files({"theirs.txt": b"-"}, "org/more", commit_message="-", revision="v2")
+    publish(output_dir, "org/more", revision="v2")
+    assert "expander.safetensors" not in repository.files("v2")
+    assert "theirs.txt" in repository.files("v2")
     assert len(repository.commits) == 4
 
 
@@ -125,9 +119,7 @@ def test_a_training_checkpoint_is_exported_and_pushed(hub: Hub, tmp_path: Path) 
     assert all(torch.equal(pushed[name], expected[name]) for name in expected)
 
 
-def test_an_encoder_that_stock_loaders_do_not_load_leaves_no_repository(
-    hub: Hub, tmp_path: Path
-) -> None:
+def test_an_encoder_that_does_not_load_leaves_no_repository(hub: Hub, tmp_path: Path) -> None:
     model = trained()
     next(model.encoder.parameters()).data.fill_(float("nan"))
     model.save_pretrained(tmp_path)
