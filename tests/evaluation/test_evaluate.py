@@ -45,9 +45,7 @@ def found(whole: Path) -> dict[str, Any]:
     return {each["name"]: each for each in strict(whole / "results.json")["results"]}
 
 
-def test_results_hold_what_one_reads_them_by(
-    whole: Path, found: dict[str, Any], data: Path
-) -> None:
+def test_results_hold_what_one_reads_them_by(whole: Path, found: dict[str, Any]) -> None:
     results = strict(whole / "results.json")
     about = {"dataset": "digits", "model": "untrained", "train_split": "train",
              "eval_split": "test", "num_train_images": 300, "num_eval_images": 120,
@@ -68,15 +66,7 @@ def test_results_hold_what_one_reads_them_by(
     assert found["20-NN top-1 accuracy"]["settings"] == {
         "k": 20, "temperature": 0.07, "similarity": "cosine"
     }  # fmt: skip
-    probe = found["linear probe top-1 accuracy"]
-    tried = [each for each in probe["details"]["tried"] if each["validation_loss"] is not None]
-    best = min(tried, key=lambda each: each["validation_loss"])
-    assert len(probe["details"]["tried"]) == 28
-    for name in ("learning_rate", "weight_decay"):
-        assert probe["settings"][name] == best[name]
     tuned = found["fine-tuning, 10 % of the labels top-1 accuracy"]["settings"]
-    sizes = np.bincount(labels_of(data, "train"))
-    assert tuned["training_images"] == sum(max(1, round(0.1 * size)) for size in sizes)
     assert tuned["lr_backbone"] > 0
     assert found["linear, authors' protocol top-1 accuracy"]["settings"]["lr_backbone"] == 0
 

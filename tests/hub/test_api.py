@@ -116,9 +116,7 @@ def test_a_hub_that_never_answers_is_given_up(hub: Hub, monkeypatch: pytest.Monk
         ("POST", "/commit/", b"null"),
     ],
 )  # fmt: skip
-def test_a_page_in_place_of_the_hub_is_named(
-    method: str, path: str, content: bytes, hub: Hub
-) -> None:
+def test_another_page_is_named(method: str, path: str, content: bytes, hub: Hub) -> None:
     hub.fail(method, path, 200, content=content)
     sentence = push("org/name")
     begin = f"{hub.endpoint} did not answer for org/name as the Hub does, tried 3 times"

@@ -14,6 +14,7 @@ import torch
 from families import FAMILIES, FIXED_SIZES, config, photograph, pixels, same_state, trained
 from hub import READER, Hub, connected, online, running_hub
 from safetensors.torch import load_file, save_file
+from timm.data.config import resolve_model_data_config
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -115,7 +116,7 @@ def test_every_stock_loader_gives_our_features(architecture: str, tmp_path: Path
     assert encoder.num_classes == 0
     if architecture in FIXED_SIZES:  # the backbone takes no other
         side = FIXED_SIZES[architecture]
-        assert timm.data.resolve_model_data_config(encoder)["input_size"] == (3, side, side)
+        assert resolve_model_data_config(encoder)["input_size"] == (3, side, side)
     processor: Any = AutoImageProcessor.from_pretrained(tmp_path)
     processed = processor(photograph())["pixel_values"]
     parts: Any = {"model": model, "image_processor": processor}

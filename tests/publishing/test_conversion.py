@@ -165,9 +165,7 @@ class DictConfig:
         self.settings = OrderedDict(lr=0.3)
 
 
-def test_settings_of_unknown_classes_beside_weights_are_passed_over(
-    tmp_path: Path,
-) -> None:
+def test_a_checkpoint_of_solo_learn_is_read_without_its_settings(tmp_path: Path) -> None:
     reference: Any = shaken(resnet18())
     reference.fc = nn.Identity()
     reference.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
@@ -250,9 +248,7 @@ def test_every_weight_left_over_or_missing_is_listed(r18: Any, tmp_path: Path) -
         ({"blocks.0.weight": torch.zeros(3)}, "whose first weight is conv1.weight"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_is_refused(
-    content: Any, sentence: str, tmp_path: Path
-) -> None:
+def test_other_files_are_refused(content: Any, sentence: str, tmp_path: Path) -> None:
     assert sentence in refusal(content, tmp_path)
     with pytest.raises(ValueError, match="must be a file"):
         convert_checkpoint(tmp_path / "absent.pth", tmp_path / "out")
