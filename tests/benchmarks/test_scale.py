@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from warm import run_script
 
 from vicreg_hf.benchmarks.loss import IN_PLACE_FLOPS, authors_loss, our_loss
-from vicreg_hf.benchmarks.scale import Machine, Work, count_work, loss_seconds, predict, scale
+from vicreg_hf.benchmarks.scale import Machine, Work, count_work, loss_seconds, predict
 
 WORK = Work(8 * 10**9, 3 * 10**8, parameters=175 * 10**6, norms=55, dim=8192)
 
@@ -55,19 +55,8 @@ def test_parts_of_a_step_worked_by_hand() -> None:
     assert predict(WORK, least, 1, 256)["backbone"] == 1000
 
 
-def test_more_gpus_never_make_a_step_of_one_gpu_faster_than_their_number() -> None:
-    alone = predict(WORK, Machine(), 1, 2048)["step"]
-    for world in (2, 8, 64):
-        ours, theirs = (
-            predict(WORK, Machine(), world, 2048, authors=authors)["step"]
-            for authors in (False, True)
-        )
-        assert alone / world <= ours < theirs
-
-
 @pytest.mark.parametrize(
-    ("world", "batch_size", "said"),
-    [(8, 2044, "the nearest is 2048"), (12, 96, "use 16"), (64, 64, "at least 2")],
+    ("world", "batch_size", "said"), [(8, 2044, "the nearest is 2048"), (12, 96, "use 16")]
 )
 def test_batches_and_nodes_that_cannot_be(world: int, batch_size: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
@@ -75,16 +64,13 @@ def test_batches_and_nodes_that_cannot_be(world: int, batch_size: int, said: str
 
 
 def test_the_table_says_what_it_assumes_and_what_was_given() -> None:
-    machine = replace(Machine(), bf16_tflops=312.0)
-    text = scale(machine, "test_resnet", image_size=32, batch_size=64, expander_dims=[16],
-                 gpus=[4, 8], weak=True)  # fmt: skip
+    result = run_script(
+        "scripts/benchmark.py", "scale", "--architecture=test_resnet", "--image_size=32",
+        "--batch_size=64", "--expander_dims=16", "--gpus", "4", "8", "--weak", "--bf16_tflops=312",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    text = result.stdout
+    assert "Predicted, not measured" in text
     assert "| bf16_tflops | 312.0 | TFLOP/s, peak | given |" in text
     rows = [line[2:-2].split(" | ") for line in text.splitlines() if line[:3] in ("| 4", "| 8")]
     assert [row[:2] for row in rows] == [["4", "16"], ["8", "16"]]
-
-
-def test_the_command_prints_the_table() -> None:
-    result = run_script("scripts/benchmark.py", "scale", "--architecture=test_resnet",
-                        "--image_size=32", "--expander_dims=16", "--gpus=1")  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "Predicted, not measured" in result.stdout

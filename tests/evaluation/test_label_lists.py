@@ -46,16 +46,12 @@ def test_lines_name_rows(text: str, expected: list[int], tmp_path: Path) -> None
     [
         (b"\n7.png\n", r"got '7\.png' in line 2 of .*list\.txt; the images are named like 'n0144"),
         (b"1.png", r"one image, got '1\.png' in line 1 of .*which rows 2 and 3 have"),
-        (b"z/1.png", r"got 'z/1\.png' in line 1 of .*which rows 2 and 3 have"),
         (b"0\n6\n", r"one of 0 to 5, got 6 in line 2"),
-        (b"-1", r"got '-1' in line 1"),
         (b"# nothing\n\n", r"must name some, got none in .*list\.txt"),
         (b"\xff\xfe\x00", r"must be a text file, got .*list\.txt"),
     ],
 )
-def test_a_line_that_names_no_row_is_itself_named(
-    text: bytes, message: str, tmp_path: Path
-) -> None:
+def test_a_line_that_names_no_row_is_named(text: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         listed_subset(listing(tmp_path, text), PATHS, len(PATHS))
 

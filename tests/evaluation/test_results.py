@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from measuring import arguments, digits, measure, strict, write, write_encoder
+from measuring import arguments, measure, strict, write_encoder
 from workflow import leave_behind, small_files
 
+from vicreg_hf.evaluation.card import add_evaluation
 from vicreg_hf.evaluation.evaluate import evaluate
 from vicreg_hf.evaluation.measurements import Measurement
 
@@ -46,9 +48,7 @@ def test_results_that_are_not_measured_anew_are_kept(few: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["results.json", "report.html"])
-def test_results_that_cannot_be_written_leave_those_before(
-    name: str, few: Path, tmp_path: Path
-) -> None:
+def test_results_that_cannot_be_written_leave_others(name: str, few: Path, tmp_path: Path) -> None:
     model, out = write_encoder(tmp_path / "model"), tmp_path / "out"
     measure(model, few, tmp_path, "collapse,retrieval")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -58,64 +58,59 @@ def test_results_that_cannot_be_written_leave_those_before(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_a_card_gets_each_result_once(few: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    write_encoder(run / "encoder")
-    path = run / "encoder" / "README.md"
+def test_a_card_gets_each_result_once(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
     old = {"name": "run", "results": [{
         "task": {"type": "image-classification"}, "dataset": {"type": "a", "name": "a"},
         "metrics": [{"type": "accuracy", "value": 12.5, "name": "of training"}],
     }]}  # fmt: skip
     text = f"---\n{yaml.safe_dump({'license': 'mit', 'model-index': [old]})}---\n# mine\n"
     path.write_text(text + "\n## Training\n\nLong.\n")
-    before = path.read_text()
-    measure(run, few, tmp_path, "knn", knn_k="5", update_card=False)
-    assert path.read_text() == before
-    for protocols in ("knn,linear", "knn,retrieval,collapse"):
-        found = measure(run, few, tmp_path, protocols, knn_k="5")
-    write(tmp_path / "other", train=digits(range(30)), test=digits(range(80, 90)))
-    measure(run / "encoder", tmp_path / "other", tmp_path, "knn", knn_k="5")
-    measure(run, few, tmp_path, "linear")  # results of earlier evaluations stay
-    assert strict(tmp_path / "out" / "results.json")["model"] == "run"
+    knn = Measurement("knn", "5-NN", 0.5, 20, 0, low=0.4, high=0.6)
+    better, linear = replace(knn, value=0.55), replace(knn, name="linear probe", value=0.12345)
+    rank = Measurement("collapse", "effective rank", 3.25, 20, 0, percent=False)
+    for measurements, dataset in (
+        ([knn], "few"), ([better, rank], "few"), ([knn], "other"), ([linear], "few")
+    ):  # fmt: skip
+        add_evaluation(path, measurements, dataset=dataset, split="test")
     after: Any = ModelCard(path.read_text())
     results = after.data.eval_results
-    values = {(e.dataset_name, e.metric_name): e.metric_value for e in results}
-    assert len(values) == len(results) == 1 + 5 + 1 + 1
+    assert len(results) == 4
+    assert {(e.dataset_name, e.metric_name): e.metric_value for e in results} == {
+        ("a", "of training"): 12.5, ("few", "5-NN"): 55.0, ("few", "linear probe"): 12.35,
+        ("other", "5-NN"): 50.0,
+    }  # fmt: skip
     section = after.text.split("<!-- evaluation: few (test) -->")[1].split("<!-- end")[0]
-    for name, each in found.items():
-        shown = Measurement(**each).shown
-        assert section.count(f"| {name} | {shown} | 20 |") == 1
-        if each["percent"]:
-            assert values["few", name] == round(100 * each["value"], 2)
-    assert values["a", "of training"] == 12.5
+    for each in (better, rank, linear):
+        assert section.count(f"| {each.name} | {each.shown} | 20 |") == 1
     assert after.text.count("## Evaluation on few (test)") == 1
     assert after.text.count("## Evaluation on other (test)") == 1
     assert after.text.index("## Evaluation on other") < after.text.index("\n## Training\n")
     assert after.data.license == "mit"
     lines = after.text.splitlines()
-    for line in ModelCard(before).text.splitlines():  # in their order
+    for line in ModelCard(text).text.splitlines():  # in their order
         lines = lines[lines.index(line) + 1 :]
-    assert not [path for path in (run / "encoder").iterdir() if path.suffix == ".partial"]
 
 
-def test_a_card_with_metadata_that_cannot_be_read_is_left_as_it_is(
-    few: Path, tmp_path: Path
-) -> None:
-    model = write_encoder(tmp_path / "model")
+def test_an_evaluation_adds_to_a_card_that_can_be_read(few: Path, tmp_path: Path) -> None:
+    run, said = tmp_path / "run", list[str]()
+    card = write_encoder(run / "encoder") / "README.md"
+
+    def after(text: str, **given: Any) -> str:
+        card.write_text(text)
+        evaluate(arguments(run, few, tmp_path, knn_k="5", **given), say=said.append)
+        assert strict(tmp_path / "out" / "results.json")["model"] == "run"
+        assert [path for path in card.parent.iterdir() if path.suffix == ".partial"] == []
+        return card.read_text()
+
+    assert after("# mine\n", update_card=False) == "# mine\n"
     broken = "---\nlicense: [mit\n---\n# mine\n"
     unfinished = "---\nmodel-index:\n- name: a\n  results:\n  - task: {type: x}\n---\n# mine\n"
     for text in (broken, unfinished):
-        (model / "README.md").write_text(text)
-        said: list[str] = []
-        evaluate(arguments(model, few, tmp_path, knn_k="5"), say=said.append)
-        assert (model / "README.md").read_text() == text
+        assert after(text) == text
         assert "warning: " in said[-1]
         assert "README.md was left as it was" in said[-1]
-        assert strict(tmp_path / "out" / "results.json")["results"]
-    (model / "README.md").write_text("# mine\n\nNo metadata.\n")
-    said = []
-    evaluate(arguments(model, few, tmp_path, knn_k="5"), say=said.append)
-    assert said[-1].startswith(f"The results were added to {model / 'README.md'}; --no_update_card")
-    card: Any = ModelCard.load(model / "README.md")
-    assert card.text.strip().startswith("# mine\n\nNo metadata.\n")
-    assert [each.metric_name for each in card.data.eval_results] == ["5-NN top-1 accuracy"]
+    found: Any = ModelCard(after("# mine\n\nNo metadata.\n"))
+    assert said[-1].startswith(f"The results were added to {card}; --no_update_card")
+    assert found.text.strip().startswith("# mine\n\nNo metadata.\n")
+    assert [each.metric_name for each in found.data.eval_results] == ["5-NN top-1 accuracy"]

@@ -9,10 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
-from measuring import digits, write, write_encoder
+from measuring import digits, stock_features, write, write_encoder
 from workflow import leave_behind
 
-from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.data.labelled import open_labelled
 from vicreg_hf.features import cache as feature_cache
 from vicreg_hf.features.cache import Features, cached_features
@@ -21,19 +20,14 @@ from vicreg_hf.features.encoders import open_encoder
 pytestmark = pytest.mark.usefixtures("one_core", "own_cache")
 
 
-def write_folder(root: Path, train: int, end: int) -> Path:
-    """Image files of as many training images, and the test images up to the end."""
-    for split, rows in {"train": range(train), "test": range(train, end)}.items():
-        for image in digits(rows)[0]:
-            path = root / split / ("left" if int(image["path"][:-4]) % 3 else "right")
-            path.mkdir(parents=True, exist_ok=True)
-            (path / image["path"].zfill(8)).write_bytes(image["bytes"])
-    return root
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("images") / "folder", 24, 40)
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The test images also as another split; six training images are no images."""
+    (images, numbers), others = digits(range(24)), digits(range(24, 40))
+    for row in (0, 4, 5, 6, 7, 19):
+        images[row] = {"bytes": b"<html>", "path": None}
+    folder = tmp_path_factory.mktemp("data")
+    return write(folder, train=(images, numbers), test=others, validation=others)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +47,8 @@ def features(
     splits = {"train": opened.train.split, "test": opened.test.split}
     seen: list[int] = []
     encoder.module.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
-    found = cached_features(encoder, splits, cache, Accelerator(), num_workers=0, **given)
+    settings: dict[str, Any] = {"num_workers": 0, "max_bad_fraction": 0.15} | given
+    found = cached_features(encoder, splits, cache, Accelerator(), **settings)
     return found, sum(seen)
 
 
@@ -70,46 +65,49 @@ def same(found: dict[str, Features], expected: dict[str, Features]) -> bool:
 
 
 def test_features_are_those_of_the_encoder_and_are_computed_once(
-    directory: Path, folder: Path, tmp_path: Path
+    directory: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, seen = features(directory, folder, tmp_path / "cache")
-    assert seen == 24 + 16
-    before = files(tmp_path / "cache")
-    assert len(before) == 2
-    encoder = open_encoder(str(directory))
-    split = open_labelled(str(folder), train_split="train", eval_split=None).test.split
-    for row, image in enumerate(split.read(range(16))):
-        x = (encoder.prepare(image)[None].float() / 255 - 0.5) / 0.5
-        with torch.inference_mode():
-            expected = encoder.module(x)[0]
-        torch.testing.assert_close(first["test"].x[row], expected, rtol=1e-4, atol=1e-5)
-    assert first["test"].x.dtype == torch.float32
+    monkeypatch.setattr(feature_cache, "ROWS_PER_FILE", 4)  # so that a file is of bad images alone
+    first, seen = features(directory, data, tmp_path / "cache")
+    assert seen == 18 + 16
+    assert first["train"].rows.tolist() == [1, 2, 3, *range(8, 19), *range(20, 24)]
+    assert first["train"].x.shape == (18, 96)
     assert first["test"].rows.tolist() == list(range(16))
-    again, seen = features(directory, folder, tmp_path / "cache")
+    expected = torch.from_numpy(stock_features(directory, data, "test"))
+    torch.testing.assert_close(first["test"].x, expected, rtol=1e-4, atol=1e-5)
+    before = files(tmp_path / "cache")
+    assert len(before) == 6 + 4
+    left = leave_behind(next(iter(before)).parent, hours=2)
+    again, seen = features(directory, data, tmp_path / "cache")
     assert seen == 0
+    assert not left.exists()
     assert files(tmp_path / "cache") == before
     assert same(again, first)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cache_dir must be a directory that can be written, got"):
+        features(directory, data, tmp_path / "file")
 
 
-def test_weights_and_preprocessing_and_precision_have_places_of_their_own(
-    directory: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_encoders_and_splits_have_own_places(directory: Path, data: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    first, _ = features(directory, folder, cache)
+    first, _ = features(directory, data, cache)
     others: list[tuple[Path, dict[str, Any]]] = [
         (write_encoder(tmp_path / "weights", seed=1), {}),
         (write_encoder(tmp_path / "crop", crop_pct=0.5), {}),
-        (write_encoder(tmp_path / "mean", mean=[0.4, 0.5, 0.5]), {}),
         (directory, {"bf16": True}),
     ]
     for number, (model, given) in enumerate(others, 2):
-        found, seen = features(model, folder, cache, **given)
-        assert seen == 40
+        found, seen = features(model, data, cache, **given)
+        assert seen == 34
         assert len(list(cache.iterdir())) == 2 * number
         assert not torch.equal(found["test"].x, first["test"].x)
-    again, seen = features(write_encoder(tmp_path / "copy"), folder, cache)
-    assert seen == 0  # the same encoder elsewhere
+    copy = write_encoder(tmp_path / "copy")  # the same encoder elsewhere
+    again, seen = features(copy, data, cache, label_column="label")
+    assert seen == 0
     assert same(again, first)
+    other, seen = features(directory, data, cache, test="validation")
+    assert seen == 16
+    assert same(other, first)
 
 
 def test_an_image_that_is_replaced_is_seen(directory: Path, tmp_path: Path) -> None:
@@ -117,7 +115,11 @@ def test_an_image_that_is_replaced_is_seen(directory: Path, tmp_path: Path) -> N
     images, numbers = digits(range(12))
     test, cache = digits(range(24, 32)), tmp_path / "cache"
     table, saved, named = (tmp_path / name for name in ("table", "saved", "named"))
-    folder = write_folder(tmp_path / "folder", 12, 20)
+    folder = tmp_path / "folder"
+    for row, cell in enumerate([*images, *test[0]]):
+        path = folder / ("train" if row < 12 else "test") / "ab"[row % 2] / f"{row:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(cell["bytes"])
     paths = [tmp_path / image["path"] for image in images]
 
     def save(row: int) -> None:
@@ -141,80 +143,3 @@ def test_an_image_that_is_replaced_is_seen(directory: Path, tmp_path: Path) -> N
         changed = (again["train"].x != before["train"].x).any(1)
         assert changed.nonzero().flatten().tolist() == [9]
         assert torch.equal(again["test"].x, before["test"].x)
-
-
-def test_a_split_has_its_own_place_and_labels_have_none(directory: Path, tmp_path: Path) -> None:
-    images, numbers = digits(range(24))
-    others = digits(range(24, 40))
-    data = write(tmp_path / "data", train=(images, numbers), test=others, validation=others)
-    first, _ = features(directory, data, tmp_path / "cache")
-    _, seen = features(directory, data, tmp_path / "cache", label_column="label")
-    assert seen == 0
-    other, seen = features(directory, data, tmp_path / "cache", test="validation")
-    assert seen == 16
-    assert same(other, first)
-
-
-def test_a_damaged_file_is_said_and_made_anew(
-    directory: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first, _ = features(directory, folder, tmp_path / "cache")
-    (damaged,) = (tmp_path / "cache").glob("*/test-*.parquet")
-    whole = damaged.read_bytes()
-    flipped = bytearray(whole)
-    flipped[3000] ^= 0xFF
-    for content in (b"", whole[:200], flipped):
-        damaged.write_bytes(content)
-        again, seen = features(directory, folder, tmp_path / "cache")
-        assert f"warning: {damaged} is damaged and is made again: " in capsys.readouterr().out
-        assert seen == 16
-        assert same(again, first)
-        assert damaged.read_bytes() == whole
-    assert features(directory, folder, tmp_path / "cache")[1] == 0
-    assert capsys.readouterr().out == ""
-
-
-def test_what_was_finished_before_a_stop_is_used(
-    directory: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, _ = features(directory, folder, tmp_path / "whole")
-    monkeypatch.setattr(feature_cache, "ROWS_PER_FILE", 10)
-    features(directory, folder, tmp_path / "cache")
-    parts = sorted((tmp_path / "cache").glob("*/*.parquet"))
-    assert len(parts) == 3 + 2
-    (lost,) = (path for path in parts if path.name == "train-00001-of-00003.parquet")
-    lost.unlink()
-    left = leave_behind(lost.parent, hours=2)
-    again, seen = features(directory, folder, tmp_path / "cache", batch_size=4)
-    assert seen == 10
-    assert not left.exists()
-    for name in ("train", "test"):
-        torch.testing.assert_close(again[name].x, whole[name].x, rtol=1e-4, atol=1e-5)
-        assert torch.equal(again[name].rows, whole[name].rows)
-
-
-def test_bad_images_are_left_out_and_counted_when_they_are_cached_too(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(feature_cache, "ROWS_PER_FILE", 4)
-    images, numbers = digits(range(20))
-    for row in (0, 4, 5, 6, 7, 19):  # a whole file of them
-        images[row] = {"bytes": b"<html>", "path": None}
-    data = write(tmp_path / "data", train=(images, numbers), test=digits(range(20, 40)))
-    found, seen = features(directory, data, tmp_path / "cache", max_bad_fraction=0.15)
-    assert seen == 34
-    assert found["train"].rows.tolist() == [1, 2, 3, *range(8, 19)]
-    assert found["train"].x.shape == (14, 96)
-    again, seen = features(directory, data, tmp_path / "cache", max_bad_fraction=0.15)
-    assert seen == 0
-    assert same(again, found)
-    with pytest.raises(ImageError, match=r"max_bad_fraction=0.14 .* got 6 of 40; .*raise --max"):
-        features(directory, data, tmp_path / "cache", max_bad_fraction=0.14)
-    (lost,) = (tmp_path / "cache").glob("*/train-00001-*.parquet")
-    lost.unlink()  # that of bad images alone, whose share is still of all
-    again, seen = features(directory, data, tmp_path / "cache", max_bad_fraction=0.15)
-    assert seen == 0
-    assert same(again, found)
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="cache_dir must be a directory that can be written, got"):
-        features(directory, data, tmp_path / "file")

@@ -37,14 +37,13 @@ def test_bytes_and_normalised_images_give_the_same_features() -> None:
 @pytest.mark.parametrize(
     ("layers", "sentence"),
     [
-        ([torch.nn.Flatten(), torch.nn.Linear(12, 2)], "must give finite features, and some are"),
-        ([torch.nn.Conv2d(3, 2, 1)], r"must pool to shape .*, got \(4, 2, 2, 2\)"),
+        ([nn.Flatten(), nn.Linear(12, 2)], "must give finite features, and some are"),
+        ([nn.Conv2d(3, 2, 1)], r"must pool to shape .*, got \(4, 2, 2, 2\)"),
     ],
 )
 def test_features_that_cannot_be_used_are_refused(layers: list[Any], sentence: str) -> None:
-    torch.nn.init.constant_(layers[-1].weight, torch.inf)
+    nn.init.constant_(layers[-1].weight, torch.inf)
     config = {"input_size": (3, 2, 2), "mean": (0,) * 3, "std": (1,) * 3}
-    encoder = Encoder(torch.nn.Sequential(*layers), 2, lambda image: image, config, {})
-    images = torch.ones(4, 3, 2, 2, dtype=torch.uint8)
+    encoder = Encoder(nn.Sequential(*layers), 2, lambda image: image, config, {})
     with pytest.raises(ValueError, match=sentence):
-        encode_with(encoder, images, torch.device("cpu"))
+        encode_with(encoder, torch.ones(4, 3, 2, 2, dtype=torch.uint8), CPU)

@@ -11,6 +11,8 @@ import timm
 import torch
 from encoders import resnet, vicreg, vit
 from safetensors.torch import save_file
+from timm.data import create_transform
+from timm.data.config import resolve_model_data_config
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 from transformers import AutoImageProcessor, AutoModel
@@ -20,37 +22,38 @@ from vicreg_hf.benchmarks.data import photographs
 from vicreg_hf.features.encode import encode_with
 from vicreg_hf.features.encoders import Encoder, open_encoder
 
+(SHOWN,) = photographs(1, 90, 70)
 
-def features_of(encoder: Encoder, image: Tensor) -> Tensor:
-    return encode_with(encoder, encoder.prepare(image)[None], torch.device("cpu"))
+
+def features_of(encoder: Encoder) -> Tensor:
+    image = encoder.prepare(tv.pil_to_tensor(SHOWN))
+    return encode_with(encoder, image[None], torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("make", "width"), [(vit, 16), (resnet, 16)])
-def test_a_transformers_model_gives_what_it_pools(
+def test_transformers_models_are_pooled(
     make: Callable[[Path], Any], width: int, tmp_path: Path
 ) -> None:
     make(tmp_path)
     encoder = open_encoder(str(tmp_path))
-    (shown,) = photographs(1, 90, 70)
-    image = tv.pil_to_tensor(shown)
     processor: Any = AutoImageProcessor.from_pretrained(tmp_path)
     model: Any = AutoModel.from_pretrained(tmp_path).eval()
     with torch.inference_mode():
-        expected = model(**processor(shown, return_tensors="pt")).pooler_output.flatten(1)
-    torch.testing.assert_close(features_of(encoder, image), expected)
+        expected = model(**processor(SHOWN, return_tensors="pt")).pooler_output.flatten(1)
+    torch.testing.assert_close(features_of(encoder), expected)
     assert encoder.num_features == width == expected.shape[1]
-    assert encoder.data_config["input_size"] == tuple(encoder.prepare(image).shape)
+    image = encoder.prepare(tv.pil_to_tensor(SHOWN))
+    assert encoder.data_config["input_size"] == tuple(image.shape)
 
 
 def test_a_pooler_that_a_file_does_not_hold_is_not_used(tmp_path: Path) -> None:
     # transformers would draw its weights at random, at each loading others
     model = vit(tmp_path, pooler=False)
     encoder = open_encoder(str(tmp_path))
-    (shown,) = photographs(1, 90, 70)
-    image = tv.pil_to_tensor(shown)
+    processor: Any = AutoImageProcessor.from_pretrained(tmp_path)
     with torch.inference_mode():
-        tokens = model(encoder.prepare(image)[None]).last_hidden_state
-    torch.testing.assert_close(features_of(encoder, image), tokens[:, 0])
+        tokens = model(**processor(SHOWN, return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(features_of(encoder), tokens[:, 0])
     assert encoder.fingerprint() == open_encoder(str(tmp_path)).fingerprint()
 
 
@@ -69,29 +72,26 @@ def test_encoders_are_found_in_runs_checkpoints_and_on_the_hub(tmp_path: Path) -
 
 
 def test_what_is_no_encoder_is_refused_with_the_place_that_was_looked_in(tmp_path: Path) -> None:
-    for name in ("a/b/c", "./run", str(tmp_path / "run")):
-        with pytest.raises(
-            ValueError, match="model must be a directory that is there, or org/name"
-        ):
+    kind = "an encoder of images that timm or AutoModel loads"
+    for name, sentence in {
+        "./run": "a directory that is there, or org/name", "of two words": "org/name",
+        "org/run": f"{kind}.*'org/run', which is no directory here: ",
+        str(tmp_path): f"{kind}.*{tmp_path.name}': ",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"model must be {sentence}"):
             open_encoder(name)
-    with pytest.raises(ValueError, match="model must be org/name"):
-        open_encoder("of two words")
-    kind = "model must be an encoder of images that timm or AutoModel loads"
-    with pytest.raises(ValueError, match=f"{kind}.*'org/run', which is no directory here: "):
-        open_encoder("org/run")
-    with pytest.raises(ValueError, match=f"{kind}.*{tmp_path.name}': "):
-        open_encoder(str(tmp_path))
 
 
 def test_a_directory_of_timm_is_opened_without_its_classifier(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model: Any = timm.create_model("test_vit", num_classes=7).eval()
+    model.pretrained_cfg |= {"crop_pct": 0.9, "mean": (0.4, 0.5, 0.6)}
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
-    encoder = open_encoder(str(tmp_path))
-    x = torch.randn(2, 3, 160, 160)
+    view: Any = create_transform(**resolve_model_data_config(model), is_training=False)
     with torch.no_grad():
-        expected = model.forward_head(model.forward_features(x), pre_logits=True)
-        torch.testing.assert_close(encoder.module(x), expected)
+        x = model.forward_features(view(SHOWN)[None])
+        expected = model.forward_head(x, pre_logits=True)
+    torch.testing.assert_close(features_of(open_encoder(str(tmp_path))), expected)
 
 
 def test_a_fingerprint_tells_weights_architecture_and_preprocessing_apart(tmp_path: Path) -> None:

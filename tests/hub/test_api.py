@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,9 +52,7 @@ def push(repo_id: str, token: str | None = WRITER, **settings: Any) -> str:
         (READER, r"needs an access token that may write there.*\(403\).*role 'write'"),
     ],
 )
-def test_a_token_that_may_not_push_is_refused_at_once(
-    token: str | None, sentence: str, hub: Hub
-) -> None:
+def test_a_token_that_may_not_push_is_refused(token: str | None, sentence: str, hub: Hub) -> None:
     with pytest.raises(HubError, match=sentence):
         api.open_repository("org/name", token=token)
     assert not hub.repositories
@@ -63,20 +62,15 @@ def test_a_token_that_may_not_push_is_refused_at_once(
 @pytest.mark.parametrize(
     ("status", "sentence"),
     [
-        (404, "check its name"),
+        (404, "must exist, with its revision, .*; check its name"),
         (413, "takes no upload of this size"),
-        (418, "refuses org/name (418"),
+        (418, r"refuses org/name \(418"),
     ],
 )
 def test_a_lasting_refusal_is_not_tried_again(status: int, sentence: str, hub: Hub) -> None:
     hub.fail("POST", "/commit/", status)
-    assert sentence in push("org/name")
+    assert re.search(sentence, push("org/name"))
     assert hub.count("POST", "/commit/") == 1
-
-
-@pytest.mark.usefixtures("hub")
-def test_a_revision_must_exist_to_be_pushed_to() -> None:
-    assert "must exist, with its revision" in push("org/name", revision="absent")
 
 
 def test_a_refusal_of_the_card_says_what_is_wrong_with_it(hub: Hub) -> None:
@@ -86,10 +80,9 @@ def test_a_refusal_of_the_card_says_what_is_wrong_with_it(hub: Hub) -> None:
         "the Hub refuses org/card (400): Invalid metadata in README.md. "
         '- "license" must be one of {those} known'
     )
-    assert hub.count("POST", "/api/validate-yaml") == 1
 
 
-@pytest.mark.parametrize("status", [500, 503, 429, 409, 412, DROP])
+@pytest.mark.parametrize("status", [503, 409, DROP])
 def test_a_failure_that_may_pass_is_tried_three_times(status: int, hub: Hub) -> None:
     hub.fail("POST", "org/once/commit/", status, times=2)
     assert push("org/once") == "pushed"
@@ -105,11 +98,10 @@ def test_a_failure_that_may_pass_is_tried_three_times(status: int, hub: Hub) -> 
 
 def test_a_hub_that_never_answers_is_given_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "TIMEOUT", 0.3)
-    hub.fail("POST", "^/api/repos/create", SILENCE, times=3)
     hub.fail("GET", "^/api/models/org/reading", SILENCE)
     hub.fail("POST", "org/writing/commit/", SILENCE)
     hub.fail("POST", "org/once/commit/", SILENCE, times=1)
-    for name in ("org/made", "org/reading", "org/writing"):
+    for name in ("org/reading", "org/writing"):
         sentence = push(name)
         assert f"did not answer for {name} as the Hub does, tried 3 times" in sentence
         assert "timed out" in sentence
@@ -117,14 +109,14 @@ def test_a_hub_that_never_answers_is_given_up(hub: Hub, monkeypatch: pytest.Monk
     assert hub.count("POST", "org/writing/commit") == 3
 
 
-@pytest.mark.parametrize("content", [PAGE, b"", b"{}", b"null"])
 @pytest.mark.parametrize(
-    ("method", "path"),
-    [("POST", "/repos/create"), ("POST", "/preupload/"), ("GET", "org/name"), ("POST", "/commit/")],
-)
-def test_a_page_in_place_of_the_hub_is_tried_again_and_named(
-    method: str, path: str, content: bytes, hub: Hub
-) -> None:
+    ("method", "path", "content"),
+    [
+        ("POST", "/repos/create", PAGE), ("POST", "/preupload/", b""), ("GET", "org/name", b"{}"),
+        ("POST", "/commit/", b"null"),
+    ],
+)  # fmt: skip
+def test_another_page_is_named(method: str, path: str, content: bytes, hub: Hub) -> None:
     hub.fail(method, path, 200, content=content)
     sentence = push("org/name")
     begin = f"{hub.endpoint} did not answer for org/name as the Hub does, tried 3 times"
@@ -147,16 +139,16 @@ def test_offline_mode_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unset the `HF_HUB_OFFLINE` environment variable" in push("org/name")
 
 
-@pytest.mark.parametrize("repo_id", ["../x", "a/b/c", "org/name\n", "org/na me", "", "x/", "-a/b"])
-def test_ids_with_another_form_are_refused(repo_id: str) -> None:
-    with pytest.raises(ValueError, match="repo_id must be org/name"):
-        check_repo_id(repo_id)
-
-
-@pytest.mark.parametrize("revision", ["a b", "../main", "-f", "a//b", "x.lock", "v1\n", ""])
-def test_revisions_with_another_form_are_refused(revision: str) -> None:
-    with pytest.raises(ValueError, match="revision must be a branch"):
-        check_revision(revision)
+@pytest.mark.parametrize(
+    ("check", "name", "sentence"),
+    [
+        *((check_repo_id, x, "repo_id must be org/name") for x in ("../x", "a/b/c", "a/b\n", "")),
+        *((check_revision, x, "revision must be a branch") for x in ("a b", "-f", "a//b", "v1\n")),
+    ],
+)
+def test_names_with_another_form_are_refused(check: Any, name: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        check(name)
     assert check_revision("release/v1.0") == "release/v1.0"
 
 

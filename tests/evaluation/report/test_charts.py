@@ -14,7 +14,7 @@ from reports import NAMES, example, gallery, random, undrawn, written
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from vicreg_hf.evaluation.report.charts import COLOURS, feature_map, spectrum
+from vicreg_hf.evaluation.report.charts import COLOURS, feature_map
 
 
 def points(svg: str) -> NDArray[np.float64]:
@@ -23,30 +23,26 @@ def points(svg: str) -> NDArray[np.float64]:
     return np.array(found, dtype=np.float64) * [1, -1]
 
 
-def spectrum_marks(svg: str) -> NDArray[np.float64]:
-    """The marks of the curve, without the ticks of the axes."""
-    curve = re.search(r'clip-path="[^"]*">\s*(<use.*?)</g>', svg, re.DOTALL)
-    assert curve is not None
-    return points(curve[1])
-
-
 def test_spectrum_is_that_of_the_centred_training_features(tmp_path: Path) -> None:
-    features = random(300, 8) @ torch.diag(torch.logspace(0, -3, 8)) + 5
+    features = random(300, 8) @ torch.diag(torch.logspace(0, -3, 8)) @ random(8, 9, seed=1) + 5
     page = written(tmp_path, train=gallery(features))
     centred = features.double().numpy() - features.double().numpy().mean(0)
     singular = np.linalg.svd(centred, compute_uv=False)
-    marks = spectrum_marks(page.figure("spectrum"))
-    assert len(marks) == 8
-    assert np.corrcoef(marks[:, 1], np.log(singular))[0, 1] > 1 - 1e-9
+    # the marks of the curve, without the ticks of the axes
+    curve = re.search(r'clip-path="[^"]*">\s*(<use.*?)</g>', page.figure("spectrum"), re.DOTALL)
+    assert curve is not None
+    marks = points(curve[1])
+    assert len(marks) == 8  # of the ninth only rounding is left
+    assert np.corrcoef(marks[:, 1], np.log(singular[:8]))[0, 1] > 1 - 1e-9
     p = singular / singular.sum()
-    assert f"Effective rank {np.exp(-(p * np.log(p)).sum()):.1f} of at most 8" in page.text
-    assert "From 300 training images, 8 dimensions." in page.text
+    assert f"Effective rank {np.exp(-(p * np.log(p)).sum()):.1f} of at most 9" in page.text
+    assert "From 300 training images, 9 dimensions." in page.text
     std = centred.std(0, ddof=1)
     [described] = [a for a in page.values("svg", "aria-label") if "deviation" in a]
-    assert f"8 dimensions, from {std.min():.2g} to {std.max():.2g}" in described
+    assert f"9 dimensions, from {std.min():.2g} to {std.max():.2g}" in described
     [described] = [a for a in page.values("svg", "aria-label") if "correlation" in a]
-    off_diagonal = np.corrcoef(centred.T)[np.triu_indices(8, k=1)]
-    assert f"28 pairs, from {off_diagonal.min():.2g} to {off_diagonal.max():.2g}" in described
+    off_diagonal = np.corrcoef(centred.T)[np.triu_indices(9, k=1)]
+    assert f"36 pairs, from {off_diagonal.min():.2g} to {off_diagonal.max():.2g}" in described
 
 
 @pytest.mark.parametrize(
@@ -55,30 +51,19 @@ def test_spectrum_is_that_of_the_centred_training_features(tmp_path: Path) -> No
         (torch.full((20, 6), 0.1), "All features are equal"),
         (random(20, 1).abs() @ random(1, 6).abs(), "Effective rank 1.0"),  # all point one way
         (1e30 * random(20, 6), "20 training images, 6 dimensions."),
-        (random(3, 1).half(), "3 training images, 1 dimensions"),
         (torch.cat([random(20, 5), torch.ones(20, 1)], 1), "1 of them constant"),
         (torch.cat([random(20, 6), torch.full((2, 6), torch.nan)]), "2 more were left out"),
-        (torch.cat([random(20, 6), torch.full((1, 6), torch.inf)]), "1 more was left out"),
         (torch.full((20, 6), torch.nan), None),
         (random(1, 6), None),
-        (random(20, 0), None),
         (random(0, 6), None),
     ],
 )
-def test_features_of_any_kind_are_reported(
-    tmp_path: Path, features: Tensor, said: str | None
-) -> None:
+def test_any_features_are_reported(tmp_path: Path, features: Tensor, said: str | None) -> None:
     both = gallery(features, torch.arange(len(features)) % 3, [torch.zeros(3, 4, 4).byte()])
     page = written(tmp_path, train=both, test=both, class_names=NAMES)
     assert ("Spectrum" in page.text) is (said is not None)
     assert (said or "") in page.text
     assert "nan" not in page.text
-
-
-def test_spectrum_ends_where_only_rounding_is_left() -> None:
-    found = spectrum(gallery(random(300, 3) @ random(3, 8, seed=1)), seed=0)
-    assert found is not None
-    assert len(spectrum_marks(found["figures"][0])) == 3
 
 
 def test_map_marks_every_image_in_the_colour_of_its_class(tmp_path: Path) -> None:
@@ -116,12 +101,10 @@ def test_map_of_few_images_is_their_principal_components(tmp_path: Path) -> None
 def test_legend_of_up_to_20_classes(tmp_path: Path, num_classes: int, shown: bool) -> None:
     test = gallery(random(29, 4), torch.arange(29) % num_classes)
     page = written(tmp_path, test=test, class_names=[f"c{k}" for k in range(num_classes)])
+    marks = set(re.findall(r'fill: (#\w+)"><(circle|path d="[^"]*)', page.html))
+    assert len(marks) == (20 if shown else 0)
     assert ('class="legend"' in page.html) is shown
     assert ("several share a mark" in page.text) is not shown
-    if shown:
-        drawn = re.findall(r'<use xlink:href="([^"]*)"[^>]*style="fill: (#\w+)', page.figure("map"))
-        marks = re.findall(r'fill: (#\w+)"><(circle|path d="[^"]*)', page.html)
-        assert len(set(drawn)) == len(set(marks)) == 20
 
 
 def test_map_draws_at_most_2000_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def test_without_labels_neighbours_are_shown_unmarked(tmp_path: Path) -> None:
         ((4, 96, 96), (96, 96)), ((9, 1, 500), (96, 1)),
     ],
 )  # fmt: skip
-def test_images_of_any_shape_become_small_thumbnails(
+def test_any_image_becomes_a_small_thumbnail(
     shape: tuple[int, int, int], size: tuple[int, int]
 ) -> None:
     image = torch.full(shape, 255, dtype=torch.uint8)
