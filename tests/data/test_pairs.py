@@ -140,7 +140,7 @@ def test_vectors_come_as_they_are_and_need_room_too(
     assert prime_of(args, inputs)["num_features"] == vectors.shape[1]
 
     room: list[int] = []
-    monkeypatch.setattr(workers, "batches_ahead", lambda size, _: room.append(size) or 1)
+    monkeypatch.setattr(workers, "batches_ahead", lambda size, *_: room.append(size) or 1)
     steps(args, inputs, range(1), num_workers=1)
     assert room == [x.numel() + vectors.nbytes]  # crops are uint8 until they are coloured
 

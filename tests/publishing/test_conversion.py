@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import Bottleneck, ResNet
-from vicreg_hf.benchmarks.peers import projector
 
 from vicreg_hf import VICRegConfig, VICRegModel, convert_checkpoint
+from vicreg_hf.models.expander import expander
 
 
 class Wide(ResNet):
@@ -85,7 +85,7 @@ def same_weights(directory: Path, reference: nn.Module) -> bool:
 def test_the_authors_full_checkpoint_keeps_its_expander(
     tmp_path: Path,
 ) -> None:
-    r50, head = shaken(authors(resnet50())), shaken(projector(2048, WIDTHS))
+    r50, head = shaken(authors(resnet50())), shaken(expander(2048, WIDTHS))
     weights = prefixed("module.backbone.", r50) | prefixed("module.projector.", head)
     optimizer = {"state": {0: {"mu": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
     torch.save({"epoch": 3, "model": weights, "optimizer": optimizer}, tmp_path / "model.pth")
@@ -126,7 +126,7 @@ def test_a_checkpoint_of_lightly_is_read(r18: Any, tmp_path: Path) -> None:
     """The examples of lightly save an nn.Sequential of a ResNet's children."""
     backbone = nn.Sequential(*list(r18.children())[:-1])
     weights = prefixed("backbone.", backbone) | prefixed(
-        "projection_head.layers.", projector(512, WIDTHS)
+        "projection_head.layers.", expander(512, WIDTHS)
     )
     online = {f"online_classifier.linear.{k}": torch.zeros(3) for k in ("weight", "bias")}
     torch.save({"state_dict": weights | online, "loops": {}}, tmp_path / "last.ckpt")
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_solo_learn_is_read_without_its_settings(tmp_path: Path)
     reference.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     reference.maxpool = nn.Identity()
     weights = prefixed("backbone.", reference) | prefixed("classifier.", nn.Linear(512, 10))
-    head = projector(512, WIDTHS)
+    head = expander(512, WIDTHS)
     head[-1] = nn.Linear(24, 16)  # with a bias, which an expander has not
     weights |= prefixed("projector.", head)
     content = {"state_dict": weights, "hyper_parameters": DictConfig()}
@@ -232,7 +232,7 @@ def test_every_weight_left_over_or_missing_is_listed(r18: Any, tmp_path: Path) -
     backbone = prefixed("module.backbone.", r18)
     others = backbone | {"module.decoder.weight": torch.zeros(3)}
     assert "got 1 of others: decoder.weight" in refusal({"model": others}, tmp_path)
-    head = prefixed("module.projector.", projector(512, WIDTHS))
+    head = prefixed("module.projector.", expander(512, WIDTHS))
     for lost in ("0.bias", "6.weight"):
         part = {name: value for name, value in head.items() if not name.endswith(f"r.{lost}")}
         sentence = refusal({"model": backbone | part}, tmp_path)

@@ -117,8 +117,13 @@ def image_stream(
     column = open_column(features, image_column, channels=channels, sound=sound)
     known = (table.info.splits or {}).get(name)
     table = column.prepare(table)
-    with _reading(place):
-        first = [row[column.name] for row in table.take(1 if value_range else RANGED)]
+    first: list[Any] = []
+    try:
+        with _reading(place):
+            first.extend(row[column.name] for row in table.take(1 if value_range else RANGED))
+    except ImageError:  # of a later image it is said where it is met
+        if not first:
+            raise
     if not first:
         raise empty
     if isinstance(column, ImageColumn):

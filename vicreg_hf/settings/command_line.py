@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,9 +39,6 @@ def script(*errors: type[BaseException]) -> Iterator[None]:
         yield
     except errors as error:
         sys.exit(f"error: {without_tokens(str(error))}")
-    finally:
-        for child in multiprocessing.active_children():  # nor do they wait for one another
-            child.kill()
 
 
 class _ListRecipes(argparse.Action):
