@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -47,6 +48,16 @@ def read_widths(name: str, given: Any) -> list[int]:
             f"8192-8192-8192, got {given!r}."
         )
     return [int(width) for width in widths]
+
+
+def fold_name(name: str) -> str:
+    """A name of a file, the same for all spellings that Windows or macOS takes for one.
+
+    These differ in capitals, in how accents are written, and in what stands between folders.
+    """
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).replace(
+        "\\", "/"
+    )
 
 
 def one_line(error: BaseException) -> str:

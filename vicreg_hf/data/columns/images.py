@@ -35,7 +35,9 @@ class ImageColumn(FileColumn):
 
     def prepare(self, table: Any) -> Any:
         table = super().prepare(table)
-        return table if self._of_arrays else table.cast_column(self.name, datasets.Image(False))
+        return (
+            table if self._of_arrays else table.cast_column(self.name, datasets.Image(decode=False))
+        )
 
     def encoded(self, cell: Any) -> bytes:
         """The bytes of the image's file or array; errors as in `FileColumn.encoded`."""
