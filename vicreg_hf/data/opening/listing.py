@@ -143,7 +143,7 @@ def _tell(left: dict[str, list[str]], place: str, warn: Callable[[str], object])
     left = {why: folders for why, folders in left.items() if folders}
     for why, folders in left.items():
         warn(
-            f"{len(folders)} folders in {place} are left out, as they {why}: {folders[0]} is the "
-            "first."
+            f"folders in {place} that {why} are left out, {len(folders)} in all: {folders[0]} is "
+            "the first."
         )
     return bool(left)
