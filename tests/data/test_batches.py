@@ -53,14 +53,12 @@ def split(images: Tensor) -> ImageSplit:
 
 
 def test_images_of_one_size_within_the_budget_are_loaded_into_memory() -> None:
-    images = photographs(6, 20, 24)
-    split = split_of(images.repeat(50, 1, 1, 1))  # more than are decoded at a time
-    loaded = load_in_memory(split)
-    assert loaded is not None
-    assert torch.equal(loaded, images.repeat(50, 1, 1, 1))
-    chosen = load_in_memory(split, rows=np.array([7, 0]))
-    assert chosen is not None
-    assert torch.equal(chosen, images[[1, 0]])
+    images = photographs(6, 20, 24).repeat(50, 1, 1, 1)  # more than are decoded at a time
+    split = split_of(images)
+    for rows in (None, np.array([7, 0])):
+        loaded = load_in_memory(split, rows=rows)
+        assert loaded is not None
+        assert torch.equal(loaded, images if rows is None else images[rows])
     size = 300 * 3 * 20 * 24
     assert load_in_memory(split, budget=size) is not None
     assert load_in_memory(split, budget=size - 1) is None
@@ -87,16 +85,13 @@ def test_views_are_those_of_the_samplers_rows(images: Tensor) -> None:
         assert all(map(torch.equal, views, VIEWS(images[rows], rows, epoch)))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2, 3])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
-def test_workers_and_starting_late_change_nothing(split: ImageSplit, num_workers: int) -> None:
-    every = levels_of(split, range(5))
-    late = levels_of(split, range(2, 5), num_workers=num_workers)
-    assert all(map(torch.equal, late, every[2:]))
-
-
-def test_starting_late_in_memory_changes_nothing(images: Tensor) -> None:
-    assert all(map(torch.equal, levels_of(images, range(3, 5)), levels_of(images, range(5))[3:]))
+def test_workers_and_starting_late_change_nothing(images: Tensor, split: ImageSplit) -> None:
+    for source, workers in ((images, (0,)), (split, (0, 2, 3))):
+        every = levels_of(source, range(5))
+        for num_workers in workers:
+            late = levels_of(source, range(2, 5), num_workers=num_workers)
+            assert all(map(torch.equal, late, every[2:]))
 
 
 @pytest.mark.parametrize("views", [VIEWS, ONE_VIEW], ids=["two views", "one view"])
@@ -151,20 +146,14 @@ def test_the_evaluation_view_is_pils_resize_and_central_crop(
     apart = centre_crop(image, image_size, crop_pct).int() - expected.int()
     assert apart.abs().max() <= 2
     assert apart.abs().float().mean() <= 0.5
+    square = image[:, :32, :32]
+    assert torch.equal(centre_crop(square, 32, 1.0), square)  # it is not resampled
 
 
-def test_images_of_the_wanted_size_are_not_resampled(images: Tensor) -> None:
-    square = images[:, :, :40, :40]
-    assert torch.equal(centre_crop(square, 40, 1.0), square)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_evaluation_batches_keep_the_order_of_the_rows(
-    images: Tensor, split: ImageSplit, num_workers: int
-) -> None:
+def test_evaluation_batches_keep_the_order_of_the_rows(images: Tensor, split: ImageSplit) -> None:
     rows = np.array([5, 0, 19, 3, 3])
     expected = torch.stack([centre_crop(images[row], 24, 0.875) for row in rows])
-    for source in (images, split):
+    for source, num_workers in ((images, 0), (split, 0), (split, 2)):
         made = list(evaluation_batches(source, rows, 24, batch_size=2, num_workers=num_workers))
         assert [len(batch) for batch in made] == [2, 2, 1]
         assert torch.equal(torch.cat(made), expected)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from pictures import photographs, png
@@ -42,26 +41,28 @@ def opened(folder: Path, **given: Any) -> LabelledData:
     return open_labelled(str(folder), **({"train_split": "train", "eval_split": None} | given))
 
 
+def numbers(data: LabelledData) -> list[Any]:
+    """The classes, or the rows of targets, of both splits."""
+    found = [each.classes if each.targets is None else each.targets.int()
+             for each in (data.train, data.test)]  # fmt: skip
+    return [None if values is None else values.tolist() for values in found]
+
+
+def named(*names: str) -> ClassLabel:
+    return ClassLabel(names=list(names))
+
+
 def listed(*names: str) -> Any:
-    return List(ClassLabel(names=list(names)))
+    return List(named(*names))
 
 
 @pytest.mark.parametrize("how", ["parquet", "saved"])
 def test_classes_are_numbered_as_the_training_split_names_them(how: str, tmp_path: Path) -> None:
-    one, other = (ClassLabel(names=names) for names in (ANIMALS, REVERSED))
-    data = opened(
-        save(
-            tmp_path / "d",
-            how,
-            train=table(one, [0, 1, None, 2]),
-            test=table(other, [0, -1, 1, 2]),
-        )
-    )
+    train = table(named(*ANIMALS), [0, 1, None, 2])
+    test = table(named(*REVERSED), [0, -1, 1, 2])
+    data = opened(save(tmp_path / "d", how, train=train, test=test))
     assert data.names == ("ant", "bee", "cow")
-    assert data.train.classes is not None
-    assert data.test.classes is not None
-    assert data.train.classes.tolist() == [0, 1, -1, 2]
-    assert data.test.classes.tolist() == [2, -1, 1, 0]  # cow, none, bee, ant
+    assert numbers(data) == [[0, 1, -1, 2], [2, -1, 1, 0]]  # cow, none, bee, ant
     assert (data.train_name, data.test_name) == ("train", "test")
     assert data.train.targets is None
 
@@ -71,33 +72,33 @@ def test_lists_of_classes_are_numbered_alike(tmp_path: Path) -> None:
     test = table(listed(*REVERSED), [[0], [0, 1], [2]])
     data = opened(save(tmp_path / "d", "parquet", train=train, test=test))
     assert data.names == ("ant", "bee", "cow")
-    assert data.train.targets is not None
-    assert data.test.targets is not None
-    assert data.train.targets.int().tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 1]]
-    assert data.test.targets.int().tolist() == [[0, 0, 1], [0, 1, 1], [1, 0, 0]]
+    assert numbers(data) == [
+        [[1, 0, 0], [0, 1, 1], [0, 0, 0], [0, 0, 1]], [[0, 0, 1], [0, 1, 1], [1, 0, 0]]
+    ]  # fmt: skip
     assert data.train.classes is data.test.classes is None
 
 
-def test_plain_values_are_classes_when_their_column_is_named(tmp_path: Path) -> None:
-    train = table(Value("string"), ["cow", "ant", "bee", "ant"], "kind")
-    test = table(
-        Value("string"), ["cow", "cow", "bee"], "kind"
-    )  # without an ant, which is no fault
-    folder = save(tmp_path / "strings", "parquet", train=train, test=test)
+@pytest.mark.parametrize(
+    ("kind", "train", "test", "names", "found"),
+    [
+        (Value("string"), ["cow", "ant", "bee", "ant"], ["cow", "cow", "bee"],  # without an ant
+         ("ant", "bee", "cow"), [2, 2, 1]),
+        (List(Value("int64")), [[10, 2], [7], [2]], [[7], [10, 10]],
+         ("2", "7", "10"), [[0, 1, 0], [0, 0, 1]]),
+    ],
+)  # fmt: skip
+def test_plain_values_are_classes_when_their_column_is_named(
+    kind: Any, train: list[Any], test: list[Any], names: tuple[str, ...], found: list[Any],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    splits = {"train": table(kind, train, "kind"), "test": table(kind, test, "kind")}
+    folder = save(tmp_path / "d", "parquet", **splits)
     data = opened(folder, label_column="kind")
-    assert data.names == ("ant", "bee", "cow")
-    assert data.test.classes is not None
-    assert data.test.classes.tolist() == [2, 2, 1]
-    assert opened(folder).train.classes is None
-    train = table(List(Value("int64")), [[10, 2], [7], [2]])
-    test = table(List(Value("int64")), [[7], [10, 10]])
-    data = opened(save(tmp_path / "lists", "parquet", train=train, test=test), label_column="label")
-    assert data.names == ("2", "7", "10")
-    assert data.test.targets is not None
-    assert data.test.targets.int().tolist() == [[0, 1, 0], [0, 0, 1]]
+    assert data.names == names
+    assert numbers(data)[1] == found
+    assert numbers(opened(folder)) == [None, None]
 
 
-@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
 @pytest.mark.parametrize(
     ("names", "sentence"),
     [
@@ -105,23 +106,18 @@ def test_plain_values_are_classes_when_their_column_is_named(tmp_path: Path) -> 
         (["ant", "bee", "cow", "dog"], r"only d \(test\) has dog; choose another"),
     ],
 )
-def test_names_that_differ_are_refused(
-    names: list[str], sentence: str, several: bool, tmp_path: Path
-) -> None:
-    def split(own: list[str]) -> Dataset:
-        return table(listed(*own), [[0], [1]]) if several else table(ClassLabel(names=own), [0, 1])
-
-    folder = save(tmp_path / "d", "saved", train=split(ANIMALS), test=split(names))
-    with pytest.raises(
-        ValueError, match=f"class names must be the same in both .*, and {sentence}"
-    ):
-        opened(folder)
+def test_names_that_differ_are_refused(names: list[str], sentence: str, tmp_path: Path) -> None:
+    for kind, labels in ((named, [0, 1]), (listed, [[0], [1]])):
+        train, test = (table(kind(*own), labels) for own in (ANIMALS, names))
+        folder = save(tmp_path / kind.__name__ / "d", "saved", train=train, test=test)
+        with pytest.raises(ValueError, match=f"must be the same in both .*, and {sentence}"):
+            opened(folder)
 
 
 @pytest.mark.parametrize(
     ("kind", "train", "test"),
     [
-        (ClassLabel(names=ANIMALS), [0, 1], [-1, -1]),
+        (named(*ANIMALS), [0, 1], [-1, -1]),
         (Value("string"), ["cat", "dog"], [None, None]),
         (listed(*ANIMALS), [[0], [1]], [[0], None]),
         (listed(*ANIMALS), [[0], [1, None]], [[0], [1]]),
@@ -134,78 +130,71 @@ def test_labels_that_a_split_or_some_lists_lack_are_none_unless_asked_for(
     folder = save(tmp_path / "d", "parquet", train=table(kind, train), test=table(kind, test))
     data = opened(folder)
     assert data.names == ()
-    for part in (data.train, data.test):
-        assert part.classes is part.targets is None
-        assert len(part.split) == 2
+    assert numbers(data) == [None, None]
+    assert len(data.train.split) == len(data.test.split) == 2
     with pytest.raises(ValueError, match=r"label_column must hold a .*, got (rows of|none in)"):
         opened(folder, label_column="label")
 
 
 def test_a_test_split_without_the_column_has_no_labels(tmp_path: Path) -> None:
-    train = table(ClassLabel(names=ANIMALS), [0, 1])
+    train = table(named(*ANIMALS), [0, 1])
     for name, other in {
         "none": train.remove_columns("label"),
-        "another": table(ClassLabel(names=ANIMALS), [0, 1], "guess"),
+        "another": table(named(*ANIMALS), [0, 1], "guess"),
     }.items():
         data = opened(save(tmp_path / name, "saved", train=train, test=other))
-        assert data.train.classes is data.test.classes is None
+        assert numbers(data) == [None, None]
     lists = table(listed(*ANIMALS), [[0], [1]])
     folder = save(tmp_path / "mixed", "saved", train=lists, test=train)
     assert opened(folder).test.targets is None
-    with pytest.raises(ValueError, match="label_column must hold a list of classes in every row"):
-        opened(folder, label_column="label")
-    for column, sentence in (("image", "hold classes, or lists .* type Image"), ("kind", "name a")):
-        with pytest.raises(ValueError, match=f"label_column must {sentence}.*; columns: image, l"):
+    for column, sentence in {
+        "label": "hold a list of classes in every row",
+        "image": "hold classes, or lists .* type Image.*; columns: image, l",
+        "kind": "name a.*; columns: image, l",
+    }.items():
+        with pytest.raises(ValueError, match=f"label_column must {sentence}"):
             opened(folder, label_column=column)
 
 
 def test_the_split_to_measure_on_is_found_or_named(tmp_path: Path) -> None:
-    part = table(ClassLabel(names=ANIMALS), [0, 1])
+    part = table(named(*ANIMALS), [0, 1])
     folder = save(tmp_path / "d", "saved", train=part, validation=part.select([1]), extra=part)
     assert opened(folder).test_name == "validation"
     assert len(opened(folder).test.split) == 1
     assert opened(folder, eval_split="extra").test_name == "extra"
     assert opened(folder, train_split="extra", eval_split="train").train_name == "extra"
-    with pytest.raises(
-        ValueError, match=r"eval_split must be given .*; .* has train, validation, "
+    for given, sentence in (
+        ({"train_split": "validation"}, "must be given .*; .* has train, validation, "),
+        ({"eval_split": "dev"}, "must be one of train, validation, extra, part .* got 'dev'"),
     ):
-        opened(folder, train_split="validation")
-    with pytest.raises(
-        ValueError, match=r"eval_split must be one of train, validation, extra, part .* got 'dev'"
-    ):
-        opened(folder, eval_split="dev")
+        with pytest.raises(ValueError, match=f"eval_split {sentence}"):
+            opened(folder, **given)
 
 
 def test_parts_of_one_split_are_learnt_from_and_measured_on(tmp_path: Path) -> None:
-    one, other = (ClassLabel(names=names) for names in (ANIMALS, REVERSED))
-    folder = save(
-        tmp_path / "d", "parquet", train=table(one, [0, 1, 2, 2]), test=table(other, [0, 0, 1, 2])
-    )
+    train, test = table(named(*ANIMALS), [0, 1, 2, 2]), table(named(*REVERSED), [0, 0, 1, 2])
+    folder = save(tmp_path / "d", "parquet", train=train, test=test)
     data = opened(folder, train_split="train[:3]", eval_split="train[3:]")
     assert (len(data.train.split), len(data.test.split)) == (3, 1)
     data = opened(folder, train_split="train", eval_split="test[75%:]")
-    assert data.test.classes is not None
-    assert data.test.classes.tolist() == [0]  # the ant, which is 2 in this file
-    with pytest.raises(ValueError, match=r"eval_split must hold other images than train_split, "):
-        opened(folder, train_split="train[:3]", eval_split="train[2:]")
-    with pytest.raises(
-        ValueError, match="train_split must join splits of the same columns and class names"
+    assert numbers(data)[1] == [0]  # the ant, which is 2 in this file
+    for one, other, sentence in (
+        ("train[:3]", "train[2:]", "eval_split must hold other images than train_split, "),
+        ("train+test[:1]", "test[1:]", "must join splits of the same columns and class names"),
     ):
-        opened(folder, train_split="train+test[:1]", eval_split="test[1:]")
+        with pytest.raises(ValueError, match=sentence):
+            opened(folder, train_split=one, eval_split=other)
 
 
 def test_files_that_declare_no_names_have_those_of_their_card(tmp_path: Path) -> None:
-    folder = save(
-        tmp_path / "d", "parquet", train=table(Value("int64"), [0, 1, 2]),
-        test=table(Value("int64"), [2, 2, 1]),
-    )  # fmt: skip
-    kinds = [{"name": "image", "dtype": "image"}, {"name": "label", "dtype": {"class_label": {
-        "names": {str(k): name for k, name in enumerate(ANIMALS)}}}}]  # fmt: skip
+    train, test = (table(Value("int64"), labels) for labels in ([0, 1, 2], [2, 2, 1]))
+    folder = save(tmp_path / "d", "parquet", train=train, test=test)
+    names = {"names": {str(k): name for k, name in enumerate(ANIMALS)}}
+    kinds = [{"name": "image", "dtype": "image"},
+             {"name": "label", "dtype": {"class_label": names}}]  # fmt: skip
     header = {"dataset_info": {"features": kinds}}
     (folder / "README.md").write_text(f"---\n{json.dumps(header)}\n---\n")
     data = opened(folder)
     assert data.names == tuple(ANIMALS)
-    assert data.test.classes is not None
-    assert torch.equal(data.test.classes, torch.tensor([2, 2, 1]))
-    (image,) = data.train.split.read([0])
-    assert image.shape == (3, 8, 8)
+    assert numbers(data)[1] == [2, 2, 1]
+    assert data.train.split.read([0])[0].shape == (3, 8, 8)

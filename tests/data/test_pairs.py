@@ -210,32 +210,6 @@ def test_images_of_two_columns_are_pairs_too(captions: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"prime_modality": "text"}, "prime_architecture must name the encoder of text, got none"),
-        ({"prime_modality": "smell"}, "prime_modality must be one of image, text"),
-        ({"prime_column": "caption"}, "prime_modality must say what prime_column holds"),
-        ({"weights": "own"}, "weights must be shared or separate"),
-        ({"weights": "separate", "prime_expander_dims": "8-4"}, "must end in the same width"),
-        ({"prime_model_args": "{"}, "prime_model_args must be a JSON object"),
-        ({"prime_tokenizer": "bert"}, "prime_tokenizer must be left out with no second branch"),
-        ({"prime_modality": "text", "prime_architecture": "bert", "prime_image_size": 32},
-         "prime_image_size must be left out with text"),
-        ({"num_global_views": 1}, "num_global_views must be at least 2, got 1"),
-        ({"prime_modality": "embedding", "prime_architecture": "resnet18"},
-         "prime_architecture must be left out with embedding"),
-        ({"prime_modality": "embedding", "streaming": True},
-         "streaming must be false for a second branch"),
-    ],
-)  # fmt: skip
-def test_settings_that_do_not_go_together_are_refused(
-    settings: dict[str, Any], sentence: str
-) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        PretrainingArguments(**TINY | settings)
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
         ({"prime_column": "colour"}, "of text, got 'colour'; columns of text: caption, captions"),
         ({"prime_column": None}, "prime_column must be given unless exactly one column .* got 2"),
         ({"prime_modality": "embedding", "prime_architecture": None, "prime_column": None},

@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from measuring import digits, write
 
-from vicreg_hf.data.labelled import open_labelled
-from vicreg_hf.evaluation.trained import training_rows
 from vicreg_hf.settings.command_line import parse_evaluation_arguments
 from vicreg_hf.settings.evaluation import EvaluationArguments
 from vicreg_hf.settings.finetuning import LINEAR, ONE_PERCENT, TEN_PERCENT
-
-WHAT = ["--model=org/model", "--dataset_name=org/data"]
 
 
 def given(**settings: Any) -> EvaluationArguments:
     return EvaluationArguments("org/model", "org/data", **settings)
 
 
+def parse(*words: str) -> EvaluationArguments:
+    return parse_evaluation_arguments(["--model=org/model", "--dataset_name=org/data", *words])
+
+
 @pytest.mark.parametrize("name", ["paper", "semi-supervised-authors"])
 def test_flags_override_a_recipe_wherever_they_stand(name: str) -> None:
     flags = ["--epochs=7", "--protocols", "finetune-1,knn"]
     for words in ([f"--config={name}", *flags], [*flags, "--config", name]):
-        args = parse_evaluation_arguments([*WHAT, *words])
+        args = parse(*words)
         assert args.epochs == args.training("finetune-1")[0].epochs == 7
         assert args.protocol_names == ["finetune-1", "knn"]
 
 
-def test_the_recipes_are_the_authors_settings() -> None:
-    linear = parse_evaluation_arguments([*WHAT, "--config=linear-authors"])
-    assert linear.training("linear-sgd") == (LINEAR, 1.0)
+def test_the_recipes_are_the_authors_settings_and_defaults_the_papers() -> None:
+    assert parse("--config=linear-authors").training("linear-sgd") == (LINEAR, 1.0)
     assert LINEAR.frozen
-    tuned = parse_evaluation_arguments([*WHAT, "--config=semi-supervised-authors"])
+    tuned = parse("--config=semi-supervised-authors")
     assert tuned.training("finetune-1") == (ONE_PERCENT, 0.01)
     assert tuned.training("finetune-10") == (TEN_PERCENT, 0.1)
+    args = parse()
+    assert args == given()
+    assert args.protocol_names == ["knn", "linear"]
+    assert args.numbers("knn_k") == [20, 200]
+    assert args.temperature == 0.07
 
 
 def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
@@ -50,35 +50,24 @@ def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
     assert args.bf16 is True
     path.write_text("neighbours: 3\n")
     with pytest.raises(ValueError, match=r"settings of scripts/evaluate.py, got neighbours in"):
-        parse_evaluation_arguments([*WHAT, "--config", str(path)])
+        parse("--config", str(path))
     with pytest.raises(ValueError, match=r"config must be a recipe \(linear-authors, paper, semi-"):
-        parse_evaluation_arguments([*WHAT, "--config=absent"])
+        parse("--config=absent")
 
 
-def test_defaults_are_the_papers() -> None:
-    args = parse_evaluation_arguments(WHAT)
-    assert args == given()
-    assert args.protocol_names == ["knn", "linear"]
-    assert args.numbers("knn_k") == [20, 200]
-    assert args.temperature == 0.07
-
-
-@pytest.mark.parametrize(
-    ("model", "data", "expected"),
-    [
-        ("org/model", "org/data", "model-on-data"),
-        ("runs/first", "demo", "first-on-demo"),
-        ("runs/first/encoder", "demo", "first-on-demo"),
-    ],
-)
 def test_results_go_by_default_where_their_names_say(
-    model: str, data: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "first" / "encoder").mkdir(parents=True)
-    assert EvaluationArguments(model, data).output_dir == f"evaluations/{expected}"
+    for model, data, expected in (
+        ("org/model", "org/data", "model-on-data"),
+        ("runs/first", "demo", "first-on-demo"),
+        ("runs/first/encoder", "demo", "first-on-demo"),
+    ):
+        assert EvaluationArguments(model, data).output_dir == f"evaluations/{expected}"
     monkeypatch.chdir(tmp_path / "runs" / "first")
-    assert EvaluationArguments(".", data).output_dir == f"evaluations/first-on-{data[-4:]}"
+    assert EvaluationArguments(".", "demo").output_dir == "evaluations/first-on-demo"
 
 
 def test_lists_are_read_once_each_and_in_order() -> None:
@@ -102,16 +91,10 @@ def test_settings_of_training_go_where_they_belong() -> None:
         ({"protocols": "knn,probe"}, "protocols must be of knn, linear, .* got probe"),
         ({"protocols": " ,"}, "protocols must be of .* got none"),
         ({"knn_k": "20,x"}, "knn_k must be positive whole numbers joined by commas, got '20,x'"),
-        ({"knn_k": ""}, "knn_k must be positive whole numbers"),
         ({"retrieval_k": "0"}, "retrieval_k must be positive whole numbers"),
-        ({"temperature": math.nan}, "temperature must be positive and finite, got nan"),
         ({"seed": 2**32}, r"seed must be between 0 and 2\*\*32 - 1, got 4294967296"),
-        ({"label_fraction": 0.0}, "label_fraction must be above 0 and at most 1, got 0.0"),
         ({"protocols": "finetune-10", "label_fraction": 0.5}, "settings of the protocol finetune"),
-        (
-            {"label_list": "names.txt"},
-            "settings of the protocol finetune, got protocols=knn,linear",
-        ),
+        ({"label_list": "x"}, "settings of the protocol finetune, got protocols=knn,linear"),
         ({"protocols": "finetune", "label_fraction": 0.5, "label_list": "x"}, "exclude each other"),
     ],
 )
@@ -121,31 +104,3 @@ def test_settings_that_cannot_be_are_said_in_a_sentence(
     with pytest.raises(ValueError, match=sentence) as refused:
         given(**settings)
     assert "\n" not in str(refused.value)
-
-
-@pytest.mark.usefixtures("own_cache")
-def test_subsets_are_balanced_and_depend_on_the_seed_alone(tmp_path: Path) -> None:
-    data = write(tmp_path / "data", train=digits(range(400)), test=digits(range(400, 440)))
-
-    def rows(protocol: str, **settings: Any) -> list[int]:
-        args = given(protocols=protocol, **settings)
-        opened = open_labelled(str(data), train_split="train", eval_split=None)
-        found = training_rows(protocol, args, opened)
-        assert found is not None
-        return found.tolist()
-
-    classes = np.array(digits(range(400))[1])
-    sizes = np.bincount(classes)
-    for protocol, fraction in (("finetune-1", 0.01), ("finetune-10", 0.1)):
-        found = rows(protocol)
-        expected = [max(1, round(fraction * size)) for size in sizes]
-        assert np.bincount(classes[found]).tolist() == expected
-        torch.manual_seed(1)  # on which it must not depend
-        assert rows(protocol, epochs=3, lr_head=0.5, batch_size=8) == found
-        assert rows(protocol, seed=1) != found
-    assert set(rows("finetune-1")) < set(rows("finetune-10"))
-    assert rows("finetune", label_fraction=0.1) == rows("finetune-10")
-    opened = open_labelled(str(data), train_split="train", eval_split=None)
-    assert training_rows("finetune", given(protocols="finetune"), opened) is None
-    (tmp_path / "list").write_text("# two\n7.png\n12\n")
-    assert rows("finetune", label_list=str(tmp_path / "list")) == [7, 12]

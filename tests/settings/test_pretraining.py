@@ -83,36 +83,45 @@ def test_defaults_are_the_authors_and_output_dir_is_named_after_the_data() -> No
 
 @pytest.mark.parametrize("widths", [[16, 8], (16, 8), "16-8"])
 def test_widths_may_be_a_list(widths: Any) -> None:
-    args = PretrainingArguments(
-        expander_dims=widths, weights="separate", prime_expander_dims=widths
-    )
+    given = {"expander_dims": widths, "prime_expander_dims": widths, "weights": "separate"}
+    args = PretrainingArguments(**given)
     assert (args.expander_dims, args.prime_expander_dims) == ("16-8", "16-8")
     assert args.prime_expander_widths == [16, 8]
     assert PretrainingArguments.from_recipe("demo", expander_dims=widths).expander_dims == "16-8"
 
 
-@pytest.mark.parametrize("widths", [[], [16, 0], [16, 8.0], ["a"], None, "512,512", "512-0", ""])
+@pytest.mark.parametrize("widths", [[], [16, 8.0], ["a"], None, "512,512", "512-0"])
 def test_widths_that_cannot_be_are_refused(widths: Any) -> None:
     with pytest.raises(ValueError, match=r"^expander_dims must be positive widths, .*, got "):
         PretrainingArguments(expander_dims=widths)
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"),
+    ("flags", "message"),
     [
         ("--augmentation=strong", "augmentation must be one of authors, .*, got 'strong'"),
         ("--augmentation={", "augmentation must be a JSON object, got '{'"),
         ("--variance_reduction=max", "variance_reduction must be mean or sum, got 'max'"),
         ("--num_global_views=1", "num_global_views must be at least 2, got 1"),
-        ("--model_args={img_size: 32}", "model_args must be a JSON object, got '{img_size: 32}'"),
-        ("--model_args=[1, 2]", "model_args must be a JSON object"),
+        ("--model_args=[1,2]", "model_args must be a JSON object"),
         ("--push_to_hub", "push_to_hub needs hub_model_id, org/name, and got none"),
         ("--config=nonsense", r"a recipe \(.*demo.*\) or a YAML file, got 'nonsense'"),
+        ("--prime_modality=text", "prime_architecture must name the encoder of text, got none"),
+        ("--prime_modality=smell", "prime_modality must be one of image, text"),
+        ("--prime_column=caption", "prime_modality must say what prime_column holds"),
+        ("--weights=own", "weights must be shared or separate"),
+        ("--weights=separate --prime_expander_dims=8-4", "must end in the same width"),
+        ("--prime_tokenizer=bert", "prime_tokenizer must be left out with no second branch"),
+        ("--prime_modality=text --prime_architecture=bert --prime_image_size=32",
+         "prime_image_size must be left out with text"),
+        ("--prime_modality=embedding --prime_architecture=resnet18",
+         "prime_architecture must be left out with embedding"),
+        ("--prime_modality=embedding --streaming", "streaming must be false for a second branch"),
     ],
 )  # fmt: skip
-def test_a_setting_that_cannot_be_is_refused_with_the_rule(flag: str, message: str) -> None:
+def test_a_setting_that_cannot_be_is_refused_with_the_rule(flags: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_arguments([flag])
+        parse_arguments(flags.split())
 
 
 @pytest.mark.parametrize(
@@ -123,7 +132,6 @@ def test_a_setting_that_cannot_be_is_refused_with_the_rule(flag: str, message: s
         ("- batch_size", "must map settings to values"),
         ("", "must map settings to values"),
         ("a: b: c", "must be valid YAML"),
-        ("1: 2\nepochs: 3", "config must hold settings of scripts/pretrain.py, got 1, epochs in"),
     ],
 )
 def test_a_file_that_cannot_be_is_refused_with_the_rule(
@@ -133,16 +141,12 @@ def test_a_file_that_cannot_be_is_refused_with_the_rule(
         parse_arguments(["--config", yaml_file(tmp_path, text)])
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"batchsize": 8}, r"^--batchsize is no setting, --batch_size is one"),
-        ({"batch_size": "x"}, r"invalid int value: 'x'"),
-    ],
-)
 def test_in_python_what_cannot_be_is_an_error_and_ends_nothing(
-    overrides: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        PretrainingArguments.from_recipe("demo", **overrides)
+    misspelt: Any = {"batchsize": 8}
+    with pytest.raises(ValueError, match=r"^--batchsize is no setting, --batch_size is one"):
+        PretrainingArguments.from_recipe("demo", **misspelt)
+    with pytest.raises(ValueError, match=r"invalid int value: 'x'"):
+        PretrainingArguments.from_recipe("demo", batch_size="x")
     assert capsys.readouterr() == ("", "")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from workflow import write_images
 
-from vicreg_hf import EvaluationArguments, PretrainingArguments, VICRegConfig, VICRegModel
+from vicreg_hf import PretrainingArguments, VICRegConfig, VICRegModel
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.settings.command_line import parse_arguments, parse_evaluation_arguments
 from vicreg_hf.settings.recipes import FACTS, read_about, read_recipe, recipe_names
@@ -23,25 +24,51 @@ WANTED = {
 EVALUATION = {"linear-authors", "paper", "semi-supervised-authors"}
 
 
+def test_the_recipes_wanted_are_there_and_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(recipe_names()) >= WANTED
+    assert set(recipe_names("evaluation")) == EVALUATION
+    with pytest.raises(SystemExit, match="0"):
+        parse_arguments(["--list_recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line and not line.startswith(" ")] == recipe_names()
+    for fact in FACTS:
+        assert sum(line.startswith(f"    {fact} ") for line in lines) == len(recipe_names())
+
+
+def assert_sets(args: Any, name: str) -> None:
+    """Settings hold what a recipe says."""
+    for setting, value in read_recipe(name, type(args)).items():
+        actual = getattr(args, setting)
+        assert type(actual)(value) == actual  # YAML reads 2e-3 as a string
+
+
+@pytest.mark.parametrize("name", sorted(EVALUATION))
+def test_every_recipe_of_evaluation_sets_what_it_says(name: str) -> None:
+    words = ["--model=m", "--dataset_name=d", "--config", name]
+    assert_sets(parse_evaluation_arguments(words), name)
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"), rows=24, size=(70, 66))
 
 
-def test_the_recipes_wanted_are_there() -> None:
-    assert set(recipe_names()) >= WANTED
-    assert set(recipe_names("evaluation")) == EVALUATION
-
-
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_is_built_at_its_full_width(name: str) -> None:
+def test_every_recipe_says_what_it_is_for_sets_what_it_says_and_builds_it(name: str) -> None:
+    about = read_about(name)
+    assert all(about[fact] for fact in FACTS)
+    assert any(words in about["source"] for words in ("this project", "not run here", "none"))
     recipe = parse_arguments(["--config", name])
+    assert_sets(recipe, name)
     with torch.device("meta"):  # which takes no memory
         model = VICRegModel(
             VICRegConfig(architecture=recipe.architecture, expander_dims=recipe.expander_widths)
         )
     widths = [layer.out_features for layer in model.expander if hasattr(layer, "out_features")]
     assert widths == recipe.expander_widths
+    if name in ("imagenet100-r18", "imagenette-r18", "small-data"):  # for data of one's own
+        with pytest.raises(ValueError, match=r"^dataset_name must be given"):
+            open_dataset(recipe.dataset_name)
 
 
 # tens of millions of weights take their time, and those of the second are those of -100ep
@@ -74,38 +101,3 @@ def test_every_recipe_is_stepped(name: str, images: Path, tmp_path: Path) -> Non
     assert torch.isfinite(step.grad_norm)
     take_step(run)
     assert not torch.equal(before, run.model.expander[-1].weight)  # pyright: ignore
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_sets_what_it_says_and_says_what_it_is_for(name: str) -> None:
-    args = parse_arguments(["--config", name])
-    for setting, value in read_recipe(name, PretrainingArguments).items():
-        actual = getattr(args, setting)
-        assert type(actual)(value) == actual  # YAML reads 2e-3 as a string
-    about = read_about(name)
-    assert all(about[fact] for fact in FACTS)
-    measured = "this project" in about["source"]
-    assert measured or "not run here" in about["source"] or "none" in about["source"]
-
-
-@pytest.mark.parametrize("name", sorted(EVALUATION))
-def test_every_recipe_of_evaluation_sets_what_it_says(name: str) -> None:
-    args = parse_evaluation_arguments(["--model=m", "--dataset_name=d", "--config", name])
-    for setting, value in read_recipe(name, EvaluationArguments).items():
-        actual = getattr(args, setting)
-        assert type(actual)(value) == actual
-
-
-@pytest.mark.parametrize("name", ["imagenet100-r18", "imagenette-r18", "small-data"])
-def test_a_recipe_for_data_of_ones_own_does_not_take_the_demo(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^dataset_name must be given"):
-        open_dataset(parse_arguments(["--config", name]).dataset_name)
-
-
-def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        parse_arguments(["--list_recipes"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line and not line.startswith(" ")] == recipe_names()
-    for fact in FACTS:
-        assert sum(line.startswith(f"    {fact} ") for line in lines) == len(recipe_names())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,39 +17,30 @@ from workflow import small_files
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.splits import image_split
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep what `datasets` caches out of the user's home; the variable is read on import."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
+@pytest.mark.parametrize("full", [False, True])
 def test_a_cache_that_cannot_be_written_is_not_the_data_sets_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also root cannot make a folder where there is a file."""
-    table_of([png(image) for image in photographs(3)]).to_parquet(tmp_path / "train.parquet")
+    table = table_of([png(image) for image in photographs(20, 200, 200)])
+    table.to_parquet(tmp_path / "train.parquet")
     (tmp_path / "file").touch()
-    cache = tmp_path / "file" / "huggingface" / "datasets"
+    cache = tmp_path / ("cache" if full else "file") / "huggingface"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
-    with pytest.raises(ValueError, match="cache of data sets must be writable") as caught:
+    with (
+        small_files(2**19) if full else nullcontext(),
+        pytest.raises(ValueError, match="cache of data sets must be writable") as caught,
+    ):
         open_dataset(str(tmp_path / "train.parquet"))
     sentence = str(caught.value)
-    assert sentence.startswith(f"the cache of data sets must be writable, got {cache}: [Errno ")
+    number = "[Errno 27" if full else "[Errno "
+    assert sentence.startswith(f"the cache of data sets must be writable, got {cache}: {number}")
     assert sentence.endswith(
         "; free some space, or set HF_HOME or HF_DATASETS_CACHE to another folder."
     )
-
-
-def test_a_cache_that_is_full_is_not_the_data_sets_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    table = table_of([png(image) for image in photographs(20, 200, 200)])
-    table.to_parquet(tmp_path / "train.parquet")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    sentence = r"^the cache of data sets must be writable, got .*27"
-    with small_files(2**19), pytest.raises(ValueError, match=sentence):
-        open_dataset(str(tmp_path / "train.parquet"))
 
 
 def shard(path: Path, images: list[bytes], first: int = 0) -> None:

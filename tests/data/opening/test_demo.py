@@ -27,11 +27,9 @@ def small_demo(monkeypatch: pytest.MonkeyPatch, train: int, test: int) -> Datase
 def test_images_are_the_same_distinct_digits_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert demo.NUM_IMAGES == {"train": 20_000, "test": 4_000}
     small, large = small_demo(monkeypatch, 30, 10), small_demo(monkeypatch, 300, 100)
+    kinds = {"image": ImageFeature(), "label": ClassLabel(names=[*"0123456789"])}
     for name, split in large.items():
-        assert split.features == {
-            "image": ImageFeature(),
-            "label": ClassLabel(names=[*"0123456789"]),
-        }
+        assert split.features == kinds
         pixels = [np.array(Image.open(io.BytesIO(each))) for each in pngs(split)]
         assert {each.shape for each in pixels} == {(32, 32)}
         assert min(each.max() for each in pixels) > 128  # no digit is lost outside

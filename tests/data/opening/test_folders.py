@@ -19,7 +19,6 @@ from vicreg_hf.data.columns.base import path_of
 from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.data.columns.spectrograms import SpectrogramSettings
 from vicreg_hf.data.opening.dataset import open_dataset
-from vicreg_hf.data.opening.folders import split_of_folder
 from vicreg_hf.data.splits import ImageSplit, image_split
 
 ALIKE = [
@@ -32,88 +31,71 @@ def opened(place: Path) -> dict[str, ImageSplit]:
     return {name: image_split(splits, name, dataset_name="pictures") for name in splits}
 
 
-def seen(split: ImageSplit) -> list[tuple[str, str | None]]:
-    """File and class of each image."""
+def seen(split: ImageSplit) -> list[str]:
+    """The class and the file of each image, as in elm/1.png."""
     paths = [path_of(cell) or "" for cell in split.cells(range(len(split)))]
     files = [os.path.basename(path.split("::")[0]) for path in paths]
-    names = split.label_names
-    classes = [None] * len(split) if split.labels is None else [names[k] for k in split.labels]
-    return list(zip(files, classes, strict=True))
+    if split.labels is None:
+        return files
+    return [f"{split.label_names[k]}/{f}" for k, f in zip(split.labels, files, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        pytest.param(
-            ALIKE,
-            {"train": [("2.png", "elm"), ("1.png", "oak")],
-             "test": [("4.png", "elm"), ("5.jpg", "elm"), ("3.png", "oak")]},
-            id="splits",
-        ),
-        pytest.param(
-            ["Train/oak/1.png", "Train/elm/2.png", "Test Set/oak/3.png"],
-            {"train": [("2.png", "elm"), ("1.png", "oak")], "test": [("3.png", "oak")]},
-            id="capitals, and a class less",
-        ),
-        pytest.param(
-            ["train/1.png", "car/2.png"], {"train": [("2.png", "car"), ("1.png", "train")]},
-            id="a class called train",
-        ),
-        pytest.param(
-            ["train/train/1.png", "train/car/2.png", "test/train/3.png", "test/car/4.png"],
-            {"train": [("2.png", "car"), ("1.png", "train")],
-             "test": [("4.png", "car"), ("3.png", "train")]},
-            id="a class called train within splits",
-        ),
-        pytest.param(
-            ["oak/train/1.png", "elm/train/2.png", "oak/val/3.png", "elm/val/4.png"],
-            {"train": [("2.png", "elm"), ("1.png", "oak")],
-             "validation": [("4.png", "elm"), ("3.png", "oak")]},
-            id="splits within classes",
-        ),
-        pytest.param(
-            ["1.png", "my_test.jpg"], {"train": [("1.png", None), ("my_test.jpg", None)]},
-            id="a file called test",
-        ),
-        pytest.param(
-            ["images/train2017/1.jpg", "images/val2017/2.jpg", "images/train2014/0.jpg"],
-            {"train": [("0.jpg", None), ("1.jpg", None)], "validation": [("2.jpg", None)]},
-            id="splits by year",
-        ),
-        pytest.param(
-            ["train/oak/1.png", "train/elm/2.png", "unlabeled/3.png"],
-            {"train": [("2.png", None), ("1.png", None), ("3.png", None)]},
-            id="some without a class",
-        ),
-        pytest.param(
-            ["train/oak/1.png", "train/elm/2.png", "val/3.png"],
-            {"train": [("2.png", "elm"), ("1.png", "oak")], "validation": [("3.png", None)]},
-            id="a split without classes",
-        ),
-        pytest.param(
-            ["a/1.avif", "a/2.JPG", "a/3.jpeg", "b/4.webp", "b/5.heic", "b/notes.txt", "b/6.h5"],
-            {"train": [("1.avif", "a"), ("2.JPG", "a"), ("3.jpeg", "a"), ("4.webp", "b"),
-                       ("5.heic", "b")]},
-            id="endings",
-        ),
-        pytest.param(
-            ["a/.hidden.png", "__MACOSX/a/._1.png", ".thumbs/1.png", "a/1.png"],
-            {"train": [("1.png", None)]},
-            id="hidden",
-        ),
-        pytest.param(
-            ["oak [0]/1.png", "elm ?/2.png", "*/3.png"],
-            {"train": [("3.png", "*"), ("2.png", "elm ?"), ("1.png", "oak [0]")]},
-            id="names that are patterns",
-        ),
-    ],
-)  # fmt: skip
+PLACES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
+    "splits": (ALIKE, {"train": ["elm/2.png", "oak/1.png"],
+                       "test": ["elm/4.png", "elm/5.jpg", "oak/3.png"]}),
+    "capitals, and a class less": (
+        ["Train/oak/1.png", "Train/elm/2.png", "Test Set/oak/3.png"],
+        {"train": ["elm/2.png", "oak/1.png"], "test": ["oak/3.png"]},
+    ),
+    "a class called train": (
+        ["train/1.png", "car/2.png"], {"train": ["car/2.png", "train/1.png"]},
+    ),
+    "a class called train within splits": (
+        ["train/train/1.png", "train/car/2.png", "test/train/3.png", "test/car/4.png"],
+        {"train": ["car/2.png", "train/1.png"], "test": ["car/4.png", "train/3.png"]},
+    ),
+    "splits within classes": (
+        ["oak/train/1.png", "elm/train/2.png", "oak/val/3.png", "elm/val/4.png"],
+        {"train": ["elm/2.png", "oak/1.png"], "validation": ["elm/4.png", "oak/3.png"]},
+    ),
+    "a file called test": (["1.png", "my_test.jpg"], {"train": ["1.png", "my_test.jpg"]}),
+    "splits by year": (
+        ["images/train2017/1.jpg", "images/val2017/2.jpg", "images/train2014/0.jpg"],
+        {"train": ["0.jpg", "1.jpg"], "validation": ["2.jpg"]},
+    ),
+    "other words for splits": (
+        ["Training images/1.png", "imagenet-val/2.png", "EVAL/3.png"],
+        {"train": ["1.png"], "validation": ["2.png"], "test": ["3.png"]},
+    ),
+    "words that are no splits": (
+        ["trains/1.png", "train_val/2.png"], {"train": ["train_val/2.png", "trains/1.png"]},
+    ),
+    "some without a class": (
+        ["train/oak/1.png", "train/elm/2.png", "unlabeled/3.png"],
+        {"train": ["2.png", "1.png", "3.png"]},
+    ),
+    "a split without classes": (
+        ["train/oak/1.png", "train/elm/2.png", "val/3.png"],
+        {"train": ["elm/2.png", "oak/1.png"], "validation": ["3.png"]},
+    ),
+    "endings": (
+        ["a/1.avif", "a/2.JPG", "a/3.jpeg", "b/4.webp", "b/5.heic", "b/notes.txt", "b/6.h5"],
+        {"train": ["a/1.avif", "a/2.JPG", "a/3.jpeg", "b/4.webp", "b/5.heic"]},
+    ),
+    "hidden": (
+        ["a/.hidden.png", "__MACOSX/a/._1.png", ".thumbs/1.png", "a/1.png"], {"train": ["1.png"]},
+    ),
+    "names that are patterns": (
+        ["oak [0]/1.png", "elm ?/2.png", "*/3.png"],
+        {"train": ["*/3.png", "elm ?/2.png", "oak [0]/1.png"]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "expected"), PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("in_zip", [False, True], ids=["folder", "zip"])
 def test_every_image_is_in_a_split(
-    in_zip: bool,
-    names: list[str],
-    expected: dict[str, list[tuple[str, str | None]]],
-    tmp_path: Path,
+    in_zip: bool, names: list[str], expected: dict[str, list[str]], tmp_path: Path
 ) -> None:
     place = write(tmp_path / "pictures [1]", names)
     if in_zip:
@@ -123,7 +105,7 @@ def test_every_image_is_in_a_split(
     torch.testing.assert_close(next(iter(found.values())).read([0])[0], photographs(1)[0])
 
 
-@pytest.mark.parametrize("names", [["1.png", "2.png"], ["oak/1.png", "elm/2.png"], ALIKE])
+@pytest.mark.parametrize("names", [["1.png", "2.png"], ALIKE])
 def test_images_come_in_the_order_of_datasets(names: list[str], tmp_path: Path) -> None:
     """So that a run goes on with the rows it began with."""
     folder = write(tmp_path / "pictures", names)
@@ -144,7 +126,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "oak").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "pictures")
-    assert seen(opened(tmp_path / "pictures")["train"]) == [("1.png", None)]
+    assert seen(opened(tmp_path / "pictures")["train"]) == ["1.png"]
 
 
 def test_zips_in_a_folder_are_read_if_they_are_all_there_is(
@@ -156,11 +138,11 @@ def test_zips_in_a_folder_are_read_if_they_are_all_there_is(
     for name in ("train", "test"):
         zipped(source, folder / f"{name}.zip")
     assert {name: seen(split) for name, split in opened(folder).items()} == {
-        name: [("2.png", "elm"), ("1.png", "oak")] for name in ("train", "test")
+        name: ["elm/2.png", "oak/1.png"] for name in ("train", "test")
     }
     assert not capsys.readouterr().err
     write(folder, ["3.png"])  # as what was unpacked stands beside its zip
-    assert [name for name, _ in seen(opened(folder)["train"])] == ["3.png"]
+    assert seen(opened(folder)["train"]) == ["3.png"]
     assert "warning: 2 zips in " in (warning := capsys.readouterr().err)
     assert f"{folder / 'test.zip'} is the first" in warning
 
@@ -179,24 +161,15 @@ def test_what_is_damaged_in_a_zip_is_a_bad_image(tmp_path: Path) -> None:
     assert bad[0].path == f"zip://1.png::{archive}"
 
 
-@pytest.mark.parametrize("name", ["http://127.0.0.1:9/1.png", "zip://1.png::http://127.0.0.1:9/a"])
-def test_addresses_in_a_data_set_are_not_asked(name: str) -> None:
+def test_addresses_in_a_data_set_are_not_asked() -> None:
+    names = ["http://127.0.0.1:9/1.png", "zip://1.png::http://127.0.0.1:9/a"]
+    cells = [{"bytes": None, "path": name} for name in names]
     features = datasets.Features({"image": datasets.Image()})
-    table = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": name}]}, features)
+    table = datasets.Dataset.from_dict({"image": cells}, features)
     split = image_split({"train": table}, "train", dataset_name="strange")
-    with pytest.raises(ImageError, match="No such file"):
-        split.read([0])
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("Training images", "train"), ("train2017", "train"), ("imagenet-val", "validation"),
-        ("EVAL", "test"), ("trains", None), ("train_val", None), ("", None),
-    ],
-)  # fmt: skip
-def test_folders_are_called_after_splits(name: str, expected: str | None) -> None:
-    assert split_of_folder(name) == expected
+    for row in range(2):
+        with pytest.raises(ImageError, match="No such file"):
+            split.read([row])
 
 
 def test_processes_read_a_zip_at_once(tmp_path: Path) -> None:
@@ -247,12 +220,9 @@ def test_a_zip_is_refused_by_what_it_holds(tmp_path: Path) -> None:
     ],
 )
 def test_images_that_are_left_out_are_told_of(
-    names: list[str],
-    sentence: str,
-    first: str,
-    tmp_path: Path,
+    names: list[str], sentence: str, first: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:
+) -> None:  # fmt: skip
     folder = write(tmp_path / "mixed", names)
     for table in folder.glob("*.parquet"):
         table_of([PNG] * 2).to_parquet(table)
@@ -269,9 +239,9 @@ def test_sounds_are_found_like_images(tmp_path: Path) -> None:
     assert splits["test"]["label"][:] == [1]  # though the split lacks the other class
     sound = SpectrogramSettings(sampling_rate=8000)
     split = image_split(splits, "train", dataset_name="x", channels=1, sound=sound)
-    assert seen(split) == [("1.wav", "owl"), ("2.flac", "wren")]
+    assert seen(split) == ["owl/1.wav", "wren/2.flac"]
     one, other = split.read([0, 1])
     assert one.shape == other.shape
     assert one.float().std() > 0
     write(tmp_path, ["train/wren/4.png"])  # where there are images, sounds are left alone
-    assert seen(opened(tmp_path)["train"]) == [("4.png", None)]
+    assert seen(opened(tmp_path)["train"]) == ["4.png"]
