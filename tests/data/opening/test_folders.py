@@ -37,7 +37,8 @@ def seen(split: ImageSplit) -> list[str]:
     files = [os.path.basename(path.split("::")[0]) for path in paths]
     if split.labels is None:
         return files
-    return [f"{split.label_names[k]}/{f}" for k, f in zip(split.labels, files, strict=True)]
+    folders = [*(f"{name}/" for name in split.label_names), ""]  # -1 where there is none
+    return [folders[k] + file for k, file in zip(split.labels, files, strict=True)]
 
 
 PLACES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
@@ -72,7 +73,7 @@ PLACES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     ),
     "some without a class": (
         ["train/oak/1.png", "train/elm/2.png", "unlabeled/3.png"],
-        {"train": ["2.png", "1.png", "3.png"]},
+        {"train": ["elm/2.png", "oak/1.png", "3.png"]},
     ),
     "a split without classes": (
         ["train/oak/1.png", "train/elm/2.png", "val/3.png"],

@@ -86,13 +86,13 @@ def tables_of_splits(
     named = _with_one_spelling({
         split: names for split, within in splits.items() if (names := _classes(within))
     })  # fmt: skip
-    classes = sorted(set().union(*named.values()) - {None})
-    numbers = {name: number for number, name in enumerate(classes)}
+    classes = sorted({name for names in named.values() for name in names if name})
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
     tables = {}
     for split, within in splits.items():
         table, kinds = rows.take(list(within)), datasets.Features(features)
         if split in named and len(classes) > 1 and LABEL not in features:
-            column = pa.array(map(numbers.get, named[split]), pa.int64())
+            column = pa.array([numbers.get(name) for name in named[split]], pa.int64())
             if strays := [row for row, name in zip(within, named[split], strict=True) if not name]:
                 warn(
                     f"{len(strays)} of {len(within)} files in split {split} have no label, as they "

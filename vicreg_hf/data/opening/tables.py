@@ -60,7 +60,7 @@ def load_tables(
                 "save each as PNG."
             ) from error
         if number and path.is_dir():
-            raise ValueError(f"{error} By their endings, there are {endings}.") from error
+            raise ValueError(f"{error}; by their endings, there are {endings}.") from error
         raise
     return loaded
 
@@ -104,7 +104,8 @@ def _listed(folder: Path, config_name: str | None, listing: Listing, card: bool)
     """
     base, patterns = glob.escape(str(folder)), None
     if card:
-        configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(folder / CARD).data)
+        data: Any = DatasetCard.load(folder / CARD).data
+        configs = MetadataConfigs.from_dataset_card_data(data)
         name = config_name or configs.get_default_config_name() or next(iter(configs))
         patterns = configs[name].get("data_files")
     found = DataFilesDict.from_patterns(
@@ -112,8 +113,9 @@ def _listed(folder: Path, config_name: str | None, listing: Listing, card: bool)
         base_path=base, allowed_extensions=_ALL_EXTENSIONS,
     )  # fmt: skip
     seen = {os.path.realpath(file) for file in listing.files}
-    kept = {split: [f for f in files if f in seen] for split, files in found.items()}
-    kept = DataFilesDict({split: files for split, files in kept.items() if files})
+    kept: Any = {
+        split: left for split, files in found.items() if (left := [f for f in files if f in seen])
+    }
     module, options = infer_module_for_data_files(kept, path=str(folder))
     endings = tuple(_MODULE_TO_EXTENSIONS[str(module)])
     files = {
