@@ -32,6 +32,7 @@ def listing(folder: Path, content: bytes) -> Path:
         ("c/1.png\n", [3]),  # the folder tells it from a/b/1.png
         ("4\n\n# a comment\n  1  \r\n4\nn01440764_18.JPEG", [0, 1, 4]),
         ("n01440764_10026.JPEG\n", [5]),
+        ("\ufeffN01440764\\n01440764_18.jpeg\nA\\C\\1.PNG", [0, 3]),  # as Windows writes
         ("n01440764_10026_n01440764.JPEG\n", [5]),
     ],
 )

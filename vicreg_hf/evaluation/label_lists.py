@@ -14,10 +14,15 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
+from vicreg_hf.data.columns.reading import zip_and_name
 from vicreg_hf.data.splits import ImageSplit
+from vicreg_hf.runtime.checks import fold_name
+from vicreg_hf.runtime.files import decode_text
 
 SYNSET_TWICE = re.compile(r"^(n\d{8}_\d+)_n\d{8}(\.\w+)$")
 """ImageNet on the Hub names n01440764_10026.JPEG n01440764_10026_n01440764.JPEG."""
+FOLDED = "\0"
+"""Stands before names without capitals, which are looked for where none is written as listed."""
 ROWS_AT_ONCE = 1024
 
 
@@ -28,7 +33,9 @@ def listed_subset(
 
     A line is a row number, or an image's file name or path, of which the name must match. Of
     several images of one name the one whose path ends like the line's is meant. Empty lines and
-    those that begin with # are passed over; a row that is named twice counts once.
+    those that begin with # are passed over; a row that is named twice counts once. Capitals, ways
+    to write accents, and / or a backslash between folders only matter where names differ in them
+    alone.
 
     Args:
         path: of the file; SimCLR's are imagenet_subsets/1percent.txt and 10percent.txt in
@@ -44,16 +51,20 @@ def listed_subset(
             that no image has or that several have.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = decode_text(Path(path).read_bytes()).splitlines()
+    except (OSError, UnicodeError) as error:
         raise ValueError(f"a list of images must be a text file, got {path}: {error}.") from error
     named: dict[str, list[int]] = {}
-    for row, image_path in enumerate(image_paths):
-        name = PurePosixPath(image_path or "").name
-        for known in {name, SYNSET_TWICE.sub(r"\1\2", name)} - {""}:
+    paths = [zip_and_name(each or "")[1].replace("\\", "/") for each in image_paths]
+    for row, image_path in enumerate(paths):
+        name = PurePosixPath(image_path).name
+        short = SYNSET_TWICE.sub(r"\1\2", name)
+        folded = (FOLDED + fold_name(each) for each in (name, short) if each)
+        for known in dict.fromkeys((name, short, *folded)):
             named.setdefault(known, []).append(row)
+    named.pop("", None)
     rows = {
-        _row_of(line, named, image_paths, num_rows, f"line {number} of {path}")
+        _row_of(line, named, paths, num_rows, f"line {number} of {path}")
         for number, line in enumerate(map(str.strip, lines), 1)
         if line and not line.startswith("#")
     }
@@ -65,7 +76,7 @@ def listed_subset(
 def _row_of(
     line: str,
     named: dict[str, list[int]],
-    image_paths: Sequence[str | None],
+    paths: Sequence[str],
     num_rows: int,
     place: str,
 ) -> int:
@@ -77,17 +88,18 @@ def _row_of(
         raise ValueError(
             f"images without file names must be listed by row numbers, got {line!r} in {place}."
         )
-    parts = PurePosixPath(line).parts
-    rows = named.get(parts[-1], [])
+    path = PurePosixPath("/", line.replace("\\", "/"))
+    rows = named.get(path.name) or named.get(FOLDED + fold_name(path.name), [])
     if not rows:
         raise ValueError(
             f"every listed name must be an image's, got {line!r} in {place}; the images are named "
             f"like {next(iter(named))!r}."
         )
     if len(rows) > 1:
-        paths = {row: PurePosixPath(image_paths[row] or "").parts for row in rows}
-        ends = [row for row in rows if paths[row][-len(parts) :] == parts]
-        rows = ends if len(parts) > 1 and ends else rows
+        for spelled in (str, fold_name):
+            end = spelled(str(path))
+            ends = [row for row in rows if f"/{spelled(paths[row])}".endswith(end)]
+            rows = ends if len(path.parts) > 2 and ends else rows
     if len(rows) > 1:
         raise ValueError(
             f"a listed name must be that of one image, got {line!r} in {place}, which rows "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -69,6 +70,16 @@ def read_range(name: str, given: Any) -> tuple[float, float] | None:
 def range_text(limits: Sequence[float]) -> str:
     """Two numbers as `read_range` reads them."""
     return ",".join(str(int(x)) if float(x).is_integer() else repr(float(x)) for x in limits)
+
+
+def fold_name(name: str) -> str:
+    """A name of a file, the same for all spellings that Windows or macOS takes for one.
+
+    These differ in capitals, in how accents are written, and in what stands between folders.
+    """
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).replace(
+        "\\", "/"
+    )
 
 
 def one_line(error: BaseException) -> str:

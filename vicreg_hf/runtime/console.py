@@ -1,4 +1,4 @@
-"""Output whose readers may leave."""
+"""Output whose readers may leave, and warnings."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ def outlive_readers() -> None:
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is not None:
             setattr(sys, name, _Patient(stream))
+
+
+def is_main() -> bool:
+    """Whether this is the first process of a run, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def warn(sentence: str) -> None:
+    """Print a warning on stderr, in the first process alone."""
+    if is_main():
+        print(f"warning: {sentence}", file=sys.stderr)
 
 
 class _Patient:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import re
@@ -100,6 +101,35 @@ def _has_no_room(error: OSError | SafetensorError) -> bool:
         return error.errno in FULL
     found = re.search(r"os error (\d+)", str(error))
     return found is not None and int(found[1]) in FULL
+
+
+def local_path(name: str) -> str | None:
+    """The absolute path of a name, where something of that name is on this machine."""
+    path = os.path.abspath(os.path.expanduser(name))
+    return path if name and os.path.exists(path) else None
+
+
+def utf8_path(path: str) -> str:
+    """A path in UTF-8, as tables hold it, whatever encoding the locale names."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+def native_path(path: str) -> str:
+    """A path that `utf8_path` gave, or a table, as the functions of `os` take it."""
+    return os.fsdecode(path.encode("utf-8", "surrogateescape"))
+
+
+def decode_text(content: bytes) -> str:
+    """The text of a file in UTF-8, or in UTF-16 as Windows writes it, with or without its mark.
+
+    Raises:
+        UnicodeError: the file is in another encoding, or in UTF-16 without a byte order mark.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    if b"\0" in content:
+        raise UnicodeError("it holds zero bytes, as UTF-16 without a byte order mark does")
+    return content.decode("utf-8-sig")
 
 
 def sync(path: Path) -> None:

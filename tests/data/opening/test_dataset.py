@@ -79,6 +79,31 @@ def test_a_single_file_is_the_split_train(tmp_path: Path, suffix: str) -> None:
     torch.testing.assert_close(torch.stack(split.read(range(3))), photographs(3), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["[2024] *?", "parquet", "text"])
+def test_names_of_folders_mean_nothing_to_datasets(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither patterns, nor formats, for which `datasets` takes all that lies around them."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="dataset_name must be"):
+        open_dataset(name)
+    encoded = [png(image) for image in photographs(3)]
+    for folder in ("tar", "listed", "table/run/views", "other"):
+        (tmp_path / name / folder).mkdir(parents=True)
+    shard(tmp_path / name / "tar" / "train.tar", encoded)
+    for folder in ("table", "listed", "other"):
+        table_of([*encoded]).to_parquet(tmp_path / name / folder / "train.parquet")
+    card = "---\nconfigs:\n- config_name: one\n  data_files: '*.parquet'\n---\n"
+    (tmp_path / name / "listed" / "README.md").write_text(card)
+    write(tmp_path / name / "table" / "run", ["config.yaml", "metrics.jsonl", "1.png", "2.png"])
+    for folder in ("tar", "table", "listed", "tar/train.tar", "table/train.parquet"):
+        splits = open_dataset(f"{name}/{folder}")
+        assert {split: len(table) for split, table in splits.items()} == {"train": 3}, folder
+    said = capsys.readouterr().err
+    assert "that hold outputs of earlier runs are left out, 1 in all" in said
+    assert said.count("warning: ") == 1
+
+
 def test_a_folder_whose_card_lists_files_is_read_as_it_is(tmp_path: Path) -> None:
     """`datasets` alone gives the first of these three again."""
     train = {"split": "train", "path": "*.parquet"}

@@ -35,7 +35,8 @@ def seen(place: Path) -> dict[str, str]:
     found = {}
     for name, split in opened(place).items():
         for row, cell in enumerate(split.cells(range(len(split)))):
-            kind = "" if split.labels is None else f" {split.label_names[split.labels[row]]}"
+            classless = split.labels is None or split.labels[row] < 0
+            kind = "" if classless else f" {split.label_names[split.labels[row]]}"
             file = (path_of(cell) or "").split("::")[0]
             found[file.removeprefix("zip://").removeprefix(f"{place}/")] = name + kind
     return found
@@ -65,7 +66,7 @@ PLACES = {
         "train_val/2.png": "train train_val", "trains/1.png": "train trains",
     },
     "some without a class": {
-        "train/elm/2.png": "train", "train/oak/1.png": "train", "unlabeled/3.png": "train",
+        "train/elm/2.png": "train elm", "train/oak/1.png": "train oak", "unlabeled/3.png": "train",
     },
     "a split without classes": {
         "train/elm/2.png": "train elm", "train/oak/1.png": "train oak", "val/3.png": "validation",

@@ -66,7 +66,9 @@ class ImageColumn(FileColumn):
                 values = self._values(cell)
                 if values is not None and len(finite := values[np.isfinite(values)]):
                     low, high = min(low, float(finite.min())), max(high, float(finite.max()))
-        return self if low > high else replace(self, value_range=(low, high))
+        if low > high:
+            return self
+        return replace(self, value_range=(low, high if low < high else low + 1))
 
     def _values(self, cell: Any) -> NDArray[Any] | None:
         """The values of an image as they are stored; None if they are levels of 8 bits."""

@@ -15,6 +15,7 @@ from datasets.utils.file_utils import xopen
 
 from vicreg_hf.data.columns.base import Column
 from vicreg_hf.data.columns.image_files import ImageError
+from vicreg_hf.runtime.files import native_path
 
 MAX_FILE = 2**30
 """Bytes of an image file, more than any image of `MAX_PIXELS` needs; a larger one is not read."""
@@ -22,6 +23,8 @@ ZIP = "zip://"
 HUB = "hf://"
 IN_ZIP = "::"
 """Stands between a file in a zip and that zip: zip://oak/001.jpg::pictures.zip."""
+UTF8_NAME = 0x800
+"""The flag of a file in a zip whose name is in UTF-8, and not in code page 437."""
 
 
 class FileColumn(Column):
@@ -66,16 +69,19 @@ def read_file(path: str, most: int = MAX_FILE) -> bytes:
     """
     archive, name = zip_and_name(path)
     if archive is not None and "://" not in archive:
-        file = _open_zip(archive, os.getpid())  # another process has another position in the file
-        _check_size(file.getinfo(name).file_size, most)
-        return file.read(name)
+        # another process has another position in the file
+        file, entries = _open_zip(native_path(archive), os.getpid())
+        entry = entries.get(name) or file.getinfo(name)
+        _check_size(entry.file_size, most)
+        return file.read(entry)
     if (archive or path).startswith(HUB):
         with xopen(path, "rb") as file:
             content = file.read(most + 1)
         _check_size(len(content), most)
         return content
-    _check_size(Path(path).stat().st_size, most)
-    return Path(path).read_bytes()
+    place = Path(native_path(path))
+    _check_size(place.stat().st_size, most)
+    return place.read_bytes()
 
 
 def zip_and_name(path: str) -> tuple[str | None, str]:
@@ -94,9 +100,28 @@ def beside(path: str, name: str) -> str:
     return f"{ZIP}{PurePosixPath(within).parent / name}{IN_ZIP}{archive}"
 
 
+def files_in_zip(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The files in a zip, by their names with / between folders.
+
+    Some programs for Windows write a backslash there, and some for macOS UTF-8 without saying so.
+    """
+    found: dict[str, zipfile.ZipInfo] = {}
+    for entry in archive.infolist():
+        name = entry.filename
+        if not entry.flag_bits & UTF8_NAME:
+            with suppress(UnicodeError):
+                name = name.encode("cp437").decode()
+        name = name.replace("\\", "/")
+        other = found.get(name, entry).filename != entry.filename
+        if not name.endswith("/"):
+            found[entry.filename if other else name] = entry
+    return found
+
+
 @lru_cache(maxsize=8)
-def _open_zip(archive: str, _process: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(archive)
+def _open_zip(archive: str, _process: int) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
+    file = zipfile.ZipFile(archive)
+    return file, files_in_zip(file)
 
 
 def _check_size(size: int, most: int) -> None:

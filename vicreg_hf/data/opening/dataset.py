@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import sys
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -15,27 +13,26 @@ import pyarrow as pa
 from datasets import config
 
 from vicreg_hf.data.columns.reading import zip_and_name
-from vicreg_hf.data.opening.archives import check_archives
-from vicreg_hf.data.opening.class_names import restore_class_names
 from vicreg_hf.data.opening.demo import load_demo
-from vicreg_hf.data.opening.folders import (
-    IMAGES,
-    SOUNDS,
-    column_of_paths,
+from vicreg_hf.data.opening.folders import IMAGES, SOUNDS, column_of_paths, tables_of_splits
+from vicreg_hf.data.opening.listing import (
+    Listing,
+    describe_endings,
     list_folder,
     list_zip,
     suffix_of,
-    tables_of_splits,
 )
 from vicreg_hf.data.opening.metadata import METADATA, ONE, read_metadata
 from vicreg_hf.data.opening.slicing import Splits
-from vicreg_hf.runtime.files import FULL
+from vicreg_hf.data.opening.tables import FORMATS, TABLE_BUILDERS, card_has_configs, load_tables
+from vicreg_hf.runtime.console import warn
+from vicreg_hf.runtime.files import FULL, local_path, utf8_path
 
 DEMO = "demo"
 NO_NAME_YET = "unnamed"
 """The data set's name in recipes for data of one's own, which must be replaced."""
-TABLE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
-"""The builder of `datasets` that opens a single file, by its ending."""
+SAVED = ("dataset_dict.json", "state.json")
+"""Files of what `save_to_disk` wrote."""
 MAY_BE_METADATA = (".csv", ".tsv", ".jsonl", ".parquet")
 """Endings of files that may be meant as metadata, also if they are not called so."""
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
@@ -90,19 +87,28 @@ def _cache_fault(error: BaseException | None) -> OSError | None:
 
 
 def _load(name: str, config_name: str | None, streaming: bool) -> Splits:
-    path, place = Path(name), os.path.abspath(name)
-    is_zip = path.suffix.lower() == ".zip" and path.is_file()
-    files = [place] if is_zip else list_folder(place)
+    local = local_path(name)
     if name == DEMO:
+        if local is not None:
+            warn(
+                f"{DEMO} is the data set that is built in, and not {local}; write ./{DEMO} for it."
+            )
         splits = load_demo()
-    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        splits = datasets.load_from_disk(name)
+    elif local is None:
+        if name in FORMATS:  # for which `datasets` would take whatever lies right here
+            raise ValueError(f"there is no file or folder called {name} in {os.getcwd()}.")
+        return datasets.load_dataset(name, config_name, streaming=streaming)
+    elif any(os.path.isfile(os.path.join(local, each)) for each in SAVED):
+        splits = datasets.load_from_disk(local)
         if isinstance(splits, datasets.Dataset):
             splits = {str(splits.split or "train"): splits}
-    elif _holds_media(files) and not _card_has_configs(path):
-        splits = _tables_of_files(place, files)
     else:
-        return _load_by_datasets(path, name, config_name, streaming, files)
+        path, place = Path(local), utf8_path(local)
+        listing = list_folder(place, warn) if path.is_dir() else Listing([place])
+        media = _holds_media(listing.files) if path.is_dir() else suffix_of(place) == ".zip"
+        if not media or card_has_configs(path):
+            return load_tables(path, config_name, listing, streaming=streaming)
+        splits = _tables_of_files(place, listing.files)
     if config_name is not None:
         raise ValueError(f"{name} has no configs; leave out dataset_config_name.")
     if not streaming:
@@ -130,7 +136,7 @@ def _tables_of_files(place: str, files: list[str]) -> Splits:
     Zips in a folder are read if nothing of that sort lies beside them.
     """
     zips = [file for file in files if suffix_of(file) == ".zip"]
-    zipped = [file for archive in zips for file in list_zip(archive)]
+    zipped = [file for archive in zips for file in list_zip(archive, warn)]
     found: list[str] = []
     for media, among in product((IMAGES, SOUNDS), (files, zipped)):
         if found := list(filter(media.has, among)):
@@ -138,21 +144,27 @@ def _tables_of_files(place: str, files: list[str]) -> Splits:
     else:
         raise ValueError(f"there are neither images nor sounds in {place}.")
     if zips and among is files:
-        _warn(
+        warn(
             f"{len(zips)} zips in {place} are not read, as there are other files beside them: "
             f"{zips[0]} is the first; unpack them, if these are not what was in them."
+        )
+    number, endings = describe_endings(file for file in among if not media.has(file))
+    if number:
+        warn(
+            f"{number} of {len(found) + number} files in {place} are left out, as their endings "
+            f"are not those of {media.plural}: {endings}; rename them if they are {media.plural}."
         )
     tables = [file for file in files + zipped if suffix_of(file) in MAY_BE_METADATA]
     metadata = [file for file in among if os.path.basename(zip_and_name(file)[1]) in METADATA]
     if not metadata:
         if tables:
-            _warn(
+            warn(
                 f"{tables[0]} is not read: what belongs to each of the {media.plural} must be in a "
                 f"file called {METADATA[0]} beside or above them, with a column {ONE}."
             )
         paths = pa.table({media.column: column_of_paths(found)})
-        return tables_of_splits(place, found, paths, {media.column: media.feature}, warn=_warn)
-    rows = read_metadata(metadata, media)
+        return tables_of_splits(place, found, paths, {media.column: media.feature}, warn=warn)
+    rows = read_metadata(metadata, media, among)
     missing = [file for file in found if file not in rows.named]
     if len(missing) == len(found):
         raise ValueError(
@@ -162,66 +174,13 @@ def _tables_of_files(place: str, files: list[str]) -> Splits:
         )
     ((first, uses),) = Counter(rows.files).most_common(1)
     if uses > 1:
-        _warn(
+        warn(
             f"{len(rows.files) - len(set(rows.files))} of {len(rows.files)} rows of metadata name "
             f"{media.plural} that others name too, as {first}."
         )
     if missing:
-        _warn(
+        warn(
             f"{len(missing)} of {len(found)} {media.plural} in {place} are left out, as no "
             f"metadata file lists them: {missing[0]} is the first."
         )
-    return tables_of_splits(place, rows.files, rows.table, rows.features, warn=_warn)
-
-
-def _load_by_datasets(
-    path: Path, name: str, config_name: str | None, streaming: bool, files: list[str]
-) -> Splits:
-    if _is_main():
-        check_archives(path)
-    if path.is_file():
-        builder = TABLE_BUILDERS.get(path.suffix.lower())
-        if builder is None:
-            raise ValueError(f"a file must end in {', '.join(TABLE_BUILDERS)} or .zip.")
-        return datasets.load_dataset(builder, data_files=name, streaming=streaming)
-    cache = _own_cache(path) if _card_has_configs(path) else None
-    images = list(filter(IMAGES.has, files))
-    if images and cache is None:
-        _warn(
-            f"{len(images)} images in {path} are left out, as it holds tables or archives too: "
-            f"{images[0]} is the first; move one or the other into a folder of its own."
-        )
-    loaded = datasets.load_dataset(name, config_name, streaming=streaming, cache_dir=cache)
-    if path.is_dir() and isinstance(loaded, datasets.DatasetDict):
-        builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache)
-        restore_class_names(loaded, builder.config.data_files or {})
-    return loaded
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _warn(sentence: str) -> None:
-    if _is_main():
-        print(f"warning: {sentence}", file=sys.stderr)
-
-
-def _card_has_configs(folder: Path) -> bool:
-    """Whether the card of a folder lists the folder's files, which `datasets` then obeys."""
-    card = folder / "README.md"
-    return card.is_file() and "configs:" in card.read_text(errors="replace")
-
-
-def _own_cache(folder: Path) -> str:
-    """A cache for a folder whose card lists its files, as they are now.
-
-    `datasets` would take what it has cached of any folder of that name with such a card.
-    """
-    files = sorted(
-        (str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in folder.rglob("*")
-        if file.is_file()
-    )
-    digest = hashlib.sha256(repr((folder.resolve(), files)).encode()).hexdigest()
-    return str(Path(config.HF_DATASETS_CACHE) / f"folder-{digest[:16]}")
+    return tables_of_splits(place, rows.files, rows.table, rows.features, warn=warn)

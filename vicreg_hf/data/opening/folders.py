@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
-from collections import defaultdict
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -22,9 +22,13 @@ from datasets.table import table_cast
 
 from vicreg_hf.data.columns.finding import LABEL
 from vicreg_hf.data.columns.image_files import HEIF_SUFFIXES, SUFFIXES
-from vicreg_hf.data.columns.reading import IN_ZIP, ZIP, zip_and_name
+from vicreg_hf.data.columns.reading import zip_and_name
+from vicreg_hf.data.opening.listing import suffix_of
 
 SPLIT_OF = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
+
+MAX_STRAYS = 0.25
+"""The share of files that may lie at another depth than their classes; a single one always may."""
 
 
 class Media(NamedTuple):
@@ -43,46 +47,6 @@ class Media(NamedTuple):
 
 IMAGES = Media("images", "image", datasets.Image(), SUFFIXES | HEIF_SUFFIXES)
 SOUNDS = Media("sounds", "audio", datasets.Audio(), frozenset(AudioFolder.EXTENSIONS))
-
-
-def suffix_of(path: str) -> str:
-    """The ending of a file, which may lie in a zip, in small letters."""
-    return os.path.splitext(zip_and_name(path)[1])[1].lower()
-
-
-def list_folder(folder: str) -> list[str]:
-    """List the files at any depth, sorted.
-
-    Like `datasets`, leaves out what is hidden or called __something, and follows links.
-    """
-    found: list[str] = []
-    seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link back to where it stands
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        found += [os.path.join(place, name) for name in names if not name.startswith(".")]
-    return sorted(found)
-
-
-def list_zip(archive: str) -> list[str]:
-    """List the files in a zip, which stays as it is, sorted; leaves out what `list_folder` does.
-
-    Raises:
-        ValueError: it is damaged, or no zip.
-    """
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            names = opened.namelist()
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"an archive must be whole, and {archive} is not: {error}; get it once more."
-        ) from error
-    hidden = re.compile(r"(^|/)(\.|__)|/$")
-    return sorted(f"{ZIP}{name}{IN_ZIP}{archive}" for name in names if not hidden.search(name))
 
 
 def split_of_folder(name: str) -> str | None:
@@ -105,37 +69,66 @@ def tables_of_splits(
 ) -> dict[str, datasets.Dataset]:
     """Divide the rows of files into splits, with their classes if they have any.
 
-    A class is the folder that a file lies in, where all of a split lie equally deep below the
-    split's own, and there are several in all.
+    A class is the folder that a file lies in, where most of a split lie equally deep below the
+    split's own, and there are several in all. The few that lie at another depth have no class.
 
     Args:
         place: the folder or zip that holds the files.
         files: paths of N files, which stay where they are.
         rows: N rows, in which files are given by their paths.
         features: what the columns of `rows` hold.
-        warn: called with a sentence on files that are in no split.
+        warn: called with a sentence on files that are in no split or have no class.
 
     Raises:
         ValueError: a path that is not UTF-8, as all text in tables is.
     """
     splits = _divide_into_splits(place, files, warn)
-    named = {
-        split: [folders[-1] for folders in within.values()]
-        for split, within in splits.items()
-        if len(set(map(len, within.values()))) == 1 and () not in within.values()
-    }
-    classes = sorted(set().union(*named.values()))
-    numbers = {name: number for number, name in enumerate(classes)}
+    named = _with_one_spelling({
+        split: names for split, within in splits.items() if (names := _classes(within))
+    })  # fmt: skip
+    classes = sorted({name for names in named.values() for name in names if name})
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
     tables = {}
     for split, within in splits.items():
         table, kinds = rows.take(list(within)), datasets.Features(features)
         if split in named and len(classes) > 1 and LABEL not in features:
-            column = pa.array([numbers[name] for name in named[split]], pa.int64())
+            column = pa.array([numbers.get(name) for name in named[split]], pa.int64())
+            if strays := [row for row, name in zip(within, named[split], strict=True) if not name]:
+                warn(
+                    f"{len(strays)} of {len(within)} files in split {split} have no label, as they "
+                    f"lie at another depth than the others: {files[strays[0]]} is the first; move "
+                    "it into the folder of a class, or elsewhere."
+                )
             table = table.append_column(LABEL, column)
             kinds[LABEL] = datasets.ClassLabel(names=classes)
         table = table_cast(table, kinds.arrow_schema)
         tables[split] = datasets.Dataset(table, info=datasets.DatasetInfo(features=kinds))
     return tables
+
+
+def _classes(within: Mapping[int, tuple[str, ...]]) -> list[str | None]:
+    """The class of each file of a split, None for the few at another depth; empty for none."""
+    ((depth, most),) = Counter(map(len, within.values())).most_common(1)
+    others = len(within) - most
+    if depth == 0 or others > max(1, most * MAX_STRAYS) or others == most:
+        return []
+    return [folders[-1] if len(folders) == depth else None for folders in within.values()]
+
+
+def _with_one_spelling(named: dict[str, list[str | None]]) -> dict[str, list[str | None]]:
+    """Give a class one name where splits write it with other capitals, and no split has both."""
+    first: dict[str, str] = {}
+    apart: set[str] = set()
+    for names in named.values():
+        spellings = sorted(set(filter(None, names)))
+        folded = Counter(map(str.casefold, spellings))
+        apart |= {name for name, count in folded.items() if count > 1}
+        for name in spellings:
+            first.setdefault(name.casefold(), name)
+    return {
+        split: [first[n.casefold()] if n and n.casefold() not in apart else n for n in names]
+        for split, names in named.items()
+    }
 
 
 def column_of_paths(paths: Sequence[Any]) -> pa.Array:
@@ -187,7 +180,8 @@ def _folders_of(file: str, place: str) -> tuple[str, ...]:
     archive, path = zip_and_name(file)
     if archive is not None:
         path = os.path.join(place if archive == place else os.path.splitext(archive)[0], path)
-    return PurePath(os.path.dirname(path).removeprefix(place).lstrip(os.sep)).parts
+    within = os.path.dirname(path.removeprefix(place).replace("\\", "/")).lstrip("/")
+    return PurePath(unicodedata.normalize("NFC", within)).parts  # macOS writes accents apart
 
 
 def _take_split(folders: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -21,8 +22,10 @@ import pyarrow.parquet as pq
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 
 from vicreg_hf.data.columns.reading import beside, read_file
-from vicreg_hf.data.opening.folders import Media, column_of_paths, suffix_of
-from vicreg_hf.runtime.checks import one_line
+from vicreg_hf.data.opening.folders import Media, column_of_paths
+from vicreg_hf.data.opening.listing import suffix_of
+from vicreg_hf.runtime.checks import fold_name, one_line
+from vicreg_hf.runtime.files import decode_text
 
 METADATA = tuple(FolderBasedBuilder.METADATA_FILENAMES)
 ONE, SEVERAL = "file_name", "file_names"
@@ -48,8 +51,12 @@ class MetadataRows(NamedTuple):
     """The paths of all files that are named."""
 
 
-def read_metadata(metadata: Sequence[str], media: Media) -> MetadataRows:
+def read_metadata(metadata: Sequence[str], media: Media, there: Sequence[str]) -> MetadataRows:
     """Read metadata files, one after the other.
+
+    Args:
+        there: paths of the files that may be named. One that is named with other capitals, or
+            another way to write accents, is meant where it is the only one.
 
     Raises:
         ValueError: one that cannot be read, or several in one folder; columns that differ in type;
@@ -83,9 +90,13 @@ def read_metadata(metadata: Sequence[str], media: Media) -> MetadataRows:
         )
     replaced = {*columns.values(), "__index_level_0__"} - columns.keys()  # pandas leaves the latter
     table = table.drop_columns([name for name in table.column_names if name in replaced])
+    known, folded = set(there), _by_folded_name(there)
     rows: list[list[str]] = [[] for _ in sources]
     for name, column in columns.items():
-        cells = list(map(_paths, table[name].to_pylist(), sources))
+        cells = [
+            [file if file in known else _only_alike(file, folded) for file in _paths(cell, source)]
+            for cell, source in zip(table[name].to_pylist(), sources, strict=True)
+        ]
         rows = [row + files for row, files in zip(rows, cells, strict=True)]
         several = name.endswith(SEVERAL)
         paths = column_of_paths(cells if several else [(*files, None)[0] for files in cells])
@@ -99,15 +110,17 @@ def read_metadata(metadata: Sequence[str], media: Media) -> MetadataRows:
 def _parse(file: str) -> pa.Table:
     try:
         content = BytesIO(read_file(file))
+        if suffix_of(file) == ".parquet":
+            return pq.read_table(content)
+        content = BytesIO(decode_text(content.getvalue()).encode())
         if suffix_of(file) == ".csv":
             return _parse_csv(content)
         if suffix_of(file) == ".jsonl":
             options = pj.ReadOptions(block_size=max(1, content.getbuffer().nbytes))
             return pj.read_json(content, read_options=options)
-        return pq.read_table(content)
     except Exception as error:  # parsers raise whatever they meet
         reason = one_line(error)
-        if isinstance(error, UnicodeDecodeError):
+        if isinstance(error, UnicodeError):
             reason = f"it must be in UTF-8, so save it anew ({reason})"
         raise ValueError(
             f"a metadata file must be readable, and {file} is not: {reason}"
@@ -143,6 +156,19 @@ def _names_files(name: str, feature: Any) -> bool:
     if re.fullmatch(f"(.*_)?{SEVERAL}", name):
         return isinstance(feature, datasets.List) and feature.feature in STRINGS
     return re.fullmatch(f"(.*_)?{ONE}", name) is not None and feature in STRINGS
+
+
+def _by_folded_name(paths: Iterable[str]) -> Mapping[str, list[str]]:
+    folded: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        folded[fold_name(path)].append(path)
+    return folded
+
+
+def _only_alike(path: str, folded: Mapping[str, list[str]]) -> str:
+    """The only file whose path is written alike, else the path itself."""
+    alike = folded.get(fold_name(path), [])
+    return alike[0] if len(alike) == 1 else path
 
 
 def _paths(cell: str | list[str | None] | None, source: str) -> list[str]:
