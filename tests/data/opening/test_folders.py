@@ -35,8 +35,8 @@ def seen(place: Path) -> dict[str, str]:
     found = {}
     for name, split in opened(place).items():
         for row, cell in enumerate(split.cells(range(len(split)))):
-            classless = split.labels is None or split.labels[row] < 0
-            kind = "" if classless else f" {split.label_names[split.labels[row]]}"
+            label = -1 if split.labels is None else int(split.labels[row])
+            kind = f" {split.label_names[label]}" if label >= 0 else ""
             file = (path_of(cell) or "").split("::")[0]
             found[file.removeprefix("zip://").removeprefix(f"{place}/")] = name + kind
     return found
