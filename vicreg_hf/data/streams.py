@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -88,14 +88,14 @@ def _reading(name: str, place: Callable[[], str] = lambda: "") -> Iterator[None]
         ) from error
 
 
-def features_of(table: Any, place: str) -> Mapping[str, Any]:
+def features_of(table: Any, place: str) -> datasets.Features:
     """The kinds of a table's columns, for which a stream that does not say them is begun.
 
     Raises:
         ImageError: it cannot be read.
     """
     with _reading(place):
-        return table.features or table._resolve_features().features or {}
+        return table.features or table._resolve_features().features or datasets.Features()
 
 
 def image_stream(

@@ -49,7 +49,8 @@ def start_accelerator(*handlers: Any) -> Accelerator:
         )
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":  # accelerate says nothing
-            accelerator.print("fp16 is ignored on CPU: float32 is computed in.", file=sys.stderr)
+            said = "warning: mixed precision fp16 is ignored on CPU, which computes in float32."
+            accelerator.print(said, file=sys.stderr)
         # accelerate launch sets OMP_NUM_THREADS=1, which leaves all cores but one idle
         torch.set_num_threads(max(1, available_cores() // local_processes(accelerator)))
     return accelerator
