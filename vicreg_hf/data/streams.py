@@ -89,7 +89,7 @@ def _reading(name: str, place: Callable[[], str] = lambda: "") -> Iterator[None]
 
 
 def features_of(table: Any, place: str) -> datasets.Features:
-    """The kinds of a table's columns, for which a stream that does not say them is begun.
+    """The kinds of a table's columns; a stream that does not say them is begun to find out.
 
     Raises:
         ImageError: it cannot be read.
