@@ -7,7 +7,6 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from pictures import photographs, png, table_of
@@ -20,7 +19,7 @@ from vicreg_hf.data.batches import training_views
 from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.sampler import GlobalBatches
-from vicreg_hf.data.streams import ImageStream, features_of, image_stream
+from vicreg_hf.data.streams import ImageStream, image_stream
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.training.pretrain import pretrain
 from vicreg_hf.views.presets import multi_crop_recipes
@@ -80,11 +79,6 @@ def views_of(
         device=torch.device("cpu"), **settings,
     )  # fmt: skip
     return list(made)
-
-
-def test_columns_of_a_stream_that_does_not_say_them_are_found() -> None:
-    stream = datasets.IterableDataset.from_generator(lambda: iter([{"jpg": b"a"}]))
-    assert features_of(stream, "stream") == {"jpg": datasets.Value("binary")}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

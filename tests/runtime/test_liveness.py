@@ -64,10 +64,9 @@ def test_a_process_ends_when_another_is_lost_and_not_when_it_leaves(
 
 
 ENDS_SLOWLY = """
-import os, time
+import time
 from accelerate import Accelerator
 from vicreg_hf.runtime import liveness
-
 liveness.BEAT, liveness.SILENCE = 0.05, 0.6
 accelerator = Accelerator()
 with liveness.watched(accelerator):
