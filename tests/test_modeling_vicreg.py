@@ -104,6 +104,9 @@ def test_classes_and_pretrained_tags_are_left_out() -> None:
         ("resnet51", "got 'resnet51'; close to it are .*resnet50"),
         ("0123456789", r"timm\.list_models\(\) lists them"),
         ("resnet51.a1_in1k", r"'resnet51\.a1_in1k'; close to it are .*resnet50"),
+        ("hf-hub:timm/resnet18.a1_in1k", r"bare name .*, such as resnet18\.a1_in1k, got .hf-hub:"),
+        ("org/name", "bare name of a timm model, such as resnet18, got 'org/name'; --pretrained t"),
+        ("tests", "the bare name of a timm model, such as resnet18, got 'tests'"),
     ],
 )
 def test_an_unknown_architecture_is_refused_before_any_download(name: str, message: str) -> None:

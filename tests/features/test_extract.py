@@ -101,8 +101,11 @@ def test_absent_and_damaged_parts_are_made_again(
     write_part(short, pq.read_table(short).take([0, 1, 2, 3]))
     (kept,) = (output / "data").glob("test-*")
     written = kept.stat().st_mtime_ns
+    (card := output / "README.md").unlink()
+    card.mkdir()  # where a card cannot be written, the features are there
     again(output)
-    said = capsys.readouterr().out
+    said, warned = capsys.readouterr()
+    assert f"warning: {card} is left out: " in warned
     for part in (cut, flipped, short):
         assert f"warning: {part} is damaged and is made again: " in said
     assert "made again: it lacks 2 images that can be used." in said

@@ -58,6 +58,13 @@ def test_whatever_byte_is_damaged_other_features_are_never_read(part: Part) -> N
     assert found > len(whole) // 12  # the rest are names, statistics and the like
 
 
+def test_a_slice_of_a_table_is_read_as_it_was_written(part: Part) -> None:
+    ids = pa.array([str(row) for row in range(40)])
+    longer = table([*range(40)]).append_column("image_id", ids)
+    write_part(part.file, longer.slice(10, 4))
+    assert read_part(part, 4).rows.tolist() == [10, 11, 12, 13]
+
+
 def test_a_part_without_a_checksum_is_damage(part: Part) -> None:
     pq.write_table(table(ROWS), part.file)
     with pytest.raises(PartError, match="do not have the checksum"):

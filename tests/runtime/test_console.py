@@ -9,6 +9,9 @@ import sys
 import pytest
 from workflow import ROOT
 
+from vicreg_hf.runtime.console import optional
+from vicreg_hf.runtime.signals import Stopped
+
 TALKS = """
 import sys
 from vicreg_hf.runtime.console import outlive_readers
@@ -31,3 +34,13 @@ def test_what_prints_for_nobody_ends_well(lost: str) -> None:
     assert done.stderr in (None, b"word\n" * 3)
     for stream in {pipe, out}:
         os.close(stream)
+
+
+def test_an_extra_that_fails_is_a_warning_but_a_request_to_stop_is_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with optional("the card has no pictures"):
+        raise KeyError("a\nfont")
+    assert capsys.readouterr().err == "warning: the card has no pictures: KeyError: 'a\\nfont'\n"
+    with pytest.raises(Stopped), optional("the card has no pictures"):
+        raise Stopped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vicreg_hf.settings.command_line import parse_arguments, parse_evaluation_ar
 from vicreg_hf.settings.recipes import FACTS, read_about, read_recipe, recipe_names
 from vicreg_hf.training.setup import setup
 from vicreg_hf.training.step import take_gradients, take_step, views_from_here
+from vicreg_hf.views.presets import PRESETS, describe, find_recipes
 
 WANTED = {
     "imagenet-r50-100ep", "imagenet-r50-1000ep", "imagenet-r50x2", "imagenet100-r18",
@@ -39,6 +41,8 @@ def assert_sets(args: Any, name: str) -> None:
     """Settings hold what a recipe says."""
     for setting, value in read_recipe(name, type(args)).items():
         actual = getattr(args, setting)
+        if setting == "augmentation" and isinstance(value, dict):
+            value = describe(find_recipes(value))
         assert type(actual)(value) == actual  # YAML reads 2e-3 as a string
 
 
@@ -46,6 +50,11 @@ def assert_sets(args: Any, name: str) -> None:
 def test_every_recipe_of_evaluation_sets_what_it_says(name: str) -> None:
     words = ["--model=m", "--dataset_name=d", "--config", name]
     assert_sets(parse_evaluation_arguments(words), name)
+
+
+def test_imagenet100_takes_the_views_of_the_paper_and_the_crops_of_solo_learn() -> None:
+    recipes = find_recipes(parse_arguments(["--config=imagenet100-r18"]).augmentation or "")
+    assert recipes.x == recipes.x_prime == replace(PRESETS["paper"].x, scale=(0.2, 1.0))
 
 
 @pytest.fixture(scope="module")

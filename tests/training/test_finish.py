@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from hub import DROP, READER, WRITER, Hub, connected, running_hub
 from huggingface_hub import ModelCard
-from workflow import SMALL, metrics, write_images
+from workflow import SMALL, metrics, train, write_images
 
 from vicreg_hf import PretrainingArguments, pretrain
 from vicreg_hf.hub import api, export
 from vicreg_hf.hub.api import HubError
+from vicreg_hf.hub.card import PICTURES
 from vicreg_hf.publishing.publish import publish
 from vicreg_hf.settings.command_line import parse_arguments
 
@@ -115,6 +116,27 @@ def test_a_push_cut_off_midway_leaves_the_earlier_revision_and_the_command_to_re
     assert repository.files()["model.safetensors"] != before["model.safetensors"]
     assert repository.files().keys() == before.keys()
     assert WRITER not in str(caught.value) + "".join(capsys.readouterr())
+
+
+def test_a_run_ends_well_without_the_pictures_and_cards_that_cannot_be_made(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fails)
+    with monkeypatch.context() as patch:
+        patch.setattr("vicreg_hf.training.finish.model_card", fails)
+        train(images, tmp_path, "--max_steps=1")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    for name, warning in zip((*PICTURES, f"{tmp_path}: OSError: "), warnings, strict=True):
+        assert name in warning
+    encoder = tmp_path / "encoder"
+    assert (encoder / "model.safetensors").is_file()
+    assert not any((encoder / "pictures").iterdir())
+    train(images, tmp_path, "--max_steps=1")  # what was left out is made up for
+    assert "pictures/" not in (encoder / "README.md").read_text()
 
 
 def test_a_run_that_may_not_push_stops_before_it_trains(

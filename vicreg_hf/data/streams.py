@@ -88,6 +88,16 @@ def _reading(name: str, place: Callable[[], str] = lambda: "") -> Iterator[None]
         ) from error
 
 
+def features_of(table: Any, place: str) -> datasets.Features:
+    """The kinds of a table's columns; a stream that does not say them is begun to find out.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    with _reading(place):
+        return table.features or table._resolve_features().features or datasets.Features()
+
+
 def image_stream(
     splits: Splits,
     name: str,
@@ -109,9 +119,8 @@ def image_stream(
     if name not in splits:
         raise ValueError(f"split must be one of {', '.join(map(str, splits))}, got {name!r}.")
     table, place = splits[name], f"{dataset_name} ({name})"
+    features = features_of(table, place)
     empty = ValueError(f"a split must have rows, got none in split {name!r} of {dataset_name}.")
-    with _reading(place):
-        features = table.features or table._resolve_features().features
     if not features:
         raise empty
     column = open_column(features, image_column, channels=channels, sound=sound)

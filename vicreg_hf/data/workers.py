@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.runtime.checks import one_line
+from vicreg_hf.runtime.console import warn
 from vicreg_hf.runtime.signals import StoppedWaiting, ignore_requests, stop_requested
 
 MOST_AHEAD = 4
@@ -101,7 +102,7 @@ def loading(
     size = item_bytes()
     ahead = batches_ahead(size, num_workers, _shared_memory())
     if not ahead:
-        _warn(
+        warn(
             f"{SHARED_MEMORY} has {_shared_memory() / 2**20:.0f} MiB for each process, "
             f"too little for batches of {size / 2**20:.0f} MiB by {num_workers} loading workers, "
             "so they come through pipes, which is slower; enlarge it (docker: --shm-size)."
@@ -142,11 +143,6 @@ def _start_workers(loader: DataLoader[Any]) -> Any:
         sys.unraisablehook = hook
 
 
-def _warn(sentence: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {sentence}", file=sys.stderr, flush=True)
-
-
 @dataclass
 class _Pickled(Generic[T]):
     """A function whose results are bytes, which do not need shared memory."""
@@ -183,7 +179,7 @@ def _each(batches: Iterator[T]) -> Iterator[T]:
                         f"no batch came for {waited} seconds, and the run was asked to stop. The "
                         "last checkpoint is untouched."
                     ) from None
-                _warn(
+                warn(
                     f"no batch has come from the loading workers for {waited} seconds; the data "
                     "are slow to read, or a worker is stuck."
                 )

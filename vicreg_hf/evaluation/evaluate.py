@@ -9,7 +9,6 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import datasets
-from yaml import YAMLError
 
 from vicreg_hf.data.classes import describe_missing_classes
 from vicreg_hf.data.labelled import Labelled, LabelledData, open_labelled
@@ -25,7 +24,8 @@ from vicreg_hf.features.cache import Features, cached_features
 from vicreg_hf.features.encoders import Encoder, open_encoder
 from vicreg_hf.hub.card import CARD_FILE
 from vicreg_hf.hub.record import impersonal
-from vicreg_hf.runtime.checks import one_line, read_range
+from vicreg_hf.runtime.checks import read_range
+from vicreg_hf.runtime.console import optional
 from vicreg_hf.runtime.distributed import failing_together
 from vicreg_hf.runtime.files import clear_leftovers, replacing, writing
 from vicreg_hf.runtime.machine import hardware, software, start_accelerator
@@ -142,13 +142,18 @@ def _tell_of_missing_classes(task: Task, tell: Say) -> None:
 def _write(task: Task, results: dict[str, Any], output_dir: Path, say: Say) -> None:
     clear_leftovers(output_dir)
     remedy = "What was in it is as it was; free some space or choose another."
-    with writing(output_dir, remedy=remedy), replacing(output_dir / RESULTS) as aside:
-        aside.write_text(json.dumps(results, indent=2) + "\n")
-        with replacing(output_dir / REPORT) as report:
-            _write_report(task, results, report)
+    with writing(output_dir, remedy=remedy):
+        with replacing(output_dir / RESULTS) as aside:
+            aside.write_text(json.dumps(results, indent=2) + "\n")
             if not _measured_anew(output_dir / RESULTS, results):
                 set_aside(output_dir, (RESULTS, REPORT), say)
-    say(f"In {output_dir}: {RESULTS}, and {REPORT} to open in a browser.")
+        (output_dir / REPORT).unlink(missing_ok=True)  # it shows the results of before
+    written = f"In {output_dir}: {RESULTS}"
+    with optional(f"{REPORT} is left out of {output_dir}"):
+        with replacing(output_dir / REPORT) as report:
+            _write_report(task, results, report)
+        written += f", and {REPORT} to open in a browser"
+    say(f"{written}.")
     if task.args.update_card:
         _update_card(task, say)
 
@@ -223,13 +228,10 @@ def _update_card(task: Task, say: Say) -> None:
     for directory in (model / "encoder", model):
         card = directory / CARD_FILE
         if card.is_file() and (directory / "config.json").is_file():
-            try:
+            with optional(f"{card} was left as it was"):  # people may have written it
                 add_evaluation(
                     card, task.measurements, dataset=str(impersonal(task.args.dataset_name)),
                     split=task.data.test_name,
                 )  # fmt: skip
-            except (OSError, ValueError, YAMLError) as error:  # one that people have written
-                say(f"warning: {card} was left as it was: {one_line(error)}")
-            else:
                 say(f"The results were added to {card}; --no_update_card leaves it alone.")
             return

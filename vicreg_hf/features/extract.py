@@ -24,6 +24,7 @@ from vicreg_hf.features.writing import complete_parts
 from vicreg_hf.hub.api import HubError, open_repository, push_files, visible_files
 from vicreg_hf.hub.record import impersonal
 from vicreg_hf.runtime.checks import read_range
+from vicreg_hf.runtime.console import optional
 from vicreg_hf.runtime.files import replacing, writing
 from vicreg_hf.runtime.machine import start_accelerator
 from vicreg_hf.runtime.output_dir import claim
@@ -77,7 +78,9 @@ def _extract(args: ExtractionArguments) -> Path:
         dtype=args.dtype, root=args.dataset_name,
     )  # fmt: skip
     if main:
-        (output_dir / "README.md").write_text(_card(args, splits), encoding="utf-8")
+        card = output_dir / "README.md"
+        with optional(f"{card} is left out"), replacing(card) as aside:
+            aside.write_text(_card(args, splits), encoding="utf-8")
         if args.push_to_hub:
             _push(args, output_dir)
     accelerator.wait_for_everyone()

@@ -102,6 +102,8 @@ def read_part(part: Part, num_features: int, *, with_features: bool = True) -> C
 
 def _sha256(table: pa.Table) -> bytes:
     digest = hashlib.sha256()
+    # joined to another table it is copied: a slice is serialised otherwise than the same rows
+    table = pa.concat_tables([table, table.schema.empty_table()])
     for batch in table.combine_chunks().to_batches():
         digest.update(batch.serialize())  # the columns' values; metadata are not among them
     return digest.hexdigest().encode()

@@ -6,8 +6,10 @@ Shapes: B samples per process, C channels, S side in pixels, F representation.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -44,7 +46,7 @@ def width_of(backbone: Any) -> int:
 
 
 def check_architecture(name: str, setting: str = "architecture") -> str:
-    """Return a timm architecture's name without its tag, or say which names come close.
+    """Return a timm architecture's name without its tag, or say what is expected.
 
     Args:
         setting: the name of the setting, for the message.
@@ -55,6 +57,14 @@ def check_architecture(name: str, setting: str = "architecture") -> str:
     base = name.partition(".")[0]
     if timm.is_model(base):
         return base
+    bare = re.split(r"[/:\\]", name.rstrip("/"))[-1]
+    if bare != name or Path(name).is_dir():
+        known = bare if timm.is_model(bare.partition(".")[0]) else "resnet18"
+        flag = setting.replace("architecture", "pretrained")
+        raise ValueError(
+            f"{setting} must be the bare name of a timm model, such as {known}, got {name!r}; "
+            f"--{flag} true starts from its weights, and no other encoder can be started from yet."
+        )
     near = get_close_matches(base, timm.list_models(), n=4, cutoff=0.5)
     hint = f"close to it are {', '.join(near)}" if near else "timm.list_models() lists them"
     raise ValueError(f"{setting} must be a timm model, got {name!r}; {hint}.")

@@ -69,6 +69,7 @@ def with_args(config: PretrainedConfig, model_args: Mapping[str, Any] | None) ->
         ) from error
 
 
+@torch.enable_grad()
 def freeze_unused(module: nn.Module, output: Tensor) -> None:
     """Freeze the parameters that an output does not depend on.
 

@@ -1,11 +1,34 @@
-"""Output whose readers may leave, and warnings."""
+"""Output whose readers may leave, warnings, and extras that may fail without ending a run."""
 
 from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
+
+from vicreg_hf.runtime.checks import one_line
+from vicreg_hf.runtime.signals import Stopped
+
+
+@contextmanager
+def optional(consequence: str) -> Iterator[None]:
+    """Let a block fail, with a warning on stderr, as the work can be finished without it.
+
+    Args:
+        consequence: a clause on what is missing then, such as "the card has no pictures".
+
+    Raises:
+        Stopped: the block was asked to stop, which is no failure.
+    """
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)[:300]}".removesuffix(": ")
+        warn(f"{consequence}: {reason}")
 
 
 def outlive_readers() -> None:
@@ -23,7 +46,7 @@ def is_main() -> bool:
 def warn(sentence: str) -> None:
     """Print a warning on stderr, in the first process alone."""
     if is_main():
-        print(f"warning: {sentence}", file=sys.stderr)
+        print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 class _Patient:

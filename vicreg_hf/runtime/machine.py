@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -47,6 +48,9 @@ def start_accelerator(*handlers: Any) -> Accelerator:
             f"{accelerator.num_processes} in accelerate; see README, 'Several processes'."
         )
     if accelerator.device.type == "cpu":
+        if accelerator.mixed_precision == "fp16":  # accelerate says nothing
+            said = "warning: mixed precision fp16 is ignored on CPU, which computes in float32."
+            accelerator.print(said, file=sys.stderr)
         # accelerate launch sets OMP_NUM_THREADS=1, which leaves all cores but one idle
         torch.set_num_threads(max(1, available_cores() // local_processes(accelerator)))
     return accelerator

@@ -12,9 +12,10 @@ from vicreg_hf.data.opening.dataset import DEMO
 from vicreg_hf.hub.api import HubError
 from vicreg_hf.hub.card import CARD_FILE, model_card, second_card, write_card
 from vicreg_hf.hub.layout import PRIME_DIRECTORY
-from vicreg_hf.hub.record import TrainingRecord, impersonal
+from vicreg_hf.hub.record import Picture, TrainingRecord, impersonal
 from vicreg_hf.models.text_encoder import TextEncoder
 from vicreg_hf.publishing.publish import export_encoders, push_encoders, retry_command
+from vicreg_hf.runtime.console import optional
 from vicreg_hf.runtime.distributed import failing_together
 from vicreg_hf.runtime.machine import hardware
 from vicreg_hf.training.monitoring.summary import card_results, last_message
@@ -45,30 +46,35 @@ def _write(run: Run, directory: Path) -> Path | None:
         column = run.inputs.pairs.column if run.inputs.pairs else None
         place = run.output_dir / PRIME_DIRECTORY
         second = export_encoders(run.model, directory, place, column=column)
-        directories = [directory, *([] if second is None else [second])]
-        complete = all((place / CARD_FILE).is_file() for place in directories)
-        # cards that an earlier session has written may have been edited since
-        if run.first_step < run.total_steps or not complete:
-            _write_cards(run, directory, second)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"the encoder could not be written to {directory}: {error}. The last checkpoint "
             "is whole; free some space and start again to finish."
         ) from error
+    directories = [directory, *([] if second is None else [second])]
+    complete = all((place / CARD_FILE).is_file() for place in directories)
+    # cards that an earlier session has written may have been edited since
+    if run.first_step < run.total_steps or not complete:
+        with optional(f"a model card is left out of {run.output_dir}"):
+            _write_cards(run, directory, second)
     print(last_message(run, directory, second))
     return second
 
 
 def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
-    from vicreg_hf.training.monitoring.pictures import draw_pictures
-
     args = run.args
+    pictures: list[Picture] = []
+    with optional("the model card is without some of its pictures"):
+        from vicreg_hf.training.monitoring.pictures import draw_pictures
+
+        for picture in draw_pictures(run, directory):
+            pictures.append(picture)  # noqa: PERF402 # those before one that fails are kept
     record = TrainingRecord(
         args=asdict(args), num_views=args.num_views, data=_described(args.dataset_name),
         hub_id=_hub_id(args.dataset_name), images=run.inputs.train.num_images, steps=run.step,
         seconds=run.seconds,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
-        results=card_results(run), pictures=draw_pictures(run, directory),
+        results=card_results(run), pictures=pictures,
     )  # fmt: skip
     write_card(directory / CARD_FILE, model_card(run.model, record=record))
     if second is not None:

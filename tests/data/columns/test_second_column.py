@@ -12,7 +12,7 @@ import torch
 from paired import word_tokenizer
 
 from vicreg_hf.data.columns.image_files import ImageError
-from vicreg_hf.data.columns.second_column import find_second_column
+from vicreg_hf.data.columns.second_column import find_second_column, open_second_column
 from vicreg_hf.data.columns.texts import TextColumn
 from vicreg_hf.data.columns.vectors import VectorColumn
 
@@ -49,6 +49,8 @@ def test_second_columns_are_found_and_others_refused(modality: str, names: list[
     else:
         with pytest.raises(ValueError, match=r"must be given .* got 3; columns of text: t"):
             find_second_column(FEATURES, modality, None)
+    with pytest.raises(ValueError, match=r"^prime_column must be given .* holds images, got 0"):
+        open_second_column(datasets.Dataset.from_dict({"a": [1]}), "image", None, {})
 
 
 # --- texts

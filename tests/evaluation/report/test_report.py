@@ -32,6 +32,15 @@ def test_measurements_stand_in_a_table(tmp_path: Path) -> None:
     assert "resampled" not in written(tmp_path, measurements=MEASUREMENTS[1:]).text
 
 
+def test_a_section_that_cannot_be_made_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vicreg_hf.evaluation.report.charts.TSNE", None)
+    page = written(tmp_path, **example())
+    assert "warning: the report is without its section map: TypeError: " in capsys.readouterr().err
+    assert 'id="map"' not in page.html
+
+
 def test_differences_are_those_over_the_same_resampled_images(tmp_path: Path) -> None:
     given = example(test_images=400, drawn=False)
     labels, predictions = given["test"].labels, given["predictions"]

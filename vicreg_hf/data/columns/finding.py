@@ -17,12 +17,17 @@ CLASS_TYPES = frozenset(
 )
 
 
-def find_image_column(features: datasets.Features, wanted: str | None) -> str:
+def find_image_column(
+    features: datasets.Features, wanted: str | None, setting: str = "image_column"
+) -> str:
     """The column to train on: the one asked for, or the only one that holds images.
 
     A column asked for may also hold image files as plain bytes. Where there are no
     images, arrays of three dimensions are taken for images of many channels, and where there are
     none either, sounds.
+
+    Args:
+        setting: the name of the setting that asks, for messages.
 
     Raises:
         ValueError: no such column, or none or several to choose from.
@@ -35,15 +40,15 @@ def find_image_column(features: datasets.Features, wanted: str | None) -> str:
     if wanted is None:
         if len(found) == 1:
             return found[0]
-        hint = f" Bytes of files may be images: --image_column {files[0]}." if files else ""
+        hint = f" Bytes of files may be images: --{setting} {files[0]}." if files else ""
         raise ValueError(
-            "image_column must be given unless exactly one column holds images, got "
+            f"{setting} must be given unless exactly one column holds images, got "
             f"{len(found)}; {listed}{hint}"
         )
     kind = features.get(wanted)
     if wanted in files or _holds_images(kind) or isinstance(kind, OTHER_IMAGES):
         return wanted
-    raise ValueError(f"image_column must name a column of images, got {wanted!r}; {listed}")
+    raise ValueError(f"{setting} must name a column of images, got {wanted!r}; {listed}")
 
 
 def _holds_images(kind: Any) -> bool:

@@ -43,7 +43,7 @@ def open_second_column(
         ValueError: no such column, none or several to choose from, or no tokenizer.
     """
     if modality == "image":
-        found = find_image_column(table.features, name)
+        found = find_image_column(table.features, name, "prime_column")
         image = ImageColumn(found, table.features[found], channels, **preparation)
         return image.with_range(image.prepare(table.take(RANGED))[found])
     name = find_second_column(table.features, modality, name)  # before the Hub may be asked

@@ -5,7 +5,7 @@ Shapes: M test images.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from vicreg_hf.evaluation.report.classes import BEST, WORST, classes
 from vicreg_hf.evaluation.report.gallery import Gallery
 from vicreg_hf.evaluation.report.neighbours import neighbours
 from vicreg_hf.metrics.intervals import bootstrap_interval
+from vicreg_hf.runtime.console import optional
 
 TEMPLATE = "report.html.jinja"
 
@@ -37,7 +38,7 @@ def write_report(
     test: Gallery,
     seed: int = 0,
 ) -> None:
-    """Write what an encoder's evaluation found. Sections that would be empty are left out.
+    """Write what an encoder's evaluation found, without sections that are empty or cannot be made.
 
     The same input gives the same file.
 
@@ -54,14 +55,22 @@ def write_report(
     truth = None if test.labels is None else test.labels.numpy()
     predicted = {name: rows.numpy() for name, rows in predictions.items()}
     names = [name if name.strip() else f"class {k}" for k, name in enumerate(class_names)]
+    makers: dict[str, Callable[[], Any]] = {
+        "spectrum": lambda: spectrum(train, seed=seed),
+        "map": lambda: feature_map(test, seed=seed),
+        "neighbours": lambda: neighbours(train, test, seed=seed),
+    }
+    if truth is not None:
+        makers["differences"] = lambda: _differences(predicted, truth, seed)
+        makers["classes"] = lambda: classes(predicted, truth, names)
+    sections: dict[str, Any] = {"differences": [], "classes": None}
+    for section, make in makers.items():
+        sections[section] = None
+        with optional(f"the report is without its section {section}"):
+            sections[section] = make()
     html = _template().render(
-        title=title, facts=facts, names=names,
-        measurements=measurements,
-        differences=[] if truth is None else _differences(predicted, truth, seed),
-        classes=None if truth is None else classes(predicted, truth, names),
-        spectrum=spectrum(train, seed=seed),
-        map=feature_map(test, seed=seed), neighbours=neighbours(train, test, seed=seed),
-    )  # fmt: skip
+        title=title, facts=facts, names=names, measurements=measurements, **sections
+    )
     # half of a surrogate pair, which no encoding has, must not cost the report
     path.write_text(html, encoding="utf-8", errors="replace", newline="\n")
 

@@ -20,7 +20,7 @@ from vicreg_hf.data.opening.slicing import add_parts
 from vicreg_hf.data.pairs import PairedSplit
 from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.data.splits import ImageSplit, held_out_split, image_split
-from vicreg_hf.data.streams import ImageStream, image_stream
+from vicreg_hf.data.streams import ImageStream, features_of, image_stream
 from vicreg_hf.runtime.checks import range_text, read_range
 from vicreg_hf.runtime.machine import default_num_workers
 from vicreg_hf.settings.pretraining import PretrainingArguments
@@ -172,7 +172,7 @@ def _open_splits(
         splits = open_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
     splits = add_parts(splits, train_split=args.train_split, eval_split=args.eval_split)
     table = splits[args.train_split]
-    sound = holds_sound(getattr(table, "features", None) or {}, args.image_column)
+    sound = holds_sound(features_of(table, args.dataset_name), args.image_column)
     channels = (_model_args(args, sound=sound) or {}).get("in_chans", 3)
     columns: Any = {
         "dataset_name": Path(args.dataset_name).name or args.dataset_name,

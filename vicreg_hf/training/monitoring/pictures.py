@@ -5,7 +5,7 @@ Shapes: N images, C channels, S side in pixels, F features, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from vicreg_hf.features.encode import extract_features
 from vicreg_hf.hub.card import LOSS_PICTURE, RETRIEVAL_PICTURE, SPECTRUM_PICTURE
 from vicreg_hf.hub.record import Picture
 from vicreg_hf.metrics.retrieval import nearest_neighbours
+from vicreg_hf.runtime.console import optional
+from vicreg_hf.runtime.files import replacing
 from vicreg_hf.runtime.randomness import Stream, permutation
 from vicreg_hf.training.monitoring.preview import picture_of
 from vicreg_hf.training.run import Run
@@ -33,22 +35,24 @@ QUERIES, NEIGHBOURS = 6, 6
 """Images that are looked up, and how many neighbours of each are shown."""
 MAX_SPECTRUM = 1000
 """Images whose features have their singular values drawn."""
+LEFT_OUT = "{} is left out of the model card"
 
 
-def draw_pictures(run: Run, directory: Path) -> list[Picture]:
-    """Draw the pictures of a run's card, which is in a directory.
+def draw_pictures(run: Run, directory: Path) -> Iterator[Picture]:
+    """Draw the pictures of a run's card, which is in a directory; one that fails is left out.
 
     Of a stream only the loss is drawn. Without held-out images others of the training split are
     looked up.
 
-    Returns:
-        The pictures, with what each shows.
+    Yields:
+        Each picture that has been drawn, with what it shows.
     """
     model, held_out, train = run.model, run.inputs.held_out, run.inputs.train
-    _draw_loss_terms(run.log.rows(), directory / LOSS_PICTURE)
-    pictures = [Picture(LOSS_PICTURE, "The loss, and its three terms before they are weighted.")]
+    with optional(LEFT_OUT.format(LOSS_PICTURE)):
+        _draw_loss_terms(run.log.rows(), directory / LOSS_PICTURE)
+        yield Picture(LOSS_PICTURE, "The loss, and its three terms before they are weighted.")
     if isinstance(train, ImageStream):
-        return pictures
+        return
     cfg: Any = model.config.pretrained_cfg
     device = run.accelerator.device
     settings: Any = {"mean": cfg["mean"], "std": cfg["std"], "device": device}
@@ -63,33 +67,36 @@ def draw_pictures(run: Run, directory: Path) -> list[Picture]:
         return images, extract_features(model.encoder, images.split(128), **settings)
 
     chosen = permutation(len(train), seed=0, epoch=0, stream=Stream.SPLIT)[: QUERIES + MAX_BANK]
-    bank, bank_features = read_and_encode(train, np.sort(chosen[QUERIES:]))
+    searched, queried = np.sort(chosen[QUERIES:]), chosen[:QUERIES]
     source = "training images left out of the search"
     if held_out is not None:
         chosen = permutation(len(held_out), seed=0, epoch=0, stream=Stream.SPLIT)
+        queried = chosen[:QUERIES]
         source = f"images of {held_out.name}"
-    queries, query_features = read_and_encode(held_out or train, chosen[:QUERIES])
-    if len(bank) < 2 or len(queries) == 0:
-        return pictures
+    if len(searched) < 2 or len(queried) == 0:
+        raise ValueError(f"they need at least {QUERIES + 2} images, got {len(train)}.")
+    bank, bank_features = read_and_encode(train, searched)
     features = bank_features[:MAX_SPECTRUM]
-    embeddings = extract_features(model.expander, [features], **settings)
-    _draw_spectrum(
-        {"representations": features, "embeddings": embeddings}, directory / SPECTRUM_PICTURE
-    )
-    _draw_retrievals(queries, query_features, bank, bank_features, directory / RETRIEVAL_PICTURE)
-    return [
-        *pictures,
-        Picture(
+    with optional(LEFT_OUT.format(SPECTRUM_PICTURE)):
+        embeddings = extract_features(model.expander, [features], **settings)
+        _draw_spectrum(
+            {"representations": features, "embeddings": embeddings}, directory / SPECTRUM_PICTURE
+        )
+        yield Picture(
             SPECTRUM_PICTURE,
             f"Singular values of the centred features of {len(features)} images of {train.name}. "
             "A cliff is dimensional collapse.",
-        ),
-        Picture(
+        )
+    with optional(LEFT_OUT.format(RETRIEVAL_PICTURE)):
+        queries, query_features = read_and_encode(held_out or train, queried)
+        _draw_retrievals(
+            queries, query_features, bank, bank_features, directory / RETRIEVAL_PICTURE
+        )
+        yield Picture(
             RETRIEVAL_PICTURE,
             f"Left, {source}; beside each, its nearest neighbours by cosine similarity of the "
             f"encoder's features among {len(bank):,} images of {train.name}.",
-        ),
-    ]
+        )
 
 
 def _draw_loss_terms(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -143,4 +150,5 @@ def _draw_retrievals(
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    with replacing(path) as aside:
+        figure.savefig(aside, dpi=100, format="png", metadata={"Software": None})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vicreg_hf.hub.record import Result, impersonal
+from vicreg_hf.runtime.console import optional
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.run import Run
 
@@ -57,8 +58,9 @@ def last_message(run: Run, encoder: Path, second: Path | None) -> str:
         lines += [f"That of the second branch is in {second}, whose card says how to load it.", ""]
     if run.monitor is None:
         lines.append("No labelled held-out split, so no kNN accuracy was measured.")
-    for result in card_results(run):
-        lines.append(f"{result.name}: {result.shown} ({result.measured})")
+    with optional("the measurements are not shown"):
+        for result in card_results(run):
+            lines.append(f"{result.name}: {result.shown} ({result.measured})")
     return "\n".join(lines)
 
 
