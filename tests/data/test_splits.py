@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Array3D, ClassLabel, Dataset, Features, List, Value
+from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from pictures import PNG, photographs, png, table_of
 
@@ -174,17 +176,70 @@ def test_the_held_out_split_has_labels_and_is_not_trained_on() -> None:
 # --- reading
 
 
-def test_images_stored_without_their_type_are_found() -> None:
-    """As parquet files hold them that other programs have written."""
-    cell = {"bytes": Value("binary"), "path": Value("string")}
-    encoded = [png(image) for image in photographs(2)]
-    rows = [{"bytes": content, "path": None} for content in encoded]
-    features = Features({"picture": cell, "size": Value("int64")})
-    table = Dataset.from_dict({"picture": rows, "size": [1, 2]}, features=features)
-    plain = Dataset.from_dict({"picture": encoded}, features=Features({"picture": Value("binary")}))
-    for each, wanted in ((table, None), (table, "picture"), (plain, "picture")):
-        read = opened(each, image_column=wanted).read([0, 1])
-        torch.testing.assert_close(torch.stack(read), photographs(2), rtol=0, atol=0)
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ({"bytes": "binary", "path": "string"}, True),
+        ({"bytes": "large_binary", "path": "large_string"}, True),  # polars
+        ({"bytes": "binary_view", "path": "string_view"}, True),
+        ({"bytes": "binary", "path": "null"}, True),  # pandas
+        ({"bytes": "binary"}, True),
+        ({"path": "string"}, False),
+        ("binary", False),
+        ("large_binary", False),
+        ("string", False),
+        ("large_string", False),
+    ],
+)
+def test_whatever_datasets_casts_to_images_is_taken(kind: Any, found: bool, tmp_path: Path) -> None:
+    cells: list[Any] = [png(image) for image in photographs(3)]
+    named = "path" in kind if isinstance(kind, dict) and "bytes" not in kind else "string" in kind
+    if named:
+        for number, content in enumerate(cells[:2]):
+            (tmp_path / f"{number}.png").write_bytes(content)
+        cells = [str(tmp_path / f"{number}.png") for number in range(3)]
+    feature: Any = Value(kind) if isinstance(kind, str) else {n: Value(k) for n, k in kind.items()}
+    if isinstance(kind, dict):
+        cells = [{n: cell if n == "bytes" or named else None for n in kind} for cell in cells]
+    features = Features({"picture": feature, "size": Value("int64")})
+    table = Dataset.from_dict({"picture": cells, "size": [1, 2, 3]}, features=features)
+    if not found:
+        with pytest.raises(ValueError, match=r"files may be images: --image_column picture|got 0;"):
+            opened(table)
+    split = opened(table, image_column=None if found else "picture")
+    torch.testing.assert_close(torch.stack(split.read([0, 1])), photographs(2), rtol=0, atol=0)
+    if named:
+        with pytest.raises(ImageError, match=r"cannot be read: .*No such file .*2.png"):
+            split.read([2])
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (
+            [{"bytes": PNG, "path": None}],
+            r'\["picture"\]\[0\]}\), then `dataset.cast_column\("picture"',
+        ),
+        ([[[1, 2], [3, 4]]], r'cast_column\("picture", datasets.Array3D\(\(H, W, C\)'),
+        (1, r'are taken as `dataset.cast_column\("picture", datasets.Image\(\)\)` makes them'),
+        (base64.b64encode(PNG).decode(), "looks like base64; decode it first, with dataset.map"),
+    ],
+)
+def test_what_is_no_image_is_told_how_to_become_one(cell: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        opened(Dataset.from_dict({"picture": [cell]}), image_column="picture").read([0])
+
+
+def test_arrays_of_two_dimensions_are_gray_images() -> None:
+    gray = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    features = Features({"gray": Array2D((3, 4), "uint8")})
+    table = Dataset.from_dict({"gray": list(gray)}, features=features)
+    read = torch.stack(opened(table, channels=1).read([0, 1]))
+    assert torch.equal(read, torch.from_numpy(gray)[:, None])
+    with pytest.raises(
+        ValueError, match=r"one channel, got 'gray' for 3 channels; give --model_arg"
+    ):
+        opened(table)
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])

@@ -29,6 +29,7 @@ from vicreg_hf.data.opening.folders import (
 )
 from vicreg_hf.data.opening.metadata import METADATA, ONE, read_metadata
 from vicreg_hf.data.opening.slicing import Splits
+from vicreg_hf.data.opening.tars import load_dataset
 from vicreg_hf.runtime.files import FULL
 
 DEMO = "demo"
@@ -183,7 +184,7 @@ def _load_by_datasets(
         builder = TABLE_BUILDERS.get(path.suffix.lower())
         if builder is None:
             raise ValueError(f"a file must end in {', '.join(TABLE_BUILDERS)} or .zip.")
-        return datasets.load_dataset(builder, data_files=name, streaming=streaming)
+        return load_dataset(builder, data_files=name, streaming=streaming, warn=_warn)
     cache = _own_cache(path) if _card_has_configs(path) else None
     images = list(filter(IMAGES.has, files))
     if images and cache is None:
@@ -191,7 +192,7 @@ def _load_by_datasets(
             f"{len(images)} images in {path} are left out, as it holds tables or archives too: "
             f"{images[0]} is the first; move one or the other into a folder of its own."
         )
-    loaded = datasets.load_dataset(name, config_name, streaming=streaming, cache_dir=cache)
+    loaded = load_dataset(name, config_name, streaming=streaming, warn=_warn, cache_dir=cache)
     if path.is_dir() and isinstance(loaded, datasets.DatasetDict):
         builder = datasets.load_dataset_builder(name, config_name, cache_dir=cache)
         restore_class_names(loaded, builder.config.data_files or {})
