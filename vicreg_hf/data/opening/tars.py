@@ -63,8 +63,8 @@ def load_dataset(
     """
     builder = datasets.load_dataset_builder(path, name, **options)
     if isinstance(builder, WebDataset):  # not from the cache that `datasets` would fill otherwise
-        cache = f"{options.get('cache_dir') or config.HF_DATASETS_CACHE}/tars"
-        builder = datasets.load_dataset_builder(path, name, **(options | {"cache_dir": cache}))
+        options["cache_dir"] = f"{options.get('cache_dir') or config.HF_DATASETS_CACHE}/tars"
+        builder = datasets.load_dataset_builder(path, name, **options)
         builder.__class__ = Tars
     if streaming:
         loaded: Any = builder.as_streaming_dataset()
@@ -140,8 +140,9 @@ class Tars(WebDataset):
 
     def _content(self, field: str, file: Any) -> Any:
         stem, _, ending = field.lower().rpartition(".")
-        if (opened := EXTENSION_TO_COMPRESSION_FS_FILE_CLS.get(f".{ending}")) is not None:
-            file, ending = opened(file, mode="rb"), stem.rpartition(".")[2]
+        packed: Any = EXTENSION_TO_COMPRESSION_FS_FILE_CLS.get(f".{ending}")
+        if packed is not None:
+            file, ending = packed(file, mode="rb"), stem.rpartition(".")[2]
         content = file.read()
         return self.DECODERS[ending](content) if ending in self.DECODERS else content
 
