@@ -29,6 +29,18 @@ def test_the_share_is_of_the_images_seen(num_images: int | None, seen: int, most
             images.agree(seen=seen, say=lambda _: None)
 
 
+@pytest.mark.parametrize(
+    ("num_images", "seen", "most"),
+    [(None, 16, 50), (80, 16, 4), (80, 950, 50), (None, 19_000, 1000)],  # also the bad are seen
+)
+def test_images_without_rows_all_count(num_images: int | None, seen: int, most: int) -> None:
+    for count in (most, most + 1):
+        images = BadImages(num_images, 0.05, None)
+        images.add([BadImage(None, None, "empty.", 0)] * count)
+        with pytest.raises(ValueError, match=f"got {count} of") if count > most else nullcontext():
+            images.agree(seen=seen, say=lambda _: None)
+
+
 def test_processes_agree_and_what_is_found_meanwhile_is_told_the_next_time() -> None:
     bad = BadImages(100, 0.5, None)
     bad.add([BadImage(3, None, "empty.")])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Array3D, ClassLabel, Dataset, Features, List, Value
+from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from pictures import PNG, photographs, png, table_of
 
@@ -174,17 +176,57 @@ def test_the_held_out_split_has_labels_and_is_not_trained_on() -> None:
 # --- reading
 
 
-def test_images_stored_without_their_type_are_found() -> None:
-    """As parquet files hold them that other programs have written."""
-    cell = {"bytes": Value("binary"), "path": Value("string")}
-    encoded = [png(image) for image in photographs(2)]
-    rows = [{"bytes": content, "path": None} for content in encoded]
-    features = Features({"picture": cell, "size": Value("int64")})
-    table = Dataset.from_dict({"picture": rows, "size": [1, 2]}, features=features)
-    plain = Dataset.from_dict({"picture": encoded}, features=Features({"picture": Value("binary")}))
-    for each, wanted in ((table, None), (table, "picture"), (plain, "picture")):
-        read = opened(each, image_column=wanted).read([0, 1])
-        torch.testing.assert_close(torch.stack(read), photographs(2), rtol=0, atol=0)
+@pytest.mark.parametrize(("kind", "found"), [
+    ({"bytes": "binary", "path": "string"}, True),
+    ({"bytes": "large_binary", "path": "large_string"}, True),  # as polars writes them
+    ({"bytes": "binary_view", "path": "string_view"}, True),
+    ({"bytes": "binary", "path": "null"}, True),  # as pandas does
+    ({"bytes": "binary"}, True),
+    ({"path": "string"}, False),
+    ("large_binary", False),
+    ("large_string", False),
+])  # fmt: skip
+def test_whatever_datasets_casts_to_images_is_taken(kind: Any, found: bool, tmp_path: Path) -> None:
+    kinds = kind if isinstance(kind, dict) else {"bytes" if "binary" in kind else "path": kind}
+    cells: list[Any] = [{"bytes": png(image), "path": None} for image in photographs(2)]
+    if "bytes" not in kinds:
+        for number, cell in enumerate(cells):
+            cell["path"] = str(tmp_path / f"{number}.png")
+        (tmp_path / "0.png").write_bytes(cells[0]["bytes"])
+    cells = [{n: cell[n] for n in kinds} if kinds is kind else cell[min(kinds)] for cell in cells]
+    typed = {n: Value(k) for n, k in kinds.items()}
+    features = Features({"picture": typed if kinds is kind else typed[min(kinds)]})
+    split = opened(
+        Dataset.from_dict({"picture": cells}, features=features),
+        image_column=None if found else "picture",
+    )
+    assert torch.equal(split.read([0])[0], photographs(1)[0])
+    if "bytes" not in kinds:
+        with pytest.raises(ImageError, match=r"cannot be read: .*No such file .*1.png"):
+            split.read([1])
+
+
+@pytest.mark.parametrize(("cell", "message"), [
+    ([{"bytes": PNG}], r'row\["picture"\]\[0\]}\), then `dataset.cast_column\("picture"'),
+    ([[[1, 2], [3, 4]]], r'cast_column\("picture", datasets.Array3D\(\(H, W, C\)'),
+    (1, r'are taken as `dataset.cast_column\("picture", datasets.Image\(\)\)` makes them'),
+    (base64.b64encode(PNG).decode(), "looks like base64; decode it first, with dataset.map"),
+])  # fmt: skip
+def test_what_is_no_image_is_told_how_to_become_one(cell: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        opened(Dataset.from_dict({"picture": [cell]}), image_column="picture").read([0])
+
+
+def test_arrays_of_two_dimensions_are_gray_images() -> None:
+    gray = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    features = Features({"gray": Array2D((3, 4), "uint8")})
+    table = Dataset.from_dict({"gray": list(gray)}, features=features)
+    read = torch.stack(opened(table, channels=1).read([0, 1]))
+    assert torch.equal(read, torch.from_numpy(gray)[:, None])
+    with pytest.raises(
+        ValueError, match=r"one channel, got 'gray' for 3 channels; give --model_arg"
+    ):
+        opened(table)
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ LEAST_SEEN = 1000
 
 
 class BadImages:
-    """The images of one run that could not be used, each counted once.
+    """The images of one run that could not be used, each row counted once.
 
-    Each process finds its own; `agree` brings them together.
+    The images of streams have no rows, and nothing else that tells all of them apart: they are
+    counted as often as they are read. Each process finds its own; `agree` brings them together.
 
     Args:
         num_images: length of the data; None where that is not known.
@@ -35,7 +37,7 @@ class BadImages:
     ) -> None:
         self.num_images, self.max_fraction, self.path = num_images, max_fraction, path
         self.fate = fate
-        self._known: dict[tuple[Any, ...], BadImage] = {}
+        self._known: dict[int | str, BadImage] = {}
         self._new: list[BadImage] = []
 
     def __len__(self) -> int:
@@ -62,7 +64,7 @@ class BadImages:
 
         Args:
             gather: from a process's list to those of all processes, one after the other.
-            seen: images read so far, by all processes.
+            seen: images used so far, by all processes.
             write: whether this process writes the file.
             say: told of the first, and of how many there are.
 
@@ -70,20 +72,20 @@ class BadImages:
             ImageError: more than `max_fraction` of those seen are bad.
         """
         own, self._new = self._new, []  # to which another thread may add meanwhile
-        found = {image.identity: image for image in (BadImage(*each) for each in gather(own))}
-        fresh = {key: image for key, image in found.items() if key not in self._known}
+        fresh = self._learn(BadImage(*each) for each in gather(own))
         if not fresh:
             return
-        self._known |= fresh
         if write and self.path is not None:
             with self.path.open("a") as file:
-                file.writelines(json.dumps(image._asdict()) + "\n" for image in fresh.values())
-        first = next(iter(fresh.values()))
+                file.writelines(json.dumps(image._asdict()) + "\n" for image in fresh)
+        first = fresh[0]
         listed = f" They are listed in {self.path}." if self.path else ""
         latest = f"; the latest: {first.place}: {first.reason}{listed}"
         say(f"warning: {len(self)} images could not be used and were {self.fate}{latest}")
-        total = max(seen, LEAST_SEEN)
-        total = total if self.num_images is None else min(total, self.num_images)
+        length = self.num_images or max(seen, LEAST_SEEN)
+        total = min(max(seen, LEAST_SEEN), length)
+        if first.row is None:
+            total = max(seen + len(self), min(LEAST_SEEN, length))
         check_share(len(self), total, self.max_fraction, latest)
 
     def forget(self) -> None:
@@ -96,11 +98,18 @@ class BadImages:
         if self.path is None or not self.path.is_file():
             return
         for line in self.path.read_text().splitlines():
-            try:
-                image = BadImage(**json.loads(line))
-            except (ValueError, TypeError):  # torn by a kill
-                continue
-            self._known[image.identity] = image
+            with suppress(ValueError, TypeError):  # torn by a kill
+                self._learn([BadImage(**json.loads(line))])
+
+    def _learn(self, images: Iterable[BadImage]) -> list[BadImage]:
+        """Take up those that are not known yet, and return them."""
+        fresh = []
+        for image in images:
+            key = f"occurrence {len(self)}" if image.row is None else image.row
+            if key not in self._known:
+                self._known[key] = image
+                fresh.append(image)
+        return fresh
 
 
 def check_share(bad: int, num_images: int, max_fraction: float, latest: str = "") -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -149,7 +150,12 @@ def _crops_of_stream(
                         return
                     batch, filled = _empty_batch(views, size, device), 0
         if not usable:
-            raise ImageError(f"{stream.name} must hold images that can be used, got none.")
+            why = [
+                each.reason for each in islice(stream.read(epoch), 1) if isinstance(each, BadImage)
+            ]
+            raise ImageError(
+                f"{stream.name} must hold images that can be used, got none. {''.join(why)}"
+            )
         epoch += 1
 
 

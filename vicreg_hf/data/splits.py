@@ -105,11 +105,16 @@ def open_column(
     """The column of images, or of sound, which is seen as spectrograms of one channel.
 
     Raises:
-        ValueError: as `find_image_column`; or soundfile is not installed.
+        ValueError: as `find_image_column`; channels that do not fit; soundfile is not installed.
     """
     found = find_image_column(features, wanted)
     if isinstance(features[found], datasets.Audio):
         return SpectrogramColumn(found, features[found], sound or SpectrogramSettings())
+    if isinstance(features[found], datasets.Array2D) and channels != 1:
+        raise ValueError(
+            f"arrays of two dimensions are images of one channel, got {found!r} for {channels} "
+            """channels; give --model_args '{"in_chans": 1}'."""
+        )
     return ImageColumn(found, features[found], channels)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -126,13 +126,11 @@ def image_stream(
     column = open_column(features, image_column, channels=channels, sound=sound)
     known = (table.info.splits or {}).get(name)
     table = column.prepare(table)
-    first: list[Any] = []
-    try:
-        with _reading(place):
-            first.extend(row[column.name] for row in table.take(1 if value_range else RANGED))
-    except ImageError:  # of a later image it is said where it is met
-        if not first:
-            raise
+    with _reading(place):
+        rows = iter(table.take(1 if value_range else RANGED))
+        first = [row[column.name] for row in islice(rows, 1)]
+        with suppress(Exception):  # which a pass says, with the number of images before it
+            first += [row[column.name] for row in rows]
     if not first:
         raise empty
     if isinstance(column, ImageColumn):

@@ -23,12 +23,7 @@ class BadImage(NamedTuple):
     path: str | None
     reason: str
     crc32: int | None = None
-    """Checksum of a sample of a stream, where several may have one path."""
-
-    @property
-    def identity(self) -> tuple[int | None, str | None, int | None]:
-        """The row, path and checksum, by which it is counted once."""
-        return self.row, self.path, self.crc32
+    """Checksum of a sample of a stream, by which it is found again."""
 
     @property
     def place(self) -> str:
@@ -40,7 +35,7 @@ class BadImage(NamedTuple):
 def path_of(cell: Any) -> str | None:
     """The path in a cell, or in the first of a pair of cells, if there is one."""
     cell = cell[0] if isinstance(cell, tuple) else cell
-    path = cell.get("path") if isinstance(cell, dict) else None
+    path = cell.get("path") if isinstance(cell, dict) else cell
     return path if isinstance(path, str) else None
 
 

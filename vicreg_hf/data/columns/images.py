@@ -26,7 +26,7 @@ from vicreg_hf.data.columns.reading import FileColumn
 
 @dataclass(frozen=True)
 class ImageColumn(FileColumn):
-    """A column of image files, or of arrays (`datasets.Array3D`)."""
+    """A column of image files, or of arrays (`datasets.Array3D` or `Array2D`)."""
 
     feature: Any
     channels: int = 3
@@ -35,9 +35,9 @@ class ImageColumn(FileColumn):
 
     def prepare(self, table: Any) -> Any:
         table = super().prepare(table)
-        return (
-            table if self._of_arrays else table.cast_column(self.name, datasets.Image(decode=False))
-        )
+        if not isinstance(self.feature, datasets.Image):  # to cast large types would copy them
+            return table
+        return table.cast_column(self.name, datasets.Image(decode=False))
 
     def encoded(self, cell: Any) -> bytes:
         """The bytes of the image's file or array; errors as in `FileColumn.encoded`."""
@@ -82,7 +82,7 @@ class ImageColumn(FileColumn):
 
     @property
     def _of_arrays(self) -> bool:
-        return isinstance(self.feature, datasets.Array3D)
+        return isinstance(self.feature, (datasets.Array3D, datasets.Array2D))
 
     def _array(self, cell: Any) -> NDArray[Any]:
         try:

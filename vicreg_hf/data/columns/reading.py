@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -21,6 +22,7 @@ MAX_FILE = 2**30
 """Bytes of an image file, more than any image of `MAX_PIXELS` needs; a larger one is not read."""
 ZIP = "zip://"
 HUB = "hf://"
+BASE64 = re.compile(r"(data:[^,]*,)?[A-Za-z0-9+/_\s-]{64,}=*")
 IN_ZIP = "::"
 """Stands between a file in a zip and that zip: zip://oak/001.jpg::pictures.zip."""
 UTF8_NAME = 0x800
@@ -36,15 +38,30 @@ class FileColumn(Column):
     def encoded(self, cell: Any) -> bytes:
         """The bytes of a cell's file, which identify it; none where the cell is empty.
 
+        A cell is what `datasets` casts to an image: bytes, a path, or a dict of either or both.
+        Paths are relative to where the program runs.
+
         Raises:
             ImageError: the file cannot be read.
         """
-        if cell is None:
+        if isinstance(cell, bytes):
+            return cell
+        path = cell
+        if isinstance(cell, dict):
+            if (stored := cell.get("bytes")) is not None:
+                return stored
+            path = cell.get("path")
+        if path is None:
             return b""
         try:
-            stored = cell["bytes"]
-            return read_file(cell["path"], self.max_bytes) if stored is None else stored
+            return read_file(path, self.max_bytes)
         except Exception as error:  # zips raise whatever their parsing meets
+            if BASE64.fullmatch(path):
+                raise ImageError(
+                    "the text is no path, but looks like base64; decode it first, with "
+                    f'dataset.map(lambda row: {{"{self.name}": base64.b64decode(row["{self.name}"]'
+                    ")}), and save_to_disk."
+                ) from None
             raise ImageError(f"the file cannot be read: {error}") from error
 
     def digest(self, cells: Iterable[Any]) -> str:

@@ -25,6 +25,7 @@ from vicreg_hf.data.opening.listing import (
 from vicreg_hf.data.opening.metadata import METADATA, ONE, read_metadata
 from vicreg_hf.data.opening.slicing import Splits
 from vicreg_hf.data.opening.tables import FORMATS, TABLE_BUILDERS, card_has_configs, load_tables
+from vicreg_hf.data.opening.tars import load_dataset
 from vicreg_hf.runtime.console import warn
 from vicreg_hf.runtime.files import FULL, local_path, utf8_path
 
@@ -97,7 +98,7 @@ def _load(name: str, config_name: str | None, streaming: bool) -> Splits:
     elif local is None:
         if name in FORMATS:  # for which `datasets` would take whatever lies right here
             raise ValueError(f"there is no file or folder called {name} in {os.getcwd()}.")
-        return datasets.load_dataset(name, config_name, streaming=streaming)
+        return load_dataset(name, config_name, streaming=streaming)
     elif any(os.path.isfile(os.path.join(local, each)) for each in SAVED):
         splits = datasets.load_from_disk(local)
         if isinstance(splits, datasets.Dataset):

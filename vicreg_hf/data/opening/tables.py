@@ -25,6 +25,7 @@ from vicreg_hf.data.opening.class_names import restore_class_names
 from vicreg_hf.data.opening.folders import IMAGES
 from vicreg_hf.data.opening.listing import Listing, describe_endings, hold_arrays, suffix_of
 from vicreg_hf.data.opening.slicing import Splits
+from vicreg_hf.data.opening.tars import load_dataset
 from vicreg_hf.runtime.console import is_main, warn
 
 TABLE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
@@ -74,19 +75,18 @@ def card_has_configs(folder: Path) -> bool:
 def _load(path: Path, config_name: str | None, listing: Listing, streaming: bool) -> Any:
     if is_main():
         check_archives(path)
-    options: dict[str, Any] = {"streaming": streaming}
     if path.is_file():
         builder = TABLE_BUILDERS.get(path.suffix.lower())
         if builder is None:
             raise ValueError(f"a file must end in {', '.join(TABLE_BUILDERS)} or .zip.")
-        return datasets.load_dataset(builder, data_files=glob.escape(str(path)), **options)
+        return load_dataset(builder, data_files=glob.escape(str(path)), streaming=streaming)
     card = card_has_configs(path)
     source: dict[str, Any] = {"path": str(path), "name": config_name}
     if card:
         source["cache_dir"] = _own_cache(path)
     if glob.has_magic(str(path.resolve())) or (listing.passed_over and not card):
         source |= _listed(path.resolve(), config_name if card else None, listing, card)
-    loaded = datasets.load_dataset(**source, **options)
+    loaded = load_dataset(**source, streaming=streaming)
     builder = datasets.load_dataset_builder(**source)
     files = builder.config.data_files or {}
     if isinstance(loaded, datasets.DatasetDict):

@@ -12,6 +12,7 @@ import datasets
 from torch import Tensor
 
 from vicreg_hf.data.bad_images import BadImages
+from vicreg_hf.data.columns.finding import holds_images
 from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
 from vicreg_hf.data.columns.texts import TextColumn
 from vicreg_hf.data.memory import MEMORY_BUDGET, common_side, load_in_memory
@@ -199,7 +200,7 @@ def holds_sound(features: Mapping[str, Any], column: str | None) -> bool:
     if column is not None:
         return isinstance(features.get(column), datasets.Audio)
     kinds = list(features.values())
-    images = any(isinstance(kind, (datasets.Image, datasets.Array3D)) for kind in kinds)
+    images = any(holds_images(kind) or isinstance(kind, datasets.Array3D) for kind in kinds)
     return not images and any(isinstance(kind, datasets.Audio) for kind in kinds)
 
 
