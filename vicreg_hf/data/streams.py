@@ -18,7 +18,7 @@ from vicreg_hf.data.columns.image_files import ImageError, ValueRange
 from vicreg_hf.data.columns.images import ImageColumn
 from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
 from vicreg_hf.data.opening.slicing import Splits
-from vicreg_hf.data.samples import Sample
+from vicreg_hf.data.samples import Reductions, Sample
 from vicreg_hf.data.splits import open_column
 from vicreg_hf.runtime.checks import one_line
 
@@ -49,8 +49,13 @@ class ImageStream:
         table = split_dataset_by_node(table, rank=rank, world_size=world_size)
         return replace(self, table=table)
 
-    def read(self, epoch: int) -> Iterator[Sample[Tensor] | BadImage]:
+    def read(
+        self, epoch: int, reductions: Reductions | None = None
+    ) -> Iterator[Sample[Tensor] | BadImage]:
         """One pass, each in another order; in a loading worker, that worker's part of it.
+
+        Args:
+            reductions: by how much an image may be reduced, by its CRC-32.
 
         Raises:
             ImageError: the data cannot be read on.
@@ -59,7 +64,7 @@ class ImageStream:
         count = 0
         with _reading(self.name, lambda: f" after {count} images of a pass"):
             for row in self.table:
-                yield self._decode(row[self.column.name])
+                yield self._decode(row[self.column.name], reductions)
                 count += 1
 
     def first(self, count: int) -> list[Tensor]:
@@ -67,11 +72,12 @@ class ImageStream:
         usable = (sample.content for sample in self.read(0) if isinstance(sample, Sample))
         return list(islice(usable, count))
 
-    def _decode(self, cell: Any) -> Sample[Tensor] | BadImage:
+    def _decode(self, cell: Any, reductions: Reductions | None) -> Sample[Tensor] | BadImage:
         crc = 0
         try:
             crc = zlib.crc32(self.column.encoded(cell))
-            return Sample(crc, path_of(cell), self.column.decode(cell))
+            reduction = None if reductions is None else reductions(crc)
+            return Sample(crc, path_of(cell), self.column.decode(cell, reduction))
         except ImageError as error:
             path = path_of(cell) or f"an image without a name, of CRC-32 {crc:08x}"
             return BadImage(None, path, str(error), crc)
