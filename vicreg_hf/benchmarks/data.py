@@ -191,7 +191,7 @@ def telephone_images(count: int = 4, side: int = 224) -> str:
     """A table for JPEGs of 12 megapixels, some turned by EXIF: decoding and crops of both views."""
     recipes, indices = PRESETS["authors"][:2], np.arange(count)
     theirs, ours = Views(pil_view, recipes, side), TwoViews(side, recipes)
-    grain = Image.effect_noise((4000, 3000), 20).convert("RGB")
+    grain = Image.effect_noise((4000, 3000), 16).convert("RGB")
     pictures = [ImageChops.add(p, grain, 1, -128) for p in photographs(count, 4000, 3000)]
 
     def crops(files: list[bytes], column: ImageColumn, *, reduced: bool) -> object:

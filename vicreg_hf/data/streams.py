@@ -26,6 +26,8 @@ RANGED = 16
 """Images of a stream from which its range of values is taken."""
 SHUFFLE_BUFFER = 1000
 """Images of a stream that wait, still encoded, to be drawn in random order."""
+BUFFER_BYTES = 2**28
+"""Bytes that these may take; of large images fewer wait."""
 
 
 @dataclass
@@ -37,6 +39,7 @@ class ImageStream:
     name: str
     num_images: int | None
     """Number of images of all processes together, where the data set says."""
+    buffer_size: int = SHUFFLE_BUFFER
 
     def fingerprint(self) -> dict[str, Any]:
         """The length and a digest of the first images, which tell one data set from another."""
@@ -45,7 +48,7 @@ class ImageStream:
 
     def share(self, rank: int, world_size: int, *, seed: int) -> ImageStream:
         """The part that one of several processes reads: whole shards, or every n-th image."""
-        table = self.table.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        table = self.table.shuffle(seed=seed, buffer_size=self.buffer_size)
         table = split_dataset_by_node(table, rank=rank, world_size=world_size)
         return replace(self, table=table)
 
@@ -129,4 +132,7 @@ def image_stream(
         raise empty
     if isinstance(column, ImageColumn):
         column = replace(column, value_range=value_range).with_range(first)
-    return ImageStream(table, column, place, getattr(known, "num_examples", None) or None)
+    sizes = [len(c["bytes"]) for c in first if isinstance(c, dict) and c.get("bytes")]
+    fitting = int(BUFFER_BYTES * len(sizes) / max(1, sum(sizes))) if sizes else SHUFFLE_BUFFER
+    num_images = getattr(known, "num_examples", None) or None
+    return ImageStream(table, column, place, num_images, max(1, min(SHUFFLE_BUFFER, fitting)))

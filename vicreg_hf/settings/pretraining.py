@@ -64,8 +64,8 @@ class PretrainingArguments(Settings):
     """Values that become black and white, as LOW,HIGH, where images have more than 8 bits; by
     default the least and the largest in a sample of the training images."""
     decode: Annotated[str, one_of("reduced", "exact")] = "reduced"
-    """exact: decode images at their full size; reduced: JPEGs of 4 megapixels and more at 1/2, 1/4
-    or 1/8 where crops have pixels to spare, which is faster and half a gray level off."""
+    """exact: decode images whole; reduced: decode JPEGs of 4 megapixels and more at 1/2 or 1/4, if
+    crops have pixels to spare, which is faster and a fraction of a gray level off."""
     label_column: str | None = None
     """Column of classes for kNN and probe; by default the only one, or the one called label."""
     streaming: bool = False

@@ -42,7 +42,7 @@ for fewer than to compute them; more would only take memory."""
 
 REDUCED_FROM = 4_000_000
 """Pixels from which images may be decoded at a part of their size; smaller ones gain little."""
-SPARE = 1.5
+SPARE = 2.0
 """Pixels of a reduced crop for each of its view, along either side, below which more would be seen
 to be lost."""
 
@@ -177,7 +177,7 @@ class RandomViews(Generic[Views]):
             drawn = zip(self._all_uniforms([index], epoch), self.recipes, strict=True)
             shortest = [draw_crops(u, height, width, own)[0, 2:].min() for u, own in drawn]
             spare = (np.array(shortest) / self.image_sizes).min() / SPARE
-            return next((scale for scale in (8, 4, 2) if spare >= scale), 1)
+            return next((scale for scale in (4, 2) if spare >= scale), 1)
 
         return by
 
