@@ -7,16 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pictures import photographs, split_of
+from datasets import DatasetDict
+from pictures import photographs, png, split_of, table_of
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from vicreg_hf.data.batches import centre_crop, evaluation_batches, training_views
+from vicreg_hf.data.crops import StepCrops
 from vicreg_hf.data.memory import common_side, load_in_memory
 from vicreg_hf.data.sampler import GlobalBatches
-from vicreg_hf.data.splits import ImageSplit
+from vicreg_hf.data.splits import ImageSplit, image_split
 from vicreg_hf.views.presets import ViewRecipe
 from vicreg_hf.views.random_views import RandomViews
 from vicreg_hf.views.two_views import TwoViews
@@ -109,6 +111,27 @@ def test_memory_workers_and_processes_give_the_same_views(
         assert apart.mean() < 0.05
         assert (apart > 2.01).float().mean() < (1e-3 if views is VIEWS else 1e-9)
         assert apart.max() < 12
+
+
+def test_images_are_cropped_in_parts_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = table_of([*map(png, photographs(20)), b"", b"<html>"])
+    split = image_split(DatasetDict({"train": table}), "train", dataset_name="photographs")
+    made, together = [], []
+
+    class Counting(TwoViews):
+        def crop(self, images: Any, *of: Any) -> Any:
+            together.append(len(images))
+            return super().crop(images, *of)
+
+    views = Counting(image_size=24, preset="paper", seed=1)
+    for part_bytes in (2**26, 3 * 40 * 48 * 3, 1):
+        monkeypatch.setattr("vicreg_hf.data.crops.PART_BYTES", part_bytes)
+        made.append(StepCrops(split, GlobalBatches(22, 22, seed=2), views, None)(0))
+    assert together == [22, *[3] * 7, 1, *[1] * 22]
+    for crops in made[1:]:
+        assert all(map(torch.equal, crops.views, made[0].views))
+        assert crops.bad == made[0].bad
+        assert {image.row for image in crops.bad} == {20, 21}
 
 
 # --- evaluation

@@ -78,6 +78,7 @@ def test_what_may_change_the_last_bits_is_named(
     manifest = read_manifest(copied / "checkpoints" / "step-8")
     assert manifest["state"]["threads"] == 1
     manifest["state"] |= {"threads": 2, "precision": "bf16"}
+    del manifest["state"]["settings"]["decode"]  # as before there was a choice
     manifest |= {"world_size": 2, "versions": manifest["versions"] | {"torch": "1.0"}}
     del manifest["sha256"]
     manifest["sha256"] = digest(manifest)
@@ -86,6 +87,8 @@ def test_what_may_change_the_last_bits_is_named(
     printed = capsys.readouterr().out
     assert "goes on as it was but for rounding: torch was 1.0, is " in printed
     assert "precision was bf16, is no; processes were 2, are 1; CPU threads of" in printed
+    assert "decode=exact, as" in printed
+    assert "decode: exact" in (copied / "config.yaml").read_text()
 
 
 # Settings that change
@@ -111,6 +114,7 @@ def test_other_settings_are_named_and_taken_and_another_run_only_on_request(
         (other, "--seed=0", "the data were 64 images of SHA-256"),
         (images, "--seed=1", r"keep its model, batch, seed and data, .* seed was 0, is 1\."),
         (images, "--variance_reduction=sum", "variance_reduction was mean, is sum"),
+        (images, "--decode=exact", "decode was reduced, is exact"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             train(data, copied, *more, flag)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
+import pictures
 import pytest
 import torch
+from PIL import Image
 from seen import NOTHING
 from torch import Tensor
 
+from vicreg_hf.data.columns.image_files import decode_image, decode_reduced
 from vicreg_hf.views.presets import ViewRecipe, multi_crop_recipes
 from vicreg_hf.views.random_views import RandomViews
 from vicreg_hf.views.two_views import TwoViews
@@ -86,6 +90,35 @@ def test_branches_may_have_views_of_their_own_side_and_normalisation(
         one = {name: values[view] for name, values in own.items()}
         expected = TwoViews(side, "paper", **one)(photographs, np.arange(16))[view]
         assert torch.equal(made[view], expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_crops_of_reduced_photographs_are_those_of_whole_ones(
+    orientation: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vicreg_hf.views.random_views.REDUCED_FROM", 400_000)
+    images = pictures.photographs(2, 203, 301)
+    exif, scales = Image.Exif(), []
+    exif[0x0112] = orientation
+    views = TwoViews(48, (NOTHING, ViewRecipe(scale=(0.2, 1))), in_chans=channels)
+    for index in range(6):
+        file = io.BytesIO()
+        whole = Image.fromarray(images[index % 2].permute(1, 2, 0).numpy()).resize((1003, 675))
+        whole.save(file, "JPEG", quality=95, exif=exif)
+        exact = decode_image(file.getvalue(), channels)
+        reduced = decode_reduced(file.getvalue(), channels, views.reduction(index, 4))
+        assert reduced is not None
+        assert reduced.shape == exact.shape
+        made = (views.crop([image], [index], 4) for image in (reduced, exact))
+        for ours, expected in zip(*made, strict=True):
+            apart = (ours.int() - expected.int()).abs()
+            assert apart.float().mean() < 0.8  # half a pixel of the reduced image is more
+            assert apart.max() < 40
+        scales.append(reduced.scale)
+        assert decode_reduced(file.getvalue()[:-900], channels, views.reduction(0)) is None
+    assert set(scales) == {2, 4}
+    assert views.reduction(0)(632, 632) == 1  # smaller images stay as they are
 
 
 def test_without_indices_views_follow_torchs_generator(photographs: Tensor) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torchvision import transforms as tv
@@ -25,6 +25,7 @@ from torchvision.transforms import v2
 from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
 from vicreg_hf.data.batches import channels_last
 from vicreg_hf.data.columns.image_files import decode_image
+from vicreg_hf.data.columns.images import ImageColumn
 from vicreg_hf.data.pairs import PairedSplit
 from vicreg_hf.runtime.machine import available_cores
 from vicreg_hf.settings.command_line import parse_arguments
@@ -52,9 +53,10 @@ def photographs(count: int, width: int, height: int) -> list[Image.Image]:
     return pieces
 
 
-def jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
+def jpeg(image: Image.Image, orientation: int = 1) -> bytes:
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(buffer, "JPEG", quality=90, **({"exif": exif} if orientation > 1 else {}))
     return buffer.getvalue()
 
 
@@ -149,6 +151,8 @@ def views(flags: Sequence[str]) -> str:
         surroundings(CPU),
         "500 x 375 JPEGs, views of 224 pixels, preset authors:",
         large_images(),
+        "4000 x 3000 JPEGs with grain, as telephones take them, likewise:",
+        telephone_images(),
         "32 x 32 in memory, views of 32 pixels, preset cifar:",
         small_images(),
     ]
@@ -181,6 +185,31 @@ def large_images(count: int = 32, side: int = 224) -> str:
         "everything, compiled": workers + took["colour, compiled"],
     }
     return _ratios(took | sums)
+
+
+def telephone_images(count: int = 4, side: int = 224) -> str:
+    """A table for JPEGs of 12 megapixels, some turned by EXIF: decoding and crops of both views."""
+    recipes, indices = PRESETS["authors"][:2], np.arange(count)
+    theirs, ours = Views(pil_view, recipes, side), TwoViews(side, recipes)
+    grain = Image.effect_noise((4000, 3000), 16).convert("RGB")
+    pictures = [ImageChops.add(p, grain, 1, -128) for p in photographs(count, 4000, 3000)]
+
+    def crops(files: list[bytes], column: ImageColumn, *, reduced: bool) -> object:
+        cut = [ours.reduction(k) if reduced else None for k in range(count)]
+        cells = [{"bytes": data} for data in files]
+        images = [column.decode(*each) for each in zip(cells, cut, strict=True)]
+        return ours.crop(images, indices)
+
+    column: ImageColumn = ImageColumn("image", datasets.Image())
+    runs: Runs = {}
+    for orientation in (1, 6):
+        files = [jpeg(picture, orientation) for picture in pictures]
+        if orientation == 1:
+            runs["authors"] = partial(lambda files: [theirs(opened(f)) for f in files], files)
+        for reduced in (False, True):
+            name = f"EXIF orientation {orientation}, {'reduced' if reduced else 'exact'}"
+            runs[name] = partial(crops, files, column, reduced=reduced)
+    return _ratios(_milliseconds(runs, count))
 
 
 def small_images(count: int = 512, side: int = 32) -> str:

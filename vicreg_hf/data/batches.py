@@ -8,7 +8,7 @@ Shapes: B images per process, C channels, H x W source pixels, S side of a view.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from itertools import islice
@@ -44,6 +44,7 @@ def training_views(
     num_workers: int = 0,
     bad: BadImages | None = None,
     paired: SecondInput | None = None,
+    reduced: bool = False,
 ) -> Iterator[Any]:
     """The views of this process's rows at every step, on the device.
 
@@ -57,6 +58,7 @@ def training_views(
         num_workers: loading processes; without effect for images in memory.
         bad: told of images that could not be used, before the step that they are replaced in.
         paired: makes what the second branch takes from the other half of a `PairedSplit`.
+        reduced: decode photographs at a part of their size, where crops allow it.
 
     Yields:
         A (B, C, S, S) float32 tensor for each view, channels last; in pairs, what the second branch
@@ -71,11 +73,14 @@ def training_views(
             made = _views_of_memory(images, batches, views, steps, device)
         else:
             if isinstance(images, ImageStream):
-                size = batches.rows_per_process
-                crops = closing(_crops_of_stream(images, size, views, steps, device, num_workers))
+                make, size = partial(StreamCrops, images, views, reduced), batches.rows_per_process
+                crops = closing(_crops_of_stream(make, size, views, steps, device, num_workers))
             else:
-                make, pinned = StepCrops(images, batches, views, paired), device.type == "cuda"
-                crops = loading(steps, make, num_workers, item_bytes=make.item_bytes, pinned=pinned)
+                make = StepCrops(images, batches, views, paired, reduced)
+                crops = loading(
+                    steps, make, num_workers, item_bytes=make.item_bytes,
+                    pinned=device.type == "cuda",
+                )  # fmt: skip
             made = _views_of_crops(stack.enter_context(crops), views, device, bad, paired)
         yield from prefetch((tuple(map(channels_last, each)) for each in made), device)
 
@@ -120,7 +125,7 @@ def _views_of_crops(
 
 
 def _crops_of_stream(
-    stream: ImageStream,
+    open_pass: Callable[[int], StreamCrops],
     size: int,
     views: RandomViews,
     steps: range,
@@ -132,7 +137,7 @@ def _crops_of_stream(
     epoch, left = steps.start, len(steps)  # a resumed run goes on with passes not yet seen
     while left:
         usable = False
-        source = StreamCrops(stream, views, epoch)
+        source = open_pass(epoch)
         # the batches that chunks are copied to are pinned, and so the chunks need not be
         with loading(source, source.crop, num_workers, item_bytes=source.item_bytes) as chunks:
             for chunk in chunks:
@@ -150,11 +155,10 @@ def _crops_of_stream(
                         return
                     batch, filled = _empty_batch(views, size, device), 0
         if not usable:
-            why = [
-                each.reason for each in islice(stream.read(epoch), 1) if isinstance(each, BadImage)
-            ]
+            first = islice(source.stream.read(epoch), 1)
+            why = [each.reason for each in first if isinstance(each, BadImage)]
             raise ImageError(
-                f"{stream.name} must hold images that can be used, got none. {''.join(why)}"
+                f"{source.stream.name} must hold images that can be used, got none. {''.join(why)}"
             )
         epoch += 1
 
@@ -162,11 +166,7 @@ def _crops_of_stream(
 def _empty_batch(views: RandomViews, size: int, device: torch.device) -> Crops:
     """Room for a batch of crops, pinned if they go to a GPU."""
     pinned = device.type == "cuda"
-    cut = tuple(
-        torch.empty(size, views.in_chans, side, side, dtype=torch.uint8, pin_memory=pinned)
-        for side in views.image_sizes
-    )
-    return Crops(cut, np.empty(size, np.int64), 0, [])
+    return Crops(views.empty_crops(size, pinned=pinned), np.empty(size, np.int64), 0, [])
 
 
 def _copy_rows(chunk: Crops, taken: int, batch: Crops, filled: int) -> int:
@@ -201,7 +201,8 @@ def centre_crop(image: Tensor, image_size: int, crop_pct: float) -> Tensor:
 def _evaluation_views(
     split: ImageSplit, image_size: int, crop_pct: float, rows: Tensor
 ) -> tuple[Tensor, list[BadImage]]:
-    images, bad = split.read_or_replace(rows.tolist())
+    bad: list[BadImage] = []
+    images = split.each_or_replaced(rows.tolist(), bad)
     return torch.stack([centre_crop(image, image_size, crop_pct) for image in images]), bad
 
 

@@ -5,14 +5,16 @@ Shapes: B images per process, C channels, S side of a view.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import IterableDataset
 
 from vicreg_hf.data.columns.base import BadImage
@@ -24,7 +26,9 @@ from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.views.random_views import RandomViews
 
 STREAM_CHUNK = 32
-"""Images of a stream that a worker crops together."""
+"""Images of a stream that a worker crops together at most."""
+PART_BYTES = 2**26
+"""Bytes of decoded images, beyond which a worker crops them before it decodes others."""
 
 
 class Crops(NamedTuple):
@@ -49,6 +53,8 @@ class StepCrops:
     batches: GlobalBatches
     views: RandomViews
     paired: SecondInput | None
+    reduced: bool = False
+    """Decode photographs at a part of their size, where crops allow it."""
 
     def __call__(self, step: int) -> Crops:
         epoch, rows = self.batches.batch(step)
@@ -61,32 +67,72 @@ class StepCrops:
         return self.batches.rows_per_process * sum(getattr(t, "nbytes", 0) for t in tensors)
 
     def _crop(self, rows: NDArray[np.int64], epoch: int) -> Crops:
-        samples, bad = self.samples.read_or_replace(rows.tolist())
-        images: Any = samples
-        other = None
-        if self.paired is not None:
-            images, items = zip(*samples, strict=True)
-            other = self.paired.collate(items, rows, epoch)
-        return Crops(self.views.crop(images, rows, epoch), rows, epoch, bad, other)
+        bad: list[BadImage] = []
+        reductions = partial(self.views.reduction, epoch=epoch) if self.reduced else None
+        samples = self.samples.each_or_replaced(rows.tolist(), bad, reductions)
+        views, paired, done = self.views.empty_crops(len(rows)), self.paired, 0
+        items, others = [], []  # of the other column: decoded, and made into parts of a batch
+        for images in _in_parts(samples):
+            own = slice(done, done + len(images))
+            done = own.stop
+            if paired is not None:
+                images, other = zip(*images, strict=True)
+                if paired.augment is None:
+                    items += other
+                else:
+                    others.append(paired.collate(other, rows[own], epoch))
+                del other
+            for view, cut in zip(views, self.views.crop(images, rows[own], epoch), strict=True):
+                view[own] = cut
+            del images  # or they stay in memory beside the next
+        if paired is None:
+            return Crops(views, rows, epoch, bad)
+        batch = tree_map(_joined, *others) if others else paired.collate(items, rows, epoch)
+        return Crops(views, rows, epoch, bad, batch)
+
+
+def _in_parts(samples: Iterable[Any]) -> Iterator[Any]:
+    part, size = [], 0
+    for sample in samples:
+        part.append(sample)
+        size += _num_bytes(sample)
+        if size >= PART_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _num_bytes(sample: Any) -> int:
+    return sum(getattr(leaf, "nbytes", 0) for leaf in tree_leaves(sample))
+
+
+def _joined(*parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class StreamCrops(IterableDataset[list[Sample[Tensor] | BadImage]]):
     """A pass over a stream in chunks of `STREAM_CHUNK` usable images, and makes their crops.
 
-    They are drawn by the images' content.
+    They are drawn by the images' content. Chunks of large images are of fewer.
+
+    Args:
+        reduced: as in `StepCrops`.
     """
 
-    def __init__(self, stream: ImageStream, views: RandomViews, epoch: int) -> None:
+    def __init__(self, stream: ImageStream, views: RandomViews, reduced: bool, epoch: int) -> None:
         self.stream, self.views, self.epoch = stream, views, epoch
+        self.reductions = partial(views.reduction, epoch=epoch) if reduced else None
 
     def __iter__(self) -> Iterator[list[Sample[Tensor] | BadImage]]:
-        chunk, usable = [], 0
-        for sample in self.stream.read(self.epoch):
+        chunk, usable, size = [], 0, 0
+        for sample in self.stream.read(self.epoch, self.reductions):
             chunk.append(sample)
             usable += isinstance(sample, Sample)
-            if usable == STREAM_CHUNK:
+            size += _num_bytes(sample)
+            if usable == STREAM_CHUNK or size >= PART_BYTES:
                 yield chunk
-                chunk, usable = [], 0
+                chunk, usable, size = [], 0, 0
         if usable:
             yield chunk
 

@@ -20,6 +20,7 @@ from vicreg_hf.data.columns.reading import FileColumn
 from vicreg_hf.data.columns.texts import TextColumn
 from vicreg_hf.data.samples import Samples
 from vicreg_hf.data.splits import ImageSplit
+from vicreg_hf.views.reduced import Reduction
 
 Pair = tuple[Tensor, Any]
 """A (C, H, W) uint8 image, and the decoded cell that belongs to it."""
@@ -58,8 +59,8 @@ class PairedSplit(Samples[Pair]):
     def cells(self, rows: Sequence[int]) -> list[tuple[Any, Any]]:
         return list(zip(self.images.cells(rows), self.others.cells(rows), strict=True))
 
-    def decode(self, cell: tuple[Any, Any]) -> Pair:
-        return self.images.decode(cell[0]), self.column.decode(cell[1])
+    def decode(self, cell: tuple[Any, Any], reduction: Reduction | None = None) -> Pair:
+        return self.images.decode(cell[0], reduction), self.column.decode(cell[1])
 
 
 class SecondInput(NamedTuple):
@@ -68,4 +69,5 @@ class SecondInput(NamedTuple):
     collate: Callable[[Sequence[Any], NDArray[Any], int], Any]
     """Makes a batch of B decoded cells, their rows and the epoch, in a loading worker."""
     augment: Callable[[Any, NDArray[Any], int], tuple[Tensor]] | None = None
-    """Makes the only view of such a batch, its rows and the epoch, on the device."""
+    """Makes the only view of such a batch, its rows and the epoch, on the device. Where there is
+    one, batches are crops of images, which can be made in parts."""

@@ -5,7 +5,7 @@ Shapes: C channels, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -14,9 +14,15 @@ import datasets
 from vicreg_hf.data.columns.base import BadImage, path_of
 from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.runtime.randomness import Stream, words
+from vicreg_hf.views.reduced import Reduction
 
 MAX_REPLACEMENTS = 100
 """Samples tried in the place of one that cannot be used."""
+CELLS_AT_ONCE = 8
+"""Cells whose encoded bytes are in memory together."""
+
+Reductions = Callable[[int], Reduction]
+"""By how much the image of a key may be reduced."""
 
 T = TypeVar("T")
 
@@ -51,20 +57,35 @@ class Samples(Generic[T]):
         """The encoded cells of some rows."""
         return self.table[list(rows)][self.column.name]
 
-    def decode(self, cell: Any) -> T:
+    def decode(self, cell: Any, reduction: Reduction | None = None) -> T:
         """The sample of a cell; an ImageError where it cannot be used."""
-        return self.column.decode(cell)
+        return (
+            self.column.decode(cell) if reduction is None else self.column.decode(cell, reduction)
+        )
 
     def try_read(self, rows: Sequence[int]) -> list[Sample[T] | BadImage]:
         """Decode some rows; each gives a sample or the reason why there is none."""
-        found: list[Sample[T] | BadImage] = []
-        for row, cell in zip(map(int, rows), self.cells(rows), strict=True):
-            path = path_of(cell)
-            try:
-                found.append(Sample(row, path, self.decode(cell)))
-            except ImageError as error:
-                found.append(BadImage(row, path, str(error)))
-        return found
+        return list(self.try_each(rows))
+
+    def try_each(
+        self, rows: Sequence[int], reductions: Reductions | None = None
+    ) -> Iterator[Sample[T] | BadImage]:
+        """The same one after the other, so that no more than one need be in memory.
+
+        Args:
+            reductions: gives a row's reduction, as `decode` takes it.
+        """
+        for start in range(0, len(rows), CELLS_AT_ONCE):
+            few = list(map(int, rows[start : start + CELLS_AT_ONCE]))
+            for row, cell in zip(few, self.cells(few), strict=True):
+                yield self._try_cell(row, cell, None if reductions is None else reductions(row))
+
+    def _try_cell(self, row: int, cell: Any, reduction: Reduction | None) -> Sample[T] | BadImage:
+        path = path_of(cell)
+        try:
+            return Sample(row, path, self.decode(cell, reduction))
+        except ImageError as error:
+            return BadImage(row, path, str(error))
 
     def read(self, rows: Sequence[int]) -> list[T]:
         """Decode some rows, all of which must be usable.
@@ -90,19 +111,29 @@ class Samples(Generic[T]):
         Raises:
             ImageError: nor could any of `MAX_REPLACEMENTS` others.
         """
-        found: list[T] = []
         bad: list[BadImage] = []
-        for row, sample in zip(rows, self.try_read(rows), strict=True):
-            attempt = 0
+        return list(self.each_or_replaced(rows, bad)), bad
+
+    def each_or_replaced(
+        self, rows: Sequence[int], bad: list[BadImage], reductions: Reductions | None = None
+    ) -> Iterator[T]:
+        """The same one after the other; those that could not be used are added to `bad`.
+
+        Args:
+            reductions: as in `try_each`; what replaces a row is reduced as that row.
+        """
+        for row, sample in zip(rows, self.try_each(rows, reductions), strict=True):
+            attempt, first = 0, len(bad)
             while isinstance(sample, BadImage):
                 bad.append(sample)
                 if attempt == MAX_REPLACEMENTS:
                     raise ImageError(
-                        f"{self.place(row)}: {bad[-attempt - 1].reason} Nor could "
+                        f"{self.place(row)}: {bad[first].reason} Nor could "
                         f"{MAX_REPLACEMENTS} others be used in its place."
                     )
                 drawn = words([row], 1, seed=0, epoch=attempt, stream=Stream.REPLACEMENT)
-                (sample,) = self.try_read([int(drawn[0, 0]) % len(self)])
+                other = int(drawn[0, 0]) % len(self)
+                reduction = None if reductions is None else reductions(row)
+                sample = self._try_cell(other, self.cells([other])[0], reduction)
                 attempt += 1
-            found.append(sample.content)
-        return found, bad
+            yield sample.content

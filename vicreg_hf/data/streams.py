@@ -18,7 +18,7 @@ from vicreg_hf.data.columns.image_files import ImageError, ValueRange
 from vicreg_hf.data.columns.images import ImageColumn
 from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
 from vicreg_hf.data.opening.slicing import Splits
-from vicreg_hf.data.samples import Sample
+from vicreg_hf.data.samples import Reductions, Sample
 from vicreg_hf.data.splits import open_column
 from vicreg_hf.runtime.checks import one_line
 
@@ -26,6 +26,8 @@ RANGED = 16
 """Images of a stream from which its range of values is taken."""
 SHUFFLE_BUFFER = 1000
 """Images of a stream that wait, still encoded, to be drawn in random order."""
+BUFFER_BYTES = 2**28
+"""Bytes that these may take; of large images fewer wait."""
 
 
 @dataclass
@@ -37,6 +39,7 @@ class ImageStream:
     name: str
     num_images: int | None
     """Number of images of all processes together, where the data set says."""
+    buffer_size: int = SHUFFLE_BUFFER
 
     def fingerprint(self) -> dict[str, Any]:
         """The length and a digest of the first images, which tell one data set from another."""
@@ -45,12 +48,17 @@ class ImageStream:
 
     def share(self, rank: int, world_size: int, *, seed: int) -> ImageStream:
         """The part that one of several processes reads: whole shards, or every n-th image."""
-        table = self.table.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        table = self.table.shuffle(seed=seed, buffer_size=self.buffer_size)
         table = split_dataset_by_node(table, rank=rank, world_size=world_size)
         return replace(self, table=table)
 
-    def read(self, epoch: int) -> Iterator[Sample[Tensor] | BadImage]:
+    def read(
+        self, epoch: int, reductions: Reductions | None = None
+    ) -> Iterator[Sample[Tensor] | BadImage]:
         """One pass, each in another order; in a loading worker, that worker's part of it.
+
+        Args:
+            reductions: by how much an image may be reduced, by its CRC-32.
 
         Raises:
             ImageError: the data cannot be read on.
@@ -59,7 +67,7 @@ class ImageStream:
         count = 0
         with _reading(self.name, lambda: f" after {count} images of a pass"):
             for row in self.table:
-                yield self._decode(row[self.column.name])
+                yield self._decode(row[self.column.name], reductions)
                 count += 1
 
     def first(self, count: int) -> list[Tensor]:
@@ -67,11 +75,12 @@ class ImageStream:
         usable = (sample.content for sample in self.read(0) if isinstance(sample, Sample))
         return list(islice(usable, count))
 
-    def _decode(self, cell: Any) -> Sample[Tensor] | BadImage:
+    def _decode(self, cell: Any, reductions: Reductions | None) -> Sample[Tensor] | BadImage:
         crc = 0
         try:
             crc = zlib.crc32(self.column.encoded(cell))
-            return Sample(crc, path_of(cell), self.column.decode(cell))
+            reduction = None if reductions is None else reductions(crc)
+            return Sample(crc, path_of(cell), self.column.decode(cell, reduction))
         except ImageError as error:
             path = path_of(cell) or f"an image without a name, of CRC-32 {crc:08x}"
             return BadImage(None, path, str(error), crc)
@@ -135,4 +144,7 @@ def image_stream(
         raise empty
     if isinstance(column, ImageColumn):
         column = replace(column, value_range=value_range).with_range(first)
-    return ImageStream(table, column, place, getattr(known, "num_examples", None) or None)
+    sizes = [len(c["bytes"]) for c in first if isinstance(c, dict) and c.get("bytes")]
+    fitting = int(BUFFER_BYTES * len(sizes) / max(1, sum(sizes))) if sizes else SHUFFLE_BUFFER
+    num_images = getattr(known, "num_examples", None) or None
+    return ImageStream(table, column, place, num_images, max(1, min(SHUFFLE_BUFFER, fitting)))

@@ -195,7 +195,7 @@ class _EvaluationViews(Dataset[PreparedRows]):
     def __getitem__(self, index: int) -> PreparedRows:
         part, wanted = self.batches[index]
         rows, paths, images, bad = [], [], [], []
-        for sample in self.splits[part.split].try_read(wanted):
+        for sample in self.splits[part.split].try_each(wanted):
             if isinstance(sample, BadImage):
                 bad.append(sample)
                 continue

@@ -63,6 +63,9 @@ class PretrainingArguments(Settings):
     value_range: str | None = None
     """Values that become black and white, as LOW,HIGH, where images have more than 8 bits; by
     default the least and the largest in a sample of the training images."""
+    decode: Annotated[str, one_of("reduced", "exact")] = "reduced"
+    """exact: decode images whole; reduced: decode JPEGs of 4 megapixels and more at 1/2 or 1/4, if
+    crops have pixels to spare, which is faster and a fraction of a gray level off."""
     label_column: str | None = None
     """Column of classes for kNN and probe; by default the only one, or the one called label."""
     streaming: bool = False

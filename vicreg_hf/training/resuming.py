@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ FREE_TO_CHANGE = {
 """Settings that say where and how often, and change nothing that is computed."""
 MUST_STAY = {
     "architecture", "model_args", "pretrained", "expander_dims", "optimizer", "batch_size", "seed",
-    "dataset_config_name", "train_split", "image_column", "value_range", "streaming", "weights",
+    "dataset_config_name", "train_split", "image_column", "value_range", "decode", "streaming",
+    "weights",
     "prime_modality", "prime_column", "prime_architecture", "prime_model_args", "prime_pretrained",
     "prime_tokenizer", "prime_max_length", "prime_expander_dims", "audio_seconds",
     "sampling_rate", "num_global_views", "num_local_views",
@@ -79,6 +80,9 @@ def resume(run: Run, *, before: int | None = None) -> None:
         return
     manifest = read_manifest(path)
     state = manifest["state"]
+    if "decode" not in state["settings"] and args.decode != "exact":
+        run.args = args = replace(args, decode="exact")
+        accelerator.print(f"decode=exact, as {path} was trained before there was another way.")
     changed = _changes(run, state)
     if manifest["step"] != run.total_steps:  # else a new probe would learn nothing
         changed.pop("online_probe", None)

@@ -29,6 +29,7 @@ from vicreg_hf.views.draws import NUM_UNIFORMS, draw_crops, draw_transforms
 from vicreg_hf.views.kernels import Kernels
 from vicreg_hf.views.operations import resized_crop
 from vicreg_hf.views.presets import ViewRecipe
+from vicreg_hf.views.reduced import ReducedImage, Reduction
 from vicreg_hf.views.transforms import apply_transforms, plan_transforms
 
 NEEDS_RGB = ("saturation", "hue", "grayscale")
@@ -38,6 +39,12 @@ PIXELS_AT_ONCE = 2**23
 PIXELS_AT_ONCE_ON_GPU = 2**26
 """Pixels, times channels, of several views that a GPU transforms at once. It takes longer to ask
 for fewer than to compute them; more would only take memory."""
+
+REDUCED_FROM = 4_000_000
+"""Pixels from which images may be decoded at a part of their size; smaller ones gain little."""
+SPARE = 2.0
+"""Pixels of a reduced crop for each of its view, along either side, below which more would be seen
+to be lost."""
 
 PerChannel = Sequence[float] | Sequence[Sequence[float]]
 """A number for each channel, or such numbers for each view."""
@@ -161,11 +168,33 @@ class RandomViews(Generic[Views]):
         ]
         return self._transform(cast(Views, tuple(crops)), drawn)
 
-    def crop(self, images: Sequence[Tensor], indices: ArrayLike, epoch: ArrayLike = 0) -> Views:
+    def reduction(self, index: int, epoch: int = 0) -> Reduction:
+        """By how much the image of an index may be reduced for the crops of all views."""
+
+        def by(height: int, width: int) -> int:
+            if height * width < REDUCED_FROM:
+                return 1
+            drawn = zip(self._all_uniforms([index], epoch), self.recipes, strict=True)
+            shortest = [draw_crops(u, height, width, own)[0, 2:].min() for u, own in drawn]
+            spare = (np.array(shortest) / self.image_sizes).min() / SPARE
+            return next((scale for scale in (4, 2) if spare >= scale), 1)
+
+        return by
+
+    def empty_crops(self, count: int, *, pinned: bool = False) -> Views:
+        """Room for the crops of so many images, as `crop` gives them."""
+        return cast(Views, tuple(
+            torch.empty(count, self.in_chans, side, side, dtype=torch.uint8, pin_memory=pinned)
+            for side in self.image_sizes
+        ))  # fmt: skip
+
+    def crop(
+        self, images: Sequence[Tensor | ReducedImage], indices: ArrayLike, epoch: ArrayLike = 0
+    ) -> Views:
         """The crops of images of any sizes; a loading worker calls this.
 
         Args:
-            images: B of (C, H, W) uint8.
+            images: B of (C, H, W) uint8, or reduced by no more than `reduction` says.
             indices: (B,) sample indices.
             epoch: scalar or (B,).
 
@@ -179,18 +208,12 @@ class RandomViews(Generic[Views]):
             raise ValueError("images must be at least 1, got none.")
         drawn = self._all_uniforms(_one_each(indices, len(images)), epoch)
         heights, widths = np.array([image.shape[-2:] for image in images]).T
-        views = []
-        for u, recipe, side in zip(drawn, self.recipes, self.image_sizes, strict=True):
+        views = self.empty_crops(len(images))
+        for u, recipe, side, out in zip(drawn, self.recipes, self.image_sizes, views, strict=True):
             boxes = draw_crops(u, heights, widths, recipe)
-            size = [side, side]
-            out = torch.empty((len(images), self.in_chans, *size), dtype=torch.uint8)
-            for image, (top, left, height, width), into in zip(
-                images, boxes.tolist(), out, strict=True
-            ):
-                part = image[:, top : top + height, left : left + width]
-                into.copy_(tv.resize(part, size, tv.InterpolationMode.BICUBIC, antialias=True))
-            views.append(out)
-        return cast(Views, tuple(views))
+            for image, box, into in zip(images, boxes.tolist(), out, strict=True):
+                into.copy_(_resized(image, box, side))
+        return views
 
     def transform_crops(self, crops: Views, indices: ArrayLike, epoch: ArrayLike = 0) -> Views:
         """Flip, jitter, blur, solarise and normalise crops, on their own device.
@@ -295,6 +318,15 @@ def _per_channel(
             )
         views.append(tuple(own) if len(own) == channels else (own[0],) * channels)
     return views
+
+
+def _resized(image: Tensor | ReducedImage, box: Sequence[int], side: int) -> Tensor:
+    """A box (top, left, height, width) of an image as (C, S, S) uint8."""
+    if isinstance(image, ReducedImage):
+        return image.resized(box, side)
+    top, left, height, width = box
+    part = image[:, top : top + height, left : left + width]
+    return tv.resize(part, [side, side], tv.InterpolationMode.BICUBIC, antialias=True)
 
 
 def _factors(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import warnings
 import zlib
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -28,6 +27,7 @@ from vicreg_hf.data.columns.tiffs import (
     values_of,
     with_fourth_band,
 )
+from vicreg_hf.views.reduced import ReducedImage, Reduction, Turn
 
 MAX_PIXELS = 89_000_000
 """Largest size that a header may claim, from where PIL warns; checked before pixels are read."""
@@ -87,7 +87,31 @@ def decode_image(data: bytes, channels: int = 3, value_range: ValueRange | None 
         pixels = np.array(Image.fromarray(pixels.transpose(1, 2, 0)).convert("L"))[None]
     if len(pixels) < channels:
         pixels = np.repeat(pixels, channels, 0)
-    return torch.from_numpy(pixels if min(pixels.strides) > 0 else pixels.copy())
+    mirrored = tuple(axis for axis, stride in enumerate(pixels.strides) if stride < 0)
+    image = torch.from_numpy(np.flip(pixels, mirrored))
+    return image.flip(mirrored) if mirrored else image  # much sooner than numpy copies it
+
+
+def decode_reduced(data: bytes, channels: int, reduction: Reduction) -> ReducedImage | None:
+    """Decode a JPEG of RGB or gray at a part of its size, which is sooner done.
+
+    Returns:
+        None where that is not possible, the reduction is 1, or the data are damaged: then it is for
+        `decode_image`.
+    """
+    if not data.startswith(_JPEG) or channels not in (1, 3):
+        return None
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data), formats=("JPEG", "MPO")) as image:
+            turn, (width, height) = _turn(image), image.size
+            if image.mode not in ("RGB", "L") or width * height > MAX_PIXELS:
+                return None
+            by = reduction(*((width, height) if turn.transposed else (height, width)))
+            image.draft(None, (width // by, height // by))
+            if by > 1 and image.size == (-(-width // by), -(-height // by)):
+                return ReducedImage(image.convert(MODES[channels]), by, (height, width), turn)
+    return None
 
 
 def read_pixels(data: bytes, channels: int = 3) -> NDArray[Any]:
@@ -139,22 +163,26 @@ def _read(data: bytes, channels: int) -> NDArray[Any]:
                     f"the image has {width} x {height} pixels, more than the {MAX_PIXELS} allowed."
                 )
             check_bands(image, channels)
-            pixels = _pixels(image, data, channels)
-            with suppress(Exception):  # broken EXIF is no reason to lose an image
-                return _UPRIGHT[image.getexif()[_ORIENTATION]](pixels)
-            return pixels
+            pixels = _pixels(image, data, channels)  # first: finding EXIF may hide an error of it
+            return _turn(image).pixels(pixels)
 
 
-_UPRIGHT: dict[Any, Callable[[NDArray[Any]], NDArray[Any]]] = {
-    2: lambda pixels: pixels[..., ::-1],
-    3: lambda pixels: pixels[..., ::-1, ::-1],
-    4: lambda pixels: pixels[..., ::-1, :],
-    5: lambda pixels: pixels.swapaxes(1, 2),
-    6: lambda pixels: pixels[..., ::-1, :].swapaxes(1, 2),
-    7: lambda pixels: pixels[..., ::-1, ::-1].swapaxes(1, 2),
-    8: lambda pixels: pixels[..., ::-1].swapaxes(1, 2),
+_TURNS: dict[Any, Turn] = {
+    2: Turn(columns=True),
+    3: Turn(rows=True, columns=True),
+    4: Turn(rows=True),
+    5: Turn(transposed=True),
+    6: Turn(rows=True, transposed=True),
+    7: Turn(rows=True, columns=True, transposed=True),
+    8: Turn(columns=True, transposed=True),
 }
-"""Turns (C, H, W) pixels upright, by the orientation that EXIF gives."""
+"""How pixels become upright, by the orientation that EXIF gives."""
+
+
+def _turn(image: Image.Image) -> Turn:
+    with suppress(Exception):  # broken EXIF is no reason to lose an image
+        return _TURNS[image.getexif()[_ORIENTATION]]
+    return Turn()
 
 
 def _pixels(image: Image.Image, data: bytes, channels: int) -> NDArray[Any]:

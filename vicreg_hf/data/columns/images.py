@@ -10,18 +10,20 @@ from typing import Any
 import datasets
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, from_numpy
+from torch import from_numpy
 
 from vicreg_hf.data.columns.base import ImageError
 from vicreg_hf.data.columns.image_files import (
     ValueRange,
     array_pixels,
     decode_image,
+    decode_reduced,
     has_eight_bits,
     read_pixels,
     to_uint8,
 )
 from vicreg_hf.data.columns.reading import FileColumn
+from vicreg_hf.views.reduced import Reduction
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,21 @@ class ImageColumn(FileColumn):
             return self._array(cell).tobytes()
         return super().encoded(cell)
 
-    def decode(self, cell: Any) -> Tensor:
-        """The image of a cell, (C, H, W) uint8; errors as in `Column.decode`."""
+    def decode(self, cell: Any, reduction: Reduction | None = None) -> Any:
+        """The image of a cell, (C, H, W) uint8; errors as in `Column.decode`.
+
+        Args:
+            reduction: by how much a JPEG may be reduced, which then comes as a `ReducedImage`.
+        """
         if cell is not None and self._of_arrays:
             pixels = array_pixels(self._array(cell), self.channels)
             return from_numpy(np.ascontiguousarray(to_uint8(pixels, self.value_range)))
-        return decode_image(self.encoded(cell), self.channels, self.value_range)
+        data = self.encoded(cell)
+        if reduction is not None:
+            reduced = decode_reduced(data, self.channels, reduction)
+            if reduced is not None:
+                return reduced
+        return decode_image(data, self.channels, self.value_range)
 
     def with_range(self, cells: Iterable[Any]) -> ImageColumn:
         """The column with one range of values for all its images, if any have more than 8 bits.
