@@ -2,6 +2,11 @@
 
 import sys
 
+from vicreg_hf.runtime.sharing import share_cores
+
+if __name__ == "__main__":  # before torch is imported
+    share_cores()
+
 import torch
 
 from vicreg_hf.benchmarks.commands import measure

@@ -2,6 +2,11 @@
 
 import sys
 
+from vicreg_hf.runtime.sharing import share_cores
+
+if __name__ == "__main__":  # before torch is imported
+    share_cores()
+
 from vicreg_hf.data.workers import LoadingError
 from vicreg_hf.features.extract import extract_dataset
 from vicreg_hf.settings.command_line import script

@@ -3,10 +3,12 @@
 import signal
 import sys
 
+from vicreg_hf.runtime.sharing import share_cores
 from vicreg_hf.runtime.signals import STOPPED, Stopped, handle_requests, stop_before_the_run
 
 if __name__ == "__main__":  # what is imported below takes seconds
     handle_requests(stop_before_the_run)
+    share_cores()
 
 from vicreg_hf.settings.command_line import early, parse_arguments, script
 from vicreg_hf.training.monitoring.preview import draw_preview
