@@ -17,7 +17,9 @@ from workflow import SMALL, metrics
 
 from vicreg_hf.data.bad_images import BadImages
 from vicreg_hf.data.batches import training_views
+from vicreg_hf.data.columns.base import BadImage
 from vicreg_hf.data.columns.image_files import ImageError
+from vicreg_hf.data.crops import StreamCrops
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.data.streams import ImageStream, image_stream
@@ -160,6 +162,14 @@ def test_bad_images_count_as_often_as_they_are_read(tmp_path: Path) -> None:
         views_of(stream, 4, 3, bad=bad)  # a pass and a half, or three
         bad.agree(say=lambda _: None)
         assert len(bad) == (4 if stream.name.startswith("tars") else 12)
+
+
+def test_bad_images_after_the_last_good_one_count_too() -> None:
+    stream = image_stream(
+        {"a": table_of([PNG] * 32 + [b""] * 50).to_iterable_dataset()}, "a", dataset_name="tail"
+    )
+    chunks = list(StreamCrops(stream, TwoViews(image_size=24), False, 0))
+    assert sum(isinstance(sample, BadImage) for chunk in chunks for sample in chunk) == 50
 
 
 # --- tars

@@ -72,6 +72,20 @@ def _die_at_2(item: int) -> int:
     return item
 
 
+def _time_out_at_1(item: int) -> int:
+    if item == 1:
+        raise RuntimeError("the read operation timed out")
+    return item
+
+
+def test_a_worker_whose_own_reading_times_out_loses_no_batch() -> None:
+    with (
+        pytest.raises(RuntimeError, match="read operation timed out"),
+        loading(range(3), _time_out_at_1, 1, item_bytes=lambda: 8) as items,
+    ):
+        list(items)
+
+
 def test_a_worker_that_is_killed_is_said_to_have_died() -> None:
     # torch's signal handler raises wherever the main process is: also between two batches
     with (

@@ -65,9 +65,14 @@ def test_a_slice_of_a_table_is_read_as_it_was_written(part: Part) -> None:
     assert read_part(part, 4).rows.tolist() == [10, 11, 12, 13]
 
 
-def test_a_part_without_a_checksum_is_damage(part: Part) -> None:
-    pq.write_table(table(ROWS), part.file)
-    with pytest.raises(PartError, match="do not have the checksum"):
+def test_a_part_of_an_earlier_version_is_read_and_its_pages_are_verified(part: Part) -> None:
+    features = read_part(part, 4).features
+    pq.write_table(table(ROWS), part.file, write_page_checksum=True, compression="none")
+    assert same(part)
+    torn = bytearray(part.file.read_bytes())
+    torn[torn.index(features[1].tobytes())] ^= 1
+    part.file.write_bytes(torn)
+    with pytest.raises(PartError, match=r"(?i)crc|checksum"):
         read_part(part, 4)
 
 

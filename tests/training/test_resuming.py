@@ -89,6 +89,8 @@ def test_what_may_change_the_last_bits_is_named(
     assert "precision was bf16, is no; processes were 2, are 1; CPU threads of" in printed
     assert "decode=exact, as" in printed
     assert "decode: exact" in (copied / "config.yaml").read_text()
+    train(images, copied, *WHOLE)  # and once more
+    assert "decode=exact, as" in capsys.readouterr().out
 
 
 # Settings that change

@@ -141,7 +141,7 @@ def _crops_of_stream(
         # the batches that chunks are copied to are pinned, and so the chunks need not be
         with loading(source, source.crop, num_workers, item_bytes=source.item_bytes) as chunks:
             for chunk in chunks:
-                usable = True
+                usable = usable or len(chunk.keys) > 0
                 batch.bad.extend(chunk.bad)
                 taken = 0
                 while taken < len(chunk.keys):

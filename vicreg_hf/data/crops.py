@@ -25,6 +25,8 @@ from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.views.random_views import RandomViews
 
+MOST_BAD = 8
+"""A chunk of a stream ends after so many times `STREAM_CHUNK` images, usable or not."""
 STREAM_CHUNK = 32
 """Images of a stream that a worker crops together at most."""
 PART_BYTES = 2**26
@@ -130,10 +132,10 @@ class StreamCrops(IterableDataset[list[Sample[Tensor] | BadImage]]):
             chunk.append(sample)
             usable += isinstance(sample, Sample)
             size += _num_bytes(sample)
-            if usable == STREAM_CHUNK or size >= PART_BYTES:
+            if STREAM_CHUNK in (usable, len(chunk) // MOST_BAD) or size >= PART_BYTES:
                 yield chunk
                 chunk, usable, size = [], 0, 0
-        if usable:
+        if chunk:
             yield chunk
 
     def crop(self, chunk: list[Sample[Tensor] | BadImage]) -> Crops:
@@ -141,6 +143,8 @@ class StreamCrops(IterableDataset[list[Sample[Tensor] | BadImage]]):
         bad = [sample for sample in chunk if isinstance(sample, BadImage)]
         usable = [sample for sample in chunk if isinstance(sample, Sample)]
         keys = np.array([sample.key for sample in usable], dtype=np.int64)
+        if not usable:
+            return Crops(self.views.empty_crops(0), keys, self.epoch, bad)
         cut = self.views.crop([sample.content for sample in usable], keys, self.epoch)
         return Crops(cut, keys, self.epoch, bad)
 

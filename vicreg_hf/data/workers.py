@@ -43,7 +43,7 @@ SILENCE = 60
 """Seconds without a batch after which a run says that it waits for data, and so each time."""
 SHARED_MEMORY = "/dev/shm"
 FAULTS = {errno.ENOSPC: "No space left", errno.EMFILE: "Too many open files"}
-"""What keeps a worker from passing a batch on: its exit status then, and words of the error."""
+"""The exit status of a worker that cannot pass a batch on, and words of the error it met."""
 
 T = TypeVar("T")
 
@@ -105,7 +105,8 @@ def loading(
         warn(
             f"{SHARED_MEMORY} has {_shared_memory() / 2**20:.0f} MiB for each process, "
             f"too little for batches of {size / 2**20:.0f} MiB by {num_workers} loading workers, "
-            "so they come through pipes, which is slower; enlarge it (docker: --shm-size)."
+            "so they come through pipes, which is slower; enlarge it (docker: --shm-size).",
+            everywhere=True,
         )
     loader = DataLoader(
         source, batch_size=None, collate_fn=make if ahead else _Pickled(make), pin_memory=pinned,
@@ -168,11 +169,14 @@ def _each(batches: Iterator[T]) -> Iterator[T]:
         except StopIteration:
             return
         except RuntimeError as error:
-            if "timed out" not in str(error):
+            if not str(error).startswith("DataLoader timed out after"):
                 raise
             waited += WAITING
             if stop_requested() and alone:
-                raise StoppedWaiting(f"No batch came for {waited} seconds.") from None
+                raise StoppedWaiting(
+                    f"Stopped after {waited} seconds without a batch. Started again with the same "
+                    "settings, the run goes on."
+                ) from None
             if waited % SILENCE == 0:
                 if stop_requested():
                     raise LoadingError(
@@ -181,7 +185,8 @@ def _each(batches: Iterator[T]) -> Iterator[T]:
                     ) from None
                 warn(
                     f"no batch has come from the loading workers for {waited} seconds; the data "
-                    "are slow to read, or a worker is stuck."
+                    "are slow to read, or a worker is stuck.",
+                    everywhere=True,
                 )
             continue
         waited = 0
@@ -252,7 +257,9 @@ def loading_errors() -> Iterator[None]:
         for message in (str(error.__cause__), str(error)):
             if "DataLoader worker" in message:
                 raise LoadingError(_cause_of_death(message)) from None
-        if any(words in str(error) for words in (FAULTS[errno.EMFILE], "ancdata")):
+        of_a_file = isinstance(error, OSError) and error.filename is not None
+        few = any(words in str(error) for words in (FAULTS[errno.EMFILE], "ancdata"))
+        if few and not of_a_file:
             raise LoadingError(f"{one_line(error)}. {_FEW_FILES}") from None
         raise
 

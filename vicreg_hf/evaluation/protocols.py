@@ -229,4 +229,4 @@ RUNNERS: dict[str, Callable[[Task], None]] = {
     "collapse": _collapse,
     **{name: partial(_trained, name) for name in TRAINED},
 }
-"""What measures by each of `PROTOCOLS`."""
+"""The function that measures by each of `PROTOCOLS`."""

@@ -80,12 +80,14 @@ def read_part(part: Part, num_features: int, *, with_features: bool = True) -> C
         PartError: its contents are not those that were written.
     """
     try:
-        with pq.ParquetFile(part.file) as file:
+        # earlier versions wrote a checksum for each page
+        with pq.ParquetFile(part.file, page_checksum_verification=True) as file:
             table = file.read(None if with_features else ["row"])
         rows = table["row"].to_numpy()
         features = np.empty((0, num_features), np.float32)
         if with_features:
-            if (table.schema.metadata or {}).get(CHECKSUM) != _sha256(table):
+            stored = (table.schema.metadata or {}).get(CHECKSUM)  # earlier versions wrote none
+            if stored is not None and stored != _sha256(table):
                 raise PartError("its rows do not have the checksum they were written with")
             flat = table["embedding"].combine_chunks().flatten().to_numpy()
             features = flat.reshape(len(rows), num_features)

@@ -43,10 +43,15 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def warn(sentence: str) -> None:
-    """Print a warning on stderr, in the first process alone."""
-    if is_main():
-        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+def warn(sentence: str, *, everywhere: bool = False) -> None:
+    """Print a warning on stderr, in the first process alone.
+
+    Args:
+        everywhere: print it in any other process too, with its rank.
+    """
+    if is_main() or everywhere:
+        who = "" if is_main() else f" of process {os.environ['RANK']}"
+        print(f"warning{who}: {sentence}", file=sys.stderr, flush=True)
 
 
 class _Patient:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 SPIN = "GOMP_SPINCOUNT"
 """Read by OpenMP when it is loaded: how often a thread looks for work before it sleeps."""
-ALONE = 10_000
-"""Costs nothing measurable where cores are free, and little where a program begins later."""
+SPINS = 10_000
+"""The number of looks where cores are free: fewer than OpenMP's own 300,000, in case another
+program begins later, and enough to cost nothing that could be measured."""
 SAMPLES, PAUSE = 5, 0.01
-"""How often, and after how many seconds each, running programs are counted."""
+"""How often running threads are counted, and the seconds between two counts."""
 
 
 def share_cores() -> None:
@@ -21,18 +22,18 @@ def share_cores() -> None:
     operation then takes many times as long. A value that is set already stays.
     """
     if SPIN not in os.environ and "OMP_WAIT_POLICY" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        os.environ[SPIN] = "0" if 2 * _others_running() >= cores else str(ALONE)
+        busy = 2 * _others_running() >= (os.cpu_count() or 1)
+        os.environ[SPIN] = "0" if busy else str(SPINS)
 
 
 def _others_running() -> int:
-    """How many threads besides this one are running, at the least of a few moments."""
-    counts = [0]
+    """The number of threads on the machine that run all the time, besides those of this run."""
+    own, counts = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), []
     try:
         for _ in range(SAMPLES):
             running = Path("/proc/loadavg").read_text().split()[3].partition("/")[0]
-            counts.append(int(running) - 1)
+            counts.append(int(running) - own)
             time.sleep(PAUSE)
     except (OSError, IndexError, ValueError):  # only Linux counts them there
         return 0
-    return min(counts[1:])
+    return max(0, min(counts))

@@ -80,9 +80,9 @@ def resume(run: Run, *, before: int | None = None) -> None:
         return
     manifest = read_manifest(path)
     state = manifest["state"]
-    if "decode" not in state["settings"] and args.decode != "exact":
-        run.args = args = replace(args, decode="exact")
-        accelerator.print(f"decode=exact, as {path} was trained before there was another way.")
+    if state["settings"].get("decode", "exact") == "exact" and args.decode != "exact":
+        run.args = args = replace(args, decode="exact")  # before it was a setting, the only way
+        accelerator.print(f"decode=exact, as {path} was trained so.")
     changed = _changes(run, state)
     if manifest["step"] != run.total_steps:  # else a new probe would learn nothing
         changed.pop("online_probe", None)

@@ -63,7 +63,8 @@ class TrainingData:
 
     def fingerprint(self) -> dict[str, Any]:
         """A description that other data do not share."""
-        return (self.pairs or self.train).fingerprint()
+        found = (self.pairs or self.train).fingerprint()
+        return {key: value for key, value in found.items() if key != "value_range"}  # a setting
 
 
 def open_training_data(

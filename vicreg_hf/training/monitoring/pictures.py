@@ -74,7 +74,7 @@ def draw_pictures(run: Run, directory: Path) -> Iterator[Picture]:
         queried = chosen[:QUERIES]
         source = f"images of {held_out.name}"
     if len(searched) < 2 or len(queried) == 0:
-        raise ValueError(f"they need at least {QUERIES + 2} images, got {len(train)}.")
+        return
     bank, bank_features = read_and_encode(train, searched)
     features = bank_features[:MAX_SPECTRUM]
     with optional(LEFT_OUT.format(SPECTRUM_PICTURE)):
