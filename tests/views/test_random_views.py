@@ -97,7 +97,7 @@ def test_branches_may_have_views_of_their_own_side_and_normalisation(
 def test_crops_of_reduced_photographs_are_those_of_whole_ones(
     orientation: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vicreg_hf.views.random_views.REDUCED_FROM", 400_000)
+    monkeypatch.setattr("vicreg_hf.views.reduced.REDUCED_FROM", 400_000)
     images = pictures.photographs(2, 203, 301)
     exif, scales = Image.Exif(), []
     exif[0x0112] = orientation

@@ -43,7 +43,7 @@ SILENCE = 60
 """Seconds without a batch after which a run says that it waits for data, and so each time."""
 SHARED_MEMORY = "/dev/shm"
 FAULTS = {errno.ENOSPC: "No space left", errno.EMFILE: "Too many open files"}
-"""What keeps a worker from passing a batch on: its exit status then, and words of the error."""
+"""The exit status, and words of the error, of a worker that cannot pass a batch on."""
 
 T = TypeVar("T")
 
