@@ -36,6 +36,7 @@ WIDTHS = (
         ({"expander_dims": [8, 0]}, f"{WIDTHS} got [8, 0]."),
         ({"architecture": None}, "architecture must be the name of a timm model, got None."),
         ({"model_args": "{}"}, "model_args must map names to values, as a dict, or be None, got '"),
+        ({"value_range": [5, 1]}, "value_range must be two finite numbers joined by a comma, the "),
         ({"prime": "resnet18"}, "prime must map names to values, as a dict, or be None, got 'res"),
         ({"prime": {"model_args": 3}}, "prime's model_args must map names to values, as a dict,"),
         ({"prime": {"architecture": 3}}, "prime's architecture must be the name of a model, got 3"),

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from vicreg_hf.loss.checks import check_coefficients
 from vicreg_hf.models.resnets import published_name
-from vicreg_hf.runtime.checks import check_number, read_widths
+from vicreg_hf.runtime.checks import check_number, read_range, read_widths
 
 INDEX_FILE = "vicreg.safetensors.index.json"
 NESTED_KEY = "vicreg"
@@ -162,6 +162,7 @@ class VICRegConfig(PreTrainedConfig):
             _check_mapping(name, getattr(self, name))
         check_number("eps", self.eps, positive=True)
         check_coefficients(**self.loss_settings)
+        read_range("value_range", self.value_range)
         if self.weights not in ("shared", "separate"):
             raise ValueError(f"weights must be shared or separate, got {self.weights!r}.")
         widths = read_widths("expander_dims", self.expander_dims)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
+from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
@@ -66,3 +69,18 @@ def zipped(folder: Path, archive: Path, *, compression: int = zipfile.ZIP_STORED
         for path in sorted(folder.rglob("*")):
             file.write(path, path.relative_to(folder))
     return archive
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A part of a PNG."""
+    checksum = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def deep_png(pixels: NDArray[Any], *before: bytes) -> bytes:
+    """A PNG of (H, W, 3 or 4) pixels of 16 bits, with other chunks before them."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    kind = 2 if pixels.shape[2] == 3 else 6
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, kind, 0, 0, 0)
+    chunks = [chunk(b"IHDR", header), *before, chunk(b"IDAT", zlib.compress(rows))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join([*chunks, chunk(b"IEND", b"")])

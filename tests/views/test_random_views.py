@@ -97,7 +97,7 @@ def test_branches_may_have_views_of_their_own_side_and_normalisation(
 def test_crops_of_reduced_photographs_are_those_of_whole_ones(
     orientation: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vicreg_hf.views.random_views.REDUCED_FROM", 400_000)
+    monkeypatch.setattr("vicreg_hf.views.reduced.REDUCED_FROM", 400_000)
     images = pictures.photographs(2, 203, 301)
     exif, scales = Image.Exif(), []
     exif[0x0112] = orientation
@@ -117,6 +117,8 @@ def test_crops_of_reduced_photographs_are_those_of_whole_ones(
             assert apart.max() < 40
         scales.append(reduced.scale)
         assert decode_reduced(file.getvalue()[:-900], channels, views.reduction(0)) is None
+        with pytest.raises(ZeroDivisionError):  # a fault of ours is not taken for damage
+            decode_reduced(file.getvalue(), channels, lambda height, _: height // 0)
     assert set(scales) == {2, 4}
     assert views.reduction(0)(632, 632) == 1  # smaller images stay as they are
 

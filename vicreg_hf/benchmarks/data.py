@@ -270,7 +270,8 @@ def _stages(run: Run) -> str:
         colour, stage = (lambda: views(on_device, rows, epoch)), "crop and colour on the device"
         times["transfer"] = lambda: chosen.to(device, copy=True)
     else:
-        decode = partial(run.inputs.first_images, rows.tolist())
+        reductions = partial(views.reduction, epoch=epoch) if run.reduced else None
+        decode = partial(run.inputs.first_images, rows.tolist(), reductions)
         decoded = decode()
         rows = rows[: len(decoded)]
         crops = views.crop(decoded, rows, epoch)

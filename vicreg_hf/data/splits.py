@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
-import numpy as np
 from torch import Tensor
 
 from vicreg_hf.data.classes import find_classes
+from vicreg_hf.data.columns.base import sampled_rows
 from vicreg_hf.data.columns.finding import find_image_column
 from vicreg_hf.data.columns.image_files import ValueRange
 from vicreg_hf.data.columns.images import ImageColumn
@@ -21,9 +21,6 @@ from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSe
 from vicreg_hf.data.opening.slicing import Splits, check_held_out, held_out_names
 from vicreg_hf.data.samples import Samples
 from vicreg_hf.runtime.checks import range_text
-
-FINGERPRINTED = 64
-"""Images of a split by which it is known again."""
 
 
 @dataclass
@@ -53,7 +50,7 @@ class ImageSplit(Samples[Tensor]):
 
     def sampled_rows(self) -> list[int]:
         """Rows all over the split, by which it is known again."""
-        return np.unique(np.linspace(0, len(self) - 1, num=FINGERPRINTED).astype(int)).tolist()
+        return sampled_rows(len(self))
 
 
 def image_split(

@@ -70,17 +70,17 @@ class ImageStream:
                 yield self._decode(row[self.column.name], reductions)
                 count += 1
 
-    def first(self, count: int) -> list[Tensor]:
-        """The first usable images of the first pass, (C, H, W) uint8 each."""
-        usable = (sample.content for sample in self.read(0) if isinstance(sample, Sample))
-        return list(islice(usable, count))
+    def first(self, count: int, reductions: Reductions | None = None) -> list[Tensor]:
+        """The first usable images of the first pass, (C, H, W) uint8 each; reduced as in `read`."""
+        samples = self.read(0, reductions)
+        return list(islice((s.content for s in samples if isinstance(s, Sample)), count))
 
     def _decode(self, cell: Any, reductions: Reductions | None) -> Sample[Tensor] | BadImage:
         crc = 0
         try:
             crc = zlib.crc32(self.column.encoded(cell))
-            reduction = None if reductions is None else reductions(crc)
-            return Sample(crc, path_of(cell), self.column.decode(cell, reduction))
+            reduction = () if reductions is None else (reductions(crc),)
+            return Sample(crc, path_of(cell), self.column.decode(cell, *reduction))
         except ImageError as error:
             path = path_of(cell) or f"an image without a name, of CRC-32 {crc:08x}"
             return BadImage(None, path, str(error), crc)

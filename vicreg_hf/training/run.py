@@ -75,6 +75,11 @@ class Run:
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     @property
+    def reduced(self) -> bool:
+        """Whether photographs are decoded at a part of their size, where crops allow it."""
+        return self.args.decode == "reduced" and self.inputs.sound is None
+
+    @property
     def seconds(self) -> float:
         """Duration of all sessions so far."""
         return self.seconds_before + time.perf_counter() - self.started

@@ -39,7 +39,7 @@ def views_from_here(run: Run, until: int | None = None) -> Any:
     return training_views(
         run.inputs.images, run.batches, run.views, steps=range(run.step, last),
         device=run.accelerator.device, num_workers=run.args.num_workers or 0, bad=run.inputs.bad,
-        paired=run.paired, reduced=run.args.decode == "reduced",
+        paired=run.paired, reduced=run.reduced,
     )  # fmt: skip
 
 

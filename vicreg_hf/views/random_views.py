@@ -29,7 +29,7 @@ from vicreg_hf.views.draws import NUM_UNIFORMS, draw_crops, draw_transforms
 from vicreg_hf.views.kernels import Kernels
 from vicreg_hf.views.operations import resized_crop
 from vicreg_hf.views.presets import ViewRecipe
-from vicreg_hf.views.reduced import ReducedImage, Reduction
+from vicreg_hf.views.reduced import ReducedImage, Reduction, is_large
 from vicreg_hf.views.transforms import apply_transforms, plan_transforms
 
 NEEDS_RGB = ("saturation", "hue", "grayscale")
@@ -40,8 +40,6 @@ PIXELS_AT_ONCE_ON_GPU = 2**26
 """Pixels, times channels, of several views that a GPU transforms at once. It takes longer to ask
 for fewer than to compute them; more would only take memory."""
 
-REDUCED_FROM = 4_000_000
-"""Pixels from which images may be decoded at a part of their size; smaller ones gain little."""
 SPARE = 2.0
 """Pixels of a reduced crop for each of its view, along either side, below which more would be seen
 to be lost."""
@@ -172,7 +170,7 @@ class RandomViews(Generic[Views]):
         """By how much the image of an index may be reduced for the crops of all views."""
 
         def by(height: int, width: int) -> int:
-            if height * width < REDUCED_FROM:
+            if not is_large(height, width):
                 return 1
             drawn = zip(self._all_uniforms([index], epoch), self.recipes, strict=True)
             shortest = [draw_crops(u, height, width, own)[0, 2:].min() for u, own in drawn]

@@ -19,9 +19,17 @@ from torch import Tensor
 Reduction = Callable[[int, int], int]
 """By how much an image of H x W pixels may be reduced: 1, 2 or 4; 8 takes as long as 4."""
 
+REDUCED_FROM = 4_000_000
+"""Pixels from which images may be decoded at a part of their size; smaller ones gain little."""
+
+
+def is_large(height: int, width: int) -> bool:
+    """Whether an image has so many pixels that it may be reduced."""
+    return height * width >= REDUCED_FROM
+
 
 class Turn(NamedTuple):
-    """What turns stored pixels upright: mirrored rows and columns, which then change places."""
+    """How stored pixels become upright: rows and columns are mirrored, then change places."""
 
     rows: bool = False
     columns: bool = False

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from pictures import chunk, deep_png
 from PIL import Image
 
 from vicreg_hf.data.columns.image_files import (
@@ -147,12 +148,6 @@ def test_a_jpeg_is_turned_upright_by_exif_anywhere_or_by_xmp() -> None:
         assert_pixels_close(decode(turned_jpeg), np.rot90(RGB, -1), tolerance=8)
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    """A part of a PNG."""
-    checksum = zlib.crc32(kind + content)
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
-
-
 def png_claiming(width: int, height: int) -> bytes:
     """A PNG of a few bytes whose header promises width x height RGB pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -220,6 +215,7 @@ def test_values_of_any_type_become_levels_by_one_range() -> None:
         (np.array([-128, 127], np.int8), (-128, 127), [0, 255]),
         (np.array([-np.inf, np.nan, 2.0, np.inf]), (0, 4), [0, 0, 128, 255]),
         (np.array([7.0, 7.0]), (7, 7), [0, 0]),
+        (np.array([0, 5e-15, 1e-14]), (0, 1e-14), [0, 128, 255]),
     ):
         found = np.array(values, np.uint8) if limits is None else values
         assert to_uint8(np.asarray(found), limits).tolist() == expected
@@ -243,6 +239,9 @@ def test_a_column_has_the_range_of_a_sample_unless_one_is_given(kind: str) -> No
     ranged = column.with_range([*cells, None])
     assert ranged.value_range == (-1000, 400)
     assert [ranged.decode(cell).unique().tolist() for cell in cells] == [[0], [255]]
+    huge = ImageColumn("image", datasets.Array2D((1, 1), "float64"), 1).with_range([[[-1e300]]])
+    assert huge.value_range is not None
+    assert huge.value_range[0] == -1e300 < huge.value_range[1]
     given = replace(column, value_range=(0, 800)).with_range(cells)
     assert given.decode(cells[1]).unique().tolist() == [128]
 
@@ -290,21 +289,13 @@ def test_bands_are_what_the_file_says_and_none_is_lost_or_made_up() -> None:
             decode(data, channels)
 
 
-def png(pixels: NDArray[Any], *before: bytes) -> bytes:
-    """A PNG of (H, W, 3) pixels of 16 bits, with other chunks before them."""
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
-    chunks = [chunk(b"IHDR", header), *before, chunk(b"IDAT", zlib.compress(rows))]
-    return b"\x89PNG\r\n\x1a\n" + b"".join([*chunks, chunk(b"IEND", b"")])
-
-
 def test_a_png_of_16_bits_a_colour_keeps_all_of_them_and_junk_beside_pixels_is_no_matter() -> None:
     values = RGB.astype(np.uint16) * 16  # 12 bits, of which PIL would keep 4
     too_large = chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(2**22)))
     torn = chunk(b"iCCP", b"profile\0\0junk")[:-4] + b"\0\0\0\0"
-    for data in (png(values), png(values, too_large), png(values, torn)):
+    for data in (deep_png(values), deep_png(values, too_large), deep_png(values, torn)):
         assert_pixels_close(decode(data, limits=(0, 4080)), RGB)
-    assert decode(png(values), 1, (0, 4080)).shape == (40, 56, 1)
+    assert decode(deep_png(values), 1, (0, 4080)).shape == (40, 56, 1)
 
 
 # --- JPEGs, which torchvision decodes

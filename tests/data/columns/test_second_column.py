@@ -53,6 +53,14 @@ def test_second_columns_are_found_and_others_refused(modality: str, names: list[
         open_second_column(datasets.Dataset.from_dict({"a": [1]}), "image", None, {})
 
 
+def test_images_of_a_second_column_have_a_range_of_rows_all_over_the_table() -> None:
+    features = datasets.Features({"image": datasets.Array2D((1, 1), "int16")})
+    rows = {"image": [[[n]] for n in range(300)]}
+    table = datasets.Dataset.from_dict(rows, features)
+    column = open_second_column(table, "image", None, {}, channels=1)
+    assert column.value_range == (0, 299)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 # --- texts
 
 TOKENIZER = word_tokenizer()

@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
+
+SAMPLED = 64
+"""Rows of a table from which something is learned about all of them."""
 
 
 class ImageError(ValueError):
@@ -30,6 +34,11 @@ class BadImage(NamedTuple):
         """The row and path as a sentence names them."""
         known = [] if self.row is None else [f"row {self.row}"]
         return " ".join(known + ([] if self.path is None else [self.path])) or "an image"
+
+
+def sampled_rows(length: int) -> list[int]:
+    """At most `SAMPLED` rows all over a table of some length."""
+    return np.unique(np.linspace(0, length - 1, num=SAMPLED).astype(int)).tolist()
 
 
 def path_of(cell: Any) -> str | None:

@@ -27,7 +27,7 @@ from vicreg_hf.data.columns.tiffs import (
     values_of,
     with_fourth_band,
 )
-from vicreg_hf.views.reduced import ReducedImage, Reduction, Turn
+from vicreg_hf.views.reduced import ReducedImage, Reduction, Turn, is_large
 
 MAX_PIXELS = 89_000_000
 """Largest size that a header may claim, from where PIL warns; checked before pixels are read."""
@@ -101,13 +101,19 @@ def decode_reduced(data: bytes, channels: int, reduction: Reduction) -> ReducedI
     """
     if not data.startswith(_JPEG) or channels not in (1, 3):
         return None
-    with suppress(Exception), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data), formats=("JPEG", "MPO")) as image:
-            turn, (width, height) = _turn(image), image.size
-            if image.mode not in ("RGB", "L") or width * height > MAX_PIXELS:
-                return None
-            by = reduction(*((width, height) if turn.transposed else (height, width)))
+        try:
+            image = Image.open(io.BytesIO(data), formats=("JPEG", "MPO"))
+        except Exception:  # PIL raises whatever its parsing meets
+            return None
+        width, height = image.size
+        large = is_large(height, width) and width * height <= MAX_PIXELS
+        if not large or image.mode not in ("RGB", "L"):
+            return None
+        turn = _turn(image)
+        by = reduction(*((width, height) if turn.transposed else (height, width)))
+        with suppress(Exception):
             image.draft(None, (width // by, height // by))
             if by > 1 and image.size == (-(-width // by), -(-height // by)):
                 return ReducedImage(image.convert(MODES[channels]), by, (height, width), turn)
@@ -187,14 +193,13 @@ def _turn(image: Image.Image) -> Turn:
 
 def _pixels(image: Image.Image, data: bytes, channels: int) -> NDArray[Any]:
     """The pixels of an open image as they are stored, (C, H, W), or as `read_pixels` says."""
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     if channels == 3 and _is_plain_jpeg(image, data):
         # PIL's own libjpeg, without the copies that PIL makes of the pixels
-        found: Any = decode_jpeg(encoded, ImageReadMode.RGB)
+        found: Any = decode_jpeg(_tensor(data), ImageReadMode.RGB)
         return found.numpy()
     image.load()  # an error in here is damage to pixels
     if data.startswith(_PNG) and data[24] == 16 and image.mode != "I;16":
-        bands: Any = decode_png(encoded, ImageReadMode.UNCHANGED)  # PIL keeps the higher 8 bits
+        bands: Any = decode_png(_tensor(data), ImageReadMode.UNCHANGED)  # PIL keeps 8 bits
         alpha = len(bands) in (2, 4) and channels != 4
         return bands.numpy()[: len(bands) - alpha]
     if image.mode in ("F", "I") or image.mode.startswith("I;16") or is_signed(image):
@@ -205,6 +210,10 @@ def _pixels(image: Image.Image, data: bytes, channels: int) -> NDArray[Any]:
         image = image.convert(MODES[channels])
     pixels = np.array(image)
     return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
@@ -256,14 +265,16 @@ def to_uint8(
     if value_range is None:
         raise ImageError(
             f"the values of its pixels must be of 8 bits, or a range of them known, got "
-            f"{values.dtype} from {values.min()} to {values.max()}; give --value_range."
+            f"{values.dtype} from {values.min()} to {values.max()}; give --value_range, or save "
+            "the images of a second column with 8 bits."
         )
     low, high = value_range
+    width = high - low if high > low else 1
     flat = values.reshape(-1)
     levels = np.empty(len(flat), np.uint8)
     for start in range(0, len(flat), BLOCK):
         block = flat[start : start + BLOCK].astype(np.float64)
-        scaled = (block - low) / max(high - low, 1e-12)
+        scaled = (block - low) / width
         scaled = np.nan_to_num(scaled, nan=0, posinf=1, neginf=0).clip(0, 1)
         levels[start : start + BLOCK] = scaled * 255 + 0.5
     return levels.reshape(values.shape)

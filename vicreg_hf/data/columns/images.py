@@ -79,7 +79,8 @@ class ImageColumn(FileColumn):
                     low, high = min(low, float(finite.min())), max(high, float(finite.max()))
         if low > high:
             return self
-        return replace(self, value_range=(low, high if low < high else low + 1))
+        above = max(low + 1, float(np.nextafter(low, np.inf)))  # for huge values 1 is nothing
+        return replace(self, value_range=(low, high if low < high else above))
 
     def _values(self, cell: Any) -> NDArray[Any] | None:
         """The values of an image as they are stored; None if they are levels of 8 bits."""

@@ -97,6 +97,8 @@ def read_file(path: str, most: int = MAX_FILE) -> bytes:
         _check_size(len(content), most)
         return content
     place = Path(native_path(path))
+    if place.exists() and not place.is_file():  # a pipe would be waited for
+        raise ValueError("it is no regular file.")
     _check_size(place.stat().st_size, most)
     return place.read_bytes()
 

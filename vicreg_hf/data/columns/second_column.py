@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 
-from vicreg_hf.data.columns.base import Column
+from vicreg_hf.data.columns.base import Column, sampled_rows
 from vicreg_hf.data.columns.finding import find_image_column
 from vicreg_hf.data.columns.images import ImageColumn
 from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSettings
@@ -15,9 +15,6 @@ from vicreg_hf.data.columns.texts import TextColumn
 from vicreg_hf.data.columns.vectors import VectorColumn
 from vicreg_hf.data.columns.waveforms import WaveformColumn
 from vicreg_hf.models.tokenizers import load_tokenizer
-
-RANGED = 64
-"""Rows from which the range of values of images is taken."""
 
 
 def open_second_column(
@@ -45,7 +42,7 @@ def open_second_column(
     if modality == "image":
         found = find_image_column(table.features, name, "prime_column")
         image = ImageColumn(found, table.features[found], channels, **preparation)
-        return image.with_range(image.prepare(table.take(RANGED))[found])
+        return image.with_range(image.prepare(table)[sampled_rows(len(table))][found])
     name = find_second_column(table.features, modality, name)  # before the Hub may be asked
     if modality == "text":
         return TextColumn(name, load_tokenizer(str(tokenizer)), **preparation)

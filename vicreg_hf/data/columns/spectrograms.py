@@ -133,7 +133,7 @@ class SpectrogramColumn(SoundColumn):
     settings: SpectrogramSettings = field(default_factory=SpectrogramSettings)
     channels: ClassVar[int] = 1
 
-    def decode(self, cell: Any, reduction: object = None) -> Tensor:  # noqa: ARG002
+    def decode(self, cell: Any) -> Tensor:
         """The spectrogram of a cell, (1, M, T) uint8, whole; errors as in `Column.decode`."""
         clip = decode_sound(self.encoded(cell), self.settings.sampling_rate)
         return spectrogram_image(clip, self.settings)

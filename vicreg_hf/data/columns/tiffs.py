@@ -84,7 +84,8 @@ def check_bands(image: Image.Image, channels: int) -> None:
 
 def with_fourth_band(data: bytes) -> bytes:
     """A TIFF whose fourth band has no said meaning, as one of RGBA: of it PIL keeps all bands."""
-    order = _TIFF.get(data[:4])
+    if (order := _TIFF.get(data[:4])) is None:
+        return data
     with suppress(struct.error):
         (start,) = struct.unpack_from(f"{order}I", data, 4)
         (count,) = struct.unpack_from(f"{order}H", data, start)

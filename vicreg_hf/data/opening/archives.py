@@ -11,6 +11,7 @@ from pathlib import Path
 from datasets import config
 
 from vicreg_hf.data.columns.reading import MAX_FILE
+from vicreg_hf.runtime.console import warn
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 """Endings of files in a tar that `datasets` would decompress in memory."""
@@ -64,6 +65,8 @@ def _sizes_in_tar(archive: Path) -> Iterator[tuple[str, int]]:
                         f"{entry.name} in {archive}; decompress them first."
                     )
                 yield entry.name, entry.size
+            if archive.stat().st_size - file.offset < tarfile.BLOCKSIZE:  # its mark is as large
+                warn(f"{archive} has no end mark, and may be cut off; count what is in it.")
         except tarfile.TarError as error:
             raise ValueError(
                 f"an archive must be whole, and {archive} is not: {error}; get it once more."

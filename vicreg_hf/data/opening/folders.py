@@ -152,7 +152,8 @@ def _divide_into_splits(
     """Divide files by the outermost folder that is called after a split.
 
     All of them are `train` unless each is below such a folder, or some are for training and others
-    to measure on. So a class may be called train.
+    to measure on, or those below such folders lie in the same folders as the rest, which then are
+    `train`. So a class may be called train.
 
     Returns:
         The numbers of each split's files, with the folders of each but for the split's own.
@@ -161,7 +162,17 @@ def _divide_into_splits(
     known = {each: _take_split(each) for each in set(folders)}
     names = {split for split, _ in known.values()}
     if None in names and not ("train" in names and len(names) > 2):
-        return {"train": dict(enumerate(folders))}
+        outer = {each for each in folders if known[each][0] is None}
+        inner = {within for split, within in known.values() if split is not None}
+        if "train" in names or not inner or not inner <= outer or () in inner:
+            if named := sorted(names - {None, "train"}, key=str):
+                warn(
+                    f"folders in {place} that are called after the splits {', '.join(named)} are "
+                    "taken for classes, as not all images are below such folders; move the others "
+                    "into a folder called train."
+                )
+            return {"train": dict(enumerate(folders))}
+        known |= {each: ("train", each) for each in outer}
     splits: dict[str | None, dict[int, tuple[str, ...]]] = defaultdict(dict)
     for number, each in enumerate(folders):
         split, within = known[each]

@@ -18,7 +18,7 @@ from datasets.packaged_modules import (
     _PACKAGED_DATASETS_MODULES,
 )
 from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, metadata_load
 
 from vicreg_hf.data.opening.archives import check_archives
 from vicreg_hf.data.opening.class_names import restore_class_names
@@ -69,7 +69,10 @@ def load_tables(
 def card_has_configs(folder: Path) -> bool:
     """Whether the card of a folder lists the folder's files, which `datasets` then obeys."""
     card = folder / CARD
-    return card.is_file() and "configs:" in card.read_text(errors="replace")
+    try:
+        return card.is_file() and "configs" in (metadata_load(card) or {})
+    except ValueError:  # its head is no YAML
+        return False
 
 
 def _load(path: Path, config_name: str | None, listing: Listing, streaming: bool) -> Any:

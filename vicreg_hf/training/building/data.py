@@ -20,6 +20,7 @@ from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.opening.slicing import add_parts
 from vicreg_hf.data.pairs import PairedSplit
 from vicreg_hf.data.sampler import GlobalBatches
+from vicreg_hf.data.samples import Reductions
 from vicreg_hf.data.splits import ImageSplit, held_out_split, image_split
 from vicreg_hf.data.streams import ImageStream, features_of, image_stream
 from vicreg_hf.runtime.checks import range_text, read_range
@@ -55,11 +56,15 @@ class TrainingData:
         column = self.train.column
         return column.settings if isinstance(column, SpectrogramColumn) else None
 
-    def first_images(self, rows: list[int]) -> list[Tensor]:
-        """The images of some rows; of a stream as many that can be used, or all."""
+    def first_images(self, rows: list[int], reductions: Reductions | None = None) -> list[Tensor]:
+        """The images of some rows; of a stream as many that can be used, or all.
+
+        Args:
+            reductions: by how much images may be reduced, as a run reduces them.
+        """
         if isinstance(self.train, ImageSplit):
-            return self.train.read_or_replace(rows)[0]
-        return self.train.first(len(rows))
+            return list(self.train.each_or_replaced(rows, [], reductions))
+        return self.train.first(len(rows), reductions)
 
     def fingerprint(self) -> dict[str, Any]:
         """A description that other data do not share."""
