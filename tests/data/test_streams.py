@@ -223,6 +223,30 @@ def test_what_is_not_read_of_tars_is_said_at_every_start(
         assert "the 2 folders in tars, as oak, are not read as classes; to have labels" in said
 
 
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("streaming", [True, False])
+def test_values_of_tars_are_kept_or_told_of(
+    streaming: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [b'{"a": 1, "b": null}'] * 7
+    found += [b'{"a": "x", "b": "y"}', b"[1]", b'{"b": "z"}', b'{"a": 2, "c": 2}']
+    write_tar(tmp_path / "0.tar", {f"{k}.jpg": PNG for k in range(6)})  # without the field
+    pairs = [{f"{k}.jpg": PNG, f"{k}.json": text} for k, text in enumerate(found)]
+    write_tar(tmp_path / "1.tar", {name: each for pair in pairs for name, each in pair.items()})
+    for _ in range(2):
+        cells = [row["json"] for row in open_dataset(str(tmp_path), streaming=streaming)["train"]]
+        rest = [{"a": None, "b": "y"}, None, {"a": None, "b": "z"}, {"a": 2, "b": None}]
+        assert cells == [None] * 6 + [{"a": 1, "b": None}] * 7 + rest
+        said = capsys.readouterr().err
+        assert f"{'some' if streaming else 3} values in tars are not read" in said
+        assert f"json.a of the sample 7 in {tmp_path / '1.tar'} is the first; give each" in said
+    write_tar(tmp_path / "1.tar", {"0.jpg": PNG, "0.cls": b"cat"})
+    with pytest.raises(
+        ValueError, match=r"got '[^:]*: [^;]* 0.cls in .*1.tar does not: invalid li"
+    ):
+        list(open_dataset(str(tmp_path), streaming=streaming)["train"])
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_shard_that_is_cut_off_is_one_sentence(num_workers: int, tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "train-0.tar.gz", files_of(20), "w:gz")

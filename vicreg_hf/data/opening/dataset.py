@@ -33,7 +33,7 @@ DEMO = "demo"
 NO_NAME_YET = "unnamed"
 """The data set's name in recipes for data of one's own, which must be replaced."""
 SAVED = ("dataset_dict.json", "state.json")
-"""Files of what `save_to_disk` wrote."""
+"""Files that `save_to_disk` writes."""
 MAY_BE_METADATA = (".csv", ".tsv", ".jsonl", ".parquet")
 """Endings of files that may be meant as metadata, also if they are not called so."""
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
@@ -62,9 +62,12 @@ def open_dataset(name: str, config_name: str | None = None, *, streaming: bool =
                 f"the cache of data sets must be writable, got {config.HF_DATASETS_CACHE}: "
                 f"{fault}; free some space, or set HF_HOME or HF_DATASETS_CACHE to another folder."
             ) from error
+        innermost: BaseException = error
+        while innermost.__cause__ is not None:
+            innermost = innermost.__cause__
         first, cause = (
             next(iter(str(each).strip().splitlines()), type(each).__name__)
-            for each in (error, error.__cause__ or error)
+            for each in (error, innermost)
         )
         reason = first if cause in first else f"{first} {cause}"
         raise ValueError(
@@ -98,7 +101,7 @@ def _load(name: str, config_name: str | None, streaming: bool) -> Splits:
     elif local is None:
         if name in FORMATS:  # for which `datasets` would take whatever lies right here
             raise ValueError(f"there is no file or folder called {name} in {os.getcwd()}.")
-        return load_dataset(name, config_name, streaming=streaming)
+        return load_dataset(name, config_name, streaming=streaming)[0]
     elif any(os.path.isfile(os.path.join(local, each)) for each in SAVED):
         splits = datasets.load_from_disk(local)
         if isinstance(splits, datasets.Dataset):

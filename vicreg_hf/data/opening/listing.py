@@ -16,11 +16,11 @@ SYSTEM = frozenset({
     "#snapshot", "system volume information", "lost+found",
 })  # fmt: skip
 """Folders in which file systems, network drives and viewers keep what is theirs."""
-OF_SYSTEM = "are taken for thumbnails or the system's"
+WHY_SYSTEM = "are taken for thumbnails or the system's"
 OUTPUTS = ({"config.yaml", "metrics.jsonl"}, {"config.yaml", "checkpoints"},
            {"results.json", "report.html"})  # fmt: skip
-"""What the folder of a run or of an evaluation holds."""
-BESIDE = frozenset({
+"""Sets of names, of which the folder of a run or of an evaluation holds one."""
+TEXT_AND_TABLES = frozenset({
     ".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".xml", ".md", ".rst", ".yaml", ".yml",
     ".toml", ".html", ".htm", ".pdf", ".py", ".sh", ".ipynb", ".ini", ".cfg", ".log", ".db",
     ".lock", ".bib", ".cff", ".caption", ".md5", ".sha256", ".lnk", ".url", ".zip",
@@ -70,7 +70,7 @@ def list_folder(folder: str, warn: Callable[[str], object]) -> Listing:
             folders.clear()
             continue
         paths = {name: os.path.join(place, name) for name in folders}
-        left[OF_SYSTEM] += [paths[name] for name in sorted(folders) if _is_of_system(name)]
+        left[WHY_SYSTEM] += [paths[name] for name in sorted(folders) if _is_of_system(name)]
         # a folder before the links to it
         folders[:] = sorted(
             filter(_is_seen, folders), key=lambda name: (os.path.islink(paths[name]), name)
@@ -92,16 +92,19 @@ def list_zip(archive: str, warn: Callable[[str], object]) -> list[str]:
         raise ValueError(
             f"an archive must be whole, and {archive} is not: {error}; get it once more."
         ) from error
-    left: dict[str, list[str]] = {OF_SYSTEM: []}
+    left: dict[str, list[str]] = {WHY_SYSTEM: []}
     found = []
     for name in names:
-        *folders, file = (part for part in name.split("/") if part not in ("", "."))
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        if not parts:  # the entry is the folder itself
+            continue
+        *folders, file = parts
         if all(map(_is_seen, folders)) and file[0] != ".":
             found.append(f"{ZIP}{name}{IN_ZIP}{archive}")
         elif any(map(_is_of_system, folders)):
             depth = next(k for k, part in enumerate(folders, 1) if _is_of_system(part))
-            left[OF_SYSTEM].append("/".join(folders[:depth]))
-    left[OF_SYSTEM] = sorted(set(left[OF_SYSTEM]))
+            left[WHY_SYSTEM].append("/".join(folders[:depth]))
+    left[WHY_SYSTEM] = sorted(set(left[WHY_SYSTEM]))
     _tell(left, archive, warn)
     return sorted(found)
 
@@ -110,7 +113,7 @@ def describe_endings(files: Iterable[str]) -> tuple[int, str]:
     """How many files have endings of neither text nor tables, and these endings, for a sentence."""
     counts = Counter(
         suffix for file in files
-        if (suffix := suffix_of(file)) not in BESIDE
+        if (suffix := suffix_of(file)) not in TEXT_AND_TABLES
         and (suffix or os.path.basename(file).lower() not in NO_ENDING)
     )  # fmt: skip
     shown = [f"{count} {name or 'without one'}" for name, count in counts.most_common(SHOWN)]
@@ -121,7 +124,7 @@ def describe_endings(files: Iterable[str]) -> tuple[int, str]:
 
 def hold_arrays(files: Sequence[str]) -> bool:
     """Whether most files are arrays, apart from text and tables."""
-    rest = [suffix for file in files if (suffix := suffix_of(file)) not in BESIDE]
+    rest = [suffix for file in files if (suffix := suffix_of(file)) not in TEXT_AND_TABLES]
     return 2 * sum(suffix in ARRAYS for suffix in rest) > len(rest)
 
 

@@ -51,7 +51,9 @@ def load_tables(
         if hold_arrays(listing.files) and datasets.Array3D not in map(type, kinds):
             raise ValueError("arrays without a column of images")
     except Exception as error:
-        number, endings = describe_endings(listing.files)
+        number, endings = describe_endings(
+            file for file in listing.files if suffix_of(file) not in TABLE_BUILDERS
+        )
         if hold_arrays(listing.files):
             raise ValueError(
                 f"files of arrays must be made a table first, and there are {endings}: read them "
@@ -82,16 +84,14 @@ def _load(path: Path, config_name: str | None, listing: Listing, streaming: bool
         builder = TABLE_BUILDERS.get(path.suffix.lower())
         if builder is None:
             raise ValueError(f"a file must end in {', '.join(TABLE_BUILDERS)} or .zip.")
-        return load_dataset(builder, data_files=glob.escape(str(path)), streaming=streaming)
+        return load_dataset(builder, data_files=glob.escape(str(path)), streaming=streaming)[0]
     card = card_has_configs(path)
     source: dict[str, Any] = {"path": str(path), "name": config_name}
     if card:
         source["cache_dir"] = _own_cache(path)
     if glob.has_magic(str(path.resolve())) or (listing.passed_over and not card):
         source |= _listed(path.resolve(), config_name if card else None, listing, card)
-    loaded = load_dataset(**source, streaming=streaming)
-    builder = datasets.load_dataset_builder(**source)
-    files = builder.config.data_files or {}
+    loaded, files = load_dataset(**source, streaming=streaming)
     if isinstance(loaded, datasets.DatasetDict):
         restore_class_names(loaded, files)
     if not card:
@@ -101,7 +101,7 @@ def _load(path: Path, config_name: str | None, listing: Listing, streaming: bool
 
 
 def _listed(folder: Path, config_name: str | None, listing: Listing, card: bool) -> dict[str, Any]:
-    """What `load_dataset` needs to open a folder by a list of its files.
+    """Find the arguments by which `load_dataset` opens a folder by a list of its files.
 
     It would take brackets in the folder's own path for a pattern, and read what is left out.
     """

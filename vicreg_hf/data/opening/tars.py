@@ -1,7 +1,7 @@
 """WebDataset tars: files of one name are a sample, and files of one kind a column.
 
-`datasets` takes the endings in the first five samples of the first tar for the columns of all, and
-a name for ended at its first dot.
+`datasets` itself takes the endings in the first five samples of the first tar for the columns of
+all tars, and lets a name end at its first dot.
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ PEEKED = 100
 """Files of a tar whose names are looked at, where all names cannot be had without its content."""
 TYPED, TARS_TYPED = 5, 16
 """Samples of a tar, and tars all over a data set, from which columns get their types."""
-SIMPLE = {None: "binary", int: "int64", text_loads: "string"}
-"""Types of fields by what decodes them; those of others are found from values."""
+SOUGHT = 500
+"""Samples in all that are looked at where the first ones do not tell the type of a column."""
+TYPES_BY_DECODER = {None: "binary", int: "int64", text_loads: "string"}
+"""The types of fields by the function that decodes them; all others get theirs from values."""
+CACHE = "tars-1"
+"""The folder of the cache; its number goes up when the rules of this module change."""
 Key = getattr(builders, "Key", "{}_{}".format)  # older releases have plain text
 CLASSES = {"cls", "cls2", "class", LABEL}
 """Fields that hold classes."""
@@ -40,7 +44,7 @@ CLASSES = {"cls", "cls2", "class", LABEL}
 class Layout(NamedTuple):
     """How the files of tars become columns."""
 
-    dotted: frozenset[str]
+    dotted_fields: frozenset[str]
     """Fields with dots in them, such as seg.png; otherwise a field is what follows the last dot."""
     columns: dict[str, str]
     """The column of each field."""
@@ -48,17 +52,26 @@ class Layout(NamedTuple):
     """The columns of images and sounds, of which a sample has one at least, and their features."""
 
 
-def load_dataset(path: str, name: str | None = None, *, streaming: bool, **options: Any) -> Any:
+def load_dataset(
+    path: str, name: str | None = None, *, streaming: bool, **options: Any
+) -> tuple[Any, Mapping[str, Any]]:
     """Open what `datasets.load_dataset` does, but tars as this module says.
 
     Args:
         **options: as for `datasets.load_dataset`.
+
+    Returns:
+        the splits, and the files of each.
+
+    Raises:
+        ValueError: a file in a tar that does not hold what its ending says.
     """
     builder = datasets.load_dataset_builder(path, name, **options)
     if isinstance(builder, WebDataset):  # not from the cache that `datasets` would fill otherwise
-        options["cache_dir"] = f"{options.get('cache_dir') or config.HF_DATASETS_CACHE}/tars"
+        options["cache_dir"] = f"{options.get('cache_dir') or config.HF_DATASETS_CACHE}/{CACHE}"
         builder = datasets.load_dataset_builder(path, name, **options)
         builder.__class__ = Tars
+        vars(builder)["reads_once"] = not streaming
     if streaming:
         loaded: Any = builder.as_streaming_dataset()
     else:
@@ -67,11 +80,19 @@ def load_dataset(path: str, name: str | None = None, *, streaming: bool, **optio
     if isinstance(builder, Tars):
         for sentence in builder.info.description.splitlines():
             warn(sentence)
-    return loaded
+    return loaded, builder.config.data_files or {}
 
 
 class Tars(WebDataset):
     """The builder, which keeps in its description what is to be said of the tars."""
+
+    reads_once: bool
+    """Whether all is copied to the cache, and not read anew by every process."""
+    told = False
+    """Whether lost values were told of, when streaming."""
+    lost: Counter[str]
+    """How many values had no place in their columns, by the field and the key in it."""
+    first_lost: str
 
     def _split_generators(self, dl_manager: Any) -> Any:
         splits = {
@@ -79,46 +100,64 @@ class Tars(WebDataset):
             for split, paths in dl_manager.download(self.config.data_files).items()
         }
         tars = [each for split in splits.values() for each in zip(*split.values(), strict=True)]
+        number = len(tars)
         if not all(is_local_path(path) for path, _ in tars):  # each costs a connection
             tars = [tars[0], tars[-1]]
-        survey = _Survey(tars)
+        elif not self.reads_once:  # each process and start reads the headers
+            tars = [*tars[: -1 : max(1, -(-len(tars) // TARS_TYPED))], tars[-1]]
+        survey = _Survey(tars, all_names_read=len(tars) >= number)
+        self.declared = self.info.features is not None
         self.layout = survey.layout(self.info.features)
         self.info.features = self.info.features or self._features(tars, survey)
         self.info.description = "\n".join(survey.sentences(self.layout))
         return [datasets.SplitGenerator(name=n, gen_kwargs=each) for n, each in splits.items()]
 
     def _features(self, tars: list[Any], survey: _Survey) -> datasets.Features:
-        values: dict[str, list[Any]] = {}
-        for _, files in tars[:: max(1, len(tars) // TARS_TYPED)]:
-            for sample in islice(self._samples(files), TYPED):
-                for column, value in sample.items():
-                    values.setdefault(column, []).append(value)
+        columns = dict.fromkeys(self.layout.columns[field] for field in survey.fields)
+        values: dict[str, list[Any]] = {
+            column: []
+            for column in columns
+            if column not in self.layout.media and self._decoder(column) not in TYPES_BY_DECODER
+        }
+        self.lost, self.first_lost = Counter(), ""
+        looked_at = tars[:: max(1, len(tars) // TARS_TYPED)]
+        for path, files in looked_at:
+            most = max(TYPED, SOUGHT // len(looked_at))
+            for number, sample in enumerate(islice(self._samples(path, files), most)):
+                unknown = [c for c, found in values.items() if _holds_null(_type_of(found))]
+                if number >= TYPED and not unknown:
+                    break
+                for column in values.keys() & sample.keys() if number < TYPED else unknown:
+                    longer = [*values[column], sample.get(column)]
+                    if number < TYPED or _type_of(longer) != _type_of(values[column]):
+                        values[column] = longer
         features = datasets.Features()
-        for column in dict.fromkeys(self.layout.columns[field] for field in survey.fields):
+        for column in columns:
             if column in self.layout.media:
                 features[column] = self.layout.media[column]
-                continue
-            decoder = self.DECODERS.get(column.lower().rpartition(".")[2])
-            if decoder in SIMPLE:
-                features[column] = datasets.Value(SIMPLE[decoder])
-            elif column in values:
-                found = cast_to_python_objects(values[column], only_1d_for_numpy=True)
-                with suppress(pa.ArrowException):  # they are of several types
-                    features[column] = generate_from_arrow_type(pa.array(found).type)
+            elif column not in values:
+                features[column] = datasets.Value(TYPES_BY_DECODER[self._decoder(column)])
+            elif values[column]:
+                features[column] = generate_from_arrow_type(_type_of(values[column]))
         text = datasets.Value("string")
         return datasets.Features({**features, "__key__": text, "__url__": text})
 
-    def _samples(self, files: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _decoder(self, column: str) -> Any:
+        return self.DECODERS.get(column.lower().rpartition(".")[2])
+
+    def _samples(self, tar: str, files: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
         """The values of one sample after the other, by column; images and sounds with their path.
 
         A second image for a column begins another sample, which shares what is no image.
         """
-        dotted, columns, media = self.layout
+        dotted_fields, columns, media = self.layout
         key, sample = None, {}
         for path, file in files:
-            name, field = _part(path, dotted) or (None, "")
+            name, field = _part(path, dotted_fields) or (None, "")
             column = columns.get(field) or _only(media, field)
             if name is None or column is None:
+                if name is not None and not self.declared:
+                    self._lose(field, name, tar)
                 continue
             if name != key or (column in media and column in sample):
                 if sample and (not media or media.keys() & sample.keys()):
@@ -126,56 +165,93 @@ class Tars(WebDataset):
                 kept = sample if name == key else {}
                 key, sample = name, {c: v for c, v in kept.items() if c not in media}
                 sample["__key__"] = key
-            content = self._content(field, file)
+            content = self._content(field, file, f"{path} in {tar}")
             sample[column] = {"path": path, "bytes": content} if column in media else content
         if sample and (not media or media.keys() & sample.keys()):
             yield sample
 
-    def _content(self, field: str, file: Any) -> Any:
+    def _lose(self, value: str, sample: str, tar: str) -> None:
+        self.lost[value] += 1
+        self.first_lost = self.first_lost or f"{value} of the sample {sample} in {tar}"
+
+    def _sentence_on_lost(self) -> str:
+        number = self.lost.total() if self.reads_once else "some"
+        return (
+            f"{number} values in tars are not read, as they are of other types than in the samples "
+            "that columns got their types from, or were in none of these: "
+            f"{self.first_lost} is the first; give each field one type and the same keys in all "
+            "samples."
+        )
+
+    def _content(self, field: str, file: Any, place: str) -> Any:
         stem, _, ending = field.lower().rpartition(".")
         packed: Any = EXTENSION_TO_COMPRESSION_FS_FILE_CLS.get(f".{ending}")
         if packed is not None:
             file, ending = packed(file, mode="rb"), stem.rpartition(".")[2]
         content = file.read()
-        return self.DECODERS[ending](content) if ending in self.DECODERS else content
+        if ending not in self.DECODERS:
+            return content
+        try:
+            return self.DECODERS[ending](content)
+        except Exception as error:  # decoders raise whatever their parsing meets
+            raise ValueError(
+                f"a file in a tar must hold what its ending says, and {place} does not: {error}; "
+                "mend it, leave it out, or give files of that sort another ending."
+            ) from None
 
     def _generate_examples(self, tar_paths: Any, tar_iterators: Any) -> Iterator[Any]:
         assert self.info.features is not None
         schema, media = self.info.features.arrow_schema, self.layout.media
+        self.lost, self.first_lost = Counter(), ""
+        typed = {
+            name: schema.field(name).type
+            for name in schema.names
+            if name not in media and self._decoder(name) not in TYPES_BY_DECODER
+        }
         for tar, (path, files) in enumerate(zip(tar_paths, tar_iterators, strict=True)):
-            for number, sample in enumerate(self._samples(files)):
+            for number, sample in enumerate(self._samples(path, files)):
                 sample["__url__"] = path
+                for name in sample:
+                    if name not in schema.names and not self.declared:
+                        self._lose(name, sample["__key__"], path)
                 values = {name: sample.get(name) for name in schema.names}
-                yield (
-                    Key(tar, number),
-                    {
-                        name: value if name in media else _fitting(value, schema.field(name).type)
-                        for name, value in values.items()
-                    },
-                )
+                for name, kind in typed.items():
+                    unread: list[str] = []
+                    values[name] = _fitting(values[name], kind, name, unread)
+                    for each in unread:
+                        self._lose(each, sample["__key__"], path)
+                if self.lost and not (self.reads_once or self.told):
+                    self.told = True
+                    warn(self._sentence_on_lost())
+                yield Key(tar, number), values
+        if self.lost and self.reads_once:
+            said = self.info.description.splitlines()
+            self.info.description = "\n".join([*said, self._sentence_on_lost()])
 
 
 class _Survey:
     """The names of the files in tars."""
 
-    def __init__(self, tars: Iterable[tuple[str, Any]]) -> None:
-        self.groups: Counter[tuple[str, ...]] = Counter()
-        """What follows the first dot of the names that are alike before it."""
+    def __init__(self, tars: Iterable[tuple[str, Any]], *, all_names_read: bool) -> None:
+        self.counts_by_endings: Counter[tuple[str, ...]] = Counter()
+        """The number of samples by the endings, from the first dot on, of their files."""
         self.folders: dict[str, None] = {}
-        self.first: dict[tuple[str, ...], str] = {}
-        self.whole = True
+        """The folders that hold images or sounds."""
+        self.first_files: dict[tuple[str, ...], str] = {}
+        """A file, and its tar, by the endings of the sample that it is of."""
+        self.all_names_read = all_names_read
         for path, files in tars:
             named = (each for name in self._names(path, files) if (each := _at_first_dot(name)))
             for key, group in groupby(named, key=lambda each: each[0]):
                 rests = tuple(rest for _, rest in group)
-                self.groups[rests] += 1
-                self.first.setdefault(rests, f"{key}.{rests[0]} in {path}")
+                self.counts_by_endings[rests] += 1
+                self.first_files.setdefault(rests, f"{key}.{rests[0]} in {path}")
                 if any(map(_kind, rests)):
                     self.folders[key.rpartition("/")[0]] = None
-        self.dotted = frozenset(self._find_dotted())
+        self.dotted_fields = frozenset(self._find_dotted())
         self.samples: Counter[tuple[str, ...]] = Counter()
-        for rests, count in self.groups.items():
-            parted = [_part(f"x.{rest}", self.dotted) or ("", "") for rest in rests]
+        for rests, count in self.counts_by_endings.items():
+            parted = [_part(f"x.{rest}", self.dotted_fields) or ("", "") for rest in rests]
             for _, group in groupby(parted, key=lambda each: each[0]):
                 self.samples[tuple(dict.fromkeys(field for _, field in group))] += count
         self.fields: Counter[str] = Counter()
@@ -195,14 +271,14 @@ class _Survey:
                         if entry.isreg() and not entry.name.rpartition("/")[2].startswith("__"):
                             yield entry.name
                 return
-        self.whole = False
+        self.all_names_read = False
         with suppress(Exception):  # damage, which reading says
             yield from islice((name for name, _ in files), PEEKED)
 
     def _find_dotted(self) -> Iterator[str]:
         """The fields with dots: they are in most samples, where parts of a name are in one."""
-        total, counts = self.groups.total(), Counter[str]()
-        for rests, count in self.groups.items():
+        total, counts = self.counts_by_endings.total(), Counter[str]()
+        for rests, count in self.counts_by_endings.items():
             counts.update(dict.fromkeys((rest for rest in rests if "." in rest), count))
         most = [rest for rest, count in counts.items() if 2 * count >= max(4, total)]
         for rest in most:
@@ -211,7 +287,10 @@ class _Survey:
                 yield rest
 
     def layout(self, declared: Mapping[str, Any] | None) -> Layout:
-        """The columns: images are one, unless most of the rarer sort stand beside the others."""
+        """Find the columns.
+
+        Images share a column, unless most samples with the rarer field have the other one, too.
+        """
         together: Counter[Any] = Counter()
         for fields, count in self.samples.items():
             together.update(dict.fromkeys(map(frozenset, combinations(fields, 2)), count))
@@ -238,16 +317,20 @@ class _Survey:
             }
             own = {f: f if f in declared else column for f, column in columns.items()}
             columns = {f: column for f, column in own.items() if column in declared}
-        return Layout(self.dotted, columns, media)
+        return Layout(self.dotted_fields, columns, media)
 
     def sentences(self, layout: Layout) -> Iterator[str]:
         """A sentence on each sort of what is not read."""
-        alone = {rests: count for rests, count in self.groups.items() if not any(map(_kind, rests))}
-        if layout.media and self.whole and alone:
+        alone = {
+            rests: count
+            for rests, count in self.counts_by_endings.items()
+            if not any(map(_kind, rests))
+        }
+        if layout.media and self.all_names_read and alone:
+            first = self.first_files[next(iter(alone))]
             yield (
                 f"{sum(alone.values())} files in tars, or groups of one name, are left out, as no "
-                f"image or sound of that name stands beside them: {self.first[next(iter(alone))]} "
-                "is the first."
+                f"image or sound of that name stands beside them: {first} is the first."
             )
         if len(self.folders) > 1 and not CLASSES & set(layout.columns.values()):
             one = max(self.folders).removeprefix("./")
@@ -263,10 +346,10 @@ def _at_first_dot(path: str) -> tuple[str, str] | None:
     return (folder + slash + stem, rest) if stem and rest else None
 
 
-def _part(path: str, dotted: frozenset[str]) -> tuple[str, str] | None:
-    """The name of the sample that a file is of, and the field; None where it has neither."""
+def _part(path: str, dotted_fields: frozenset[str]) -> tuple[str, str] | None:
+    """Part a path into its sample's name and its field; None where it has not both."""
     parted = _at_first_dot(path)
-    if parted is None or "." not in parted[1] or parted[1] in dotted:
+    if parted is None or "." not in parted[1] or parted[1] in dotted_fields:
         return parted
     key, _, field = path.rpartition(".")
     return (key, field) if field else None
@@ -283,18 +366,43 @@ def _kind(field: str) -> Any:
 
 
 def _only(media: Mapping[str, Any], field: str) -> str | None:
-    """The column of a field that was not seen at first: the only one of that kind."""
+    """Find the column of a field that was not seen at first, if just one is of its kind."""
     kind = _kind(field)
     found = [name for name, each in media.items() if kind and type(each) is type(kind.feature)]
     return found[0] if len(found) == 1 else None
 
 
-def _fitting(value: Any, kind: Any) -> Any:
-    """A value of JSON, or None where it is of another type than those seen at first."""
-    if not isinstance(value, (dict, list)):
-        return value
+def _type_of(values: list[Any]) -> Any:
+    """The Arrow type of values, or of the first that has one where they are of several types."""
     try:
-        pa.array([value], kind)
-    except pa.ArrowException:
-        return None
+        return pa.array(cast_to_python_objects(values, only_1d_for_numpy=True)).type
+    except (pa.ArrowException, OverflowError):
+        first = next(each for each in values if each is not None)
+        return _type_of([first]) if len(values) > 1 else pa.null()
+
+
+def _holds_null(kind: Any) -> bool:
+    """Whether an Arrow type, or a part of it, is not known yet."""
+    parts = (kind.field(k).type for k in range(kind.num_fields))
+    return pa.types.is_null(kind) or any(map(_holds_null, parts))
+
+
+def _fitting(value: Any, kind: Any, name: str, unread: list[str]) -> Any:
+    """A value of JSON with None for each part that is not of the column's type.
+
+    Args:
+        unread: gets the names of these parts.
+    """
+    if isinstance(value, dict) and pa.types.is_struct(kind):
+        parts = {each.name: each.type for each in kind}
+        unread += [f"{name}.{k}" for k, v in value.items() if k not in parts and v is not None]
+        return {k: _fitting(value.get(k), parts[k], f"{name}.{k}", unread) for k in parts}
+    if isinstance(value, list) and pa.types.is_list(kind):
+        return [_fitting(each, kind.value_type, name, unread) for each in value]
+    if isinstance(value, (dict, list, str, int, float)):
+        try:
+            pa.array([value], kind)
+        except (pa.ArrowException, OverflowError):
+            unread.append(name)
+            return None
     return value
