@@ -225,7 +225,9 @@ def test_values_of_any_type_become_levels_by_one_range() -> None:
 
 
 @pytest.mark.parametrize("kind", ["files", "arrays"])
-def test_a_column_has_the_range_of_a_sample_unless_one_is_given(kind: str) -> None:
+def test_a_column_has_the_range_of_a_sample_unless_one_is_given(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     values = [np.full((1, 2, 2), n, np.int16) for n in (-1000, 400)]
     if kind == "files":
         signed = [encode(Image.fromarray(v[0].astype(np.int32)), "TIFF") for v in values]
@@ -234,6 +236,7 @@ def test_a_column_has_the_range_of_a_sample_unless_one_is_given(kind: str) -> No
         bytes_only = [{"bytes": encode(LEVELS, "PNG"), "path": None}]
         assert column.with_range(bytes_only).value_range is None
     else:
+        bytes_only = []
         cells = [value.tolist() for value in values]
         column = ImageColumn("image", datasets.Array3D((1, 2, 2), "int16"), 1)
     ranged = column.with_range([*cells, None])
@@ -242,6 +245,14 @@ def test_a_column_has_the_range_of_a_sample_unless_one_is_given(kind: str) -> No
     huge = ImageColumn("image", datasets.Array2D((1, 1), "float64"), 1).with_range([[[-1e300]]])
     assert huge.value_range is not None
     assert huge.value_range[0] == -1e300 < huge.value_range[1]
+    if kind == "files":  # one value that is out of all proportion, and an image of 8 bits
+        hot = np.random.default_rng(0).integers(0, 900, (1, 64, 64)).astype(np.uint16)
+        hot[0, 0, 0] = 65535
+        mixed = [{"bytes": encode(Image.fromarray(hot[0]), "PNG"), "path": None}, *bytes_only]
+        assert column.with_range(mixed).value_range == (0, 65535)
+        said = capsys.readouterr().err
+        assert "99 % of the values lie from" in said
+        assert "1 of 2 images looked at have 8 bits" in said
     given = replace(column, value_range=(0, 800)).with_range(cells)
     assert given.decode(cells[1]).unique().tolist() == [128]
 
@@ -281,6 +292,9 @@ def test_bands_are_what_the_file_says_and_none_is_lost_or_made_up() -> None:
     for data, channels, message in (
         (tiff(RGB, 2), 4, r"must have 4 bands, got 3 \(RGB\)"),
         (encode(LEVELS, "PNG"), 4, r"must have 4 bands, got 1 \(L\)"),
+        (encode(alpha(LEVELS, 9), "PNG"), 4, r"must have 4 bands, got 2 \(LA\)"),
+        (encode(Image.fromarray(DEEP), "PNG", transparency=7), 4, "must have 4 bands, got 1"),
+        (deep_png(wide), 4, "must have 4 bands, got 3"),
         (tiff(wide, 2), 3, "3 bands of 16 bits, of which PIL keeps 8; .* PNGs of 16 bits"),
         (tiff(wide, 1), 3, "a TIFF of 3 bands of 16 bits .*PHOTOMETRIC=RGB"),
         (tiff(np.repeat(wide, 4, 2), 1), 3, "a TIFF of 12 bands of 16 bits .*Array3D"),

@@ -68,6 +68,11 @@ PLACES = {
     "some without a class": {
         "train/elm/2.png": "train elm", "train/oak/1.png": "train oak", "unlabeled/3.png": "train",
     },
+    "a test split beside the classes": {
+        "elm/2.png": "train elm", "oak/1.png": "train oak",
+        "test/elm/4.png": "test elm", "test/oak/3.png": "test oak",
+    },
+    "a class called test": {"car/2.png": "train car", "test/1.png": "train test"},
     "a split without classes": {
         "train/elm/2.png": "train elm", "train/oak/1.png": "train oak", "val/3.png": "validation",
     },

@@ -200,6 +200,8 @@ def _pixels(image: Image.Image, data: bytes, channels: int) -> NDArray[Any]:
     image.load()  # an error in here is damage to pixels
     if data.startswith(_PNG) and data[24] == 16 and image.mode != "I;16":
         bands: Any = decode_png(_tensor(data), ImageReadMode.UNCHANGED)  # PIL keeps 8 bits
+        if channels == 4 and len(bands) != 4:
+            raise ImageError(f"the image must have 4 bands, got {len(bands)} of 16 bits.")
         alpha = len(bands) in (2, 4) and channels != 4
         return bands.numpy()[: len(bands) - alpha]
     if image.mode in ("F", "I") or image.mode.startswith("I;16") or is_signed(image):

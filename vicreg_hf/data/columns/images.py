@@ -23,7 +23,13 @@ from vicreg_hf.data.columns.image_files import (
     to_uint8,
 )
 from vicreg_hf.data.columns.reading import FileColumn
+from vicreg_hf.runtime.console import warn
 from vicreg_hf.views.reduced import Reduction
+
+COMPARED = 4096
+"""Values of an image that are looked at for what is usual."""
+FEW = 16
+"""A range is too wide if 99 % of the values lie within this part of it."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,29 @@ class ImageColumn(FileColumn):
         """
         if self.value_range is not None:
             return self
-        low, high = np.inf, -np.inf
+        low, high, shallow, some = np.inf, -np.inf, 0, [np.empty(0)]
         for cell in cells:
             with suppress(ImageError):  # which its reader says
                 values = self._values(cell)
+                shallow += values is None
                 if values is not None and len(finite := values[np.isfinite(values)]):
                     low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+                    some.append(finite[:: len(finite) // COMPARED + 1])
         if low > high:
             return self
+        usual = np.percentile(np.concatenate(some), [0.5, 99.5])
+        if 0 < usual[1] - usual[0] < (high - low) / FEW:
+            warn(
+                f"99 % of the values lie from {usual[0]:g} to {usual[1]:g}, which are few of the "
+                f"levels between {low:g} and {high:g}; --value_range {usual[0]:g},{usual[1]:g} "
+                "gives them all levels."
+            )
+        if shallow:
+            warn(
+                f"{shallow} of {shallow + len(some) - 1} images looked at have 8 bits and stay as "
+                "they are, and the values of the others are scaled; give all images one depth if "
+                "they show the same."
+            )
         above = max(low + 1, float(np.nextafter(low, np.inf)))  # for huge values 1 is nothing
         return replace(self, value_range=(low, high if low < high else above))
 

@@ -69,13 +69,13 @@ def check_bands(image: Image.Image, channels: int) -> None:
         further = samples - _COLOURS.get(_tag(image, _PHOTOMETRIC, 0), samples)
         said = _tag(image, _EXTRA, 0) in _ALPHA or samples == channels
         if further > 1 or (further == 1 and not said):
+            on_four = "train on 4 bands with --model_args '{\"in_chans\": 4}', "
             raise ImageError(
                 f"{held}, and does not say that those beyond the colours are alpha; save the "
-                "colours alone, train on 4 bands with --model_args '{\"in_chans\": 4}', or "
-                f"{AS_ARRAYS}."
+                f"colours alone, {on_four if samples == 4 else ''}or {AS_ARRAYS}."
             )
-    fourth = "A" in image.getbands() or "a" in image.getbands() or image.mode == "CMYK"
-    if channels == 4 and not (fourth or "transparency" in image.info):
+    of_four = image.mode == "P" and "transparency" in image.info
+    if channels == 4 and not (of_four or image.mode in ("RGBA", "RGBa", "CMYK")):
         raise ImageError(
             f"the image must have 4 bands, got {len(image.getbands())} ({image.mode}); leave it "
             "out, or give all images the same bands."
@@ -86,14 +86,17 @@ def with_fourth_band(data: bytes) -> bytes:
     """A TIFF whose fourth band has no said meaning, as one of RGBA: of it PIL keeps all bands."""
     if (order := _TIFF.get(data[:4])) is None:
         return data
+    places: dict[tuple[int, int, int], int] = {}
     with suppress(struct.error):
         (start,) = struct.unpack_from(f"{order}I", data, 4)
         (count,) = struct.unpack_from(f"{order}H", data, start)
         for at in range(start + 2, start + 2 + 12 * count, 12):
             tag, _, number, value = struct.unpack_from(f"{order}HHIH", data, at)
-            if (tag, number, value) == (_EXTRA, 1, 0):
-                return data[: at + 8] + struct.pack(f"{order}H", _ALPHA[1]) + data[at + 10 :]
-    return data
+            places[tag, number, value] = at + 8
+    at = places.get((_EXTRA, 1, 0))
+    if at is None or (_SAMPLES, 1, 4) not in places:
+        return data
+    return data[:at] + struct.pack(f"{order}H", _ALPHA[1]) + data[at + 2 :]
 
 
 def describe_tiff(data: bytes) -> str | None:
