@@ -220,6 +220,8 @@ class Tars(WebDataset):
                         self._lose(name, sample["__key__"], path)
                 values = {name: sample.get(name) for name in schema.names}
                 for name, kind in typed.items():
+                    if self.declared and not isinstance(values[name], (dict, list)):
+                        continue  # such as the name of a class, which `datasets` encodes
                     unread: list[str] = []
                     values[name] = _fitting(values[name], kind, name, unread)
                     for each in unread:
