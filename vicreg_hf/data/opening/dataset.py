@@ -69,7 +69,7 @@ def open_dataset(name: str, config_name: str | None = None, *, streaming: bool =
             next(iter(str(each).strip().splitlines()), type(each).__name__)
             for each in (error, innermost)
         )
-        reason = first if cause in first else f"{first} {cause}"
+        reason = first if cause in first else f"{first.rstrip('.')}: {cause}"
         raise ValueError(
             f"dataset_name must be {DEMO}, a data set on the Hub, or a local folder or file that "
             f"datasets.load_dataset takes, got {name!r}: {reason}"

@@ -68,7 +68,9 @@ def load_dataset(
     """
     builder = datasets.load_dataset_builder(path, name, **options)
     if isinstance(builder, WebDataset):  # not from the cache that `datasets` would fill otherwise
-        options["cache_dir"] = f"{options.get('cache_dir') or config.HF_DATASETS_CACHE}/{CACHE}"
+        cache = f"{options.get('cache_dir') or config.HF_DATASETS_CACHE}/{CACHE}"
+        # features that are found in the cache would be taken for declared ones
+        options["cache_dir"] = f"{cache}-streams" if streaming else cache
         builder = datasets.load_dataset_builder(path, name, **options)
         builder.__class__ = Tars
         vars(builder)["reads_once"] = not streaming
@@ -89,7 +91,7 @@ class Tars(WebDataset):
     reads_once: bool
     """Whether all is copied to the cache, and not read anew by every process."""
     told = False
-    """Whether lost values were told of, when streaming."""
+    """Whether this process has told of lost values, when streaming."""
     lost: Counter[str]
     """How many values had no place in their columns, by the field and the key in it."""
     first_lost: str
@@ -119,14 +121,16 @@ class Tars(WebDataset):
             for column in columns
             if column not in self.layout.media and self._decoder(column) not in TYPES_BY_DECODER
         }
+        unknown = list(values)
         self.lost, self.first_lost = Counter(), ""
         looked_at = tars[:: max(1, len(tars) // TARS_TYPED)]
         for path, files in looked_at:
             most = max(TYPED, SOUGHT // len(looked_at))
             for number, sample in enumerate(islice(self._samples(path, files), most)):
-                unknown = [c for c, found in values.items() if _holds_null(_type_of(found))]
-                if number >= TYPED and not unknown:
-                    break
+                if number >= TYPED:
+                    unknown = [c for c in unknown if _holds_null(_type_of(values[c]))]
+                    if not unknown:
+                        break
                 for column in values.keys() & sample.keys() if number < TYPED else unknown:
                     longer = [*values[column], sample.get(column)]
                     if number < TYPED or _type_of(longer) != _type_of(values[column]):
@@ -146,7 +150,7 @@ class Tars(WebDataset):
         return self.DECODERS.get(column.lower().rpartition(".")[2])
 
     def _samples(self, tar: str, files: Iterable[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The values of one sample after the other, by column; images and sounds with their path.
+        """Yield the values of each sample by column; images and sounds come with their path.
 
         A second image for a column begins another sample, which shares what is no image.
         """
@@ -216,6 +220,8 @@ class Tars(WebDataset):
                         self._lose(name, sample["__key__"], path)
                 values = {name: sample.get(name) for name in schema.names}
                 for name, kind in typed.items():
+                    if self.declared and not isinstance(values[name], (dict, list)):
+                        continue  # such as the name of a class, which `datasets` encodes
                     unread: list[str] = []
                     values[name] = _fitting(values[name], kind, name, unread)
                     for each in unread:
@@ -377,8 +383,8 @@ def _type_of(values: list[Any]) -> Any:
     try:
         return pa.array(cast_to_python_objects(values, only_1d_for_numpy=True)).type
     except (pa.ArrowException, OverflowError):
-        first = next(each for each in values if each is not None)
-        return _type_of([first]) if len(values) > 1 else pa.null()
+        kinds = (_type_of([each]) for each in values if len(values) > 1)
+        return next((kind for kind in kinds if not pa.types.is_null(kind)), pa.null())
 
 
 def _holds_null(kind: Any) -> bool:
