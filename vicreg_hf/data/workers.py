@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import connection, queues
 from typing import Any, Generic, TypeVar
 
@@ -102,12 +103,7 @@ def loading(
     size = item_bytes()
     ahead = batches_ahead(size, num_workers, _shared_memory())
     if not ahead:
-        warn(
-            f"{SHARED_MEMORY} has {_shared_memory() / 2**20:.0f} MiB for each process, "
-            f"too little for batches of {size / 2**20:.0f} MiB by {num_workers} loading workers, "
-            "so they come through pipes, which is slower; enlarge it (docker: --shm-size).",
-            everywhere=True,
-        )
+        _tell_of_pipes(num_workers)
     loader = DataLoader(
         source, batch_size=None, collate_fn=make if ahead else _Pickled(make), pin_memory=pinned,
         num_workers=num_workers, prefetch_factor=max(1, ahead), timeout=WAITING,
@@ -128,6 +124,16 @@ def loading(
             batches._shutdown_workers()
         patience.cancel()
         _kill(workers)
+
+
+@cache
+def _tell_of_pipes(num_workers: int) -> None:
+    warn(
+        f"{SHARED_MEMORY} has {_shared_memory() / 2**20:.0f} MiB for each process, too little for "
+        f"the batches of {num_workers} loading workers, so they come through pipes, which is "
+        "slower; enlarge it (docker: --shm-size).",
+        everywhere=True,
+    )
 
 
 def _start_workers(loader: DataLoader[Any]) -> Any:

@@ -303,6 +303,6 @@ def array_pixels(array: NDArray[Any], channels: int) -> NDArray[Any]:
     if found.ndim != 3 or found.shape[0] != channels or found.size == 0:
         raise ImageError(
             f"an image must be of shape ({channels}, H, W) or (H, W, {channels}), got "
-            f"{array.shape}."
+            f"{array.shape}; --model_args '{{\"in_chans\": N}}' takes other numbers of channels."
         )
     return found

@@ -49,6 +49,8 @@ def open_dataset(name: str, config_name: str | None = None, *, streaming: bool =
     Raises:
         ValueError: nothing there that `datasets` can load; or what is loaded cannot be cached.
     """
+    if not name.strip():
+        raise ValueError(f"dataset_name must name data, got {name!r}; {DEMO} is built in.")
     if name == NO_NAME_YET:
         raise ValueError(
             "dataset_name must be given, since this recipe is for data of your own: a data set on "

@@ -165,7 +165,7 @@ def _divide_into_splits(
         outer = {each for each in folders if known[each][0] is None}
         inner = {within for split, within in known.values() if split is not None}
         if "train" in names or not inner or not inner <= outer or () in inner:
-            if named := sorted(names - {None, "train"}, key=str):
+            if named := sorted(map(str, names - {None, "train"})):
                 warn(
                     f"folders in {place} that are called after the splits {', '.join(named)} are "
                     "taken for classes, as not all images are below such folders; move the others "
