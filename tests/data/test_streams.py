@@ -165,7 +165,7 @@ def test_bad_images_count_as_often_as_they_are_read(tmp_path: Path) -> None:
 
 
 def test_bad_images_after_the_last_good_one_count_too() -> None:
-    cells: list[bytes | None] = [PNG] * 32 + [b""] * 50
+    cells: list[bytes | None] = [*[PNG] * 32, *[b""] * 50]
     table = table_of(cells).to_iterable_dataset()
     stream = image_stream({"a": table}, "a", dataset_name="tail")
     chunks = list(StreamCrops(stream, TwoViews(image_size=24), False, 0))
