@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import platform
 import re
@@ -13,9 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import parse_flag_from_env
+from torch.nn.parallel import DistributedDataParallel
 
 from vicreg_hf.runtime.distributed import PATIENCE
+
+SHARDED = {
+    "FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+    "a parallelism config": "ACCELERATE_USE_PARALLELISM_CONFIG",
+}  # fmt: skip
+"""Ways to spread a model over processes, by what `accelerate launch` sets for each."""
 
 
 def available_cores() -> int:
@@ -30,17 +40,28 @@ def local_processes(accelerator: Accelerator) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
 
 
-def start_accelerator(*handlers: Any) -> Accelerator:
+def start_accelerator() -> Accelerator:
     """Join the other processes, and give each on CPU its share of the cores.
 
-    Args:
-        handlers: further `kwargs_handlers` of Accelerator.
-
     Raises:
-        ValueError: processes were started that accelerate does not count.
+        ValueError: processes were started that accelerate does not count, or accelerate was asked
+            to spread the model over processes, or to accumulate gradients.
     """
-    patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    accelerator = Accelerator(kwargs_handlers=[*handlers, patience])
+    if sharded := [name for name, flag in SHARDED.items() if parse_flag_from_env(flag)]:
+        raise ValueError(
+            f"every process must hold the whole model, got {sharded[0]} from accelerate's "
+            "configuration; choose one of MULTI_GPU, MULTI_CPU or no distribution with "
+            "`accelerate config`, and micro_batch_size where memory is short."
+        )
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    handler: Any = _OwnBuffers(gradient_as_bucket_view=True)
+    accelerator.ddp_handler = handler
+    if (accumulated := accelerator.gradient_accumulation_steps) != 1:
+        raise ValueError(
+            "accelerate must not accumulate gradients, which the loss of a whole batch cannot be "
+            f"summed from, got gradient_accumulation_steps={accumulated}; set it to 1, and choose "
+            "micro_batch_size, which gives the exact gradient in less memory."
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ValueError(
@@ -54,6 +75,16 @@ def start_accelerator(*handlers: Any) -> Accelerator:
         # accelerate launch sets OMP_NUM_THREADS=1, which leaves all cores but one idle
         torch.set_num_threads(max(1, available_cores() // local_processes(accelerator)))
     return accelerator
+
+
+class _OwnBuffers(DistributedDataParallelKwargs):
+    """DDP leaves each process its buffers, which are equal where they must be."""
+
+    def to_kwargs(self) -> dict[str, Any]:
+        known = inspect.signature(DistributedDataParallel).parameters
+        # torch 2.13 has renamed it
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return super().to_kwargs() | {name: False}
 
 
 def default_num_workers(num_processes: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vicreg_hf.data.sampler import GlobalBatches
@@ -54,9 +54,7 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     started = time.perf_counter()
     check_architecture(args.architecture)
     transformers.utils.logging.disable_progress_bar()
-    accelerator = start_accelerator(
-        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    )
+    accelerator = start_accelerator()
     if accelerator.is_main_process:
         _open_repositories(args)
     args, data = open_training_data(
