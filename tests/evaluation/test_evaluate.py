@@ -25,6 +25,7 @@ from sklearn.preprocessing import normalize
 
 from vicreg_hf.evaluation.evaluate import evaluate
 from vicreg_hf.metrics.linear_probe import linear_probe
+from vicreg_hf.metrics.subsets import balanced_subset
 
 pytestmark = pytest.mark.usefixtures("one_core", "own_cache")
 
@@ -97,6 +98,22 @@ def test_classifiers_and_retrieval_are_those_of_stock_features(
     )
     assert found["recall at 10"]["value"] == pytest.approx(hits.any(1).mean())
     assert found["recall at 1"]["value"] == pytest.approx(hits[:, 0].mean())
+
+
+def test_linear_learns_from_so_many_labels_of_each_class(
+    encoder: Path, data: Path, tmp_path: Path
+) -> None:
+    found = measure(encoder, data, tmp_path, "linear", labels_per_class=3, seed=1)
+    x = {
+        split: torch.from_numpy(stock_features(encoder, data, split)) for split in ("train", "test")
+    }
+    labels, wanted = (torch.from_numpy(labels_of(data, split)) for split in ("train", "test"))
+    rows = balanced_subset(labels, number=3, seed=1)
+    assert labels[rows].bincount().tolist() == [3] * 10
+    probe = linear_probe(x["train"][rows], labels[rows], x["test"], epochs=5, seed=1)
+    assert found["linear probe, 3 labels a class top-1 accuracy"]["value"] == pytest.approx(
+        probe.accuracy(wanted), abs=2.01 / 120
+    )
 
 
 def test_a_collapsed_encoder_gives_numbers_that_json_has(few: Path, tmp_path: Path) -> None:

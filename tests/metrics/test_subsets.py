@@ -23,6 +23,12 @@ def test_every_class_gives_its_share_and_at_least_one_row() -> None:
         assert (np.diff(rows) > 0).all()  # ascending, none twice
 
 
+def test_every_class_gives_so_many_rows_or_all_of_its_own() -> None:
+    rows = balanced_subset(LABELS, number=10, seed=0)
+    assert np.bincount(LABELS[rows]).tolist() == [10, 10, 10, 3]
+    assert set(balanced_subset(LABELS, number=2, seed=0)) < set(rows)
+
+
 def test_a_subset_is_a_function_of_labels_fraction_and_seed() -> None:
     first = balanced_subset(LABELS, 0.1, seed=3)
     with torch.random.fork_rng():

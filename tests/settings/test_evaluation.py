@@ -96,6 +96,10 @@ def test_settings_of_training_go_where_they_belong() -> None:
         ({"protocols": "finetune-10", "label_fraction": 0.5}, "settings of the protocol finetune"),
         ({"label_list": "x"}, "settings of the protocol finetune, got protocols=knn,linear"),
         ({"protocols": "finetune", "label_fraction": 0.5, "label_list": "x"}, "exclude each other"),
+        (
+            {"protocols": "knn", "labels_per_class": 10},
+            "setting of the protocol linear, got protocols=knn",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_said_in_a_sentence(

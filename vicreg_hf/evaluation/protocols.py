@@ -29,6 +29,7 @@ from vicreg_hf.metrics.cross_modal import by_owner, chance, cross_recall
 from vicreg_hf.metrics.knn import knn_predict
 from vicreg_hf.metrics.linear_probe import linear_probe
 from vicreg_hf.metrics.retrieval import average_precision_at_k, nearest_neighbours, recall_at_k
+from vicreg_hf.metrics.subsets import balanced_subset
 from vicreg_hf.runtime.machine import default_num_workers, local_processes
 from vicreg_hf.settings.evaluation import TRAINED
 from vicreg_hf.views.two_views import TwoViews
@@ -50,12 +51,18 @@ def _knn(task: Task) -> None:
 
 
 def _linear(task: Task) -> None:
-    epochs = task.args.probe_epochs
+    epochs, number = task.args.probe_epochs, task.args.labels_per_class
+    x, labels, name = task.x("train"), task.labels("train"), "linear probe"
+    if number is not None:
+        chosen = balanced_subset(labels.cpu(), seed=task.args.seed, number=number)
+        rows = torch.from_numpy(chosen).to(x.device)
+        x, labels, name = x[rows], labels[rows], f"{name}, {number} labels a class"
     result = linear_probe(
-        task.x("train"), task.labels("train"), task.x("test"), num_classes=len(task.data.names),
-        epochs=epochs, seed=task.args.seed,
+        x, labels, task.x("test"), num_classes=len(task.data.names), epochs=epochs,
+        seed=task.args.seed,
     )  # fmt: skip
     settings = {
+        "labels_per_class": number,
         "epochs": epochs, "learning_rate": result.learning_rate,
         "weight_decay": result.weight_decay, "batch_size": result.batch_size,
     }  # fmt: skip
@@ -67,7 +74,7 @@ def _linear(task: Task) -> None:
         for (rate, decay), accuracy in result.validation.items()
         for loss in [result.validation_loss[rate, decay]]
     ]  # fmt: skip
-    task.add_predictions("linear", "linear probe", result.predictions, settings, {"tried": tried})
+    task.add_predictions("linear", name, result.predictions, settings, {"tried": tried})
 
 
 def _svm(task: Task) -> None:

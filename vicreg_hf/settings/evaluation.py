@@ -60,6 +60,8 @@ class EvaluationArguments(EncodingSettings):
     """Tokenizer of a second branch that takes text; by default the one published with it."""
     probe_epochs: Count = 30
     """Passes of linear over the features."""
+    labels_per_class: Count | None = None
+    """Labels of each class that linear learns from, chosen by seed; by default all."""
     epochs: Count | None = None
     """Epochs of linear-sgd and finetune; by default the authors' number."""
     train_batch_size: Count | None = None
@@ -95,6 +97,11 @@ class EvaluationArguments(EncodingSettings):
             _ = self.numbers(name)
         if self.label_fraction is not None and self.label_list is not None:
             raise ValueError("label_fraction and label_list exclude each other, got both.")
+        if self.labels_per_class is not None and "linear" not in self.protocol_names:
+            raise ValueError(
+                "labels_per_class is a setting of the protocol linear, got "
+                f"protocols={self.protocols}; add linear, or leave it out."
+            )
         subset = self.label_fraction is not None or self.label_list is not None
         if subset and "finetune" not in self.protocol_names:
             raise ValueError(
