@@ -63,6 +63,32 @@ def test_a_process_ends_when_another_is_lost_and_not_when_it_leaves(
     assert message in capfd.readouterr().err
 
 
+def test_a_process_that_does_not_finish_a_step_ends_and_the_others_hear_of_it(
+    start: Callable[[int], liveness._Watch], monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(liveness, "STANDSTILL", 0.3)
+    monkeypatch.setattr(liveness, "STEPS_LONG", 2)
+    stuck, other = start(1), start(0)
+    stuck.progress.begin(1)
+    time.sleep(0.6)  # the first step of a session may compile
+    stuck.progress.end()
+    time.sleep(0.6)  # time between steps has no limit
+    assert not ended
+    stuck.progress.begin(2)
+    until = time.monotonic() + 20
+    while len(ended) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    stuck.end()
+    other.end()
+    said = capfd.readouterr().err
+    assert "process 1 of 2 is stuck: step 2 was not finished in " in said
+    assert "process 1 of 2 has failed" in said
+    assert "test_liveness.py" in said  # where it stands
+
+
 ENDS_SLOWLY = """
 import time
 from accelerate import Accelerator

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,7 +36,7 @@ from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.evaluation.classifier import Classifier, create_head, freeze_unused
 from vicreg_hf.features.encode import Autocast, encoding_precision, extract_features
 from vicreg_hf.models.batch_norm import synchronize
-from vicreg_hf.runtime.distributed import gather_rows, sum_over_processes
+from vicreg_hf.runtime.distributed import gather_objects, gather_rows, sum_over_processes
 from vicreg_hf.runtime.randomness import Stream, derive_seed
 from vicreg_hf.runtime.transfer import on_device
 from vicreg_hf.settings.finetuning import FinetuneSettings
@@ -249,7 +248,7 @@ def _fit(
                 losses.append(_finite(mean.item(), epoch, settings))
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 total.zero_()
-    bad.agree(gather_object, write=False, say=accelerator.print)
+    bad.agree(gather_objects, write=False, say=accelerator.print)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
     return losses

@@ -25,6 +25,7 @@ from vicreg_hf.hub.api import HubError, open_repository, push_files, visible_fil
 from vicreg_hf.hub.record import impersonal
 from vicreg_hf.runtime.checks import read_range
 from vicreg_hf.runtime.console import optional
+from vicreg_hf.runtime.distributed import main_process_first, wait_for_all
 from vicreg_hf.runtime.files import replacing, writing
 from vicreg_hf.runtime.machine import start_accelerator
 from vicreg_hf.runtime.output_dir import claim
@@ -63,13 +64,13 @@ def _extract(args: ExtractionArguments) -> Path:
         )
     encoder = open_encoder(args.model, args.revision)
     encoder.module.to(accelerator.device)
-    with accelerator.main_process_first():
+    with main_process_first():
         splits = _open_splits(args, encoder)
     _check_record(args, encoder, splits, output_dir, write=main)
     if main:
         for left in (output_dir / "data").glob(".*.partial"):  # by a process that was killed
             left.unlink()
-    accelerator.wait_for_everyone()
+    wait_for_all()
     parts = parts_of(splits, output_dir / "data", args.rows_per_file)
     complete_parts(
         encoder, splits, parts, accelerator, directory=output_dir, remedy=REMEDY,
@@ -83,7 +84,7 @@ def _extract(args: ExtractionArguments) -> Path:
             aside.write_text(_card(args, splits), encoding="utf-8")
         if args.push_to_hub:
             _push(args, output_dir)
-    accelerator.wait_for_everyone()
+    wait_for_all()
     accelerator.end_training()
     return output_dir
 

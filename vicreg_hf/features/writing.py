@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -28,7 +27,7 @@ from vicreg_hf.data.workers import loading_errors
 from vicreg_hf.features.encode import encode_with, encoding_precision
 from vicreg_hf.features.encoders import Encoder
 from vicreg_hf.features.parts import Part, PartError, read_part, write_part
-from vicreg_hf.runtime.distributed import failing_together
+from vicreg_hf.runtime.distributed import failing_together, gather_objects, wait_for_all
 from vicreg_hf.runtime.files import writing
 from vicreg_hf.runtime.machine import default_num_workers, local_processes
 
@@ -67,9 +66,9 @@ def complete_parts(
     if main:
         bad.forget()  # all bad images are found again and listed anew
     bad.add(left_out)
-    bad.agree(gather_object, seen=total, write=main, say=accelerator.print)
-    check_share(sum(gather_object([len(left_out)])), total, max_bad_fraction)
-    accelerator.wait_for_everyone()
+    bad.agree(gather_objects, seen=total, write=main, say=accelerator.print)
+    check_share(sum(gather_objects([len(left_out)])), total, max_bad_fraction)
+    wait_for_all()
 
 
 def _missing_parts(
@@ -95,7 +94,7 @@ def _missing_parts(
             except PartError as error:
                 print(f"warning: {part.file} is damaged and is made again: {error}.", flush=True)
                 numbers.append(number)
-    return [parts[number] for number in sorted(gather_object(numbers))], left_out
+    return [parts[number] for number in sorted(gather_objects(numbers))], left_out
 
 
 def _lacking(part: Part, split: ImageSplit, num_features: int) -> list[BadImage]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,9 +17,52 @@ import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 ProcessGroup = dist.ProcessGroup | None
+T = TypeVar("T")
 PATIENCE = timedelta(hours=12)
-"""How long processes wait for the main one, which prepares data, computes features or pushes
-meanwhile; NCCL would end them after ten minutes."""
+"""How long processes wait for the main one while it prepares data, computes features or pushes.
+Within a step they wait as long as their backend does by default, ten minutes with NCCL."""
+_patient: list[Any] = []
+"""The group over which long work is waited for, if there is one; else the default group."""
+
+
+def be_patient() -> None:
+    """Make the group over which processes wait for long work; every process must call this."""
+    _patient.clear()
+    if world_size() > 1:
+        _patient.append(dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def patient_group() -> ProcessGroup:
+    return _patient[0] if _patient and world_size() > 1 else None
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here, as long as one may take for long work."""
+    if world_size() > 1:
+        dist.barrier(group=patient_group())
+
+
+def gather_objects(own: list[T]) -> list[T]:
+    """The lists of all processes, one after the other in rank order; it may wait for long work.
+
+    Args:
+        own: anything that pickles; it comes from processes of this run alone.
+    """
+    if world_size() == 1:
+        return own
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, own, group=patient_group())
+    return [each for part in found for each in part]
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Let the main process go through a context before the others enter it."""
+    if rank() > 0:
+        wait_for_all()
+    yield
+    if rank() == 0:
+        wait_for_all()
 
 
 def world_size(group: ProcessGroup = None) -> int:
@@ -88,14 +131,19 @@ class Vote:
         flags: this process's, as booleans or as scalar tensors on the device.
     """
 
-    def __init__(self, flags: Sequence[bool | Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        flags: Sequence[bool | Tensor],
+        device: torch.device,
+        group: ProcessGroup = None,
+    ) -> None:
         votes = [
             flag.to(torch.float32)
             if isinstance(flag, Tensor)
             else torch.full((), float(flag), device=device)
             for flag in flags
         ]
-        self._counts = sum_over_processes(torch.stack(votes))
+        self._counts = sum_over_processes(torch.stack(votes), group)
         self._arrived: torch.cuda.Event | None = None
         if device.type == "cuda":
             on_host = torch.empty(len(flags), pin_memory=True)
@@ -142,6 +190,8 @@ class OtherProcessFailed(RuntimeError):  # noqa: N818
 def failing_together(device: torch.device) -> Iterator[None]:
     """Raise in every process where one does, or the others would wait for it.
 
+    They wait for long work, up to `PATIENCE`.
+
     Every process must enter, and nothing inside may wait for other processes.
 
     Raises:
@@ -152,5 +202,7 @@ def failing_together(device: torch.device) -> Iterator[None]:
         yield
     except Exception as error:  # raised again below, once all processes know
         fault = error
-    if any_process([fault is not None], device)[0]:
+    group = patient_group()
+    vote = Vote([fault is not None], torch.device("cpu") if group else device, group)
+    if vote.read()[0]:
         raise fault or OtherProcessFailed("another process has failed; its own message says why.")

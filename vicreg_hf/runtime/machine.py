@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import parse_flag_from_env
 from torch.nn.parallel import DistributedDataParallel
 
-from vicreg_hf.runtime.distributed import PATIENCE
+from vicreg_hf.runtime.distributed import be_patient
 
 SHARDED = {
     "FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
@@ -53,7 +53,7 @@ def start_accelerator() -> Accelerator:
             "configuration; choose one of MULTI_GPU, MULTI_CPU or no distribution with "
             "`accelerate config`, and micro_batch_size where memory is short."
         )
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    accelerator = Accelerator()
     handler: Any = _OwnBuffers(gradient_as_bucket_view=True)
     accelerator.ddp_handler = handler
     if (accumulated := accelerator.gradient_accumulation_steps) != 1:
@@ -68,6 +68,7 @@ def start_accelerator() -> Accelerator:
             f"every launched process must take part, got WORLD_SIZE={launched} and "
             f"{accelerator.num_processes} in accelerate; see README, 'Several processes'."
         )
+    be_patient()
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":  # accelerate says nothing
             said = "warning: mixed precision fp16 is ignored on CPU, which computes in float32."

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vicreg_hf.checkpoints.reading import CheckpointError, newest_checkpoint
 from vicreg_hf.runtime.checks import one_line
-from vicreg_hf.runtime.distributed import any_process
+from vicreg_hf.runtime.distributed import any_process, wait_for_all
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.run import Run
 from vicreg_hf.training.step import Step
@@ -95,7 +95,7 @@ def _failure(run: Run, sentence: str, found: dict[str, Any]) -> FloatingPointErr
         report = {"checkpoint": newest and newest.name, "remedies": remedies, "replay": replay}
         with suppress(OSError):  # a full disk must not hide what is not finite
             write_report(path, found | report)
-    run.accelerator.wait_for_everyone()  # which may end the main process when they have ended
+    wait_for_all()  # which may end the main process when they have ended
     kept = f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
     return FloatingPointError(
         f"{sentence}. {kept} Remedies: {'; '.join(remedies)}. The report is {path}; the step is "

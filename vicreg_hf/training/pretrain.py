@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
@@ -28,7 +27,9 @@ from vicreg_hf.runtime.distributed import (
     OtherProcessFailed,
     any_process,
     failing_together,
+    gather_objects,
     gather_rows,
+    wait_for_all,
 )
 from vicreg_hf.runtime.liveness import watched
 from vicreg_hf.runtime.output_dir import claim
@@ -83,7 +84,7 @@ def pretrain(args: PretrainingArguments) -> Path:
             with failing_together(run.accelerator.device):
                 make_output_dir(run)
         # loading_errors, as any call of torch may report that a worker has died
-        with explained(args, run), watched(run.accelerator), loading_errors():
+        with explained(args, run), watched(run.accelerator, run.progress), loading_errors():
             share_bad_images(run)
             measure_untrained(run, signals)
             fit(run, signals)
@@ -110,6 +111,7 @@ def fit(run: Run, signals: Signals) -> None:
             disable=not run.accelerator.is_local_main_process,
         )  # fmt: skip
         for views in bar:
+            run.progress.begin(run.step + 1)
             step = take_gradients(run, views)
             last = step.number == run.total_steps
             logs, saves, measures = (
@@ -128,6 +130,7 @@ def fit(run: Run, signals: Signals) -> None:
                 assert step.output.pooler_output is not None
                 run.probe.learn(step.output.pooler_output, run.batches.batch(run.step)[1])
             take_step(run)
+            run.progress.end()
             clock.tick()
             if logs or measures:
                 row = _metrics(run, step, clock) if logs else _step_and_epoch(run)
@@ -194,7 +197,7 @@ def share_bad_images(run: Run) -> None:
     images = run.inputs.images
     seen = len(images) if isinstance(images, Tensor) else run.step * run.args.batch_size
     run.inputs.bad.agree(
-        gather_object, seen=seen,
+        gather_objects, seen=seen,
         write=run.accelerator.is_main_process, say=run.accelerator.print,
     )  # fmt: skip
     if run.probe is not None:
@@ -262,7 +265,7 @@ def _accuracies(run: Run, signals: Signals | None) -> dict[str, Any]:
                 run.model.encoder, run.accelerator.device, classify,
                 autocast=partial(_autocast_unless_stopped, run, signals),
             ) | {"knn_images": run.monitor.subject}  # fmt: skip
-    run.accelerator.wait_for_everyone()
+    wait_for_all()
     return row
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vicreg_hf.checkpoints.reading import CheckpointError
+from vicreg_hf.runtime.distributed import wait_for_all
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.faults import describe_step, explained, write_report
 from vicreg_hf.training.setup import setup
@@ -43,7 +44,7 @@ def replay(args: PretrainingArguments, step: int) -> Path:
                 found = describe_step(run, reached)
                 if run.accelerator.is_main_process:
                     write_report(path, found)
-                run.accelerator.wait_for_everyone()
+                wait_for_all()
                 return path
             take_step(run)
     raise CheckpointError(f"step {step} was not reached.")

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from vicreg_hf.checkpoints.reading import (
     CheckpointError,
@@ -20,7 +19,7 @@ from vicreg_hf.checkpoints.reading import (
     read_manifest,
 )
 from vicreg_hf.modeling_vicreg import VICRegModel
-from vicreg_hf.runtime.distributed import failing_together
+from vicreg_hf.runtime.distributed import failing_together, gather_objects
 from vicreg_hf.runtime.machine import installed_versions
 from vicreg_hf.training.faults import check_state_is_finite
 from vicreg_hf.training.run import Run
@@ -108,7 +107,7 @@ def resume(run: Run, *, before: int | None = None) -> None:
 
 
 def _check_same_everywhere(path: Path | None, folder: Path) -> None:
-    names = gather_object([None if path is None else path.name])
+    names = gather_objects([None if path is None else path.name])
     if any(name != names[0] for name in names):
         raise CheckpointError(
             f"every process must see the same checkpoints in {folder}, and the newest is "

@@ -14,6 +14,7 @@ from vicreg_hf.checkpoints.writing import CheckpointWriter
 from vicreg_hf.data.pairs import SecondInput
 from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.runtime.liveness import Progress
 from vicreg_hf.settings.learning_rate import learning_rate
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.data import TrainingData
@@ -48,6 +49,8 @@ class Run:
     """Whether the processes have compared the shapes of their views."""
     seconds_before: float = 0.0
     """Duration of the earlier sessions of this run."""
+    progress: Progress = field(default_factory=Progress)
+    """Where the run is, for the watch over its processes."""
 
     def __post_init__(self) -> None:
         self.log = MetricsLog(self.output_dir / "metrics.jsonl", self.accelerator.is_main_process)

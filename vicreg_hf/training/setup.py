@@ -22,7 +22,7 @@ from vicreg_hf.models.batch_norm import synchronize
 from vicreg_hf.models.compiling import compiler_fault
 from vicreg_hf.models.timm_models import check_architecture
 from vicreg_hf.publishing.publish import check_exportable
-from vicreg_hf.runtime.distributed import any_process
+from vicreg_hf.runtime.distributed import any_process, main_process_first
 from vicreg_hf.runtime.files import replacing, writing
 from vicreg_hf.runtime.machine import hardware, local_processes, start_accelerator
 from vicreg_hf.runtime.output_dir import set_aside
@@ -59,7 +59,7 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
         _open_repositories(args)
     args, data = open_training_data(
         args, rank=accelerator.process_index, world_size=accelerator.num_processes,
-        local_processes=local_processes(accelerator), main_first=accelerator.main_process_first,
+        local_processes=local_processes(accelerator), main_first=main_process_first,
     )  # fmt: skip
     # convolutions are faster in this layout, on CPU too; attention does not mind
     model = build_model(args, data.pairs, sound=data.sound)
