@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vicreg_hf.features.encode import encode, encode_with, extract_features
+from vicreg_hf.features.encode import check_finite_features, encode, encode_with, extract_features
 from vicreg_hf.features.encoders import Encoder
 
 MEAN, STD, CPU = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), torch.device("cpu")
@@ -46,4 +46,4 @@ def test_features_that_cannot_be_used_are_refused(layers: list[Any], sentence: s
     config = {"input_size": (3, 2, 2), "mean": (0,) * 3, "std": (1,) * 3}
     encoder = Encoder(nn.Sequential(*layers), 2, lambda image: image, config, {})
     with pytest.raises(ValueError, match=sentence):
-        encode_with(encoder, torch.ones(4, 3, 2, 2, dtype=torch.uint8), CPU)
+        check_finite_features(encode_with(encoder, torch.ones(4, 3, 2, 2, dtype=torch.uint8), CPU))

@@ -23,7 +23,7 @@ from vicreg_hf.evaluation.measurements import Measurement
 from vicreg_hf.evaluation.pair_embeddings import embed_pairs
 from vicreg_hf.evaluation.requirements import training_rows
 from vicreg_hf.evaluation.task import Task
-from vicreg_hf.features.encode import encode_with, encoding_precision
+from vicreg_hf.features.encode import check_finite_features, encode_with, encoding_precision
 from vicreg_hf.metrics.collapse import collapse_report
 from vicreg_hf.metrics.cross_modal import by_owner, chance, cross_recall
 from vicreg_hf.metrics.knn import knn_predict
@@ -185,7 +185,8 @@ def _features_of_two_views(task: Task) -> tuple[Tensor, Tensor]:
         views = two_views.transform_crops(crops, rows.numpy())
         for found, view in zip(features, views, strict=True):
             found.append(encode_with(encoder, view, task.device, autocast))
-    return torch.cat(features[0]), torch.cat(features[1])
+    first, second = (check_finite_features(torch.cat(found)) for found in features)
+    return first, second
 
 
 def _trained(protocol: str, task: Task) -> None:

@@ -55,8 +55,9 @@ def normalise_images(
 ) -> Tensor:
     """uint8 images (B, C, S, S) as the float32 that an encoder was trained on."""
     shape = (1, -1, 1, 1)
-    centre = torch.as_tensor(mean, device=images.device).view(shape)
-    width = torch.as_tensor(std, device=images.device).view(shape)
+    centre, width = (
+        on_device(torch.as_tensor(values), images.device).view(shape) for values in (mean, std)
+    )
     return (images.float() / 255 - centre) / width
 
 
@@ -66,7 +67,7 @@ def encode_with(
     """Encode a batch of the encoder's own evaluation views; (B, F) float32 on the device.
 
     Raises:
-        ValueError: an encoder that does not pool, or whose features are not finite.
+        ValueError: an encoder that does not pool.
     """
     features = encode(
         encoder.module, images, mean=encoder.mean, std=encoder.std, device=device,
@@ -77,6 +78,15 @@ def encode_with(
             "the encoder must pool to shape (batch, features), got "
             f"{tuple(features.shape)}; remove global_pool from its model_args."
         )
+    return features
+
+
+def check_finite_features(features: Tensor) -> Tensor:
+    """The features (N, F) themselves. A GPU is waited for, so this is not for every batch.
+
+    Raises:
+        ValueError: some are not finite.
+    """
     if not bool(features.isfinite().all()):
         raise ValueError(
             "the encoder must give finite features, and some are not; compute in float32, without "

@@ -24,7 +24,7 @@ from vicreg_hf.data.columns.base import BadImage
 from vicreg_hf.data.columns.reading import zip_and_name
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.workers import loading_errors
-from vicreg_hf.features.encode import encode_with, encoding_precision
+from vicreg_hf.features.encode import check_finite_features, encode_with, encoding_precision
 from vicreg_hf.features.encoders import Encoder
 from vicreg_hf.features.parts import Part, PartError, read_part, write_part
 from vicreg_hf.runtime.distributed import failing_together, gather_objects, wait_for_all
@@ -164,7 +164,7 @@ def write_parts(
                 features.append(encode_with(encoder, batch.images, device))
             bar.update(len(rows))
             if rows[-1] == part.rows[-1]:
-                found = torch.cat(features).cpu().numpy().astype(dtype)
+                found = check_finite_features(torch.cat(features)).cpu().numpy().astype(dtype)
                 _write(part, splits[part.split], prepared, found, root)
                 prepared, features = [], [empty]
     return left_out

@@ -102,40 +102,63 @@ def linear_probe(
     settings = list(itertools.product(learning_rates, weight_decays))
     if not settings:
         raise ValueError("a sweep needs at least one learning rate and one weight decay, got none.")
-    x, x_test = _standardised(train, test)
+    mean, std = _moments(train)
+    x, x_test = _Standardised(train, mean, std), _Standardised(test, mean, std)
     held_out = torch.from_numpy(balanced_subset(labels.cpu(), VALIDATION, seed))
     kept = torch.ones(len(x), dtype=torch.bool)
     if len(held_out) < len(x):  # else each class has one row, and is chosen on what it learns
         kept[held_out] = False
-    kept, held_out = kept.to(x.device), held_out.to(x.device)
+    every = torch.arange(len(x), device=train.device)
+    kept, held_out = every[kept.to(train.device)], held_out.to(train.device)
     batch_size = batch_size or min(max(len(x) // 40, 32), 1024)
     options = {"epochs": epochs, "batch_size": batch_size, "seed": seed}
-    weight, bias = _train(x[kept], labels[kept], classes, settings, **options)
-    found, losses = _classify(x[held_out], weight, bias, classes, labels[held_out])
+    weight, bias = _train(x, labels, kept, classes, settings, **options)
+    found, losses = _classify(x, held_out, weight, bias, classes, labels)
     scores = (found == labels[held_out, None]).float().mean(0).tolist()
     if not bool(losses.isfinite().any()):
         raise FloatingPointError(
             "every linear classifier diverged; are the features finite numbers?"
         )
     best = settings[int(losses.nan_to_num(nan=math.inf).argmin())]
-    weight, bias = _train(x, labels, classes, [best], **options)
-    predictions = _classify(x_test, weight, bias, classes)[0][:, 0]
+    weight, bias = _train(x, labels, every, classes, [best], **options)
+    rows = torch.arange(len(test), device=train.device)
+    predictions = _classify(x_test, rows, weight, bias, classes)[0][:, 0]
     accuracies = dict(zip(settings, scores, strict=True))
     loss_of = dict(zip(settings, losses.tolist(), strict=True))
     return LinearResult(predictions, *best, accuracies, loss_of, batch_size)
 
 
-def _standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    train, test = train.float(), test.float().to(train.device)
-    mean, std = train.mean(0), train.std(0)
+class _Standardised:
+    """Rows of features, standardised when they are asked for: a copy of ImageNet's takes 10 GB.
+
+    Args:
+        x: (N, F), on any device.
+        mean: (F,), on the device of the results; likewise std.
+    """
+
+    def __init__(self, x: Tensor, mean: Tensor, std: Tensor) -> None:
+        self.x, self.mean, self.std = x.to(mean.device), mean, std
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return (self.x[rows].float() - self.mean) / self.std
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (F,) and standard deviation (F,) of features; 1 in place of a constant's."""
+    x = x.float()
+    mean, std = x.mean(0), x.std(0)
     # a constant's std is not 0 but some rounding of its size; the size of others says nothing
-    std = torch.where(std > 1e-6 * train.abs().amax(0), std, torch.ones_like(std))
-    return (train - mean) / std, (test - mean) / std
+    largest = torch.maximum(x.amax(0), -x.amin(0))
+    return mean, torch.where(std > 1e-6 * largest, std, torch.ones_like(std))
 
 
 def _train(
-    x: Tensor,
+    x: _Standardised,
     labels: Tensor,
+    learned: Tensor,
     num_classes: int,
     settings: Sequence[tuple[float, float]],
     *,
@@ -143,23 +166,28 @@ def _train(
     batch_size: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Weights (F, S K) and biases (S K) of a classifier for each setting; gradients by hand."""
-    rates, decays = torch.tensor(settings, device=x.device).T
+    """Weights (F, S K) and biases (S K) of a classifier for each setting; gradients by hand.
+
+    Args:
+        learned: numbers of the rows that are learned from.
+    """
+    device = learned.device
+    rates, decays = torch.tensor(settings, device=device).T
     columns = (len(settings), num_classes)
     rate, decay = (v[:, None].expand(columns).reshape(-1) for v in (rates, decays))
-    weight = x.new_zeros(x.shape[1], rate.numel())
-    bias = x.new_zeros(rate.numel())
+    weight = x.mean.new_zeros(len(x.mean), rate.numel())
+    bias = x.mean.new_zeros(rate.numel())
     momentum, bias_momentum = torch.zeros_like(weight), torch.zeros_like(bias)
-    total = epochs * math.ceil(len(x) / batch_size)
+    total = epochs * math.ceil(len(learned) / batch_size)
     step = 0
     for epoch in range(epochs):
-        order = torch.from_numpy(permutation(len(x), seed=seed, epoch=epoch)).to(x.device)
-        for rows in order.split(batch_size):
+        order = torch.from_numpy(permutation(len(learned), seed=seed, epoch=epoch)).to(device)
+        for rows in learned[order].split(batch_size):
             share = 0.5 * (1 + math.cos(math.pi * step / total))
             batch = x[rows]
             logits = torch.addmm(bias, batch, weight).view(len(rows), *columns)
             error = logits.softmax(2)
-            error[torch.arange(len(rows), device=x.device), :, labels[rows]] -= 1
+            error[torch.arange(len(rows), device=device), :, labels[rows]] -= 1
             error = error.flatten(1).div_(len(rows))
             momentum.mul_(MOMENTUM).addmm_(batch.T, error).addcmul_(weight, decay)
             bias_momentum.mul_(MOMENTUM).add_(error.sum(0))
@@ -170,20 +198,28 @@ def _train(
 
 
 def _classify(
-    x: Tensor, weight: Tensor, bias: Tensor, num_classes: int, labels: Tensor | None = None
+    x: _Standardised,
+    wanted: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_classes: int,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Classes (rows, S), and the mean cross-entropy (S,) with labels.
 
     A classifier that has diverged gives class -1, and a cross-entropy of NaN.
+
+    Args:
+        wanted: numbers of the rows that are classified.
+        labels: of all rows of x.
     """
-    parts, total = [], x.new_zeros(bias.numel() // num_classes)
-    for start in range(0, max(len(x), 1), ROWS_AT_ONCE):
-        rows = x[start : start + ROWS_AT_ONCE]
-        logits = torch.addmm(bias, rows, weight).view(len(rows), -1, num_classes)
+    parts, total = [], bias.new_zeros(bias.numel() // num_classes)
+    for rows in wanted.split(ROWS_AT_ONCE):
+        logits = torch.addmm(bias, x[rows], weight).view(len(rows), -1, num_classes)
         classes = logits.nan_to_num(nan=-math.inf).argmax(2)
         parts.append(torch.where(logits.isfinite().all(2), classes, -1))
         if labels is not None:
-            wanted = labels[start : start + ROWS_AT_ONCE, None, None]
-            chosen = logits.gather(2, wanted.expand(-1, logits.shape[1], 1))[..., 0]
+            right = labels[rows, None, None].expand(-1, logits.shape[1], 1)
+            chosen = logits.gather(2, right)[..., 0]
             total += (logits.logsumexp(2) - chosen).sum(0)
-    return torch.cat(parts), total / len(x)
+    return torch.cat(parts), total / len(wanted)
