@@ -103,6 +103,24 @@ def test_the_newest_that_are_whole_remain_and_everything_else_is_left_alone(tmp_
     assert read_manifest(restarted)["state"] == {"seconds": 2.0}
 
 
+def test_milestones_and_the_best_that_the_newest_name_remain_too(tmp_path: Path) -> None:
+    def save_step(step: int, best: int) -> set[str]:
+        save(tmp_path, step, milestone=step % 4 == 0, best={"step": best})
+        return {path.name for path in tmp_path.iterdir()}
+
+    for step in (1, 2, 3, 4):
+        save_step(step, 1)
+    assert save_step(5, 1) == {"step-1", "step-4", "step-5"}
+    # where step 6 is lost, the run goes on from step 5 and still needs step 1
+    assert save_step(6, 6) == {"step-1", "step-4", "step-5", "step-6"}
+    assert save_step(7, 6) == {"step-4", "step-6", "step-7"}
+    save_step(8, 6)
+    assert save_step(9, 6) == {f"step-{step}" for step in (4, 6, 8, 9)}
+    (tmp_path / "step-9" / MANIFEST).write_text("damaged")
+    assert newest_checkpoint(tmp_path)[0] == tmp_path / "step-8"
+    assert save_step(5, 4) == {"step-4", "step-5"}  # later ones are of a run before
+
+
 # Failures
 
 

@@ -11,7 +11,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from vicreg_hf.metrics.knn import knn_accuracy, knn_predict
+from vicreg_hf.metrics.knn import knn_accuracy, knn_predict, vote
 
 NUM_CLASSES = 7
 
@@ -79,3 +79,16 @@ def test_features_and_labels_may_be_arrays() -> None:
     given: list[Any] = [train.numpy(), rows, test.double().numpy(), wanted.tolist()]
     given[0].flags.writeable = False
     assert knn_accuracy(*given, k=5) == knn_accuracy(train, labels, test, wanted, k=5)
+
+
+def test_a_row_that_is_the_query_itself_has_no_vote() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(1500, 3, generator=generator), torch.arange(1500) % 3
+    own_rows = torch.arange(0, 1500, 1)[torch.randperm(1500, generator=generator)[:1100]]
+    found = vote(x, labels, x[own_rows], k=5, own_rows=own_rows)
+    for place in (0, 7, 1024, 1099):
+        others = torch.arange(1500) != own_rows[place]
+        expected = knn_predict(x[others], labels[others], x[own_rows[place]][None], k=5)
+        assert found[place] == expected
+    x[1] = x[0]  # a duplicate still votes
+    assert vote(x, labels, x[:1], k=1, own_rows=torch.tensor([0])) == labels[1]

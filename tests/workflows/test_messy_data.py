@@ -54,7 +54,8 @@ def test_bad_images_are_replaced_counted_and_listed_up_to_the_share_given(
     assert listed == {(7, "007.png"), (21, "021.png"), (50, "050.png")}
     assert "3 images could not be used and were replaced" in capsys.readouterr().out
     again = train(data, tmp_path / "again", *FEW, "--num_workers=1")
-    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+    assert again[0] == rows[0]  # measured on the same sample
+    assert [row.get("loss") for row in again] == [row.get("loss") for row in rows]
     (data / "008.png").write_bytes(b"")
     with pytest.raises(ImageError, match=r"max_bad_fraction=0.05 .* of 64; .*raise --max"):
         train(data, run, *FEW, "--resume=never")
@@ -63,12 +64,18 @@ def test_bad_images_are_replaced_counted_and_listed_up_to_the_share_given(
 def test_data_without_labels_are_monitored_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = train(folder_of(tmp_path / "data", IN_MEMORY), tmp_path / "run", *FEW)[-1]
+    first, *_, row = train(folder_of(tmp_path / "data", IN_MEMORY), tmp_path / "run", *FEW)
+    assert first["step"] == 0
+    for each in (first, row):
+        assert 1 <= each["sample_effective_rank"] <= 64
+        assert each["sample_uniformity"] < 0 < each["sample_alignment"]
     assert row["embedding_std"] > 0
     assert 1 <= row["effective_rank"] <= 16
     assert "knn" not in row
     printed = capsys.readouterr().out
-    assert "No labelled held-out split, so no kNN accuracy was measured" in printed
+    assert "kNN needs labels, but data (train) has no labels; if it has" in printed
+    assert "No images with classes, so no kNN accuracy was measured" in printed
+    assert "effective rank of representations: " in printed
     assert "effective rank: " in printed
 
 

@@ -40,11 +40,13 @@ def printed(whole_run: Path) -> str:
 def test_run_leaves_what_the_readme_promises(whole_run: Path, printed: str) -> None:
     rows = metrics(whole_run)
     assert [row["step"] for row in rows] == list(range(9))
-    assert rows[0].keys() == {"step", "epoch", "knn", "knn_images", "knn_pixels"}
+    sample = {f"sample_{kind}{name}" for kind in ("", "embedding_")
+              for name in ("effective_rank", "alignment", "uniformity")}  # fmt: skip
+    assert rows[0].keys() == {"step", "epoch", "knn", "knn_images", "knn_pixels", *sample}
     assert rows[-1].keys() == {
         "step", "epoch", "loss", "invariance", "variance", "covariance", "grad_norm", "lr",
         "views_per_second", "embedding_std", "effective_rank", "alignment", "uniformity",
-        "bad_images", "knn", "knn_images", "probe_loss", "probe",
+        "bad_images", "knn", "knn_images", "probe_loss", "probe", *sample,
     }  # fmt: skip
     last = rows[-1]
     total = 25 * last["invariance"] + 25 * last["variance"] + last["covariance"]

@@ -22,7 +22,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -50,6 +51,17 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read."""
 
 
+class BestStep(TypedDict):
+    """The step of a run whose measurement is the best so far."""
+
+    measure: str
+    """The value of `keep_best`."""
+    step: int
+    value: float
+    images: str
+    """The images that were measured."""
+
+
 class RunState(TypedDict, total=False):
     """The values of a run beside weights, optimiser, probe and step."""
 
@@ -71,6 +83,10 @@ class RunState(TypedDict, total=False):
     """Checksum of the second branch's description, where the branches have weights of their own."""
     labels_sha256: str | None
     """Checksum of the labels that the online probe learns."""
+    milestone: bool
+    """Whether the checkpoint is kept when there are newer ones."""
+    best: BestStep | None
+    """The best step so far, this one or an earlier one, whose checkpoint is kept for as long."""
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -189,11 +205,28 @@ def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: Optimizer) ->
     Raises:
         CheckpointError: the checkpoint belongs to another model or optimiser.
     """
-    try:
+    with _misfits(path):
         rest = json.loads((path / OPTIMIZER_REST).read_text())
         state = join_tensors(load_file(path / OPTIMIZER), rest)
         model.load_state_dict(load_file(path / MODEL))
         optimizer.load_state_dict(state)
+
+
+def load_weights(path: Path, model: PreTrainedModel) -> None:
+    """Load the weights alone.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another model.
+    """
+    with _misfits(path):
+        model.load_state_dict(load_file(path / MODEL))
+
+
+@contextmanager
+def _misfits(path: Path) -> Iterator[None]:
+    """Say in one sentence that a checkpoint belongs to another model or optimiser."""
+    try:
+        yield
     # torch raises RuntimeError for other shapes and ValueError for other parameter groups
     except (OSError, SafetensorError, RuntimeError, ValueError, LookupError) as error:
         raise CheckpointError(

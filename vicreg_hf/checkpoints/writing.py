@@ -34,6 +34,7 @@ from vicreg_hf.checkpoints.reading import (
     file_digest,
     find_damage,
     newest_first,
+    read_manifest,
     split_tensors,
     step_of,
 )
@@ -41,7 +42,7 @@ from vicreg_hf.runtime.files import sync
 from vicreg_hf.runtime.machine import installed_versions
 
 KEEP = 2
-"""Checkpoints that remain; the older one is there in case the newer is damaged."""
+"""Newest checkpoints that remain; the older one is there in case the newer is damaged."""
 
 
 Files = dict[str, dict[str, Tensor]]
@@ -50,6 +51,8 @@ Files = dict[str, dict[str, Tensor]]
 
 class CheckpointWriter:
     """Writes checkpoints in a thread, one at a time, and keeps the newest `KEEP`.
+
+    Beside these it keeps milestones, and the best steps that the newest ones name.
 
     A step waits for the copy alone. Memory is that of one checkpoint more.
 
@@ -161,14 +164,19 @@ class CheckpointWriter:
         self._prune(step)
 
     def _prune(self, step: int) -> None:
-        """Remove all but the newest `KEEP` that are whole.
+        """Remove all but the newest `KEEP` that are whole, milestones and the best.
 
-        Later steps are of a run that was started over; they must not outlive what replaces them.
+        The best is what one of the newest names: where the newer is damaged, a run goes on from the
+        older and needs the best of that. Later steps are of a run that was started over; they must
+        not outlive what replaces them.
         """
-        kept = 0
+        kept, best = 0, set()
         for path in newest_first(self.folder):
             if kept < KEEP and step_of(path) <= step and self._is_whole(path):
                 kept += 1
+                best.add((_state_of(path).get("best") or {}).get("step"))
+                continue
+            if step_of(path) < step and (step_of(path) in best or _state_of(path).get("milestone")):
                 continue
             self._verified.discard(path)
             with suppress(OSError):
@@ -178,6 +186,13 @@ class CheckpointWriter:
         if path not in self._verified and find_damage(path) is None:
             self._verified.add(path)
         return path in self._verified
+
+
+def _state_of(path: Path) -> dict[str, Any]:
+    """The run's values in a checkpoint's manifest; none where that cannot be read."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return dict(read_manifest(path)["state"])
+    return {}
 
 
 def _copy(files: Files, reuse: Files) -> Files:

@@ -191,12 +191,15 @@ def _results(record: TrainingRecord | None) -> dict[str, Any]:
     """The metadata of a run that the Hub reads."""
     if record is None:
         return {}
-    data = record.hub_id or str(impersonal(record.args["dataset_name"]))
+    data, split = record.hub_id or str(impersonal(record.args["dataset_name"])), ""
+    if record.args.get("monitor_dataset_name") is not None:
+        data, split = str(impersonal(record.args["monitor_dataset_name"])), "monitor_"
+    measured = record.args[f"{split}eval_split"] or record.args.get(f"{split}train_split")
     metadata: dict[str, Any] = {} if record.hub_id is None else {"datasets": [record.hub_id]}
     evaluations = [
         EvalResult(
             task_type="image-classification", dataset_type=data, dataset_name=data,
-            dataset_split=record.args["eval_split"], metric_type="accuracy",
+            dataset_split=measured, metric_type="accuracy",
             metric_name=result.name, metric_value=round(100 * result.value, 2),
         )
         for result in record.results if result.of_model and result.percent

@@ -56,11 +56,14 @@ class TrainingRecord:
     images: int | None
     """None for a stream of unknown length."""
     steps: int
+    """Optimiser steps behind the weights."""
     seconds: float
     """The time that all sessions of the run took together."""
     hardware: str
     results: Sequence[Result]
     pictures: Sequence[Picture] = ()
+    choice: str | None = None
+    """A phrase that says which step's weights these are and why, where not just the last's."""
 
     @property
     def views(self) -> int:

@@ -59,10 +59,21 @@ def knn_predict(
 
 
 def vote(
-    train: Tensor, labels: Tensor, test: Tensor, *, k: int, temperature: float = 0.07
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    *,
+    k: int,
+    temperature: float = 0.07,
+    own_rows: Tensor | None = None,
 ) -> Tensor:
-    """`knn_predict` for features and labels that fit together; features need not be finite."""
-    similarity, rows = most_similar(train, test, k)
+    """`knn_predict` for features and labels that fit together; features need not be finite.
+
+    Args:
+        own_rows: (M,) training row that a test row is itself, and that has no vote on it, as in
+            leave-one-out; k is then at most N - 1.
+    """
+    similarity, rows = most_similar(train, test, k, own_rows=own_rows)
     # the largest similarity is subtracted so that the weights cannot overflow
     weights = ((similarity - similarity[:, :1]) / temperature).exp()
     num_classes = int(labels.max()) + 1

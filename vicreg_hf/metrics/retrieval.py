@@ -13,13 +13,16 @@ QUERIES_AT_ONCE = 1024
 """Queries whose similarities to all rows are in memory together."""
 
 
-def most_similar(bank_features: Tensor, query_features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def most_similar(
+    bank_features: Tensor, query_features: Tensor, k: int, *, own_rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The rows of largest cosine similarity to each query, the nearest first, in float32.
 
     Args:
         bank_features: (N, F).
         query_features: (M, F).
-        k: neighbours, at most N.
+        k: neighbours, at most N, or N - 1 with own_rows.
+        own_rows: (M,) row of the bank that is the query itself, and no neighbour of it.
 
     Returns:
         (M, k) similarities and (M, k) row numbers.
@@ -27,12 +30,18 @@ def most_similar(bank_features: Tensor, query_features: Tensor, k: int) -> tuple
     Raises:
         ValueError: fewer than k rows to search in.
     """
-    most = len(bank_features)
+    most = len(bank_features) - (own_rows is not None)
     if not 1 <= k <= most:
         raise ValueError(f"k must lie between 1 and the {most} rows to search in, got {k}.")
     bank = F.normalize(bank_features.float(), dim=1)
     queries = F.normalize(query_features.float(), dim=1)
-    found = [(part @ bank.T).topk(k, dim=1) for part in queries.split(QUERIES_AT_ONCE)]
+    found = []
+    for start, part in enumerate(queries.split(QUERIES_AT_ONCE)):
+        similarity = part @ bank.T
+        if own_rows is not None:
+            own = own_rows[start * QUERIES_AT_ONCE :][: len(part), None]
+            similarity.scatter_(1, own.to(similarity.device), -torch.inf)
+        found.append(similarity.topk(k, dim=1))
     similarities, rows = zip(*found, strict=True)
     return torch.cat(similarities), torch.cat(rows)
 

@@ -7,7 +7,7 @@ import json
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import yaml
 
@@ -41,6 +41,39 @@ TAKEN_BY: dict[str | None, set[str]] = {
 """Settings of the second branch that each of its inputs has; None is no second branch."""
 
 
+class Measure(NamedTuple):
+    """A measurement by which the best step can be chosen."""
+
+    words: str
+    columns: tuple[str, ...]
+    """Its numbers in metrics.jsonl, which are added up."""
+    sign: int = 1
+    """1 where more is better, -1 where less is."""
+    labelled: bool = False
+    """Whether it needs images with classes; it is a share, then."""
+
+
+MEASURES = {
+    "knn": Measure("20-NN accuracy", ("knn",), labelled=True),
+    "probe": Measure("accuracy of the online linear probe", ("probe",), labelled=True),
+    "effective_rank": Measure("effective rank of representations", ("sample_effective_rank",)),
+    "embedding_effective_rank": Measure(
+        "effective rank of embeddings", ("sample_embedding_effective_rank",)
+    ),
+    "uniformity": Measure("uniformity of representations", ("sample_uniformity",), -1),
+    "alignment_uniformity": Measure(
+        "alignment plus uniformity of representations",
+        ("sample_alignment", "sample_uniformity"),
+        -1,
+    ),
+}
+"""The measures that keep_best takes. Alignment alone is none: it is best in a collapsed encoder."""
+_MONITOR_DETAILS = (
+    "monitor_dataset_config_name", "monitor_train_split", "monitor_eval_split",
+    "monitor_image_column", "monitor_label_column",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class PretrainingArguments(Settings):
     """Settings of `pretrain`; the defaults are the authors' where they have one.
@@ -57,7 +90,8 @@ class PretrainingArguments(Settings):
     train_split: str = "train"
     """Split to train on, or part such as train[:90%]; its labels are not learned."""
     eval_split: str | None = None
-    """Held-out split for the kNN accuracy; by default test or validation, if there."""
+    """Held-out split for the kNN accuracy; by default test or validation, and where there is none
+    each training image is classified by all others."""
     image_column: str | None = None
     """Column of images; by default the only column of that type."""
     value_range: str | None = None
@@ -68,6 +102,20 @@ class PretrainingArguments(Settings):
     crops have pixels to spare, which is faster and a fraction of a gray level off."""
     label_column: str | None = None
     """Column of classes for kNN and probe; by default the only one, or the one called label."""
+    monitor_dataset_name: str | None = None
+    """Labelled data set, Hub id, local folder or file, that kNN is measured on; by default the one
+    trained on."""
+    monitor_dataset_config_name: str | None = None
+    """Configuration of a Hub data set to measure on."""
+    monitor_train_split: str | None = None
+    """Its split of neighbours; by default train, or the only one."""
+    monitor_eval_split: str | None = None
+    """Its split of images that are classified; by default test or validation, or where there is
+    none each of its neighbours by all others."""
+    monitor_image_column: str | None = None
+    """Its column of images; by default the only column of that type."""
+    monitor_label_column: str | None = None
+    """Its column of classes; by default the only one, or the one called label."""
     streaming: bool = False
     """Read the data while training, where they do not fit on the disk."""
     max_bad_fraction: Share = 0.05
@@ -163,14 +211,21 @@ class PretrainingArguments(Settings):
     logging_steps: Count = 50
     """Steps between lines of metrics.jsonl."""
     save_steps: Count = 1000
-    """Steps between checkpoints; one is also saved at the end."""
+    """Steps between checkpoints, of which the newest two are kept; one is also saved at the end."""
+    keep_every: Count | None = None
+    """Steps between checkpoints that are kept for good, whether or not save_steps saves them; each
+    takes the disk space of weights and optimiser."""
+    keep_best: Annotated[str, one_of("none", *MEASURES)] = "none"
+    """Measure of which the best step is kept and becomes encoder/, or none for the last step; it
+    takes the disk space of a checkpoint, or two while another is written."""
     resume: Annotated[str, one_of("auto", "never", "required")] = "auto"
     """auto: go on from the newest checkpoint, if there is one; required: fail without one; never:
     begin anew."""
     resume_changed: bool = False
     """Go on although model, batch, seed or data differ from the checkpoint's."""
     knn_steps: Count | None = None
-    """Steps between kNN measurements; by default only before and after training."""
+    """Steps between measurements, by kNN and without labels; by default only before and after
+    training, or with keep_best every save_steps."""
     online_probe: bool = False
     """Train a linear classifier beside the encoder, which learns nothing from it, and measure it
     whenever kNN is measured."""
@@ -205,11 +260,33 @@ class PretrainingArguments(Settings):
             check_repo_id(self.hub_model_id, "hub_model_id")
         elif self.push_to_hub:
             raise ValueError("push_to_hub needs hub_model_id, org/name, and got none.")
+        self._check_measuring()
         if self.base_lr is None:
             self._fill(base_lr=default_base_lr(self.optimizer, self.batch_size))
         if self.output_dir is None:
             # resolved, so that . and .. have names
             self._fill(output_dir=f"runs/{Path(self.dataset_name).resolve().name}")
+
+    def _check_measuring(self) -> None:
+        """Refuse measures that cannot be, and measure often enough to choose among steps."""
+        if self.monitor_dataset_name is None:
+            given = [n for n in _MONITOR_DETAILS if getattr(self, n) is not None]
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)} must be left out without monitor_dataset_name, the data "
+                    "set that they are of."
+                )
+        elif self.online_probe:
+            raise ValueError(
+                "online_probe must be false with monitor_dataset_name: it is measured on held-out "
+                "images of the classes that it learns."
+            )
+        if self.keep_best == "probe" and not self.online_probe:
+            raise ValueError(
+                "keep_best=probe must have a probe to measure; add --online_probe true."
+            )
+        if self.keep_best != "none" and self.knn_steps is None:
+            self._fill(knn_steps=self.save_steps)
 
     def _read_augmentation(self) -> None:
         """Keep the name of a preset, and the content of anything else, so that a run repeats it."""

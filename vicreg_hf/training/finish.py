@@ -18,6 +18,7 @@ from vicreg_hf.publishing.publish import export_encoders, push_encoders, retry_c
 from vicreg_hf.runtime.console import optional
 from vicreg_hf.runtime.distributed import failing_together
 from vicreg_hf.runtime.machine import hardware
+from vicreg_hf.training.choosing import chosen_step, describe_choice, load_chosen
 from vicreg_hf.training.monitoring.summary import card_results, last_message
 from vicreg_hf.training.run import Run
 
@@ -42,6 +43,7 @@ def finish_run(run: Run) -> tuple[Path, HubError | None]:
 
 def _write(run: Run, directory: Path) -> Path | None:
     """Write both encoders; return the directory of the second if there is one."""
+    load_chosen(run)
     try:
         column = run.inputs.pairs.column if run.inputs.pairs else None
         place = run.output_dir / PRIME_DIRECTORY
@@ -71,10 +73,10 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
             pictures.append(picture)  # noqa: PERF402 # those before one that fails are kept
     record = TrainingRecord(
         args=asdict(args), num_views=args.num_views, data=_described(args.dataset_name),
-        hub_id=_hub_id(args.dataset_name), images=run.inputs.train.num_images, steps=run.step,
-        seconds=run.seconds,
+        hub_id=_hub_id(args.dataset_name), images=run.inputs.train.num_images,
+        steps=chosen_step(run), seconds=run.seconds,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
-        results=card_results(run), pictures=pictures,
+        results=card_results(run), pictures=pictures, choice=describe_choice(run),
     )  # fmt: skip
     write_card(directory / CARD_FILE, model_card(run.model, record=record))
     if second is not None:

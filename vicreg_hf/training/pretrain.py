@@ -35,6 +35,7 @@ from vicreg_hf.runtime.liveness import watched
 from vicreg_hf.runtime.output_dir import claim
 from vicreg_hf.runtime.signals import Signals, Stopped, StoppedWaiting, name_of
 from vicreg_hf.settings.pretraining import PretrainingArguments
+from vicreg_hf.training.choosing import is_best
 from vicreg_hf.training.faults import TERMS, OutOfMemory, ProcessLost, explained, step_failure
 from vicreg_hf.training.finish import finish_run
 from vicreg_hf.training.monitoring.collapse import CollapseWatch
@@ -114,10 +115,11 @@ def fit(run: Run, signals: Signals) -> None:
             run.progress.begin(run.step + 1)
             step = take_gradients(run, views)
             last = step.number == run.total_steps
-            logs, saves, measures = (
+            logs, saves, keeps, measures = (
                 last or (bool(every) and step.number % every == 0)
-                for every in (args.logging_steps, args.save_steps, args.knn_steps)
+                for every in (args.logging_steps, args.save_steps, args.keep_every, args.knn_steps)
             )
+            saves = saves or keeps
             checks.start(step, stopping=signals.received is not None)
             bad_step, stopping, save_failed = checks.collect(
                 include_latest=logs or saves or measures
@@ -137,10 +139,11 @@ def fit(run: Run, signals: Signals) -> None:
                 if logs:
                     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
                 if measures:
-                    row |= _accuracies(run, None if last else signals)
+                    row |= _measurements(run, None if last else signals)
                 run.log.add(row)
                 if (warning := watch.warning_for(row)) and run.accelerator.is_main_process:
                     tqdm.write(f"warning: {warning}", file=sys.stderr)
+                saves = (measures and is_best(run, row)) or saves
             if saves or stopping:
                 save(run)
             if logs or measures or saves or stopping:
@@ -205,21 +208,24 @@ def share_bad_images(run: Run) -> None:
 
 
 def measure_untrained(run: Run, signals: Signals) -> None:
-    """Log the kNN accuracy of the pixels and of the untrained encoder, before the first step.
+    """Measure the untrained encoder, and the pixels by kNN, before the first step.
 
     Raises:
         Stopped: a signal came first; the next session, which begins at step 0 too, measures it.
     """
-    if run.step > 0 or run.monitor is None:
+    if run.step > 0:
         return
-    row = _accuracies(run, signals)
+    row = _measurements(run, signals, may_stop=True)
     if row:
-        pixels = run.monitor.pixels(run.accelerator.device)
+        device, monitor = run.accelerator.device, run.monitor
+        pixels = None if monitor is None else monitor.pixels(device)
         run.log.add(_step_and_epoch(run) | row | ({} if pixels is None else {"knn_pixels": pixels}))
     stopped = run.accelerator.is_main_process and not row
     if any_process([stopped], run.accelerator.device)[0]:
         save(run)
         stop(run, signals)
+    if is_best(run, row):
+        save(run)
 
 
 def _step_and_epoch(run: Run) -> dict[str, Any]:
@@ -251,20 +257,30 @@ def _metrics(run: Run, step: Step, clock: Clock) -> dict[str, Any]:
     return row
 
 
-def _accuracies(run: Run, signals: Signals | None) -> dict[str, Any]:
-    """Accuracies of kNN and probe, which the main process measures while the others wait.
+def _measurements(
+    run: Run, signals: Signals | None, *, may_stop: bool | None = None
+) -> dict[str, Any]:
+    """The encoder with labels and without, measured by the main process while the others wait.
 
     Args:
         signals: a request to stop ends the measurement, which may take minutes, with no result.
+        may_stop: whether it does so; by default not where the measurement decides which step is
+            kept, which a stop must not change.
     """
     row: dict[str, Any] = {}
-    if run.monitor is not None and run.accelerator.is_main_process:
+    if may_stop is None:
+        may_stop = run.args.keep_best == "none"
+    if run.accelerator.is_main_process and run.sample is not None:
         classify = run.probe.predict if run.probe is not None and run.probe.steps > 0 else None
+        autocast = partial(_autocast_unless_stopped, run, signals if may_stop else None)
+        device = run.accelerator.device
         with suppress(Stopped):
-            row = run.monitor.measure(
-                run.model.encoder, run.accelerator.device, classify,
-                autocast=partial(_autocast_unless_stopped, run, signals),
-            ) | {"knn_images": run.monitor.subject}  # fmt: skip
+            found: dict[str, Any] = {}
+            if run.monitor is not None:
+                found |= run.monitor.measure(
+                    run.model.encoder, device, classify, autocast=autocast
+                ) | {"knn_images": run.monitor.subject}
+            row = found | run.sample.measure(run.model, device, autocast=autocast)
     wait_for_all()
     return row
 

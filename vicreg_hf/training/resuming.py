@@ -21,12 +21,13 @@ from vicreg_hf.checkpoints.reading import (
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.runtime.distributed import failing_together, gather_objects
 from vicreg_hf.runtime.machine import installed_versions
+from vicreg_hf.training.choosing import is_milestone, resume_best
 from vicreg_hf.training.faults import check_state_is_finite
 from vicreg_hf.training.run import Run
 
 FREE_TO_CHANGE = {
     "output_dir", "resume", "resume_changed", "num_workers", "compile", "compile_model",
-    "max_bad_fraction", "logging_steps", "save_steps", "knn_steps",
+    "max_bad_fraction", "logging_steps", "save_steps", "keep_every", "knn_steps",
     "push_to_hub", "hub_model_id", "hub_private",
     "dataset_name",  # a folder may move; the fingerprint tells whether the data are others
 }  # fmt: skip
@@ -41,6 +42,14 @@ MUST_STAY = {
     "variance_reduction", "lars_clip",
 }  # fmt: skip
 """Settings that make it another run; any other may change, and the run says so."""
+ADDED: dict[str, Any] = {
+    # before value_range was a setting, values were scaled by their type
+    "value_range": None,
+    "keep_best": "none", "monitor_dataset_name": None, "monitor_dataset_config_name": None,
+    "monitor_train_split": None, "monitor_eval_split": None, "monitor_image_column": None,
+    "monitor_label_column": None,
+}  # fmt: skip
+"""Settings that older checkpoints lack, and how these were made."""
 LENGTH = {"num_train_epochs", "max_steps"}
 """Settings that say how long a run is."""
 
@@ -104,6 +113,7 @@ def resume(run: Run, *, before: int | None = None) -> None:
             probe.load_state_dict(saved)
     run.step = run.first_step = manifest["step"]
     run.seconds_before = state.get("seconds", 0.0)
+    resume_best(run, state.get("best"))
 
 
 def _check_same_everywhere(path: Path | None, folder: Path) -> None:
@@ -119,8 +129,7 @@ def _check_same_everywhere(path: Path | None, folder: Path) -> None:
 def _changes(run: Run, state: dict[str, Any]) -> dict[str, str]:
     """Settings, data and second encoder that differ from the checkpoint's: a phrase for each."""
     args, fingerprint = run.args, run.fingerprint
-    # before value_range was a setting, values were scaled by their type
-    saved, now = {"value_range": None} | state["settings"], json.loads(json.dumps(asdict(args)))
+    saved, now = ADDED | state["settings"], json.loads(json.dumps(asdict(args)))
     changed = {
         f.name: f"{f.name} was {saved[f.name]}, is {now[f.name]}"
         for f in fields(args)
@@ -235,6 +244,8 @@ def _state_to_save(run: Run) -> dict[str, Any]:
         "threads": _cpu_threads(run.accelerator),
         "prime_sha256": _prime_sha256(run.model),
         "labels_sha256": None if run.probe is None else run.probe.labels_sha256,
+        "milestone": is_milestone(run),
+        "best": run.best,
     }
 
 

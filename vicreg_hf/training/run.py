@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch.optim import Optimizer
 
+from vicreg_hf.checkpoints.reading import BestStep
 from vicreg_hf.checkpoints.writing import CheckpointWriter
 from vicreg_hf.data.pairs import SecondInput
 from vicreg_hf.data.sampler import GlobalBatches
@@ -19,6 +20,7 @@ from vicreg_hf.settings.learning_rate import learning_rate
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.data import TrainingData
 from vicreg_hf.training.monitoring.knn import KNNMonitor
+from vicreg_hf.training.monitoring.label_free import FixedSample
 from vicreg_hf.training.monitoring.log import MetricsLog
 from vicreg_hf.training.monitoring.probe import OnlineProbe
 from vicreg_hf.views.random_views import RandomViews
@@ -47,6 +49,10 @@ class Run:
     """The step from which this session goes on."""
     shapes_compared: bool = False
     """Whether the processes have compared the shapes of their views."""
+    sample: FixedSample | None = None
+    """Training images that are measured without labels."""
+    best: BestStep | None = None
+    """The best step so far, where `keep_best` chooses one; the main process knows it."""
     seconds_before: float = 0.0
     """Duration of the earlier sessions of this run."""
     progress: Progress = field(default_factory=Progress)

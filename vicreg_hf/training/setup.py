@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vicreg_hf.data.sampler import GlobalBatches
@@ -29,9 +30,11 @@ from vicreg_hf.runtime.output_dir import set_aside
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.data import TrainingData, open_training_data
 from vicreg_hf.training.building.model import build_model
+from vicreg_hf.training.building.monitor_data import MonitorData, open_monitor_data
 from vicreg_hf.training.building.optimizers import create_optimizer
 from vicreg_hf.training.building.second_branch import create_views
 from vicreg_hf.training.monitoring.knn import KNNMonitor, missing_for_knn
+from vicreg_hf.training.monitoring.label_free import FixedSample
 from vicreg_hf.training.monitoring.probe import create_probe
 from vicreg_hf.training.monitoring.summary import first_message
 from vicreg_hf.training.resuming import resume
@@ -61,6 +64,8 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
         args, rank=accelerator.process_index, world_size=accelerator.num_processes,
         local_processes=local_processes(accelerator), main_first=main_process_first,
     )  # fmt: skip
+    args, monitor_data = open_monitor_data(args, data, main_process_first)
+    _check_keep_best(args, data, monitor_data)
     # convolutions are faster in this layout, on CPU too; attention does not mind
     model = build_model(args, data.pairs, sound=data.sound)
     model.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore
@@ -86,8 +91,13 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
         )
     run = Run(
         args, accelerator, model, model, optimizer, data, views, paired,
-        _create_monitor(args, data, model.config.pretrained_cfg or {}), probe, started,
+        _create_monitor(args, data, monitor_data, model.config.pretrained_cfg or {}), probe,
+        started,
     )  # fmt: skip
+    assert args.augmentation is not None
+    run.sample = FixedSample(
+        data, model, preset=args.augmentation, seed=args.seed, num_workers=args.num_workers or 0
+    )
     resume(run, before=before)
     if _compiles_model(args, accelerator, model, run.total_steps - run.step):
         model.compile_branches(expanders=accelerator.num_processes == 1)
@@ -142,9 +152,15 @@ def _introduce(run: Run) -> None:
         )
     if run.monitor is None:
         missing = missing_for_knn(run.inputs.train, run.inputs.held_out)
-        run.accelerator.print(f"kNN needs labels and a held-out split, but {missing}.", flush=True)
-    elif (sentence := run.monitor.unlearnt) is not None:
-        run.accelerator.print(sentence, flush=True)
+        sentence = (
+            f"kNN needs labels, but {missing}, or measure on other images with "
+            "--monitor_dataset_name. Rank, alignment and uniformity are measured without labels."
+        )
+    else:
+        sentence = " ".join(filter(None, [
+            f"kNN is measured on {run.monitor.subject}.", run.monitor.unlearnt,
+        ]))  # fmt: skip
+    run.accelerator.print(sentence, flush=True)
 
 
 def _set_aside(run: Run) -> None:
@@ -162,14 +178,35 @@ def _set_aside(run: Run) -> None:
 
 
 def _create_monitor(
-    args: PretrainingArguments, data: TrainingData, cfg: dict[str, Any]
+    args: PretrainingArguments,
+    data: TrainingData,
+    other: MonitorData | None,
+    cfg: dict[str, Any],
 ) -> KNNMonitor | None:
-    assert args.image_size is not None
-    return KNNMonitor.create(
-        data.train, data.train if data.pairs else data.images, data.held_out,
-        image_size=args.image_size, crop_pct=cfg["crop_pct"], mean=cfg["mean"], std=cfg["std"],
-        num_workers=args.num_workers or 0, bad=data.bad,
-    )  # fmt: skip
+    """A monitor of the labelled data that are not trained on, if there are any, or of the run's."""
+    views: dict[str, Any] = {
+        "image_size": args.image_size, "crop_pct": cfg["crop_pct"], "mean": cfg["mean"],
+        "std": cfg["std"], "num_workers": args.num_workers or 0,
+    }  # fmt: skip
+    if other is not None:
+        taken = data.images.nbytes if isinstance(data.images, Tensor) else 0
+        return KNNMonitor.create(
+            other.train, other.train, other.held_out, trained_on=False, taken=taken, **views
+        )
+    images = data.train if data.pairs else data.images
+    return KNNMonitor.create(data.train, images, data.held_out, bad=data.bad, **views)
+
+
+def _check_keep_best(
+    args: PretrainingArguments, data: TrainingData, other: MonitorData | None
+) -> None:
+    missing = missing_for_knn(data.train, data.held_out)
+    if args.keep_best == "knn" and other is None and missing is not None:
+        raise ValueError(
+            f"keep_best=knn needs images with classes to measure, but {missing}; else name other images with "
+            "--monitor_dataset_name, or choose a measure without labels such as --keep_best "
+            "effective_rank."
+        )
 
 
 def _compiles_model(

@@ -20,7 +20,7 @@ from vicreg_hf.data.splits import ImageSplit, image_split
 from vicreg_hf.features.encode import extract_features
 from vicreg_hf.metrics.knn import knn_accuracy
 from vicreg_hf.training.monitoring import knn
-from vicreg_hf.training.monitoring.knn import KNNMonitor
+from vicreg_hf.training.monitoring.knn import KNNMonitor, missing_for_knn
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -114,6 +114,57 @@ def test_images_without_a_class_are_neither_queries_nor_neighbours(
     assert monitor.pixels(CPU) == pixel_accuracy(*alone)
     assert monitor.description.startswith("20-NN accuracy on 9 images of pieces (test), neigh")
     assert "neighbours from 30, without 1 that" in monitor.description
+
+
+def leaving_one_out(split: ImageSplit, **more: Any) -> KNNMonitor | None:
+    return KNNMonitor.create(
+        split, split, None, image_size=32, crop_pct=1.0, mean=MEAN, std=STD, num_workers=0, **more
+    )
+
+
+def test_without_held_out_images_each_is_classified_by_the_others() -> None:
+    bad = (3, 8)
+    split = labelled(photographs(50, 32, 32), "train", bad)
+    monitor = leaving_one_out(split)
+    assert monitor is not None
+    right = []
+    for row in set(range(50)) - {*bad}:
+        table, label = split.table, split.labels
+        assert label is not None
+        rest = [other for other in range(50) if other not in (row, *bad)]
+        parts = [
+            replace(split, table=table.select(own), labels=label[own]) for own in (rest, [row])
+        ]
+        right.append(pixel_accuracy(*parts))
+    assert monitor.pixels(CPU) == pytest.approx(np.mean(right))
+    assert 0.5 < np.mean(right) < 1
+    kind = "by leave-one-out on training images, whose labels never reach the encoder"
+    assert monitor.subject == f"pieces (train) {kind}"
+    assert monitor.description == (
+        f"20-NN accuracy of 48 images of pieces (train) {kind}, neighbours from 47 others, "
+        "without 2 that cannot be used"
+    )
+    other = leaving_one_out(split, trained_on=False)
+    assert other is not None
+    assert other.subject == "pieces (train) by leave-one-out"
+
+
+def test_leave_one_out_needs_two_classes_and_more_images_than_neighbours(
+    train: ImageSplit,
+) -> None:
+    assert train.labels is not None
+    alike = replace(train, labels=torch.zeros(40, dtype=torch.long))
+    few = replace(train, labels=torch.where(torch.arange(40) < 20, train.labels, -1))
+    for split, words in (
+        (alike, "are of one class"),
+        (few, "has 20 labelled images, fewer than th"),
+    ):
+        assert leaving_one_out(split) is None
+        assert words in (missing_for_knn(split, None) or "")
+    alone = leaving_one_out(replace(train, labels=train.labels.clone().index_fill_(
+        0, torch.tensor([1]), 2), label_names=("temple", "flower", "tree")))  # fmt: skip
+    assert alone is not None
+    assert "1 of 40 images of pieces (train) are alone in their" in (alone.unlearnt or "")
 
 
 def test_a_class_may_be_missing_among_held_out_images(

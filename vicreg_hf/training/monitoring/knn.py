@@ -1,4 +1,4 @@
-"""The kNN monitor of a run: held-out accuracy of the encoder, without training anything.
+"""The kNN monitor of a run: accuracy of the encoder on labelled images, without training anything.
 
 Shapes: N rows, F features, S side in pixels.
 """
@@ -91,14 +91,21 @@ class LabelledImages:
 
 @dataclass
 class KNNMonitor:
-    """20-NN accuracy on a held-out split; only this and the online probe see labels."""
+    """20-NN accuracy on a held-out split, or by leave-one-out where there is none.
+
+    Only this and the online probe see labels; none reaches the encoder.
+    """
 
     train: LabelledImages
+    """The neighbours."""
     held_out: LabelledImages
+    """The queries; the same object as `train` for leave-one-out."""
     views: dict[str, Any]
     """Further arguments of `evaluation_batches`."""
     normalisation: dict[str, Sequence[float]]
     """Mean and std per channel, of the encoder's preprocessing."""
+    trained_on: bool = True
+    """Whether the neighbours are the images that the run trains on."""
 
     @classmethod
     def create(
@@ -110,14 +117,19 @@ class KNNMonitor:
         mean: Sequence[float],
         std: Sequence[float],
         bad: BadImages | None = None,
+        trained_on: bool = True,
+        taken: int = 0,
         **views: Any,
     ) -> KNNMonitor | None:
-        """A monitor, or None where labels or a held-out split are missing.
+        """A monitor, or None where labels are missing.
 
         Args:
-            train_images: where the training images are read from: their split, or (N, C, S, S)
-                uint8 in memory.
-            bad: training images that are known to be unusable.
+            train: the neighbours.
+            train_images: where these are read from: their split, or (N, C, S, S) uint8 in memory.
+            held_out: the queries; None for leave-one-out among the neighbours.
+            bad: neighbours that are known to be unusable.
+            trained_on: whether the neighbours are the images that the run trains on.
+            taken: bytes of pixels that are in memory beside those of train_images.
             views: image_size and other arguments of `evaluation_batches`.
 
         Raises:
@@ -125,40 +137,72 @@ class KNNMonitor:
         """
         if isinstance(train, ImageStream) or missing_for_knn(train, held_out) is not None:
             return None
-        assert held_out is not None
+        normalisation = {"mean": mean, "std": std}
+        budget = MEMORY_BUDGET - taken
+        if isinstance(train_images, Tensor):
+            budget -= train_images.nbytes
+        own = 0 if trained_on else budget // 2
+        neighbours = LabelledImages(train, MAX_TRAIN, train_images, known_bad=bad, budget=own)
+        if held_out is None:
+            return cls(neighbours, neighbours, views, normalisation, trained_on)
         if train.label_names != held_out.label_names:
             assert held_out.labels is not None
-            names, own = train.label_names, held_out.label_names
-            check_class_names(names, own, (train.name, held_out.name), declared=False)
-            labels = renumber_classes(held_out.labels, own, names)
+            names, others = train.label_names, held_out.label_names
+            check_class_names(names, others, (train.name, held_out.name), declared=False)
+            labels = renumber_classes(held_out.labels, others, names)
             held_out = replace(held_out, labels=labels, label_names=train.label_names)
-        taken = train_images.nbytes if isinstance(train_images, Tensor) else 0
-        return cls(
-            LabelledImages(train, MAX_TRAIN, train_images, known_bad=bad),
-            LabelledImages(held_out, MAX_TEST, held_out, budget=MEMORY_BUDGET - taken),
-            views,
-            {"mean": mean, "std": std},
-        )
+        queries = LabelledImages(held_out, MAX_TEST, held_out, budget=budget - own)
+        return cls(neighbours, queries, views, normalisation, trained_on)
+
+    @property
+    def leaves_one_out(self) -> bool:
+        """Whether each image is classified by all others, as there is no held-out split."""
+        return self.held_out is self.train
+
+    @property
+    def name(self) -> str:
+        """The measure, as a card names it."""
+        return f"{K}-NN {'leave-one-out' if self.leaves_one_out else 'top-1'} accuracy"
 
     @property
     def description(self) -> str:
         """A phrase that says how the accuracy is measured."""
-        parts = (self.held_out, self.train)
+        parts = (self.train,) if self.leaves_one_out else (self.held_out, self.train)
         used = [len(part.usable()) for part in parts]
         left_out = sum(len(part.rows) for part in parts) - sum(used)
-        return (
-            f"{K}-NN accuracy on {used[0]} images of {self.held_out.split.name}, neighbours from "
-            f"{used[1]}" + (f", without {left_out} that cannot be used" if left_out else "")
-        )
+        name = self.held_out.split.name
+        how = f"{K}-NN accuracy on {used[0]} images of {name}, neighbours from {used[-1]}"
+        if self.leaves_one_out:
+            how = (
+                f"{K}-NN accuracy of {min(used[0], MAX_TEST)} images of {name}{self._kind}, "
+                f"neighbours from {used[0] - 1} others"
+            )
+        return how + (f", without {left_out} that cannot be used" if left_out else "")
+
+    @property
+    def _kind(self) -> str:
+        """What is added to the name of a split that is measured by leave-one-out."""
+        if self.trained_on:
+            return " by leave-one-out on training images, whose labels never reach the encoder"
+        return " by leave-one-out"
 
     @property
     def subject(self) -> str:
         """The names of the splits that are measured."""
+        if self.leaves_one_out:
+            return f"{self.train.split.name}{self._kind}"
         return f"{self.held_out.split.name}, neighbours from {self.train.split.name}"
 
     @property
     def unlearnt(self) -> str | None:
-        """A sentence on held-out images of classes without a training image, if there are any."""
+        """A sentence on images of classes that no neighbour can have, if there are any."""
+        if self.leaves_one_out:
+            labels = self.train.labels
+            alone = int((labels.bincount() == 1).sum())
+            return None if not alone else (
+                f"{alone} of {len(labels)} images of {self.train.split.name} are alone in their "
+                "class, so that leave-one-out counts them as wrong."
+            )  # fmt: skip
         splits = (self.train.split, self.held_out.split)
         train, test = (split.labels[split.labels >= 0] for split in splits)  # pyright: ignore
         return describe_missing_classes(
@@ -173,7 +217,7 @@ class KNNMonitor:
         *,
         autocast: Callable[..., AbstractContextManager[object]] = nullcontext,
     ) -> dict[str, float]:
-        """Share of held-out images, 0 to 1, that are classified rightly.
+        """Share of the queries, 0 to 1, that are classified rightly.
 
         Args:
             classify: gives classes (N,) for representations (N, F), as the online probe does.
@@ -185,9 +229,14 @@ class KNNMonitor:
         """
         settings: dict[str, Any] = self.normalisation | {"device": device, "autocast": autocast}
         y, labels = self.held_out.features(encoder, self.views, **settings)
-        x, train_labels = self.train.features(encoder, self.views, **settings)
+        if self.leaves_one_out:
+            x, train_labels, own_rows = y, labels, _query_rows(len(y)).to(y.device)
+            y, labels, most = x[own_rows], labels[own_rows], len(x) - 1
+        else:
+            x, train_labels = self.train.features(encoder, self.views, **settings)
+            own_rows, most = None, len(x)
         # `vote`, as `knn_predict` would end the run over a feature that is not finite
-        predicted = {"knn": vote(x, train_labels, y, k=min(K, len(x)))}
+        predicted = {"knn": vote(x, train_labels, y, k=min(K, most), own_rows=own_rows)}
         if classify is not None:
             predicted["probe"] = classify(y)
         return {name: (p == labels).float().mean().item() for name, p in predicted.items()}
@@ -200,24 +249,51 @@ class KNNMonitor:
 
 
 def missing_for_knn(train: ImageSplit | ImageStream, held_out: ImageSplit | None) -> str | None:
-    """The first thing that kNN and the online probe need and these data lack, with the remedy."""
+    """The first thing that kNN needs and these data lack, with the remedy.
+
+    Args:
+        held_out: None for leave-one-out.
+    """
     if isinstance(train, ImageStream):
-        return "streams have neither; use --streaming false"
+        return "those of streams are not read; use --streaming false"
     if train.labels is None:
         return (
             f"{train.name} has no labels; if it has classes, name their column with "
             "--label_column, or put the files of each into a folder"
         )
-    if held_out is None:
+    if held_out is not None and held_out.labels is None:
+        return f"{held_out.name} has no labels; choose another --eval_split"
+    rows = _labelled_rows(train)
+    if (number := len(rows)) < (least := K + (held_out is None)):
+        return (
+            f"{train.name} has {number} labelled images, fewer than the {least} of the kNN monitor"
+        )
+    if held_out is None and len(train.labels[torch.from_numpy(rows)].unique()) == 1:
+        return f"all labelled images of {train.name} are of one class"
+    return None
+
+
+def missing_for_probe(train: ImageSplit | ImageStream, held_out: ImageSplit | None) -> str | None:
+    """The first thing that the online probe needs and these data lack, with the remedy.
+
+    It is not measured on images that it learns from, on which it would look better than it is.
+    """
+    if isinstance(train, ImageStream):
+        return "streams have neither; use --streaming false"
+    if train.labels is not None and held_out is None:
         return (
             "there is no labelled split beside the one trained on; hold some images out, as in a "
             "folder called test, or name a split with --eval_split"
         )
-    if held_out.labels is None:
-        return f"{held_out.name} has no labels; choose another --eval_split"
-    if (number := len(_labelled_rows(train))) < K:
-        return f"{train.name} has {number} labelled images, fewer than the {K} of the kNN monitor"
-    return None
+    return missing_for_knn(train, held_out)
+
+
+def _query_rows(count: int) -> Tensor:
+    """The rows among so many that leave-one-out classifies: all, or a fixed random part."""
+    if count <= MAX_TEST:
+        return torch.arange(count)
+    some = permutation(count, seed=0, epoch=0, stream=Stream.SPLIT)[:MAX_TEST]
+    return torch.from_numpy(np.sort(some))
 
 
 def _labelled_rows(split: ImageSplit) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.runtime.distributed import sum_over_processes, world_size
 from vicreg_hf.runtime.transfer import on_device
-from vicreg_hf.training.monitoring.knn import missing_for_knn
+from vicreg_hf.training.monitoring.knn import missing_for_probe
 
 LEARNING_RATE, MOMENTUM = 5.0, 0.9
 """Settings of gradient descent; the learning rate is divided by F. The mean square norm of
@@ -128,7 +128,7 @@ def create_probe(
     Raises:
         ValueError: labels or a held-out split are missing.
     """
-    missing = missing_for_knn(train, held_out)
+    missing = missing_for_probe(train, held_out)
     if missing is not None:
         raise ValueError(
             f"online_probe needs labels and a held-out split, but {missing}, or --online_probe "

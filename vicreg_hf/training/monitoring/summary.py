@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from vicreg_hf.hub.record import Result, impersonal
 from vicreg_hf.runtime.console import optional
 from vicreg_hf.settings.pretraining import PretrainingArguments
+from vicreg_hf.training.choosing import chosen_step, describe_choice
 from vicreg_hf.training.run import Run
 
 
@@ -57,7 +59,9 @@ def last_message(run: Run, encoder: Path, second: Path | None) -> str:
     if second is not None:
         lines += [f"That of the second branch is in {second}, whose card says how to load it.", ""]
     if run.monitor is None:
-        lines.append("No labelled held-out split, so no kNN accuracy was measured.")
+        lines.append("No images with classes, so no kNN accuracy was measured.")
+    if (choice := describe_choice(run)) is not None:
+        lines.append(f"Its weights are {choice}.")
     with optional("the measurements are not shown"):
         for result in card_results(run):
             lines.append(f"{result.name}: {result.shown} ({result.measured})")
@@ -65,40 +69,69 @@ def last_message(run: Run, encoder: Path, second: Path | None) -> str:
 
 
 def card_results(run: Run) -> list[Result]:
-    """The measurements of a run, for its card and its last message."""
-    rows, monitor = run.log.rows(), run.monitor
-    results = []
+    """The measurements of the step that is published, for a run's card and its last message."""
+    chosen = chosen_step(run)
+    rows = [row for row in run.log.rows() if row["step"] <= chosen]
+    at = "at the last step" if chosen == run.step else f"at step {chosen:,}"
+    last = next((row for row in reversed(rows) if "embedding_std" in row), None)
+    results = [*_labelled_results(run, rows, at), *_sample_results(run, rows, at)]
+    if last is None:
+        return results
+    batch = "embeddings of the last batch of views"
+    if chosen != run.step:
+        batch = f"embeddings of the batch of views of step {last['step']:,}"
+    results += [
+        Result("embedding std", last["embedding_std"], f"{batch}; 0 is collapse"),
+        Result("effective rank", last["effective_rank"], f"{batch}; 1 is collapse"),
+        Result("alignment", last["alignment"], f"{batch}; distance of two views, 0 to 4"),
+        Result("uniformity", last["uniformity"], f"{batch}; less is more even"),
+    ]
+    return results
+
+
+def _labelled_results(run: Run, rows: list[dict[str, Any]], at: str) -> list[Result]:
+    """Accuracies of kNN and of the online probe.
+
+    Args:
+        rows: of metrics.jsonl up to the step that is published.
+        at: a phrase for that step.
+    """
+    monitor = run.monitor
     # an earlier session may have measured other images
     measured = [] if monitor is None else [
         r for r in rows if "knn" in r and r.get("knn_images", monitor.subject) == monitor.subject
     ]  # fmt: skip
-    if monitor is not None and measured:
-        first, last, knn = measured[0], measured[-1], "20-NN top-1 accuracy"
-        results.append(
-            Result(knn, last["knn"], f"{monitor.description}, at the last step", percent=True)
+    if monitor is None or not measured:
+        return []
+    first, last, knn = measured[0], measured[-1], monitor.name
+    results = [Result(knn, last["knn"], f"{monitor.description}, {at}", percent=True)]
+    if "probe" in last:
+        how = (
+            "the same images, by a linear classifier that learned from the views beside the encoder"
         )
-        if "probe" in last:
-            how = (
-                "the same images, by a linear classifier that learned from the views beside the "
-                "encoder"
-            )
-            results.append(Result("online linear probe accuracy", last["probe"], how, percent=True))
-        untrained = first["knn"] if first["step"] == 0 else None
-        results += [
-            Result(f"{knn}, {name}", value, f"the same, of {what}", percent=True, of_model=False)
-            for name, value, what in (
-                ("untrained", untrained, "the encoder before training"),
-                ("raw pixels", first.get("knn_pixels"), "the pixels themselves"),
-            )
-            if value is not None
-        ]
-    last = next((row for row in reversed(rows) if "embedding_std" in row), None)
-    if last is not None:
-        batch = "embeddings of the last batch of views"
-        results += [
-            Result("embedding std", last["embedding_std"], f"{batch}; 0 is collapse"),
-            Result("effective rank", last["effective_rank"], f"{batch}; 1 is collapse"),
-            Result("alignment", last["alignment"], f"{batch}; distance of two views, 0 to 4"),
-            Result("uniformity", last["uniformity"], f"{batch}; less is more even"),
-        ]
-    return results
+        results.append(Result("online linear probe accuracy", last["probe"], how, percent=True))
+    untrained = first["knn"] if first["step"] == 0 else None
+    return results + [
+        Result(f"{knn}, {name}", value, f"the same, of {what}", percent=True, of_model=False)
+        for name, value, what in (
+            ("untrained", untrained, "the encoder before training"),
+            ("raw pixels", first.get("knn_pixels"), "the pixels themselves"),
+        )
+        if value is not None
+    ]
+
+
+def _sample_results(run: Run, rows: list[dict[str, Any]], at: str) -> list[Result]:
+    """The effective ranks that are measured without labels; arguments as in `_labelled_results`."""
+    measured = [row for row in rows if "sample_effective_rank" in row]
+    if run.sample is None or not measured:
+        return []
+    return [
+        Result(
+            f"effective rank of {kind}", measured[-1][f"sample_{column}"],
+            f"RankMe of {kind} of {run.sample.description}, {at}",
+        )
+        for kind, column in (
+            ("representations", "effective_rank"), ("embeddings", "embedding_effective_rank"),
+        )
+    ]  # fmt: skip
