@@ -178,7 +178,8 @@ def _encode(
         value_range=read_range("value_range", of_data.get("value_range")) or encoder.value_range,
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder.module.to(device=device, memory_format=torch.channels_last)
+    encoder.module.to(device)
+    encoder.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     features = []
     for start in range(0, len(queries), AT_ONCE):
         images = []
@@ -209,7 +210,7 @@ def _nearest_of(
         label = labels[at]
         if label is None or label < 0:
             return None
-        return names.int2str(label) if isinstance(names, datasets.ClassLabel) else str(label)
+        return str(names.int2str(label) if isinstance(names, datasets.ClassLabel) else label)
 
     return (
         [
