@@ -78,3 +78,5 @@ def test_what_cannot_be_searched_is_said(
     del record["model"]  # as earlier versions wrote it
     (features / "extraction.json").write_text(json.dumps(record))
     refused("which did not; give the encoder as model")
+    extract(place / "encoder", place / "photos", features, bf16=True)  # which says it
+    assert nearest_images(features, [photo], k=1)[0].nearest[0].similarity > 0.999

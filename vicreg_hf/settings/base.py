@@ -48,8 +48,8 @@ class Settings:
         ValueError: a value of another type than declared, or outside its limits.
     """
 
-    script: ClassVar[str] = ""
-    """The script whose flags they are."""
+    command: ClassVar[str] = ""
+    """The command whose flags they are."""
     recipe_folder: ClassVar[str] = ""
     """The folder of `vicreg_hf/recipes` that holds recipes of them."""
     usual: ClassVar[tuple[str, ...]] = ()

@@ -28,7 +28,7 @@ USUAL_NEIGHBOURS = {"knn_k": [20, 200], "retrieval_k": [1, 5, 10, 100]}
 class EvaluationArguments(EncodingSettings):
     """Settings of `evaluate`."""
 
-    script: ClassVar[str] = "scripts/evaluate.py"
+    command: ClassVar[str] = "vicreg-hf evaluate"
     recipe_folder: ClassVar[str] = "evaluation"
     usual: ClassVar[tuple[str, ...]] = (
         "model", "dataset_name", "protocols", "output_dir", "train_split", "eval_split",

@@ -1,4 +1,4 @@
-"""The settings of scripts/extract_features.py, and of every script that encodes a data set."""
+"""The settings of extract, and of every command that encodes a data set."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class PretrainingArguments(Settings):
     A None is filled in from the other settings or the data, and config.yaml shows with what.
     """
 
-    script: ClassVar[str] = "scripts/pretrain.py"
+    command: ClassVar[str] = "vicreg-hf pretrain"
     usual: ClassVar[tuple[str, ...]] = (
         "dataset_name", "architecture", "pretrained", "augmentation", "batch_size",
         "num_train_epochs", "base_lr", "output_dir",

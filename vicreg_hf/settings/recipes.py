@@ -39,8 +39,8 @@ def read_recipe(name_or_path: str, kind: type[Settings]) -> dict[str, Any]:
     unknown = {str(name) for name in settings} - {f.name for f in fields(kind)}
     if unknown:
         raise ValueError(
-            f"config must hold settings of {kind.script}, got {', '.join(sorted(unknown))} "
-            f"in {name_or_path}; --help lists them."
+            f"config must hold settings of {kind.command}, got {', '.join(sorted(unknown))} "
+            f"in {name_or_path}; --help all lists them."
         )
     return settings
 
