@@ -66,15 +66,8 @@ def test_help_shows_about_ten_flags_and_all_of_them_once_when_asked(
         assert KINDS[command].headings.keys() <= names
         headings = [f"{heading}:" for heading in KINDS[command].headings.values()]
         assert [line for line in every.splitlines() if line in headings] == headings
-
-
-def test_help_has_defaults_where_there_are_any(helps: dict[str, str]) -> None:
-    words = " ".join(helps["pretrain --help all"].split())
-    assert "--batch_size N Images per step over all processes; each gives two views or more. " \
-        "(default: 256)" in words  # fmt: skip
-    assert "None" not in words
-    assert "--preview PNG" in helps["pretrain --help"]
-    assert "--update_card [true|false]" in helps["evaluate --help all"]
+        assert "(default: 256)" in every
+        assert "None" not in every
 
 
 def test_the_commands_are_the_modules_and_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,21 +81,17 @@ def test_the_commands_are_the_modules_and_are_listed(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == f"vicreg-hf {__version__}\n"
 
 
-@pytest.mark.parametrize(
-    ("word", "sentence"),
-    [
-        ("pretain", "pretain is no command, pretrain is one"),
-        ("extract_features", "extract_features is no command, extract is one"),
-        ("zzz", "zzz is no command"),
-        ("--config=demo", "a command must come before its settings, got --config=demo"),
-    ],
-)
 def test_another_command_is_refused_and_the_one_meant_is_offered(
-    word: str, sentence: str, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main([word])
-    assert capsys.readouterr().err == f"error: {sentence}; vicreg-hf lists the commands.\n"
+    for word, sentence in {
+        "pretain": "pretain is no command, pretrain is one", "zzz": "zzz is no command",
+        "extract_features": "extract_features is no command, extract is one",
+        "--config=demo": "a command must come before its settings, got --config=demo",
+    }.items():  # fmt: skip
+        with pytest.raises(SystemExit, match="2"):
+            main([word])
+        assert capsys.readouterr().err == f"error: {sentence}; vicreg-hf lists the commands.\n"
 
 
 def test_a_recipe_is_printed_as_it_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
