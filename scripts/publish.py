@@ -1,30 +1,6 @@
 """Publish the encoder of a run on the Hub: `python scripts/publish.py --help`."""
 
-from safetensors import SafetensorError
-from yaml import YAMLError
-
-from vicreg_hf.publishing.publish import publish
-from vicreg_hf.settings.command_line import script
-from vicreg_hf.settings.parser import FlagsParser
-
-
-def main() -> None:
-    parser = FlagsParser(description=__doc__)
-    parser.add_argument("source", metavar="RUN_OR_DIR", help="output_dir of a run, or an encoder.")
-    parser.add_argument("--repo_id", required=True, help="org/name; made if absent.")
-    parser.add_argument("--private", action="store_true", help="Make a new repository private.")
-    parser.add_argument("--include_expander", action="store_true", help="Publish the expander too.")
-    parser.add_argument("--revision", help="A branch; made if absent.")
-    parser.add_argument("--onnx", action="store_true", help="Publish onnx/model.onnx too.")
-    parser.add_argument("--license", help="The licence of the weights, such as cc-by-4.0.")
-    args = parser.parse_args()
-    address = publish(
-        args.source, args.repo_id, private=args.private or None, revision=args.revision,
-        include_expander=args.include_expander, onnx=args.onnx, license=args.license,
-    )  # fmt: skip
-    print(f"Published: {address}")
-
+from vicreg_hf.commands.publish import main
 
 if __name__ == "__main__":
-    with script(ValueError, OSError, RuntimeError, SafetensorError, YAMLError):
-        main()
+    main()

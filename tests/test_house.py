@@ -17,6 +17,7 @@ FLOORS = (
     {"features"},
     {"evaluation", "training"},
     {"benchmarks"},
+    {"commands"},
 )
 """Folders and modules at the root of the package, from the ground up. Those on one floor do not
 import each other."""

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from vicreg_hf.loss.checks import check_coefficients
+from vicreg_hf.models import MODALITIES
 from vicreg_hf.models.resnets import published_name
 from vicreg_hf.runtime.checks import check_number, read_range, read_widths
 
@@ -20,8 +21,6 @@ LOSS_FIELDS = ("sim_coeff", "std_coeff", "cov_coeff", "gamma", "eps", "variance_
 METHOD_FIELDS = ("expander_dims", *LOSS_FIELDS, "spectrogram", "value_range")
 PRIME_FIELDS = ("weights", "prime")
 """Fields that config.json holds only where the weights of a second branch stand beside it."""
-MODALITIES = ("image", "text", "audio", "embedding")
-"""Inputs of a branch: pixels; token ids; waveforms or spectrograms; precomputed vectors."""
 PRIME_KEYS = (
     "modality", "architecture", "model_args", "pretrained_cfg", "encoder_config", "preparation",
     "num_features", "expander_dims",

@@ -20,7 +20,7 @@ from vicreg_hf.hub.api import push_files
 from vicreg_hf.hub.card import model_card, write_card
 from vicreg_hf.hub.export import ExportError
 from vicreg_hf.publishing.loading import find_encoder
-from vicreg_hf.publishing.publish import export_encoders, publish
+from vicreg_hf.publishing.publish import export_encoders, export_source, publish
 
 BY_HAND = b"---\nlicense: mit\n---\nMine."
 
@@ -147,3 +147,26 @@ def test_a_directory_without_an_encoder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="does not load"):
         publish(tmp_path, "org/name")
+
+
+def test_a_run_is_exported_without_a_push(output_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    written = export_source(output_dir, out)
+    assert written == [out, out / "encoder_prime"]
+    for name in ("README.md", "model.safetensors", "pictures/retrievals.png"):
+        assert (out / name).read_bytes() == (output_dir / "encoder" / name).read_bytes()
+    assert not (out / "notes.txt").exists()
+    assert same_state(VICRegModel.from_pretrained(out).encoder,
+                      VICRegModel.from_pretrained(output_dir / "encoder").encoder)  # fmt: skip
+    checkpoint = tmp_path / "checkpoint"
+    PreTrainedModel.save_pretrained(trained(), checkpoint)
+    with pytest.raises(ValueError, match="directory must be another than the checkpoint's own"):
+        export_source(checkpoint, checkpoint)
+    assert export_source(checkpoint, tmp_path / "own", include_expander=True) == [tmp_path / "own"]
+    assert same_state(VICRegModel.from_pretrained(tmp_path / "own"), trained())
+    assert export_source(tmp_path / "own", tmp_path / "own", onnx=True) == [
+        tmp_path / "own" / "onnx" / "model.onnx"
+    ]
+    with pytest.raises(ValueError, match=r"^include_expander needs an expander"):
+        export_source(out, tmp_path / "none", include_expander=True)
+    assert not (tmp_path / "none").exists()

@@ -49,7 +49,7 @@ def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
     assert args.numbers("knn_k") == [3, 7]
     assert args.bf16 is True
     path.write_text("neighbours: 3\n")
-    with pytest.raises(ValueError, match=r"settings of scripts/evaluate.py, got neighbours in"):
+    with pytest.raises(ValueError, match=r"settings of vicreg-hf evaluate, got neighbours in"):
         parse("--config", str(path))
     with pytest.raises(ValueError, match=r"config must be a recipe \(linear-authors, paper, semi-"):
         parse("--config=absent")

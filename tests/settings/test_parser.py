@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pytest
@@ -54,6 +54,8 @@ class Example(Settings):
     """Which part."""
     mode: Annotated[str, one_of("one", "two", "three")] = "one"
     """How."""
+    headings: ClassVar[dict[str, str]] = {"place": "location", "size": "growth"}
+    usual: ClassVar[tuple[str, ...]] = ("place", "rate")
 
 
 @pytest.mark.parametrize(
@@ -105,8 +107,8 @@ def test_settings_do_not_change_and_are_checked_when_they_are_replaced(settings:
 # --- flags
 
 
-def parser(**headings: str) -> SettingsParser:
-    made = SettingsParser(Example, description="A script.", headings=headings)
+def parser() -> SettingsParser:
+    made = SettingsParser(Example, description="A script.")
     made.add_argument("--list", action="store_true", help="Its own.")
     return made
 
@@ -141,14 +143,14 @@ def test_help_has_the_settings_in_their_order_under_headings(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit, match="0"):
-        parser(place="location", size="growth").parse_args(["--help"])
+        parser().parse_args(["--help", "all"])
     text = capsys.readouterr().out
-    order = ["A script.", "--list", "\nlocation:\n", "--place PLACE", "\ngrowth:\n", "--size SIZE",
-             "--grow"]  # fmt: skip
+    order = ["A script.", "--list", "\nlocation:\n", "--place TEXT", "(required)", "\ngrowth:\n",
+             "--size N", "--grow [true|false]", "(default: false)", "--rate X"]  # fmt: skip
     places = [text.index(words) for words in order]
     assert places == sorted(places)
     with pytest.raises(SystemExit, match="0"):
-        parse_arguments(["--help"])
+        parse_arguments(["--help", "all"])
     text = capsys.readouterr().out
     assert all(f"--{f.name}" in text for f in fields(PretrainingArguments))
     assert "part such as train[:90%]" in " ".join(text.split())

@@ -110,7 +110,7 @@ def test_a_push_cut_off_midway_leaves_the_earlier_revision_and_the_command_to_re
     assert f"The encoder is whole in {finished / 'encoder'}" in str(caught.value)
     command = str(caught.value).split("Push it again with")[1]
     assert shlex.split(command) == [
-        "python", "scripts/publish.py", str(finished), "--repo_id", "org/name", "--private",
+        "vicreg-hf", "publish", str(finished), "--repo_id", "org/name", "--private",
     ]  # fmt: skip
     publish(finished, "org/name", private=True)
     assert repository.files()["model.safetensors"] != before["model.safetensors"]

@@ -16,6 +16,7 @@ import timm
 import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from datasets import Dataset
 from hub import connected, running_hub
 from paired import write_captions, write_text_encoder
 from warm import run_script
@@ -53,7 +54,8 @@ def all_commands() -> list[str]:
     lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
     for text in DOCUMENTS.values():
         lines += re.findall(r"\| `(accelerate launch [^`]*)`", text)
-    found = [line.split("&& ")[-1] for line in lines if "scripts/" in line]
+    ours = [line for line in lines if "scripts/" in line or line.startswith("vicreg-hf ")]
+    found = [line.split("&& ")[-1] for line in ours]
     return list(dict.fromkeys(c.replace("--model org/name", "--model runs/r50") for c in found))
 
 
@@ -62,7 +64,8 @@ TRAININGS = [c for c in COMMANDS if "pretrain.py" in c and "--output_dir runs/" 
 """The commands whose runs others take."""
 ON_THE_HUB = [c for c in COMMANDS if "publish.py" in c or "--push_to_hub" in c]
 EXTRACTING = [c for c in COMMANDS if "extract_features.py" in c]
-OTHERS = [c for c in COMMANDS if c not in (*TRAININGS, *ON_THE_HUB, *EXTRACTING)]
+SEARCHING = [c for c in COMMANDS if c.startswith("vicreg-hf search")]
+OTHERS = [c for c in COMMANDS if c not in (*TRAININGS, *ON_THE_HUB, *EXTRACTING, *SEARCHING)]
 
 
 def replaced(text: str, others: dict[str, Any]) -> str:
@@ -78,7 +81,10 @@ def filled(command: str, folder: Path) -> list[str]:
         "path/or/hub-id": folder / ("pairs" if paired else "images"), "runs/": f"{folder}/runs/",
         "../shared/data/cifar10": folder / "images", "distilbert-base-uncased": folder / "bert",
         "views.png": folder / "views.png", "resnet50.pth": folder / "weights.pth",
-        "converted/": folder / "converted", "resnet50": "test_resnet", "dir feats": f"dir {folder}",
+        "converted/": folder / "converted", "exported/": folder / "exported",
+        "--features feats": f"--features {folder}", "new.jpg": folder / "new.png",
+        "vicreg-hf": "vicreg_hf/commands/__main__.py", "resnet50": "test_resnet",
+        "dir feats": f"dir {folder}",
     }))  # fmt: skip
 
 
@@ -130,7 +136,8 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 MADE = {"--preview": "views.png", "pretrain": "out/encoder/config.json",
-        "evaluate": "out/results.json", "convert": "converted/config.json"}  # fmt: skip
+        "evaluate": "out/results.json", "convert": "converted/config.json",
+        "export": "exported/onnx/model.onnx"}  # fmt: skip
 """What a command leaves, by a part of it."""
 
 
@@ -143,7 +150,7 @@ def test_commands_run(command: str, folder: Path) -> None:
     if "evaluate.py" in command:
         more += [f"--cache_dir={folder / 'cache'}", "--prime_column=caption"]
     if words[-1] != "scripts/pretrain.py":  # no second start of a launcher, which takes seconds
-        run_words(words, *more[: None if "convert" not in command else 0])
+        run_words(words, *([] if "convert" in command or "export" in command else more))
     else:
         environment = {}
         while "=" in words[0]:
@@ -163,6 +170,13 @@ def test_features_are_searched(folder: Path) -> None:
     (search,) = (block for block in blocks("python") if "NearestNeighbors" in block)
     printed = run_python(search.replace('"feats"', f'"{folder}"'), folder)
     assert "'0'" in printed  # the nearest to an image is itself
+    table = Dataset.from_parquet(str(folder / "images" / "test.parquet"))
+    table[3]["picture"].save(folder / "new.png")
+    (command,) = SEARCHING
+    found = run_words(filled(command, folder)).splitlines()
+    assert found[0] == str(folder / "new.png")
+    assert found[1].split()[:3] == ["1.0000", "test", "3"]
+    assert len(found) == 9
 
 
 def test_an_encoder_is_published(

@@ -192,8 +192,10 @@ def _transformers_encoder(source: str, revision: str | None) -> Encoder:
         "std": tuple(getattr(processor, "image_std", None) or (1.0, 1.0, 1.0)),
         "crop_pct": _crop_pct(*sizes, side=sample.shape[-1]),
     }
+    described = model.config.to_dict()
+    described.pop("_name_or_path", None)  # where it is makes it no other encoder
     identity = {
-        "config": model.config.to_dict(), "processor": processor.to_dict(), "pooled": pooled,
+        "config": described, "processor": processor.to_dict(), "pooled": pooled,
         "transformers": transformers.__version__,
     }  # fmt: skip
     return Encoder(module, width, view, data_config, identity)

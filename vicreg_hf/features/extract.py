@@ -136,23 +136,31 @@ def _check_record(
         "splits": {name: split.fingerprint() for name, split in splits.items()},
         "classes": list(next(iter(splits.values())).label_names),  # alike in all
     }  # fmt: skip
+    # where these are does not change the features; `search` opens the encoder again
+    places = {"model": _place(args.model), "revision": args.revision,
+              "dataset_name": _place(args.dataset_name)}  # fmt: skip
     path = output_dir / RECORD
-    recorded = _read_record(path)
+    recorded = read_record(path)
     if recorded is None:
-        if write:
-            with writing(output_dir), replacing(path) as aside:
-                output_dir.mkdir(parents=True, exist_ok=True)
-                aside.write_text(json.dumps(record, indent=2) + "\n")
-        return
+        recorded = record
     different = [name for name, value in record.items() if recorded.get(name) != value]
     if different:
         raise ValueError(
             f"output_dir must hold features of the same model, data and settings, and "
             f"{output_dir} holds others ({', '.join(different)} differ); choose another."
         )
+    if write and "model" not in recorded:
+        with writing(output_dir), replacing(path) as aside:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps(record | places, indent=2) + "\n")
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
+def _place(name: str) -> str:
+    """A name on the Hub as it is, and that of a local folder or file as an absolute path."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
     """The record of the features in an output_dir; None if there are none."""
     if not path.is_file():
         return None
@@ -176,7 +184,7 @@ def _card(args: ExtractionArguments, splits: dict[str, ImageSplit]) -> str:
         f"---\n{metadata}---\n\n# Features of `{impersonal(args.dataset_name)}` by "
         f"`{impersonal(args.model)}`\n\nPooled features in {args.dtype}, one row for each image "
         f"({counts}), less those that cannot be decoded: `row`, `image_id`, `label` if there is "
-        "any, `embedding`. Written by `scripts/extract_features.py` of vicreg_hf.\n"
+        "any, `embedding`. Written by `vicreg-hf extract` of vicreg_hf.\n"
     )
 
 

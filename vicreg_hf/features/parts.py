@@ -6,7 +6,8 @@ Shapes: N usable images of a part, F features.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,23 @@ def write_part(file: Path, table: pa.Table) -> None:
             writer.write_table(table)
 
 
+def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
+    """Read a part's rows. All of their columns are compared with the checksum of the part.
+
+    Raises:
+        FileNotFoundError: it is absent.
+        PartError: it is damaged.
+    """
+    with _named_damage():
+        # earlier versions wrote a checksum for each page
+        with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+            table = opened.read(columns)
+        stored = (table.schema.metadata or {}).get(CHECKSUM)  # earlier versions wrote none
+        if columns is None and stored is not None and stored != _sha256(table):
+            raise PartError("its rows do not have the checksum they were written with")
+        return table
+
+
 def read_part(part: Part, num_features: int, *, with_features: bool = True) -> Contents:
     """Read a part. With its features it is compared with its checksum.
 
@@ -79,27 +97,33 @@ def read_part(part: Part, num_features: int, *, with_features: bool = True) -> C
         FileNotFoundError: it is absent.
         PartError: its contents are not those that were written.
     """
-    try:
-        # earlier versions wrote a checksum for each page
-        with pq.ParquetFile(part.file, page_checksum_verification=True) as file:
-            table = file.read(None if with_features else ["row"])
+    table = read_table(part.file, None if with_features else ["row"])
+    with _named_damage():
         rows = table["row"].to_numpy()
         features = np.empty((0, num_features), np.float32)
         if with_features:
-            stored = (table.schema.metadata or {}).get(CHECKSUM)  # earlier versions wrote none
-            if stored is not None and stored != _sha256(table):
-                raise PartError("its rows do not have the checksum they were written with")
-            flat = table["embedding"].combine_chunks().flatten().to_numpy()
-            features = flat.reshape(len(rows), num_features)
-    except (FileNotFoundError, PartError):
-        raise
-    # pyarrow's error depends on the place of the damage
-    except (OSError, pa.ArrowException, ValueError, LookupError, TypeError) as error:
-        raise PartError(one_line(error) or type(error).__name__) from error
+            features = features_of(table).reshape(len(rows), num_features)
     inside = not len(rows) or (rows[0] in part.rows and rows[-1] in part.rows)
     if rows.dtype != np.int64 or not inside or (np.diff(rows) <= 0).any():
         raise PartError(f"its rows are not of {part.rows.start} to {part.rows.stop - 1}")
     return Contents(rows, features)
+
+
+def features_of(table: pa.Table) -> NDArray[np.floating[Any]]:
+    """The features of the rows of a part, (N, F)."""
+    flat = table["embedding"].combine_chunks().flatten().to_numpy()
+    return flat.reshape(len(table), -1) if len(table) else flat.reshape(0, 0)
+
+
+@contextmanager
+def _named_damage() -> Iterator[None]:
+    """Raise a PartError for what pyarrow raises, which depends on the place of the damage."""
+    try:
+        yield
+    except (FileNotFoundError, PartError):
+        raise
+    except (OSError, pa.ArrowException, ValueError, LookupError, TypeError) as error:
+        raise PartError(one_line(error) or type(error).__name__) from error
 
 
 def _sha256(table: pa.Table) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 from vicreg_hf.data.columns.texts import TextColumn
 from vicreg_hf.data.columns.waveforms import WaveformColumn
 from vicreg_hf.hub.api import check_repo_id, check_revision, open_repository
-from vicreg_hf.hub.card import PRIME_SUFFIX, model_card
+from vicreg_hf.hub.card import CARD_FILE, PICTURES, PRIME_SUFFIX, model_card, write_card
 from vicreg_hf.hub.export import (
     ONNX_FILE,
     ExportError,
@@ -73,13 +74,8 @@ def publish(
     check_repo_id(repo_id)
     if revision is not None:
         check_revision(revision)
-    first, second = find_encoder(source), Path(source) / PRIME_DIRECTORY
-    model, has_expander = load_model(first)
-    if include_expander and not has_expander:
-        raise ValueError(
-            f"include_expander needs an expander, and {first} holds none; publish the "
-            "output_dir of the run, or leave it out."
-        )
+    second = Path(source) / PRIME_DIRECTORY
+    first, model = _open(source, include_expander)
     with temporary_folder() as folder:
         # verified before repositories are made, which would stay empty if this failed
         if is_published(first):
@@ -96,6 +92,72 @@ def publish(
             license=license, token=token,
         )  # fmt: skip
     return address
+
+
+def export_source(
+    source: str | Path,
+    directory: str | Path,
+    *,
+    include_expander: bool = False,
+    onnx: bool = False,
+) -> list[Path]:
+    """Write the encoder of a run or of a checkpoint to a directory, with its card.
+
+    A second branch's encoder goes to `encoder_prime` in it, where the run has written one.
+
+    Args:
+        source: as for `publish`.
+        directory: made if absent; files with other names in it are left alone. It may be the
+            encoder's own directory, to which onnx adds a file.
+        include_expander: also write the expander.
+        onnx: also write onnx/model.onnx.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: the source holds no encoder, or is a checkpoint that the directory would
+            replace; or packages for ONNX are missing.
+        ExportError: stock loaders do not load the encoder with the same weights and features.
+        RuntimeError: the backbone cannot be written as ONNX.
+    """
+    (first, model), directory = _open(source, include_expander), Path(directory)
+    second, itself = Path(source) / PRIME_DIRECTORY, directory.resolve() == first.resolve()
+    if itself and not is_published(first):
+        raise ValueError(f"directory must be another than the checkpoint's own, got {directory}.")
+    written = [export_onnx(model, directory)] if onnx else []
+    if itself:
+        verify_export(model, first)
+        return written
+    export_encoder(model, directory, include_expander=include_expander)
+    card = (first / CARD_FILE).is_file()
+    if not card:
+        write_card(directory / CARD_FILE, model_card(model, licence=None))
+    for name in (CARD_FILE, *PICTURES) if card else ():
+        if (first / name).is_file():
+            (directory / name).parent.mkdir(exist_ok=True)
+            shutil.copy2(first / name, directory / name)
+    written.insert(0, directory)
+    if (second / CONFIG_FILE).is_file():
+        written.append(directory / PRIME_DIRECTORY)
+        shutil.copytree(second, written[-1], dirs_exist_ok=True)
+    return written
+
+
+def _open(source: str | Path, include_expander: bool) -> tuple[Path, VICRegModel]:
+    """The directory to publish from, and the model in it.
+
+    Raises:
+        ValueError: there is none, or not the expander that is wanted.
+    """
+    first = find_encoder(source)
+    model, has_expander = load_model(first)
+    if include_expander and not has_expander:
+        raise ValueError(
+            f"include_expander needs an expander, and {first} holds none; publish the "
+            "output_dir of the run, or leave it out."
+        )
+    return first, model
 
 
 def push_encoders(
@@ -230,5 +292,5 @@ def check_exportable(model: VICRegModel, *, column: Any = None) -> None:
 
 def retry_command(source: str | Path, repo_id: str, *, private: bool = False) -> str:
     """The command that pushes a run's encoder again."""
-    words = ["python", "scripts/publish.py", str(source), "--repo_id", repo_id]
+    words = ["vicreg-hf", "publish", str(source), "--repo_id", repo_id]
     return shlex.join([*words, "--private"] if private else words)

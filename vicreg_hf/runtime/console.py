@@ -34,7 +34,8 @@ def optional(consequence: str) -> Iterator[None]:
 def outlive_readers() -> None:
     """Drop what stdout and stderr do not take, such as for `| head` or on a full disk."""
     for name in ("stdout", "stderr"):
-        if (stream := getattr(sys, name)) is not None:
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, _Patient):
             setattr(sys, name, _Patient(stream))
 
 

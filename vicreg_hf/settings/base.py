@@ -48,10 +48,15 @@ class Settings:
         ValueError: a value of another type than declared, or outside its limits.
     """
 
-    script: ClassVar[str] = ""
-    """The script whose flags they are."""
+    command: ClassVar[str] = ""
+    """The command whose flags they are."""
     recipe_folder: ClassVar[str] = ""
     """The folder of `vicreg_hf/recipes` that holds recipes of them."""
+    usual: ClassVar[tuple[str, ...]] = ()
+    """Settings that --help lists, those most runs need; --help all lists every one."""
+    headings: ClassVar[dict[str, str]] = {}
+    """Headings of --help, each by the first setting below it: a setting stands under the heading of
+    the one that is declared before it."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self), include_extras=True)

@@ -10,21 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vicreg_hf.data.opening.dataset import DEMO
+from vicreg_hf.data.opening import DEMO
 from vicreg_hf.hub.api import without_tokens
 from vicreg_hf.runtime.console import outlive_readers
 from vicreg_hf.settings.evaluation import EvaluationArguments
 from vicreg_hf.settings.parser import FlagsParser, SettingsParser, expand_home
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.settings.recipes import describe_recipes, recipe_names
-
-HEADINGS = {
-    "dataset_name": "data", "architecture": "backbone and expander", "weights": "second branch",
-    "sim_coeff": "loss", "image_size": "views", "batch_size": "optimisation",
-    "num_workers": "speed", "output_dir": "output and resuming", "knn_steps": "monitoring",
-    "push_to_hub": "Hub",
-}  # fmt: skip
-"""Headings of --help, each by the first setting below it."""
 
 
 @contextmanager
@@ -60,7 +52,6 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
     """
     parser = SettingsParser(
         PretrainingArguments,
-        headings=HEADINGS,
         description="Pretrain a timm backbone with VICReg on images without labels.",
     )
     parser.add_argument(
@@ -71,6 +62,7 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
         "--list_recipes",
         action=_ListRecipes,
         nargs=0,
+        usual=False,
         help="Print the recipes: data, hardware, expected accuracy and its source.",
     )
     parser.add_argument(
@@ -82,6 +74,7 @@ def parse_arguments(argv: Sequence[str]) -> PretrainingArguments:
         "--replay",
         metavar="STEP",
         type=int,
+        usual=False,
         help="Instead of training, take a step of the run in output_dir again and describe it.",
     )
     known = early(argv, "config", "replay", "dataset_name", "output_dir")

@@ -28,8 +28,16 @@ USUAL_NEIGHBOURS = {"knn_k": [20, 200], "retrieval_k": [1, 5, 10, 100]}
 class EvaluationArguments(EncodingSettings):
     """Settings of `evaluate`."""
 
-    script: ClassVar[str] = "scripts/evaluate.py"
+    command: ClassVar[str] = "vicreg-hf evaluate"
     recipe_folder: ClassVar[str] = "evaluation"
+    usual: ClassVar[tuple[str, ...]] = (
+        "model", "dataset_name", "protocols", "output_dir", "train_split", "eval_split",
+        "label_column", "batch_size", "bf16",
+    )  # fmt: skip
+    headings: ClassVar[dict[str, str]] = EncodingSettings.headings | {
+        "protocols": "what is measured", "knn_k": "protocols on features",
+        "epochs": "training a classifier with the images", "num_resamples": "results",
+    }  # fmt: skip
 
     protocols: str = "knn,linear"
     """Protocols to measure by, joined by commas: any of knn, linear, linear-sgd, finetune-1,

@@ -1,9 +1,9 @@
-"""The settings of scripts/extract_features.py, and of every script that encodes a data set."""
+"""The settings of extract, and of every command that encodes a data set."""
 
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from vicreg_hf.hub.api import check_repo_id
 from vicreg_hf.settings.base import Count, Settings, Share, WholeFromZero, one_of
@@ -13,10 +13,14 @@ from vicreg_hf.settings.base import Count, Settings, Share, WholeFromZero, one_o
 class EncodingSettings(Settings):
     """Which encoder encodes which images, and how many at once."""
 
+    headings: ClassVar[dict[str, str]] = {
+        "model": "encoder and data", "batch_size": "speed and precision",
+    }  # fmt: skip
+
     model: str
     """Encoder on the Hub, output_dir of a run, or directory of an encoder."""
     dataset_name: str
-    """Hub id, local folder or file, or demo, as for pretrain.py."""
+    """Hub id, local folder or file, or demo, as for pretrain."""
     _: KW_ONLY
     revision: str | None = None
     """Branch or commit of a model on the Hub."""
@@ -44,6 +48,14 @@ class EncodingSettings(Settings):
 @dataclass(frozen=True)
 class ExtractionArguments(EncodingSettings):
     """Settings of `extract_dataset`."""
+
+    usual: ClassVar[tuple[str, ...]] = (
+        "model", "dataset_name", "output_dir", "split", "batch_size", "bf16", "num_workers",
+        "dtype", "push_to_hub", "hub_dataset_id",
+    )  # fmt: skip
+    headings: ClassVar[dict[str, str]] = EncodingSettings.headings | {
+        "output_dir": "features", "push_to_hub": "Hub",
+    }  # fmt: skip
 
     output_dir: str
     """Directory of the features; a run started again there goes on where it stopped."""

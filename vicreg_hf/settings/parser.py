@@ -7,11 +7,12 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from vicreg_hf.settings.base import Settings, descriptions
 from vicreg_hf.settings.recipes import as_flags, read_recipe
@@ -26,18 +27,90 @@ def expand_home(words: Iterable[str]) -> list[str]:
     return expanded
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Names each flag once, with the kind of its value, and the default where there is one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        kinds: dict[Any, str] = {int: "N", float: "X", string_to_bool: "true|false"}
+        values = self._format_args(action, kinds.get(action.type, "TEXT"))
+        return f"{action.option_strings[0]} {values}".rstrip()
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        sentence, default = action.help or "", action.default
+        if action.required and action.option_strings:
+            return f"{sentence} (required)"
+        if default in (None, "", argparse.SUPPRESS) or action.nargs == 0:
+            return sentence
+        word = str(default).lower() if isinstance(default, bool) else str(default)
+        return f"{sentence} (default: {word.replace('%', '%%')})"
+
+
+class _Help(argparse.Action):
+    """Print the usual flags, or `all` of them, and exit."""
+
+    def __call__(self, parser: Any, _: Any, values: Any, *__: Any) -> None:
+        assert isinstance(parser, FlagsParser)
+        print(parser.format_help(everything=values == "all"), end="")
+        parser.exit()
+
+
 class FlagsParser(argparse.ArgumentParser):
     """Read a script's own flags, with hyphens or underscores.
 
     An error is a single line, which offers the flag that was probably meant.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options, allow_abbrev=False)
+    def __init__(self, *args: Any, add_help: bool = True, **options: Any) -> None:
+        self._rare: list[argparse.Action] = []
+        self._section: Any = None
+        options.setdefault("formatter_class", _Formatter)
+        super().__init__(*args, **options, add_help=False, allow_abbrev=False)
+        if add_help:
+            self._section = None
+            self.add_argument(
+                "--help", "-h", action=_Help, nargs="?", metavar="all", default=argparse.SUPPRESS,
+                help="Show this, or every setting.",
+            )  # fmt: skip
 
-    def add_argument(self, *names: Any, **options: Any) -> Any:
+    def add_argument(self, *names: Any, usual: bool = True, **options: Any) -> Any:
+        """Add a flag, as argparse does.
+
+        Args:
+            usual: whether --help lists it; --help all lists every flag.
+        """
         hyphened = {name.replace("_", "-"): None for name in names if name.startswith("--")}
-        return super().add_argument(*dict.fromkeys([*names, *hyphened]), **options)
+        add = super().add_argument if self._section is None else self._section.add_argument
+        action = add(*dict.fromkeys([*names, *hyphened]), **options)
+        if not usual:
+            self._rare.append(action)
+        return action
+
+    def format_help(self, *, everything: bool = False) -> str:
+        """The usual flags below their headings, or all of them."""
+        hidden = [] if everything else self._rare
+        formatter = self._get_formatter()
+        formatter.add_usage(self._usage(), self._actions, [])
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            formatter.start_section(group.title)
+            formatter.add_arguments([one for one in group._group_actions if one not in hidden])
+            formatter.end_section()
+        if hidden:
+            formatter.add_text(f"--help all lists {len(hidden)} more settings.")
+        return formatter.format_help()
+
+    def _usage(self) -> str | None:
+        """A line that names no flag, as all are listed below it; that of argparse for commands."""
+        given = [one for one in self._actions if not one.option_strings]
+        if self.usage or any(one.nargs == argparse.PARSER for one in given):
+            return self.usage
+        places = [str(one.metavar or one.dest) for one in given]
+        return " ".join(["%(prog)s", *places, "[--SETTING VALUE ...]"])
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = expand_home(sys.argv[1:] if args is None else args)
@@ -71,32 +144,21 @@ class FlagsParser(argparse.ArgumentParser):
 class SettingsParser(FlagsParser, HfArgumentParser):
     """Read settings and a script's own flags from command-line words."""
 
-    def __init__(
-        self,
-        settings: type[Settings],
-        *,
-        description: str = "",
-        headings: Mapping[str, str] | None = None,
-    ) -> None:
-        """Make a flag of every field.
-
-        Args:
-            headings: headings of --help, each by the field below it.
-        """
+    def __init__(self, settings: type[Settings], *, description: str = "") -> None:
+        """Make a flag of every field, below the headings of its class."""
         self._settings, self._descriptions = settings, descriptions(settings)
-        self._headings, self._section = dict(headings or {}), None
-        super().__init__(settings, usage="%(prog)s [--SETTING VALUE ...]", description=description)
-        assert not self._headings, "a heading must stand above a setting"
-        self._section = None  # nor does it stand above what a script adds
+        self._fields = {f.name for f in fields(settings)}
+        super().__init__(settings, description=description)
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
-        name = names[0].lstrip("-")
-        sentence = self._descriptions.get(name.removeprefix("no_"), "")
-        options.setdefault("help", sentence.replace("%", "%%"))
-        if name in self._headings:
-            self._section = self.add_argument_group(self._headings.pop(name))
-        if self._section is not None:
-            return self._section.add_argument(*names, **options)
+        name, usual = names[0].lstrip("-"), self._settings.usual
+        options.setdefault("help", self._descriptions.get(name, "").replace("%", "%%"))
+        if name.removeprefix("no_") in self._fields - {name}:
+            options["help"] = argparse.SUPPRESS  # --no_field, which is --field false
+        elif name in self._fields:
+            options.setdefault("usual", name in usual or not usual)
+        if name in self._settings.headings:
+            self._section = self.add_argument_group(self._settings.headings[name])
         return super().add_argument(*names, **options)
 
     def read(self, words: Sequence[str], recipe: str | None = None) -> Any:

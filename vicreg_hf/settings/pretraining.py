@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 import yaml
 
-from vicreg_hf.configuration_vicreg import MODALITIES
-from vicreg_hf.data.opening.dataset import DEMO
+from vicreg_hf.data.opening import DEMO
 from vicreg_hf.hub.api import check_repo_id
+from vicreg_hf.models import MODALITIES
 from vicreg_hf.runtime.checks import is_whole, read_widths
 from vicreg_hf.settings.base import (
     Count,
@@ -81,7 +81,17 @@ class PretrainingArguments(Settings):
     A None is filled in from the other settings or the data, and config.yaml shows with what.
     """
 
-    script: ClassVar[str] = "scripts/pretrain.py"
+    command: ClassVar[str] = "vicreg-hf pretrain"
+    usual: ClassVar[tuple[str, ...]] = (
+        "dataset_name", "architecture", "pretrained", "augmentation", "batch_size",
+        "num_train_epochs", "base_lr", "output_dir",
+    )  # fmt: skip
+    headings: ClassVar[dict[str, str]] = {
+        "dataset_name": "data", "architecture": "backbone and expander",
+        "weights": "second branch", "sim_coeff": "loss", "image_size": "views",
+        "batch_size": "optimisation", "num_workers": "speed",
+        "output_dir": "output and resuming", "knn_steps": "monitoring", "push_to_hub": "Hub",
+    }  # fmt: skip
 
     dataset_name: str = DEMO
     """Hub id, local folder or file, or demo, the handwritten digits of scikit-learn."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import fields
 from importlib import resources
@@ -38,8 +39,8 @@ def read_recipe(name_or_path: str, kind: type[Settings]) -> dict[str, Any]:
     unknown = {str(name) for name in settings} - {f.name for f in fields(kind)}
     if unknown:
         raise ValueError(
-            f"config must hold settings of {kind.script}, got {', '.join(sorted(unknown))} "
-            f"in {name_or_path}; --help lists them."
+            f"config must hold settings of {kind.command}, got {', '.join(sorted(unknown))} "
+            f"in {name_or_path}; --help all lists them."
         )
     return settings
 
@@ -48,6 +49,22 @@ def read_about(name: str) -> dict[str, str]:
     """The description of a shipped recipe, by the names in `FACTS`."""
     about = _content(name, "").get(ABOUT) or {}
     return {fact: " ".join(str(about.get(fact, "")).split()) for fact in FACTS}
+
+
+def recipe_text(name: str, *folders: str) -> str:
+    """The YAML of a shipped recipe, as it is in the first of some folders that has it.
+
+    Raises:
+        ValueError: none has it.
+    """
+    for folder in folders:
+        if name in recipe_names(folder):
+            path = resources.files("vicreg_hf") / "recipes" / folder / f"{name}.yaml"
+            return path.read_text(encoding="utf-8")
+    names = [name for folder in folders for name in recipe_names(folder)]
+    near = difflib.get_close_matches(name, names, n=1)
+    meant = f"; {near[0]} is one" if near else ""
+    raise ValueError(f"a recipe must be one of {', '.join(names)}, got {name!r}{meant}.")
 
 
 def _content(name_or_path: str, folder: str) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _failure(run: Run, sentence: str, found: dict[str, Any]) -> FloatingPointErr
     ]
     if run.accelerator.mixed_precision == "fp16":
         remedies.insert(0, "use --mixed_precision bf16 instead of fp16")
-    replay = shlex.join(["python", "scripts/pretrain.py", "--output_dir", str(run.output_dir),
+    replay = shlex.join(["vicreg-hf", "pretrain", "--output_dir", str(run.output_dir),
                          "--replay", str(found["step"])])  # fmt: skip
     path = run.output_dir / f"not-finite-step-{found['step']}.json"
     if run.accelerator.is_main_process:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets import config
 
 from vicreg_hf.data.columns.reading import zip_and_name
+from vicreg_hf.data.opening import DEMO
 from vicreg_hf.data.opening.demo import load_demo
 from vicreg_hf.data.opening.folders import IMAGES, SOUNDS, column_of_paths, tables_of_splits
 from vicreg_hf.data.opening.listing import (
@@ -29,7 +30,6 @@ from vicreg_hf.data.opening.tars import load_dataset
 from vicreg_hf.runtime.console import warn
 from vicreg_hf.runtime.files import FULL, local_path, utf8_path
 
-DEMO = "demo"
 NO_NAME_YET = "unnamed"
 """The data set's name in recipes for data of one's own, which must be replaced."""
 SAVED = ("dataset_dict.json", "state.json")

@@ -1,0 +1,82 @@
+"""Images that are nearest to new ones, among extracted features."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from extracting import extract, load, write_encoder, write_folder
+from families import trained
+
+from vicreg_hf.features.search import nearest_images
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs, an encoder, and the features of the former by the latter."""
+    place = tmp_path_factory.mktemp("search")
+    extract(
+        write_encoder(place / "encoder"), write_folder(place / "photos"), place / "features",
+        bf16=True,
+    )  # fmt: skip
+    return place
+
+
+def test_neighbours_are_those_of_a_product_of_all_features(place: Path, tmp_path: Path) -> None:
+    tables = load(place / "features", tmp_path)
+    rows: list[dict[str, Any]] = [row | {"split": s} for s in tables for row in tables[s]]
+    unit = np.array([row["embedding"] for row in rows], np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    picked = [3, 7, 20]
+    queries = [place / "photos" / rows[at]["image_id"] for at in picked]
+    found = nearest_images(place / "features", queries, k=12)
+    assert [one.query for one in found] == [str(query) for query in queries]
+    for at, one in zip(picked, found, strict=True):
+        expected = np.sort(unit @ unit[at])[::-1][:12]
+        np.testing.assert_allclose([n.similarity for n in one.nearest], expected, atol=1e-3)
+        assert rows[at]["image_id"] in {n.image_id for n in one.nearest if n.similarity > 0.999}
+        assert all(n.image_id.split("/")[1] == n.label for n in one.nearest)
+        assert str(one).count("\n") == 12
+    (few,) = nearest_images(place / "features", queries[:1], k=5, split="test")
+    assert [n.split for n in few.nearest] == ["test", "test"]  # which has no more
+
+
+def test_what_cannot_be_searched_is_said(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, page = (place / "photos" / "train" / "dog" / f"{n}.png" for n in ("00", "99"))
+    features = shutil.copytree(place / "features", tmp_path / "features")
+
+    def refused(sentence: str, *queries: Path, where: Path = features, **settings: Any) -> None:
+        with pytest.raises(ValueError, match=sentence):
+            nearest_images(where, queries or [photo], **settings)
+
+    refused("features must be a directory that extract wrote", where=tmp_path)
+    refused("k must be positive, got 0", k=0)
+    refused(r"of which .* holds features \(test, train\), got 'val'", split="val")
+    refused("query must be files of images, got '.*absent", tmp_path / "absent")
+    refused("query must be images, and .*99.png cannot be used: ", photo, page)
+    other = trained("test_vit")
+    other.save_pretrained(tmp_path / "other", include_expander=False)
+    refused("model must be the encoder of the features", model=str(tmp_path / "other"))
+    first, second = sorted((features / "data").glob("train-*"))[:2]
+    first.unlink()
+    nearest_images(features, [photo])
+    assert "warning: 3 of 4 files of train are there" in capsys.readouterr().err
+    second.write_bytes(second.read_bytes()[:-9])
+    refused(f"{second} must be whole, and is damaged")
+    record = json.loads((features / "extraction.json").read_text())
+    moved = record | {"model": str(tmp_path / "moved")}
+    (features / "extraction.json").write_text(json.dumps(moved))
+    refused("model must say where the encoder of the features is now")
+    del record["model"]  # as earlier versions wrote it
+    (features / "extraction.json").write_text(json.dumps(record))
+    refused("which did not; give the encoder as model")
+    extract(place / "encoder", place / "photos", features, bf16=True)  # which says it
+    assert nearest_images(features, [photo], k=1)[0].nearest[0].similarity > 0.999
