@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_pretrained_cfg
 from torch import nn
@@ -49,8 +51,10 @@ def model_card(
     """
     config, base = model.config, None
     if record is not None:
-        base, licence = _base_model(record, licence)
+        base, licence = starting_terms(record.args, record.starts, licence)
     data = _metadata(license=licence, base_model=base, **_results(record))
+    if record is not None and base is None:
+        base = record.starts.get("init_from", {}).get("name")
     return _render(
         data, config.architecture, record, model.encoder, kind="timm", model_id=MODEL_ID,
         pretrained_cfg=config.pretrained_cfg, num_features=model.num_features, origin=origin,
@@ -81,15 +85,11 @@ def second_card(
     prime = config.prime
     assert prime is not None
     kind = "timm" if prime["encoder_config"] is None else prime["modality"]
-    start = str(record.args["prime_architecture"] or record.args["architecture"])
-    base = None
-    if record.args["prime_pretrained"]:
-        known = kind == "timm" and get_pretrained_cfg(start) is not None
-        base = f"timm/{start}" if known else str(impersonal(start))
-    data = _metadata(
-        license="mit" if base is None else "other",
-        base_model=None if os.path.exists(start) else base,
-    )
+    base, licence = starting_terms(record.args, record.starts, prime=True)
+    data = _metadata(license=licence, base_model=base)
+    if base is None and record.args["prime_pretrained"]:
+        base = str(impersonal(record.args["prime_architecture"]))  # a directory
+    base = base or record.starts.get("prime_init_from", {}).get("name")
     if kind != "timm":
         data.pipeline_tag, data.tags = "feature-extraction", TAGS[1:]
     of_the_run = replace(record, results=(), pictures=())  # they were measured on the first
@@ -174,11 +174,31 @@ def write_card(path: Path, card: ModelCard) -> None:
         aside.write_text(str(card), encoding="utf-8")
 
 
-def _base_model(record: TrainingRecord, licence: str | None) -> tuple[str | None, str | None]:
-    """The repository whose weights training started from, and the licence that follows."""
-    if not record.args["pretrained"]:
+def starting_terms(
+    settings: Mapping[str, Any],
+    starts: Mapping[str, Any] | None,
+    licence: str | None = "mit",
+    *,
+    prime: bool = False,
+) -> tuple[str | None, str | None]:
+    """The repository whose weights a run started from, and the licence that follows.
+
+    Args:
+        settings: of the run, by name.
+        starts: facts of what it started from, by setting; see `Source.facts`.
+        licence: of weights that started from none.
+        prime: of the second branch.
+    """
+    start = (starts or {}).get("prime_init_from" if prime else "init_from")
+    if start is not None:
+        return start["base_model"], start["license"]
+    if not settings.get("prime_pretrained" if prime else "pretrained"):
         return None, licence
-    architecture = record.args["architecture"]
+    architecture = str(prime and settings["prime_architecture"] or settings["architecture"])
+    if prime:
+        known = timm.is_model(architecture.partition(".")[0])
+        base = f"timm/{architecture}" if known else str(impersonal(architecture))
+        return None if os.path.exists(architecture) else base, "other"
     cfg = get_pretrained_cfg(architecture)
     if cfg is None:
         return None, "other"

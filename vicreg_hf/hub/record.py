@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ class TrainingRecord:
     hardware: str
     results: Sequence[Result]
     pictures: Sequence[Picture] = ()
+    starts: Mapping[str, Any] = field(default_factory=dict)
+    """Facts of the encoders that the run started from, by setting; see `Source.facts`."""
 
     @property
     def views(self) -> int:
@@ -68,7 +70,9 @@ class TrainingRecord:
 
     @property
     def settings_yaml(self) -> str:
-        settings = {key: value for key, value in self.args.items() if key not in LOCAL_SETTINGS}
+        shown = {key: start["name"] for key, start in self.starts.items()}
+        settings = {**self.args, **shown}
+        settings = {key: value for key, value in settings.items() if key not in LOCAL_SETTINGS}
         return yaml.safe_dump(impersonal(settings), sort_keys=False, allow_unicode=True)
 
     @property
