@@ -194,7 +194,7 @@ def starting_terms(
         return start["base_model"], start["license"]
     if not settings.get("prime_pretrained" if prime else "pretrained"):
         return None, licence
-    architecture = str(prime and settings["prime_architecture"] or settings["architecture"])
+    architecture = str((prime and settings["prime_architecture"]) or settings["architecture"])
     if prime:
         known = timm.is_model(architecture.partition(".")[0])
         base = f"timm/{architecture}" if known else str(impersonal(architecture))

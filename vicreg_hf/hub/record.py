@@ -93,6 +93,8 @@ def impersonal(value: Any) -> Any:
         return {key: impersonal(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [impersonal(entry) for entry in value]
+    if isinstance(value, str) and value.startswith("local-dir:"):
+        return Path(value.removeprefix("local-dir:")).resolve().name
     if isinstance(value, str) and (
         value.startswith(("/", "~", "../", "./")) or (os.sep in value and os.path.exists(value))
     ):

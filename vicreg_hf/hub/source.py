@@ -62,7 +62,8 @@ class Source:
     expander_dims: list[int]
     """The widths of that expander."""
     facts: dict[str, Any]
-    """The rest, as JSON: name, sha256 of the weights, base_model and license."""
+    """The rest, as JSON: name, sha256 of the weights, base_model, license; architecture, model_args
+    and input_size once more."""
 
 
 def find_encoder(source: str | Path) -> Path:
@@ -117,9 +118,11 @@ def split_address(name: str, setting: str = "init_from") -> tuple[str, str | Non
     repo_id, _, revision = bare.partition("@")
     if not at_hub and "/" not in repo_id and is_model(repo_id.partition(".")[0]):
         flags = [setting.replace("init_from", flag) for flag in ("architecture", "pretrained")]
+        remedy = f"--{flags[0]} {name} --{flags[1]} true starts"
+        if not setting.endswith("init_from"):
+            remedy = "VICRegModel.from_timm starts"
         raise ValueError(
-            f"{setting} must be {KINDS}, got {name!r}, a model of timm; --{flags[0]} {name} "
-            f"--{flags[1]} true starts from its weights."
+            f"{setting} must be {KINDS}, got {name!r}, a model of timm; {remedy} from its weights."
         )
     check_repo_id(repo_id, setting)
     if revision:
@@ -205,11 +208,30 @@ def read_source(name: str, setting: str = "init_from", *, prime: bool = False) -
         args["in_chans"] = channels
     _drop_classifier(weights, cfg, architecture)
     base, licence = _terms(directory, None if local else shown, cfg, architecture, prime=prime)
+    registered = _registered(architecture)
+    cfg["input_size"] = cfg.get("input_size") or (registered and registered.input_size)
+    if args.get("img_size"):
+        side: Any = args["img_size"]
+        cfg["input_size"] = (channels, *([side, side] if isinstance(side, int) else side))
     facts = {
-        "name": shown, "sha256": _digest(weights | expander), "base_model": base,
+        "name": shown,
+        "sha256": _digest(weights | {f"expander.{key}": value for key, value in expander.items()}),
+        "base_model": base,
         "license": licence,
-    }  # fmt: skip
+        "architecture": architecture,
+        "model_args": json.loads(json.dumps(args)),
+        "input_size": list(cfg["input_size"] or (channels, 224, 224)),
+    }
     return Source(shown, architecture, args, cfg, weights, expander, list(dims), facts)
+
+
+def names_architecture(directory: Path) -> bool:
+    """Whether a directory holds an encoder of timm, whose config.json names its architecture."""
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and isinstance(config.get("architecture"), str)
 
 
 def _read_config(directory: Path, where: str) -> dict[str, Any]:
@@ -260,9 +282,7 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def _drop_classifier(
-    weights: dict[str, Tensor], cfg: Mapping[str, Any], architecture: str
-) -> None:
+def _drop_classifier(weights: dict[str, Tensor], cfg: Mapping[str, Any], architecture: str) -> None:
     """Leave out the classifier's weights, whose modules timm's record names."""
     registered = _registered(architecture)
     names = cfg.get("classifier") or (registered and registered.classifier) or ()
@@ -308,7 +328,7 @@ def _terms(
 
 
 def _registered(name: str) -> Any:
-    """timm's own record of a model; None where it has none, or none with this tag."""
+    """Timm's own record of a model; None where it has none, or none with this tag."""
     try:
         return get_pretrained_cfg(name)
     except RuntimeError:

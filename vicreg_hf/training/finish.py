@@ -74,7 +74,7 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
         hub_id=_hub_id(args.dataset_name), images=run.inputs.train.num_images, steps=run.step,
         seconds=run.seconds,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
-        results=card_results(run), pictures=pictures,
+        results=card_results(run), pictures=pictures, starts=run.starts,
     )  # fmt: skip
     write_card(directory / CARD_FILE, model_card(run.model, record=record))
     if second is not None:

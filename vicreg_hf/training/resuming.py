@@ -33,7 +33,8 @@ FREE_TO_CHANGE = {
 }  # fmt: skip
 """Settings that say where and how often, and change nothing that is computed."""
 MUST_STAY = {
-    "architecture", "model_args", "pretrained", "expander_dims", "optimizer", "batch_size", "seed",
+    "architecture", "model_args", "pretrained", "init_from", "prime_init_from",
+    "expander_dims", "optimizer", "batch_size", "seed",
     "dataset_config_name", "train_split", "image_column", "value_range", "decode", "streaming",
     "weights",
     "prime_modality", "prime_column", "prime_architecture", "prime_model_args", "prime_pretrained",
@@ -121,12 +122,17 @@ def _changes(run: Run, state: dict[str, Any]) -> dict[str, str]:
     """Settings, data and second encoder that differ from the checkpoint's: a phrase for each."""
     args, fingerprint = run.args, run.fingerprint
     # before value_range was a setting, values were scaled by their type
-    saved, now = {"value_range": None} | state["settings"], json.loads(json.dumps(asdict(args)))
+    later = {"value_range": None, "init_from": None, "prime_init_from": None}
+    saved, now = later | state["settings"], json.loads(json.dumps(asdict(args)))
     changed = {
         f.name: f"{f.name} was {saved[f.name]}, is {now[f.name]}"
         for f in fields(args)
         if f.name not in FREE_TO_CHANGE and f.name in saved and saved[f.name] != now[f.name]
     }
+    for setting, start in run.starts.items():  # the source may have moved
+        was = (state.get("starts") or {}).get(setting)
+        if was is not None and was["sha256"] == start["sha256"]:
+            changed.pop(setting, None)
     if state["data"] != fingerprint:
         was, is_now = (
             f"{data['images']} images of SHA-256 "
@@ -235,6 +241,7 @@ def _state_to_save(run: Run) -> dict[str, Any]:
         "precision": run.accelerator.mixed_precision,
         "threads": _cpu_threads(run.accelerator),
         "prime_sha256": _prime_sha256(run.model),
+        "starts": run.starts,
         "labels_sha256": None if run.probe is None else run.probe.labels_sha256,
     }
 

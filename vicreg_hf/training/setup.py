@@ -31,6 +31,7 @@ from vicreg_hf.training.building.data import TrainingData, open_training_data
 from vicreg_hf.training.building.model import build_model
 from vicreg_hf.training.building.optimizers import create_optimizer
 from vicreg_hf.training.building.second_branch import create_views
+from vicreg_hf.training.building.starts import default_side, load_expanders, resolve_starts
 from vicreg_hf.training.monitoring.knn import KNNMonitor, missing_for_knn
 from vicreg_hf.training.monitoring.probe import create_probe
 from vicreg_hf.training.monitoring.summary import first_message
@@ -52,7 +53,8 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
         before: resume only from checkpoints of earlier steps than this one.
     """
     started = time.perf_counter()
-    check_architecture(args.architecture)
+    args, starts = resolve_starts(args, before=before)
+    check_architecture(str(args.architecture))
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator(
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -62,9 +64,11 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     args, data = open_training_data(
         args, rank=accelerator.process_index, world_size=accelerator.num_processes,
         local_processes=local_processes(accelerator), main_first=accelerator.main_process_first,
+        default_side=default_side(starts),
     )  # fmt: skip
     # convolutions are faster in this layout, on CPU too; attention does not mind
-    model = build_model(args, data.pairs, sound=data.sound)
+    model = build_model(args, data.pairs, sound=data.sound, starts=starts)
+    new = load_expanders(model, starts)
     model.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore
     probe = None
     if args.online_probe:
@@ -89,8 +93,11 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     run = Run(
         args, accelerator, model, model, optimizer, data, views, paired,
         _create_monitor(args, data, model.config.pretrained_cfg or {}), probe, started,
+        starts={setting: start.facts for setting, start in starts.items()},
     )  # fmt: skip
     resume(run, before=before)
+    for sentence in new if run.step == 0 else ():
+        accelerator.print(sentence)
     if _compiles_model(args, accelerator, model, run.total_steps - run.step):
         model.compile_branches(expanders=accelerator.num_processes == 1)
     run.wrapped, run.optimizer = accelerator.prepare(model, optimizer)
