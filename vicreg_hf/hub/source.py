@@ -260,7 +260,7 @@ def _read_weights(directory: Path, file: str, where: str) -> dict[str, Tensor]:
     if not path.is_file():
         found = sorted(entry.name for entry in directory.iterdir())
         got = "no weights"
-        if any(name.endswith(".safetensors.index.json") for name in found):
+        if f"{file}.index.json" in found:
             got = "weights in several files; load and save them again with a larger max_shard_size"
         elif pickled := [name for name in found if name.endswith(PICKLED)]:
             got = (
