@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from timm.models import get_pretrained_cfg
 from torch import nn
 
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.hub.export import EncoderModel
 from vicreg_hf.hub.layout import PRIME_DIRECTORY
-from vicreg_hf.hub.record import TrainingRecord, impersonal
+from vicreg_hf.hub.record import TrainingRecord, impersonal, starting_terms
 from vicreg_hf.models.resnets import is_ours
 from vicreg_hf.runtime.files import replacing
 
@@ -172,39 +168,6 @@ def write_card(path: Path, card: ModelCard) -> None:
     """Write a card that is there whole or, after a crash, not at all."""
     with replacing(path) as aside:
         aside.write_text(str(card), encoding="utf-8")
-
-
-def starting_terms(
-    settings: Mapping[str, Any],
-    starts: Mapping[str, Any] | None,
-    licence: str | None = "mit",
-    *,
-    prime: bool = False,
-) -> tuple[str | None, str | None]:
-    """The repository whose weights a run started from, and the licence that follows.
-
-    Args:
-        settings: of the run, by name.
-        starts: facts of what it started from, by setting; see `Source.facts`.
-        licence: of weights that started from none.
-        prime: of the second branch.
-    """
-    start = (starts or {}).get("prime_init_from" if prime else "init_from")
-    if start is not None:
-        return start["base_model"], start["license"]
-    if not settings.get("prime_pretrained" if prime else "pretrained"):
-        return None, licence
-    architecture = str((prime and settings["prime_architecture"]) or settings["architecture"])
-    if prime:
-        known = timm.is_model(architecture.partition(".")[0])
-        base = f"timm/{architecture}" if known else str(impersonal(architecture))
-        return None if os.path.exists(architecture) else base, "other"
-    cfg = get_pretrained_cfg(architecture)
-    if cfg is None:
-        return None, "other"
-    tag = f".{cfg.tag}" if cfg.tag and "." not in architecture else ""
-    hub_id = cfg.hf_hub_id if cfg.hf_hub_id != "timm/" else None
-    return hub_id or f"timm/{architecture}{tag}", cfg.license or "other"
 
 
 def _results(record: TrainingRecord | None) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
+from timm.models import get_pretrained_cfg
 
 from vicreg_hf.runtime.machine import software
 
@@ -85,6 +87,39 @@ class TrainingRecord:
     def software(self) -> str:
         versions = software("vicreg_hf", "torch", "timm", "transformers")
         return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def starting_terms(
+    settings: Mapping[str, Any],
+    starts: Mapping[str, Any] | None,
+    licence: str | None = "mit",
+    *,
+    prime: bool = False,
+) -> tuple[str | None, str | None]:
+    """The repository whose weights a run started from, and the licence that follows.
+
+    Args:
+        settings: of the run, by name.
+        starts: facts of what it started from, by setting; see `Source.facts`.
+        licence: of weights that started from none.
+        prime: of the second branch.
+    """
+    start = (starts or {}).get("prime_init_from" if prime else "init_from")
+    if start is not None:
+        return start["base_model"], start["license"]
+    if not settings.get("prime_pretrained" if prime else "pretrained"):
+        return None, licence
+    architecture = str((prime and settings["prime_architecture"]) or settings["architecture"])
+    if prime:
+        known = timm.is_model(architecture.partition(".")[0])
+        base = f"timm/{architecture}" if known else str(impersonal(architecture))
+        return None if os.path.exists(architecture) else base, "other"
+    cfg = get_pretrained_cfg(architecture)
+    if cfg is None:
+        return None, "other"
+    tag = f".{cfg.tag}" if cfg.tag and "." not in architecture else ""
+    hub_id = cfg.hf_hub_id if cfg.hf_hub_id != "timm/" else None
+    return hub_id or f"timm/{architecture}{tag}", cfg.license or "other"
 
 
 def impersonal(value: Any) -> Any:

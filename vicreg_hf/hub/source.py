@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub.constants import REPOCARD_NAME as CARD_FILE
 from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -29,8 +30,8 @@ from torch import Tensor
 from vicreg_hf.checkpoints.reading import MANIFEST, newest_checkpoint, read_manifest
 from vicreg_hf.configuration_vicreg import NESTED_KEY, VICRegConfig, without_classes
 from vicreg_hf.hub.api import check_repo_id, check_revision, without_tokens
-from vicreg_hf.hub.card import CARD_FILE, starting_terms
 from vicreg_hf.hub.layout import CONFIG_FILE, ENCODER_FILE, EXPANDER_FILE, PRIME_DIRECTORY
+from vicreg_hf.hub.record import starting_terms
 from vicreg_hf.models.timm_models import check_architecture
 from vicreg_hf.runtime.checks import one_line
 
@@ -157,8 +158,8 @@ def find_source(name: str, setting: str = "init_from", *, prime: bool = False) -
         ) from error
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise ValueError(
-            f"{setting} {name!r} must be a directory, or on the Hub with that in reach or in its "
-            f"cache: {without_tokens(one_line(error))}"
+            f"{setting} must be {KINDS}, got {name!r}, which is no directory here, and the Hub "
+            f"is not in reach, nor is it in its cache: {without_tokens(one_line(error))}"
         ) from error
     except Exception as error:  # the client's errors have no common class
         raise ValueError(
@@ -340,5 +341,6 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+        content: Any = value.contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(content)
     return digest.hexdigest()

@@ -111,9 +111,9 @@ class SettingsParser(FlagsParser, HfArgumentParser):
         """
         settings = read_recipe(recipe, self._settings) if recipe else {}
         given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words}
-        if settings.get("init_from") is not None and "init_from" in given:
-            if settings["init_from"] == settings.get("prime_init_from"):
-                given.add("prime_init_from")  # it had followed from the first
+        first, second = settings.get("init_from"), settings.get("prime_init_from")
+        if "init_from" in given and first is not None and first == second:
+            given.add("prime_init_from")  # it had followed from the first
         for ahead in ("", "prime_"):
             if f"{ahead}init_from" in given:  # what the recipe starts from is replaced as a whole
                 for name in ("init_from", "architecture", "model_args", "pretrained"):
