@@ -106,7 +106,10 @@ def test_classes_and_pretrained_tags_are_left_out() -> None:
         ("0123456789", r"timm\.list_models\(\) lists them"),
         ("resnet51.a1_in1k", r"'resnet51\.a1_in1k'; close to it are .*resnet50"),
         ("hf-hub:timm/resnet18.a1_in1k", r"bare name .*, such as resnet18\.a1_in1k, got .hf-hub:"),
-        ("org/name", "bare name of a timm model, such as resnet18, got 'org/name'; --pretrained t"),
+        (
+            "org/name",
+            "bare name of a timm model, such as resnet18, got 'org/name'; --init_from org/name s",
+        ),
         ("tests", "the bare name of a timm model, such as resnet18, got 'tests'"),
     ],
 )

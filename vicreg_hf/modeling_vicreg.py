@@ -19,6 +19,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from vicreg_hf.configuration_vicreg import METHOD_FIELDS, VICRegConfig, without_classes
 from vicreg_hf.hub.layout import write_layout
+from vicreg_hf.hub.source import directory_of, split_address
 from vicreg_hf.loss.multi_view import multi_view_loss
 from vicreg_hf.loss.vicreg import vicreg_loss
 from vicreg_hf.models.batch_norm import count_once
@@ -131,6 +132,34 @@ class VICRegModel(PreTrainedModel):
         if settings.prime is not None and not config.get("prime"):  # the same architecture
             second = create_backbone(name, model_args or {}, pretrained=True)
         return cls(settings, backbone=backbone, backbone_prime=second)
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """Load an encoder with its expander, or with a new one where there is none.
+
+        Args:
+            pretrained_model_name_or_path: the output_dir of a run, an encoder's directory, a
+                training checkpoint, or `org/name` on the Hub, also as `org/name@revision`, with
+                timm's prefixes `hf-hub:` and `local-dir:` or without. The encoder is of timm.
+            *model_args: as of transformers; likewise the keyword arguments. Weights become
+                float32 unless dtype says otherwise.
+
+        Raises:
+            ValueError: there is no such place, or it holds no encoder of timm.
+            OSError: a file lacks, or the Hub is not in reach.
+        """
+        place: Any = pretrained_model_name_or_path
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = torch.float32
+        if isinstance(place, (str, Path)):
+            place, revision, local = split_address(str(place), "the place of a VICRegModel")
+            if local and not kwargs.get("subfolder"):
+                place = directory_of(Path(place)) or place
+            if revision is not None:
+                kwargs.setdefault("revision", revision)
+        return super().from_pretrained(place, *model_args, **kwargs)
 
     @property
     def encoder(self) -> nn.Module:

@@ -19,7 +19,7 @@ from vicreg_hf import VICRegConfig, VICRegModel
 from vicreg_hf.hub.api import push_files
 from vicreg_hf.hub.card import model_card, write_card
 from vicreg_hf.hub.export import ExportError
-from vicreg_hf.publishing.loading import find_encoder
+from vicreg_hf.hub.source import find_encoder
 from vicreg_hf.publishing.publish import export_encoders, export_source, publish
 
 BY_HAND = b"---\nlicense: mit\n---\nMine."

@@ -71,7 +71,9 @@ def test_every_recipe_says_what_it_is_for_sets_what_it_says_and_builds_it(name: 
     assert_sets(recipe, name)
     with torch.device("meta"):  # which takes no memory
         model = VICRegModel(
-            VICRegConfig(architecture=recipe.architecture, expander_dims=recipe.expander_widths)
+            VICRegConfig(
+                architecture=str(recipe.architecture), expander_dims=recipe.expander_widths
+            )
         )
     widths = [layer.out_features for layer in model.expander if hasattr(layer, "out_features")]
     assert widths == recipe.expander_widths

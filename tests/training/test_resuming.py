@@ -17,7 +17,7 @@ from vicreg_hf.checkpoints.reading import (
     newest_checkpoint,
     read_manifest,
 )
-from vicreg_hf.publishing.loading import find_encoder
+from vicreg_hf.hub.source import find_encoder
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.training.setup import make_output_dir, setup
 

@@ -28,7 +28,8 @@ from workflow import train, write_images
 from vicreg_hf import VICRegModel
 from vicreg_hf.benchmarks.measuring import peak_extra_mib
 from vicreg_hf.data.opening.dataset import open_dataset
-from vicreg_hf.publishing.loading import find_encoder, load_model
+from vicreg_hf.hub.source import find_encoder
+from vicreg_hf.publishing.loading import load_model
 from vicreg_hf.settings.command_line import parse_arguments
 
 

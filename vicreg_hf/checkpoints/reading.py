@@ -81,6 +81,8 @@ class RunState(TypedDict, total=False):
     """Threads of a process on CPU, which decide the order of sums."""
     prime_sha256: str | None
     """Checksum of the second branch's description, where the branches have weights of their own."""
+    starts: dict[str, Any]
+    """Facts of the encoders that the branches started from, by setting; see `Source.facts`."""
     labels_sha256: str | None
     """Checksum of the labels that the online probe learns."""
     milestone: bool

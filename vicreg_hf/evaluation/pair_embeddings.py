@@ -27,8 +27,9 @@ from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.features.encode import encode
 from vicreg_hf.features.encoders import timm_encoder
 from vicreg_hf.hub.layout import PRIME_DIRECTORY
+from vicreg_hf.hub.source import find_encoder
 from vicreg_hf.modeling_vicreg import VICRegModel
-from vicreg_hf.publishing.loading import find_encoder, load_model
+from vicreg_hf.publishing.loading import load_model
 
 BATCH = 256
 

@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, TimmWrapperC
 from vicreg_hf.configuration_vicreg import NESTED_KEY
 from vicreg_hf.data.columns.spectrograms import SpectrogramSettings
 from vicreg_hf.hub.api import check_repo_id, check_revision
-from vicreg_hf.publishing.loading import find_encoder, load_model
+from vicreg_hf.hub.source import find_encoder
+from vicreg_hf.publishing.loading import load_model
 from vicreg_hf.runtime.checks import one_line, read_range
 
 PIL_CHANNELS = (1, 3)

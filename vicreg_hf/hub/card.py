@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from timm.models import get_pretrained_cfg
 from torch import nn
 
 from vicreg_hf.configuration_vicreg import VICRegConfig
 from vicreg_hf.hub.export import EncoderModel
 from vicreg_hf.hub.layout import PRIME_DIRECTORY
-from vicreg_hf.hub.record import TrainingRecord, impersonal
+from vicreg_hf.hub.record import TrainingRecord, impersonal, starting_terms
 from vicreg_hf.models.resnets import is_ours
 from vicreg_hf.runtime.files import replacing
 
@@ -49,8 +47,10 @@ def model_card(
     """
     config, base = model.config, None
     if record is not None:
-        base, licence = _base_model(record, licence)
+        base, licence = starting_terms(record.args, record.starts, licence)
     data = _metadata(license=licence, base_model=base, **_results(record))
+    if record is not None and base is None:
+        base = record.starts.get("init_from", {}).get("name")
     return _render(
         data, config.architecture, record, model.encoder, kind="timm", model_id=MODEL_ID,
         pretrained_cfg=config.pretrained_cfg, num_features=model.num_features, origin=origin,
@@ -81,15 +81,11 @@ def second_card(
     prime = config.prime
     assert prime is not None
     kind = "timm" if prime["encoder_config"] is None else prime["modality"]
-    start = str(record.args["prime_architecture"] or record.args["architecture"])
-    base = None
-    if record.args["prime_pretrained"]:
-        known = kind == "timm" and get_pretrained_cfg(start) is not None
-        base = f"timm/{start}" if known else str(impersonal(start))
-    data = _metadata(
-        license="mit" if base is None else "other",
-        base_model=None if os.path.exists(start) else base,
-    )
+    base, licence = starting_terms(record.args, record.starts, prime=True)
+    data = _metadata(license=licence, base_model=base)
+    if base is None and record.args["prime_pretrained"]:
+        base = str(impersonal(record.args["prime_architecture"]))  # a directory
+    base = base or record.starts.get("prime_init_from", {}).get("name")
     if kind != "timm":
         data.pipeline_tag, data.tags = "feature-extraction", TAGS[1:]
     of_the_run = replace(record, results=(), pictures=())  # they were measured on the first
@@ -172,19 +168,6 @@ def write_card(path: Path, card: ModelCard) -> None:
     """Write a card that is there whole or, after a crash, not at all."""
     with replacing(path) as aside:
         aside.write_text(str(card), encoding="utf-8")
-
-
-def _base_model(record: TrainingRecord, licence: str | None) -> tuple[str | None, str | None]:
-    """The repository whose weights training started from, and the licence that follows."""
-    if not record.args["pretrained"]:
-        return None, licence
-    architecture = record.args["architecture"]
-    cfg = get_pretrained_cfg(architecture)
-    if cfg is None:
-        return None, "other"
-    tag = f".{cfg.tag}" if cfg.tag and "." not in architecture else ""
-    hub_id = cfg.hf_hub_id if cfg.hf_hub_id != "timm/" else None
-    return hub_id or f"timm/{architecture}{tag}", cfg.license or "other"
 
 
 def _results(record: TrainingRecord | None) -> dict[str, Any]:

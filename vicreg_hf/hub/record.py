@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
+from timm.models import get_pretrained_cfg
 
 from vicreg_hf.runtime.machine import software
 
@@ -64,6 +66,8 @@ class TrainingRecord:
     pictures: Sequence[Picture] = ()
     choice: str | None = None
     """A phrase that says which step's weights these are and why, where not just the last's."""
+    starts: Mapping[str, Any] = field(default_factory=dict)
+    """Facts of the encoders that the run started from, by setting; see `Source.facts`."""
 
     @property
     def views(self) -> int:
@@ -71,7 +75,9 @@ class TrainingRecord:
 
     @property
     def settings_yaml(self) -> str:
-        settings = {key: value for key, value in self.args.items() if key not in LOCAL_SETTINGS}
+        shown = {key: start["name"] for key, start in self.starts.items()}
+        settings = {**self.args, **shown}
+        settings = {key: value for key, value in settings.items() if key not in LOCAL_SETTINGS}
         return yaml.safe_dump(impersonal(settings), sort_keys=False, allow_unicode=True)
 
     @property
@@ -86,12 +92,47 @@ class TrainingRecord:
         return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
+def starting_terms(
+    settings: Mapping[str, Any],
+    starts: Mapping[str, Any] | None,
+    licence: str | None = "mit",
+    *,
+    prime: bool = False,
+) -> tuple[str | None, str | None]:
+    """The repository whose weights a run started from, and the licence that follows.
+
+    Args:
+        settings: of the run, by name.
+        starts: facts of what it started from, by setting; see `Source.facts`.
+        licence: of weights that started from none.
+        prime: of the second branch.
+    """
+    start = (starts or {}).get("prime_init_from" if prime else "init_from")
+    if start is not None:
+        return start["base_model"], start["license"]
+    if not settings.get("prime_pretrained" if prime else "pretrained"):
+        return None, licence
+    architecture = str((prime and settings["prime_architecture"]) or settings["architecture"])
+    if prime:
+        known = timm.is_model(architecture.partition(".")[0])
+        base = f"timm/{architecture}" if known else str(impersonal(architecture))
+        return None if os.path.exists(architecture) else base, "other"
+    cfg = get_pretrained_cfg(architecture)
+    if cfg is None:
+        return None, "other"
+    tag = f".{cfg.tag}" if cfg.tag and "." not in architecture else ""
+    hub_id = cfg.hf_hub_id if cfg.hf_hub_id != "timm/" else None
+    return hub_id or f"timm/{architecture}{tag}", cfg.license or "other"
+
+
 def impersonal(value: Any) -> Any:
     """The value with every path of this machine cut to its last part."""
     if isinstance(value, dict):
         return {key: impersonal(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [impersonal(entry) for entry in value]
+    if isinstance(value, str) and value.startswith("local-dir:"):
+        return Path(value.removeprefix("local-dir:")).resolve().name
     if isinstance(value, str) and (
         value.startswith(("/", "~", "../", "./")) or (os.sep in value and os.path.exists(value))
     ):

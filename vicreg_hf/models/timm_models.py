@@ -6,14 +6,16 @@ Shapes: B samples per process, C channels, S side in pixels, F representation.
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import filter_pretrained_cfg
+from timm.models import PretrainedCfg, filter_pretrained_cfg
 from torch import Tensor, nn
 
 from vicreg_hf.runtime.checks import one_line
@@ -60,10 +62,13 @@ def check_architecture(name: str, setting: str = "architecture") -> str:
     bare = re.split(r"[/:\\]", name.rstrip("/"))[-1]
     if bare != name or Path(name).is_dir():
         known = bare if timm.is_model(bare.partition(".")[0]) else "resnet18"
-        flag = setting.replace("architecture", "pretrained")
+        pretrained, init_from = (
+            setting.replace("architecture", flag) for flag in ("pretrained", "init_from")
+        )
         raise ValueError(
             f"{setting} must be the bare name of a timm model, such as {known}, got {name!r}; "
-            f"--{flag} true starts from its weights, and no other encoder can be started from yet."
+            f"--{init_from} {name} starts from an encoder in a directory or on the Hub, and "
+            f"--{pretrained} true from timm's own weights."
         )
     near = get_close_matches(base, timm.list_models(), n=4, cutoff=0.5)
     hint = f"close to it are {', '.join(near)}" if near else "timm.list_models() lists them"
@@ -95,6 +100,85 @@ def create_backbone(
             f"timm must be able to build {name} {weights}from model_args, got {dict(model_args)}: "
             f"{one_line(error)}"
         ) from error
+
+
+def adapt_backbone(
+    name: str,
+    model_args: Mapping[str, Any],
+    *,
+    state: Mapping[str, Tensor],
+    pretrained_cfg: Mapping[str, Any],
+    source_args: Mapping[str, Any],
+) -> nn.Module:
+    """Create a timm model without a classifier from weights that may be of another input.
+
+    timm adapts the first convolution to other channels and position embeddings to another size;
+    every other weight must be there and have its place.
+
+    Args:
+        name: timm model.
+        model_args: keyword arguments for `timm.create_model`.
+        state: the weights by timm's names, without a classifier's.
+        pretrained_cfg: timm's record of these weights.
+        source_args: keyword arguments that their model was built with.
+
+    Raises:
+        ValueError: arguments that timm refuses, or weights that do not fit; some are named.
+    """
+    bare: Any = create_backbone(name, model_args)
+    cfg = {**bare.pretrained_cfg, **{k: v for k, v in pretrained_cfg.items() if v is not None}}
+    channels = source_args.get("in_chans") or cfg["input_size"][0]
+    cfg = {key: value for key, value in cfg.items() if key in _CFG_FIELDS and key not in _PLACES}
+    cfg |= {
+        "num_classes": 0, "label_offset": 0, "custom_load": False,
+        "input_size": (channels, *cfg["input_size"][1:]), "state_dict": dict(state),
+    }  # fmt: skip
+    given: dict[str, Any] = {"in_chans": channels, **model_args, "num_classes": 0}
+    if "img_size" in source_args:  # else timm cannot know the shape of a grid
+        given["pretrained_model_args"] = dict(source_args)
+    try:
+        with _timm_notes() as notes:
+            backbone: Any = timm.create_model(name, pretrained=True, pretrained_cfg=cfg, **given)
+        if notes:
+            raise RuntimeError(" ".join(notes))
+    except (RuntimeError, AssertionError, NotImplementedError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"the weights must be all those of {name} with model_args={dict(model_args)}, and of "
+            f"no other model: {_few_keys(one_line(error))}"
+        ) from error
+    del backbone.pretrained_cfg["state_dict"]
+    return backbone
+
+
+_CFG_FIELDS = PretrainedCfg.__dataclass_fields__.keys()
+_PLACES = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict")
+"""Fields of a pretrained_cfg that say where weights are."""
+
+
+@contextmanager
+def _timm_notes() -> Iterator[list[str]]:
+    """Collect what timm only logs: weights that are absent, left over, or not adapted."""
+    logger, notes = logging.getLogger("timm.models._builder"), list[str]()
+    handler, level = logging.Handler(), logger.level
+    telling = ("Missing keys", "Unexpected keys", "Unable to convert")
+
+    def note(record: logging.LogRecord) -> None:
+        if (text := record.getMessage()).startswith(telling):
+            notes.append(text)
+
+    handler.emit = note
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield notes
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+def _few_keys(text: str) -> str:
+    """An error of load_state_dict, in which each list of keys is cut after five."""
+    return re.sub(r'((?:[\w.]*"?[\w.]+"?, ){5})(?:"?[\w.]+"?, )*"?[\w.]+"?', r"\1...", text)[:600]
 
 
 # Facts about the weights a timm registry entry was made for; those published here are others.

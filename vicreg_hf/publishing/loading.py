@@ -7,8 +7,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from vicreg_hf.checkpoints.reading import newest_checkpoint
-from vicreg_hf.hub.layout import ENCODER_FILE
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.runtime.checks import one_line
 
@@ -34,22 +32,3 @@ def load_model(directory: Path) -> tuple[VICRegModel, bool]:
             f"{len(absent)}: {', '.join(absent[:5])}."
         )
     return model, not found["missing_keys"]
-
-
-def find_encoder(source: str | Path) -> Path:
-    """The directory to publish from: a run's encoder, its newest checkpoint, or the source itself.
-
-    Raises:
-        ValueError: nothing there can be published.
-    """
-    source = Path(source)
-    for directory in (source / "encoder", source):
-        if (directory / "config.json").is_file() and (directory / ENCODER_FILE).is_file():
-            return directory
-    newest, _ = newest_checkpoint(source / "checkpoints")
-    if newest is not None:
-        return newest
-    raise ValueError(
-        "what is published must be the output_dir of a run, its encoder or a checkpoint, got "
-        f"{str(source)!r}, which holds neither {ENCODER_FILE} nor a valid checkpoint."
-    )

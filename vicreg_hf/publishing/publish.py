@@ -29,11 +29,12 @@ from vicreg_hf.hub.export import (
 )
 from vicreg_hf.hub.layout import CONFIG_FILE, PRIME_DIRECTORY, is_published
 from vicreg_hf.hub.push import push_encoder
+from vicreg_hf.hub.source import find_encoder
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.models.text_encoder import TextEncoder
 from vicreg_hf.models.timm_models import is_timm
 from vicreg_hf.models.waveform_encoder import WaveformEncoder, save_waveform_encoder
-from vicreg_hf.publishing.loading import find_encoder, load_model
+from vicreg_hf.publishing.loading import load_model
 from vicreg_hf.runtime.checks import one_line
 from vicreg_hf.runtime.files import temporary_folder
 

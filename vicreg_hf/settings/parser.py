@@ -171,6 +171,15 @@ class SettingsParser(FlagsParser, HfArgumentParser):
             ValueError: no such recipe, or a setting outside its limits.
             SystemExit: words that are not flags, or --help.
         """
-        flags = as_flags(read_recipe(recipe, self._settings)) if recipe else []
+        settings = read_recipe(recipe, self._settings) if recipe else {}
+        given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words}
+        first, second = settings.get("init_from"), settings.get("prime_init_from")
+        if "init_from" in given and first is not None and first == second:
+            given.add("prime_init_from")  # it had followed from the first
+        for ahead in ("", "prime_"):
+            if f"{ahead}init_from" in given:  # what the recipe starts from is replaced as a whole
+                for name in ("init_from", "architecture", "model_args", "pretrained"):
+                    settings.pop(f"{ahead}{name}", None)
+        flags = as_flags(settings)
         values = vars(self.parse_args([*flags, *words]))
         return self._settings(**{f.name: values[f.name] for f in fields(self._settings)})

@@ -30,7 +30,10 @@ from vicreg_hf.settings.parser import SettingsParser
 from vicreg_hf.settings.recipes import as_flags
 from vicreg_hf.views.presets import PRESETS, describe, find_recipes
 
-_ENCODER = {"prime_architecture", "prime_model_args", "prime_pretrained", "prime_expander_dims"}
+_ENCODER = {
+    "prime_architecture", "prime_model_args", "prime_pretrained", "prime_init_from",
+    "prime_expander_dims",
+}  # fmt: skip
 TAKEN_BY: dict[str | None, set[str]] = {
     None: set(),
     "image": _ENCODER | {"prime_column", "prime_image_size"},
@@ -130,12 +133,15 @@ class PretrainingArguments(Settings):
     """Read the data while training, where they do not fit on the disk."""
     max_bad_fraction: Share = 0.05
     """Share of the images that may be unusable, and are replaced, before a run stops."""
-    architecture: str = "resnet50"
-    """Name of any timm model."""
+    architecture: str | None = None
+    """Name of any timm model; by default resnet50, or that of init_from."""
     model_args: dict[str, Any] | str | None = None
     """JSON of keyword arguments for timm.create_model."""
     pretrained: bool = False
     """Start from timm's pretrained weights."""
+    init_from: str | None = None
+    """Start from an encoder: the output_dir of a run, an encoder's or a checkpoint's directory, or
+    org/name on the Hub; beside a recipe it replaces architecture, model_args and pretrained."""
     expander_dims: str = "8192-8192-8192"
     """Widths of the expander's layers; in Python also a list of them."""
     weights: Annotated[str, one_of("shared", "separate")] = "shared"
@@ -153,6 +159,9 @@ class PretrainingArguments(Settings):
     """JSON of keyword arguments for timm, or of fields of transformers' configuration."""
     prime_pretrained: bool = False
     """Start the second branch from pretrained weights."""
+    prime_init_from: str | None = None
+    """Start the second branch from an encoder, as init_from; of a run with two the second. By
+    default init_from, where weights are separate and the architecture is the same."""
     prime_tokenizer: str | None = None
     """Tokenizer, as Hub id or directory; by default that of prime_architecture."""
     prime_max_length: Count | None = None
@@ -175,7 +184,7 @@ class PretrainingArguments(Settings):
     """mean (the authors' code) or sum (the paper) of the branches' variance terms."""
     image_size: Count | None = None
     """Side of a view in pixels; by default 224, or the images' own if all are square, alike and at
-    most 64."""
+    most 64, or that of init_from."""
     augmentation: dict[str, Any] | str | None = None
     """Distribution of the views: authors, paper, cifar, tiny, demo, audio, or a YAML file; by
     default authors, or cifar up to 64 pixels."""
@@ -257,6 +266,8 @@ class PretrainingArguments(Settings):
         for name in ("model_args", "prime_model_args"):
             self._fill(**{name: _read_json(name, getattr(self, name))})
         self._read_augmentation()
+        if self.init_from is None and self.architecture is None:
+            self._fill(architecture="resnet50")
         self._check_second_branch()
         if self.expander_widths[-1] != self.prime_expander_widths[-1]:
             raise ValueError(
@@ -314,6 +325,7 @@ class PretrainingArguments(Settings):
                 f"{self.prime_column!r}; use one of {', '.join(MODALITIES)}."
             )
         own_weights = self.weights == "separate" or self.prime_architecture is not None
+        own_weights = own_weights or self.prime_init_from is not None
         if self.prime_modality is None and own_weights:
             self._fill(prime_modality="image")
         modality = self.prime_modality
@@ -324,12 +336,24 @@ class PretrainingArguments(Settings):
                 f"{', '.join(ignored)} must be left out with {modality or 'no second branch'}; "
                 "prime_modality, prime_architecture or weights say what a second branch takes."
             )
+        if self.init_from is not None and self.pretrained:
+            raise ValueError(
+                "pretrained must be false with init_from, which says where the weights are from, "
+                f"got true and {self.init_from!r}."
+            )
         if modality is None:
             return
         self._fill(weights="separate")
-        if self.pretrained and modality == "image" and self.prime_architecture is None:
-            self._fill(prime_pretrained=True)  # the same architecture, from the same weights
-        if modality in ("text", "audio") and self.prime_architecture is None:
+        if self.prime_init_from is not None and self.prime_pretrained and modality == "image":
+            raise ValueError(
+                "prime_pretrained must be false with prime_init_from, which says where the weights "
+                f"are from, got true and {self.prime_init_from!r}."
+            )
+        if modality == "image" and self.prime_architecture is None and self.prime_init_from is None:
+            # the same architecture, from the same weights
+            self._fill(prime_init_from=self.init_from, prime_pretrained=self.pretrained)
+        unnamed = self.prime_architecture is None and self.prime_init_from is None
+        if modality in ("text", "audio") and unnamed:
             raise ValueError(f"prime_architecture must name the encoder of {modality}, got none.")
         if self.streaming and self.is_paired:
             raise ValueError(

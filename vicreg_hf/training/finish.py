@@ -77,6 +77,7 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
         steps=chosen_step(run), seconds=run.seconds,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
         results=card_results(run), pictures=pictures, choice=describe_choice(run),
+        starts=run.starts,
     )  # fmt: skip
     write_card(directory / CARD_FILE, model_card(run.model, record=record))
     if second is not None:

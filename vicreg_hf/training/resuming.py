@@ -33,7 +33,8 @@ FREE_TO_CHANGE = {
 }  # fmt: skip
 """Settings that say where and how often, and change nothing that is computed."""
 MUST_STAY = {
-    "architecture", "model_args", "pretrained", "expander_dims", "optimizer", "batch_size", "seed",
+    "architecture", "model_args", "pretrained", "init_from", "prime_init_from",
+    "expander_dims", "optimizer", "batch_size", "seed",
     "dataset_config_name", "train_split", "image_column", "value_range", "decode", "streaming",
     "weights",
     "prime_modality", "prime_column", "prime_architecture", "prime_model_args", "prime_pretrained",
@@ -135,6 +136,10 @@ def _changes(run: Run, state: dict[str, Any]) -> dict[str, str]:
         for f in fields(args)
         if f.name not in FREE_TO_CHANGE and f.name in saved and saved[f.name] != now[f.name]
     }
+    for setting, start in run.starts.items():  # the source may have moved
+        was = (state.get("starts") or {}).get(setting)
+        if was is not None and was["sha256"] == start["sha256"]:
+            changed.pop(setting, None)
     if state["data"] != fingerprint:
         was, is_now = (
             f"{data['images']} images of SHA-256 "
@@ -243,6 +248,7 @@ def _state_to_save(run: Run) -> dict[str, Any]:
         "precision": run.accelerator.mixed_precision,
         "threads": _cpu_threads(run.accelerator),
         "prime_sha256": _prime_sha256(run.model),
+        "starts": run.starts,
         "labels_sha256": None if run.probe is None else run.probe.labels_sha256,
         "milestone": is_milestone(run),
         "best": run.best,

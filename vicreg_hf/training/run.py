@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +44,8 @@ class Run:
     monitor: KNNMonitor | None
     probe: OnlineProbe | None
     started: float = field(default_factory=time.perf_counter)
+    starts: dict[str, Any] = field(default_factory=dict)
+    """Facts of the encoders that the branches start from, by setting; see `Source.facts`."""
     step: int = 0
     """Optimiser steps taken."""
     first_step: int = 0

@@ -33,6 +33,7 @@ from vicreg_hf.training.building.model import build_model
 from vicreg_hf.training.building.monitor_data import MonitorData, open_monitor_data
 from vicreg_hf.training.building.optimizers import create_optimizer
 from vicreg_hf.training.building.second_branch import create_views
+from vicreg_hf.training.building.starts import default_side, load_expanders, resolve_starts
 from vicreg_hf.training.monitoring.knn import KNNMonitor, missing_for_knn
 from vicreg_hf.training.monitoring.label_free import FixedSample
 from vicreg_hf.training.monitoring.probe import create_probe
@@ -55,7 +56,8 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
         before: resume only from checkpoints of earlier steps than this one.
     """
     started = time.perf_counter()
-    check_architecture(args.architecture)
+    args, starts = resolve_starts(args, before=before)
+    check_architecture(str(args.architecture))
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator()
     if accelerator.is_main_process:
@@ -63,11 +65,13 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     args, data = open_training_data(
         args, rank=accelerator.process_index, world_size=accelerator.num_processes,
         local_processes=local_processes(accelerator), main_first=main_process_first,
+        default_side=default_side(starts),
     )  # fmt: skip
     args, monitor_data = open_monitor_data(args, data, main_process_first)
     _check_keep_best(args, data, monitor_data)
     # convolutions are faster in this layout, on CPU too; attention does not mind
-    model = build_model(args, data.pairs, sound=data.sound)
+    model = build_model(args, data.pairs, sound=data.sound, starts=starts)
+    new = load_expanders(model, starts)
     model.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore
     probe = None
     if args.online_probe:
@@ -92,13 +96,15 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     run = Run(
         args, accelerator, model, model, optimizer, data, views, paired,
         _create_monitor(args, data, monitor_data, model.config.pretrained_cfg or {}), probe,
-        started,
+        started, starts={setting: start.facts for setting, start in starts.items()},
     )  # fmt: skip
     assert args.augmentation is not None
     run.sample = FixedSample(
         data, model, preset=args.augmentation, seed=args.seed, num_workers=args.num_workers or 0
     )
     resume(run, before=before)
+    for sentence in new if run.step == 0 else ():
+        accelerator.print(sentence)
     if _compiles_model(args, accelerator, model, run.total_steps - run.step):
         model.compile_branches(expanders=accelerator.num_processes == 1)
     run.wrapped, run.optimizer = accelerator.prepare(model, optimizer)
@@ -203,9 +209,9 @@ def _check_keep_best(
     missing = missing_for_knn(data.train, data.held_out)
     if args.keep_best == "knn" and other is None and missing is not None:
         raise ValueError(
-            f"keep_best=knn needs images with classes to measure, but {missing}; else name other images with "
-            "--monitor_dataset_name, or choose a measure without labels such as --keep_best "
-            "effective_rank."
+            f"keep_best=knn needs images with classes to measure, but {missing}; else name other "
+            "images with --monitor_dataset_name, or choose a measure without labels such as "
+            "--keep_best effective_rank."
         )
 
 

@@ -79,6 +79,7 @@ def open_training_data(
     world_size: int = 1,
     local_processes: int = 1,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    default_side: int = 224,
 ) -> tuple[PretrainingArguments, TrainingData]:
     """Find the data, and fill in the settings that follow from them.
 
@@ -86,6 +87,7 @@ def open_training_data(
         rank: number of this process, from 0 to world_size - 1.
         local_processes: processes that share this machine's cores.
         main_first: a context in which the data are opened, so that one process prepares the cache.
+        default_side: of views in pixels, where neither settings nor small images decide it.
 
     Returns:
         The settings of the run, in which no default is left open, and its data.
@@ -119,7 +121,11 @@ def open_training_data(
             side = None  # the first images are alike, but not all
     data = TrainingData(train, images, held_out, batches, total_steps, bad)
     workers = default_num_workers(local_processes)
-    return _filled_in(args, data, eval_split=eval_split, own_side=side, num_workers=workers), data
+    filled = _filled_in(
+        args, data, eval_split=eval_split, own_side=side, num_workers=workers,
+        default_side=default_side,
+    )  # fmt: skip
+    return filled, data
 
 
 def _filled_in(
@@ -129,6 +135,7 @@ def _filled_in(
     eval_split: str | None,
     own_side: int | None,
     num_workers: int,
+    default_side: int,
 ) -> PretrainingArguments:
     """The settings with a value for everything that the data and the machine decide.
 
@@ -136,10 +143,11 @@ def _filled_in(
         eval_split: name of the held-out split, if there is one.
         own_side: the side of the images in pixels, if all are small, square and alike.
         num_workers: loading workers that suit the machine.
+        default_side: see `open_training_data`.
     """
     limits = getattr(data.train.column, "value_range", None)
     sound, second = data.sound, data.pairs.column if data.pairs else None
-    image_size = args.image_size or own_side or (sound.num_mels if sound else 224)
+    image_size = args.image_size or own_side or (sound.num_mels if sound else default_side)
     sides: dict[str, int] = {"image_size": image_size}
     if args.prime_modality in ("image", "audio") and not takes_waveforms(args):
         sides["prime_image_size"] = args.prime_image_size or image_size

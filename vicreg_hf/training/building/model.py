@@ -30,6 +30,7 @@ from vicreg_hf.models.waveform_encoder import WaveformEncoder
 from vicreg_hf.runtime.checks import one_line, read_range
 from vicreg_hf.runtime.randomness import Stream, derive_seed
 from vicreg_hf.settings.pretraining import PretrainingArguments
+from vicreg_hf.training.building.starts import INIT, PRIME, Start, Starts
 
 
 def build_model(
@@ -37,6 +38,7 @@ def build_model(
     pairs: PairedSplit | None = None,
     *,
     sound: SpectrogramSettings | None = None,
+    starts: Starts | None = None,
 ) -> VICRegModel:
     """The model that a run trains.
 
@@ -44,19 +46,25 @@ def build_model(
         args: the settings as `open_training_data` completes them.
         pairs: the pairs, where the second branch takes another column.
         sound: how sounds become the first branch's images, if they do.
+        starts: the encoders that the branches start from.
 
     Raises:
         ValueError: architectures or arguments that cannot be, or that do not take their inputs.
     """
     torch.manual_seed(derive_seed(args.seed, epoch=0, index=0, stream=Stream.MODEL))
     own: Any = args.model_args
+    starts = starts or {}
+    architecture = str(args.architecture)
     backbone, own, cfg = _create_timm_encoder(
-        args.architecture, own, args.image_size, pretrained=args.pretrained, whole=sound is not None
-    )
+        architecture, own, args.image_size, pretrained=args.pretrained, whole=sound is not None,
+        start=starts.get(INIT),
+    )  # fmt: skip
     column = None if pairs is None else pairs.column
-    prime, backbone_prime = _create_second_encoder(args, column, sound=sound is not None)
+    prime, backbone_prime = _create_second_encoder(
+        args, column, sound=sound is not None, start=starts.get(PRIME)
+    )
     config = VICRegConfig(
-        architecture=args.architecture, model_args=own, pretrained_cfg=cfg,
+        architecture=architecture, model_args=own, pretrained_cfg=cfg,
         expander_dims=args.expander_widths, sim_coeff=args.sim_coeff, std_coeff=args.std_coeff,
         cov_coeff=args.cov_coeff, variance_reduction=args.variance_reduction, prime=prime,
         spectrogram=None if sound is None else sound.to_dict(),
@@ -68,20 +76,21 @@ def build_model(
 
 
 def _create_second_encoder(
-    args: PretrainingArguments, column: Column | None, *, sound: bool
+    args: PretrainingArguments, column: Column | None, *, sound: bool, start: Start | None
 ) -> tuple[dict[str, Any] | None, nn.Module | None]:
     """The second branch as `VICRegConfig` describes it, and its encoder; None where there is none.
 
     Args:
         column: the column that it takes; None for the first branch's images.
         sound: whether those images are spectrograms.
+        start: the encoder that it starts from.
 
     Raises:
         ValueError: an architecture or arguments that cannot be.
     """
     if args.prime_modality is None:
         return None, None
-    name, pretrained = args.prime_architecture or args.architecture, args.prime_pretrained
+    name, pretrained = str(args.prime_architecture or args.architecture), args.prime_pretrained
     own: Any = args.prime_model_args
     prime = {"modality": args.prime_modality, "expander_dims": args.prime_expander_widths}
     if isinstance(column, VectorColumn):
@@ -112,7 +121,7 @@ def _create_second_encoder(
         own = {"in_chans": args.in_chans} | (own or {})
     check_architecture(name, "prime_architecture")
     encoder, own, cfg = _create_timm_encoder(
-        name, own, args.prime_image_size, pretrained=pretrained,
+        name, own, args.prime_image_size, pretrained=pretrained, start=start,
         whole=spectrograms is not None or (column is None and sound),
     )  # fmt: skip
     base = name.partition(".")[0]
@@ -126,11 +135,13 @@ def _create_timm_encoder(
     *,
     pretrained: bool,
     whole: bool,
+    start: Start | None = None,
 ) -> tuple[nn.Module, dict[str, Any] | None, dict[str, Any]]:
     """A timm backbone that takes views of image_size.
 
     Args:
         whole: images are evaluated without cutting their edges off, as small ones always are.
+        start: the encoder that it starts from.
 
     Returns:
         It, the model_args it was built with, and its pretrained_cfg.
@@ -143,6 +154,12 @@ def _create_timm_encoder(
     if cfg.get("fixed_input_size") and cfg["input_size"][-1] != image_size:
         args["img_size"] = image_size
         backbone = create_backbone(name, args, pretrained=pretrained)
+    if start is not None:
+        theirs = {**backbone.pretrained_cfg, **start.pretrained_cfg}
+        resizable = cfg.get("fixed_input_size") or "img_size" in start.model_args
+        if resizable and {cfg["input_size"][-1], theirs["input_size"][-1]} != {image_size}:
+            args["img_size"] = image_size
+        backbone, cfg = start.create_backbone(args), theirs
     cfg = encoder_pretrained_cfg(cfg, args, image_size)
     # Small images are seen whole; larger ones are evaluated on the authors' central crop.
     crop_pct = 1.0 if whole or image_size <= SMALL_IMAGE else 0.875

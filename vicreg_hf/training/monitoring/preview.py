@@ -11,6 +11,7 @@ from torch import Tensor
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.data import open_training_data
 from vicreg_hf.training.building.second_branch import unnormalised_views
+from vicreg_hf.training.building.starts import default_side, resolve_starts
 
 IMAGES = 8
 """Images that are shown at most."""
@@ -37,7 +38,8 @@ def draw_preview(args: PretrainingArguments, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"preview must be a file such as views.png, got {str(path)!r}.")
-    args, inputs = open_training_data(args)
+    args, starts = resolve_starts(args)
+    args, inputs = open_training_data(args, default_side=default_side(starts))
     views = unnormalised_views(args, inputs.pairs)
     epoch, rows = inputs.batches.batch(0)
     images = inputs.first_images(rows[:IMAGES].tolist())
