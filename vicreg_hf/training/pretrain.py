@@ -1,7 +1,7 @@
 """The training loop: set up, fit, finish.
 
-Everything that changes during a run is in the model, the optimiser, the probe if there is one, and
-the step number.
+Everything that changes during a run is in the model, the optimiser, the average of weights and the
+probe if there are such, and the step number.
 """
 
 from __future__ import annotations
@@ -41,7 +41,14 @@ from vicreg_hf.training.monitoring.log import Clock
 from vicreg_hf.training.resuming import save, wait_until_saved
 from vicreg_hf.training.run import Run
 from vicreg_hf.training.setup import make_output_dir, setup
-from vicreg_hf.training.step import Step, StepChecks, take_gradients, take_step, views_from_here
+from vicreg_hf.training.step import (
+    Step,
+    StepChecks,
+    representations,
+    take_gradients,
+    take_step,
+    views_from_here,
+)
 
 ERRORS = (
     ValueError, OSError, SafetensorError, CheckpointError, FloatingPointError, LoadingError,
@@ -125,8 +132,8 @@ def fit(run: Run, signals: Signals) -> None:
             if save_failed:
                 wait_until_saved(run)  # which raises
             if run.probe is not None:
-                assert step.output.pooler_output is not None
-                run.probe.learn(step.output.pooler_output, run.batches.batch(run.step)[1])
+                y = representations(run, step, views)
+                run.probe.learn(y, run.batches.batch(run.step)[1])
             take_step(run)
             clock.tick()
             if logs or measures:
@@ -259,7 +266,7 @@ def _accuracies(run: Run, signals: Signals | None) -> dict[str, Any]:
         classify = run.probe.predict if run.probe is not None and run.probe.steps > 0 else None
         with suppress(Stopped):
             row = run.monitor.measure(
-                run.model.encoder, run.accelerator.device, classify,
+                run.published.encoder, run.accelerator.device, classify,
                 autocast=partial(_autocast_unless_stopped, run, signals),
             ) | {"knn_images": run.monitor.subject}  # fmt: skip
     run.accelerator.wait_for_everyone()
