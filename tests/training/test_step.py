@@ -88,7 +88,7 @@ def test_steered_steps_are_those_of_a_plain_loop(
         model.zero_grad()
         for key, value in model.state_dict().items():
             average[key] = 0.6 * average[key] + 0.4 * value if value.is_floating_point() else value
-        close = {"rtol": 1e-3, "atol": 1e-5}
+        close: Any = {"rtol": 1e-3, "atol": 1e-5}
         torch.testing.assert_close(run.model.state_dict(), dict(model.state_dict()), **close)
         torch.testing.assert_close(run.published.state_dict(), average, **close)
         assert number < 4

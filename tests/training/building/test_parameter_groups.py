@@ -29,9 +29,8 @@ def test_either_branch_has_the_layers_of_timms_classifier_whose_place_the_expand
 ) -> None:
     config = VICRegConfig(architecture=name, expander_dims=[8, 8], weights="separate")
     model, classifier = VICRegModel(config), timm.create_model(name, num_classes=2)
-    model.backbone.get_parameter(frozen := next(iter(model.backbone.state_dict()))).requires_grad_(
-        requires_grad=False
-    )
+    frozen = next(iter(model.backbone.state_dict()))
+    model.get_parameter(f"backbone.{frozen}").requires_grad = False
     groups = create_optimizer(
         optimizer, model, lr=0.1, weight_decay=0.2, layer_decay=0.7
     ).param_groups
