@@ -8,7 +8,17 @@ from pathlib import Path
 
 import datasets
 import pytest
-from workflow import SMALL, WHOLE, assert_same_run, interrupt, metrics, train, write_images
+from safetensors.torch import load_file
+from workflow import (
+    SMALL,
+    WHOLE,
+    assert_same_file,
+    assert_same_run,
+    interrupt,
+    metrics,
+    train,
+    write_images,
+)
 
 from vicreg_hf.checkpoints.reading import (
     MANIFEST,
@@ -70,6 +80,53 @@ def test_so_does_one_with_dropout_micro_batches_and_other_workers(tmp_path: Path
     run = interrupt(tmp_path / "whole", tmp_path / "run")
     train(data, run, *RANDOM)
     assert_same_run(run, tmp_path / "whole")
+
+
+STEERED = [*WHOLE, "--optimizer=adamw", "--base_lr=1e-2", "--max_grad_norm=1", "--layer_decay=0.7",
+           "--freeze=conv1,bn1", "--ema_decay=0.7", "--gradient_checkpointing=true",
+           '--optimizer_args={"betas": [0.8, 0.9]}']  # fmt: skip
+
+
+def test_so_does_one_that_is_steered_whose_average_is_measured_and_published(
+    images: Path, tmp_path: Path
+) -> None:
+    whole, weights = tmp_path / "whole", "encoder/model.safetensors"
+    train(images, whole, *STEERED)
+    run = interrupt(whole, tmp_path / "run")
+    train(images, run, *STEERED, "--gradient_checkpointing=false")
+    assert_same_run(run, whole)
+    assert_same_file(run / weights, whole / weights)
+    last = run / "checkpoints" / "step-8"
+    average, trained = (load_file(last / f"{name}.safetensors") for name in ("average", "model"))
+    for name, value in load_file(run / weights).items():
+        assert value.equal(average[f"backbone.{name}"])
+    assert not average["backbone.layer1.0.conv1.weight"].equal(
+        trained["backbone.layer1.0.conv1.weight"]
+    )
+    probe = [{k: row[k] for k in ("knn", "probe")} for row in metrics(run) if "probe" in row]
+    assert len(probe) == 3
+    with pytest.raises(CheckpointError, match=r"data, but .*freeze was conv1,bn1, is None\."):
+        train(images, run, *STEERED[:-4], *STEERED[-3:], "--max_steps=9")
+
+
+@pytest.mark.parametrize("flag", ["layer_decay=0.7", "freeze=bn1", "ema_decay=0.5",
+                                  'optimizer_args={"momentum":0.5}'])  # fmt: skip
+def test_a_setting_that_an_old_checkpoint_does_not_know_had_its_default(
+    flag: str, images: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = read_manifest(copied / "checkpoints" / "step-8")
+    for name in ("layer_decay", "freeze", "ema_decay", "optimizer_args", "max_grad_norm"):
+        del manifest["state"]["settings"][name]
+    del manifest["sha256"]
+    manifest["sha256"] = digest(manifest)
+    (copied / "checkpoints" / "step-8" / MANIFEST).write_text(json.dumps(manifest))
+    more = [*WHOLE, "--max_steps=9", "--max_grad_norm=1"]
+    with pytest.raises(CheckpointError, match=f"{flag.split('=')[0]} was None, is "):
+        train(images, copied, *more, f"--{flag}")
+    if flag.startswith("ema"):  # it begins with the checkpoint's weights
+        train(images, copied, *more, f"--{flag}", "--resume_changed=true")
+        assert "The average begins with the weights of" in capsys.readouterr().out
+        assert (copied / "checkpoints" / "step-9" / "average.safetensors").is_file()
 
 
 def test_what_may_change_the_last_bits_is_named(

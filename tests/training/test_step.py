@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from workflow import SMALL, WHOLE, assert_same_run, metrics, train
 
+from vicreg_hf import VICRegModel
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.training import pretrain as pretraining
 from vicreg_hf.training import step as stepping
@@ -37,6 +40,60 @@ def test_dropout_is_another_in_every_step_and_the_same_when_it_is_taken_again(
         losses.append(take_gradients(run, views).output["loss"].item())
         run.optimizer.zero_grad()
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen", "flags"),
+    [
+        ("test_resnet", ["conv1", "bn1"], []),
+        ("test_resnet", ["conv1", "bn1"], ["--gradient_checkpointing=true"]),
+        ("test_vit", ["patch_embed"], ["--micro_batch_size=8", "--gradient_checkpointing=true"]),
+    ],
+    ids=["one pass", "checkpointing", "both savings of memory"],
+)
+def test_steered_steps_are_those_of_a_plain_loop(
+    name: str, frozen: list[str], flags: list[str], images: Path, tmp_path: Path
+) -> None:
+    run = begun(
+        images, tmp_path, f"--architecture={name}", f"--freeze={','.join(frozen)}", *flags,
+        "--optimizer=sgd", '--optimizer_args={"momentum": 0.8, "nesterov": false}',
+        "--weight_decay=0.01", "--max_grad_norm=2", "--layer_decay=0.7", "--ema_decay=0.6",
+    )  # fmt: skip
+    model = VICRegModel(run.model.config)
+    model.load_state_dict(run.model.state_dict())
+    average = {key: value.clone() for key, value in model.state_dict().items()}
+    classifier = timm.create_model(name, num_classes=2, **(run.model.config.model_args or {}))
+    names = {p: f"backbone.{key}" for key, p in classifier.named_parameters()}
+    groups = param_groups_layer_decay(classifier, layer_decay=0.7)
+    shares = {names[p]: group["lr_scale"] for group in groups for p in group["params"]}
+    kept = tuple(f"backbone.{part}." for part in frozen)
+    trained = {k: p for k, p in model.named_parameters() if not k.startswith(kept)}
+    optimizer = torch.optim.SGD(
+        [{"params": [p], "weight_decay": 0.01 if p.ndim > 1 else 0.0} for p in trained.values()],
+        lr=1.0, momentum=0.8,
+    )  # fmt: skip
+    for number, views in enumerate(views_from_here(run)):
+        rate = run.lr
+        step = take_gradients(run, views)
+        take_step(run)
+        for key, part in model.train().named_modules():
+            part.train(not f"{key}.".startswith(kept))
+        model(*views).loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 2.0)
+        assert step.grad_norm.item() == pytest.approx(norm.item(), rel=1e-4)
+        assert norm > 2
+        for group, key in zip(optimizer.param_groups, trained, strict=True):
+            group["lr"] = rate * shares.get(key, 1.0)
+        optimizer.step()
+        model.zero_grad()
+        for key, value in model.state_dict().items():
+            average[key] = 0.6 * average[key] + 0.4 * value if value.is_floating_point() else value
+        close: Any = {"rtol": 1e-3, "atol": 1e-5}
+        torch.testing.assert_close(run.model.state_dict(), dict(model.state_dict()), **close)
+        torch.testing.assert_close(run.published.state_dict(), average, **close)
+        assert number < 4
+    assert run.step == 4
+    assert not model.state_dict()["expander.0.weight"].equal(average["expander.0.weight"])
 
 
 # Checks that are read one step later

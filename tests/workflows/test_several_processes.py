@@ -57,9 +57,9 @@ def later(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(script)
 
 
-def run_on(processes: int, data: Path, output_dir: Path) -> str:
+def run_on(processes: int, data: Path, output_dir: Path, *more: str) -> str:
     """Pretrain, each process with a loading worker; what is printed."""
-    flags = flags_of(data, output_dir, *FLAGS, "--num_workers=1")
+    flags = flags_of(data, output_dir, *FLAGS, "--num_workers=1", *more)
     result = run_pretraining(*flags, processes=processes)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -100,6 +100,20 @@ def test_a_run_goes_on_on_as_many_processes_exactly_and_else_to_rounding(
         assert f"but for rounding: processes were {before}, are {then}" in printed
         assert_same_step(run, whole[before], 4)
         assert metrics(run)[-1]["step"] == 6
+
+
+@pytest.mark.slow
+def test_steered_processes_begin_as_one_and_go_on_exactly(files: Path, tmp_path: Path) -> None:
+    steered = ["--max_grad_norm=1", "--layer_decay=0.7", "--freeze=conv1,bn1", "--ema_decay=0.7",
+               "--gradient_checkpointing=true"]  # fmt: skip
+    for number in (1, 2):
+        run_on(number, files, tmp_path / str(number), *steered)
+    assert_same_step(tmp_path / "2", tmp_path / "1", 1)
+    run = interrupt(tmp_path / "2", tmp_path / "run")
+    assert "365,216 of them trained" in run_on(2, files, run, *steered)
+    assert_same_run(run, tmp_path / "2")
+    files_of = [path.name for path in (run / "checkpoints" / "step-6").iterdir()]
+    assert "average.safetensors" in files_of  # which is among those compared
 
 
 def test_processes_that_see_other_checkpoints_are_refused(

@@ -7,6 +7,7 @@ A checkpoint is a directory `step-N`, where N optimiser steps were taken. Nothin
     optimizer.safetensors  the tensors of the optimiser's state, by parameter and name
     optimizer.json         the rest of that state, and the settings of its parameter groups
     probe.safetensors      the online probe's state, where the run has one
+    average.safetensors    the moving average of weights and buffers, where the run has one
     manifest.json          all other values:
         step               N
         world_size         processes of the run
@@ -29,7 +30,7 @@ from typing import Any, TypedDict
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -37,7 +38,7 @@ from vicreg_hf.runtime.checks import one_line
 
 MANIFEST = "manifest.json"
 MODEL, OPTIMIZER, OPTIMIZER_REST = "model.safetensors", "optimizer.safetensors", "optimizer.json"
-PROBE = "probe.safetensors"
+PROBE, AVERAGE = "probe.safetensors", "average.safetensors"
 FILES = {"config.json", MODEL, OPTIMIZER, OPTIMIZER_REST}
 """The files that every checkpoint has beside its manifest."""
 PREFIX = "step-"
@@ -118,7 +119,7 @@ def find_damage(path: Path) -> str | None:
             return f"{MANIFEST} has another checksum"
         if manifest["step"] != step_of(path):
             return f"{MANIFEST} is of step {manifest['step']}"
-        if manifest["files"].keys() - {PROBE} != FILES:
+        if manifest["files"].keys() - {PROBE, AVERAGE} != FILES:
             return f"{MANIFEST} lists other files"
         for name, expected in manifest["files"].items():
             if (path / name).stat().st_size != expected["size"]:
@@ -214,14 +215,17 @@ def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: Optimizer) ->
         optimizer.load_state_dict(state)
 
 
-def load_weights(path: Path, model: PreTrainedModel) -> None:
+def load_weights(path: Path, model: nn.Module, *, averaged: bool = False) -> None:
     """Load the weights alone.
 
+    Args:
+        averaged: load their moving average instead.
+
     Raises:
-        CheckpointError: the checkpoint belongs to another model.
+        CheckpointError: the checkpoint belongs to another model, or has no average.
     """
     with _misfits(path):
-        model.load_state_dict(load_file(path / MODEL))
+        model.load_state_dict(load_file(path / (AVERAGE if averaged else MODEL)))
 
 
 @contextmanager
@@ -236,6 +240,14 @@ def _misfits(path: Path) -> Iterator[None]:
             f"{one_line(error)} Choose another output_dir, or --resume never to "
             "start over."
         ) from error
+
+
+def load_average(path: Path, model: nn.Module) -> bool:
+    """Load the moving average of a checkpoint that is whole and fits; False where it has none."""
+    has_average = AVERAGE in read_manifest(path)["files"]
+    if has_average:
+        model.load_state_dict(load_file(path / AVERAGE))
+    return has_average
 
 
 def load_probe(path: Path) -> dict[str, Tensor] | None:

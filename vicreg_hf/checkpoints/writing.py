@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 
 from vicreg_hf.checkpoints.reading import (
+    AVERAGE,
     MANIFEST,
     MODEL,
     OPTIMIZER,
@@ -83,6 +84,7 @@ class CheckpointWriter:
         state: RunState | Mapping[str, Any],
         *,
         probe: Mapping[str, Tensor] | None = None,
+        average: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Copy what training changes, and begin to write `folder/step-N`.
 
@@ -90,6 +92,7 @@ class CheckpointWriter:
             step: N, optimiser steps taken.
             state: JSON values, those of a `RunState`.
             probe: state of the online probe, for `load_probe`.
+            average: moving average of the model's state, for `load_average`.
 
         Raises:
             CheckpointError: the one before could not be written.
@@ -97,8 +100,9 @@ class CheckpointWriter:
         self.wait()
         tensors, rest = split_tensors(optimizer.state_dict())
         files = {MODEL: model.state_dict(), OPTIMIZER: tensors}
-        if probe:
-            files[PROBE] = dict(probe)
+        for file, more in ((PROBE, probe), (AVERAGE, average)):
+            if more:
+                files[file] = dict(more)
         self._copies = _copy(files, self._copies)
         self._begun = self._thread.submit(
             self._write, step, model.config, self._copies, rest, state

@@ -35,7 +35,8 @@ def count_once(module: nn.Module) -> list[RemovableHandle]:
 
 
 def _pause(part: Any, _: Any) -> None:
-    if torch._C._current_graph_task_id() >= 0:  # in a backward pass
+    # in a backward pass; where it does not train, as a frozen one, it counts nothing
+    if part.training and torch._C._current_graph_task_id() >= 0:
         part._paused, part.momentum = [part.momentum], 0.0  # no other tensors than before
 
 

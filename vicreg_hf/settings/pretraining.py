@@ -20,6 +20,7 @@ from vicreg_hf.settings.base import (
     Limit,
     NotNegative,
     Positive,
+    PositiveShare,
     Settings,
     Share,
     WholeFromZero,
@@ -199,6 +200,9 @@ class PretrainingArguments(Settings):
     micro_batch_size: Count | None = None
     """Images of a step, over all processes, whose activations are in memory at once; fewer take
     less memory and at most half as much time again. By default the whole batch."""
+    gradient_checkpointing: bool = False
+    """Compute the encoders' activations again in the backward pass, and keep few of them in memory;
+    the result is the same."""
     num_train_epochs: Positive = 100.0
     """Passes over the training split."""
     max_steps: Count | None = None
@@ -213,6 +217,18 @@ class PretrainingArguments(Settings):
     """Trust coefficient of lars."""
     lars_clip: bool = False
     """Let lars give no parameter a higher learning rate than the run's, as solo-learn."""
+    optimizer_args: dict[str, Any] | str | None = None
+    """JSON of further arguments of the optimiser, such as {"betas": [0.9, 0.95]}."""
+    layer_decay: PositiveShare | None = None
+    """Factor by which each layer of an encoder learns more slowly than the one above it; the
+    expander, above the last, learns at the full rate."""
+    max_grad_norm: Positive | None = None
+    """Norm to which the gradient of all parameters together is scaled down where it is larger."""
+    freeze: str | None = None
+    """Parts of the encoder that stay as they are: names of modules or parameters, or patterns such
+    as blocks.[0-3], separated by commas; names of a second branch's encoder begin with prime."""
+    ema_decay: Annotated[float, Limit("at least 0 and below 1", lambda x: 0 <= x < 1)] | None = None
+    """Measure and publish a moving average of the weights, of which each step keeps this share."""
     warmup_epochs: NotNegative | None = None
     """Epochs of linear warm-up; by default 10, but at most a tenth of the run."""
     seed: WholeFromZero = 0
@@ -263,8 +279,15 @@ class PretrainingArguments(Settings):
                 self._fill(**{name: "-".join(map(str, read_widths(name, widths)))})
         super().__post_init__()
         self._read_range()
-        for name in ("model_args", "prime_model_args"):
+        for name in ("model_args", "prime_model_args", "optimizer_args"):
             self._fill(**{name: _read_json(name, getattr(self, name))})
+        if isinstance(self.freeze, (list, tuple)):
+            self._fill(freeze=",".join(self.freeze))
+        if self.gradient_checkpointing and self.compile_model:
+            raise ValueError(
+                "compile_model must be false with gradient_checkpointing, got true; torch.compile "
+                "decides by itself what it keeps in memory."
+            )
         self._read_augmentation()
         if self.init_from is None and self.architecture is None:
             self._fill(architecture="resnet50")

@@ -72,13 +72,14 @@ def resume_best(run: Run, best: BestStep | None) -> None:
 
 
 def load_chosen(run: Run) -> None:
-    """Put the weights of the best step into the model, where the run keeps it.
+    """Put the weights of the best step into the published model, where the run keeps it.
 
     Raises:
         CheckpointError: they cannot be read.
     """
     if chosen_step(run) != run.step:
-        load_weights(run.writer.folder / f"{PREFIX}{chosen_step(run)}", run.model)
+        path = run.writer.folder / f"{PREFIX}{chosen_step(run)}"
+        load_weights(path, run.published, averaged=run.average is not None)
 
 
 def chosen_step(run: Run) -> int:

@@ -47,7 +47,7 @@ def _write(run: Run, directory: Path) -> Path | None:
     try:
         column = run.inputs.pairs.column if run.inputs.pairs else None
         place = run.output_dir / PRIME_DIRECTORY
-        second = export_encoders(run.model, directory, place, column=column)
+        second = export_encoders(run.published, directory, place, column=column)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"the encoder could not be written to {directory}: {error}. The last checkpoint "
@@ -79,12 +79,12 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
         results=card_results(run), pictures=pictures, choice=describe_choice(run),
         starts=run.starts,
     )  # fmt: skip
-    write_card(directory / CARD_FILE, model_card(run.model, record=record))
+    write_card(directory / CARD_FILE, model_card(run.published, record=record))
     if second is not None:
-        assert run.model.prime is not None
-        encoder = run.model.prime.backbone
+        assert run.published.prime is not None
+        encoder = run.published.prime.backbone
         card = second_card(
-            run.model.config, encoder=encoder, num_features=run.model.prime.num_features,
+            run.published.config, encoder=encoder, num_features=run.published.prime.num_features,
             record=record,
             loader=encoder.loader if isinstance(encoder, TextEncoder) else ("", ""),
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """The training loop: set up, fit, finish.
 
-Everything that changes during a run is in the model, the optimiser, the probe if there is one, and
-the step number.
+Everything that changes during a run is in the model, the optimiser, the average of weights and the
+probe if there are such, and the step number.
 """
 
 from __future__ import annotations
@@ -43,7 +43,14 @@ from vicreg_hf.training.monitoring.log import Clock
 from vicreg_hf.training.resuming import save, wait_until_saved
 from vicreg_hf.training.run import Run
 from vicreg_hf.training.setup import make_output_dir, setup
-from vicreg_hf.training.step import Step, StepChecks, take_gradients, take_step, views_from_here
+from vicreg_hf.training.step import (
+    Step,
+    StepChecks,
+    representations,
+    take_gradients,
+    take_step,
+    views_from_here,
+)
 
 ERRORS = (
     ValueError, OSError, SafetensorError, CheckpointError, FloatingPointError, LoadingError,
@@ -129,8 +136,8 @@ def fit(run: Run, signals: Signals) -> None:
             if save_failed:
                 wait_until_saved(run)  # which raises
             if run.probe is not None:
-                assert step.output.pooler_output is not None
-                run.probe.learn(step.output.pooler_output, run.batches.batch(run.step)[1])
+                y = representations(run, step, views)
+                run.probe.learn(y, run.batches.batch(run.step)[1])
             take_step(run)
             run.progress.end()
             clock.tick()
@@ -278,9 +285,9 @@ def _measurements(
             found: dict[str, Any] = {}
             if run.monitor is not None:
                 found |= run.monitor.measure(
-                    run.model.encoder, device, classify, autocast=autocast
+                    run.published.encoder, device, classify, autocast=autocast
                 ) | {"knn_images": run.monitor.subject}
-            row = found | run.sample.measure(run.model, device, autocast=autocast)
+            row = found | run.sample.measure(run.published, device, autocast=autocast)
     wait_for_all()
     return row
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from vicreg_hf.checkpoints.reading import (
     CheckpointError,
+    load_average,
     load_checkpoint,
     load_probe,
     newest_checkpoint,
@@ -27,6 +28,7 @@ from vicreg_hf.training.run import Run
 
 FREE_TO_CHANGE = {
     "output_dir", "resume", "resume_changed", "num_workers", "compile", "compile_model",
+    "gradient_checkpointing",
     "max_bad_fraction", "logging_steps", "save_steps", "keep_every", "knn_steps",
     "push_to_hub", "hub_model_id", "hub_private",
     "dataset_name",  # a folder may move; the fingerprint tells whether the data are others
@@ -40,17 +42,9 @@ MUST_STAY = {
     "prime_modality", "prime_column", "prime_architecture", "prime_model_args", "prime_pretrained",
     "prime_tokenizer", "prime_max_length", "prime_expander_dims", "audio_seconds",
     "sampling_rate", "num_global_views", "num_local_views",
-    "variance_reduction", "lars_clip",
+    "variance_reduction", "lars_clip", "optimizer_args", "layer_decay", "freeze", "ema_decay",
 }  # fmt: skip
 """Settings that make it another run; any other may change, and the run says so."""
-ADDED: dict[str, Any] = {
-    # before value_range was a setting, values were scaled by their type
-    "value_range": None,
-    "keep_best": "none", "monitor_dataset_name": None, "monitor_dataset_config_name": None,
-    "monitor_train_split": None, "monitor_eval_split": None, "monitor_image_column": None,
-    "monitor_label_column": None,
-}  # fmt: skip
-"""Settings that older checkpoints lack, and how these were made."""
 LENGTH = {"num_train_epochs", "max_steps"}
 """Settings that say how long a run is."""
 
@@ -100,6 +94,9 @@ def resume(run: Run, *, before: int | None = None) -> None:
         listed = "; ".join(changed.values())
         accelerator.print(f"warning: settings have changed since {path}: {listed}.")
     load_checkpoint(path, run.model, run.inner_optimizer)
+    if run.average is not None and not load_average(path, run.average.module):
+        run.average.set(run.model)
+        accelerator.print(f"The average begins with the weights of {path}, which holds none.")
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     accelerator.print(f"Resuming from {path}.")
@@ -130,11 +127,13 @@ def _check_same_everywhere(path: Path | None, folder: Path) -> None:
 def _changes(run: Run, state: dict[str, Any]) -> dict[str, str]:
     """Settings, data and second encoder that differ from the checkpoint's: a phrase for each."""
     args, fingerprint = run.args, run.fingerprint
-    saved, now = ADDED | state["settings"], json.loads(json.dumps(asdict(args)))
+    # a setting that the checkpoint does not know had its default; JPEGs were decoded whole
+    saved = {f.name: f.default for f in fields(args)} | {"decode": "exact"} | state["settings"]
+    now = json.loads(json.dumps(asdict(args)))
     changed = {
         f.name: f"{f.name} was {saved[f.name]}, is {now[f.name]}"
         for f in fields(args)
-        if f.name not in FREE_TO_CHANGE and f.name in saved and saved[f.name] != now[f.name]
+        if f.name not in FREE_TO_CHANGE and saved[f.name] != now[f.name]
     }
     for setting, start in run.starts.items():  # the source may have moved
         was = (state.get("starts") or {}).get(setting)
@@ -222,6 +221,7 @@ def save(run: Run) -> None:
             run.writer.save(
                 run.step, run.model, run.inner_optimizer, _state_to_save(run),
                 probe=None if run.probe is None else run.probe.state_dict(),
+                average=None if run.average is None else run.average.module.state_dict(),
             )  # fmt: skip
 
 

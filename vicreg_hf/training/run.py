@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from timm.utils import ModelEmaV3
 from torch.optim import Optimizer
 
 from vicreg_hf.checkpoints.reading import BestStep
@@ -29,7 +30,7 @@ from vicreg_hf.views.random_views import RandomViews
 
 @dataclass
 class Run:
-    """`setup` makes it, `fit` uses it; only weights, optimiser, probe and step change."""
+    """`setup` makes it, `fit` uses it; only weights, average, optimiser, probe and step change."""
 
     args: PretrainingArguments
     accelerator: Accelerator
@@ -43,6 +44,8 @@ class Run:
     """Prepares the second half of each sample, where samples are pairs."""
     monitor: KNNMonitor | None
     probe: OnlineProbe | None
+    average: ModelEmaV3 | None = None
+    """The moving average of the model's weights and statistics, in eval mode."""
     started: float = field(default_factory=time.perf_counter)
     starts: dict[str, Any] = field(default_factory=dict)
     """Facts of the encoders that the branches start from, by setting; see `Source.facts`."""
@@ -68,6 +71,11 @@ class Run:
         self.writer = CheckpointWriter(
             self.output_dir / "checkpoints", world_size=self.accelerator.num_processes
         )
+
+    @property
+    def published(self) -> VICRegModel:
+        """The model that is measured and published: the average if there is one."""
+        return self.model if self.average is None else cast(VICRegModel, self.average.module)
 
     @property
     def batches(self) -> GlobalBatches:

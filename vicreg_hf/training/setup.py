@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -29,7 +30,8 @@ from vicreg_hf.runtime.machine import hardware, local_processes, start_accelerat
 from vicreg_hf.runtime.output_dir import set_aside
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.data import TrainingData, open_training_data
-from vicreg_hf.training.building.model import build_model
+from vicreg_hf.training.building.freezing import freeze
+from vicreg_hf.training.building.model import build_model, enable_gradient_checkpointing
 from vicreg_hf.training.building.monitor_data import MonitorData, open_monitor_data
 from vicreg_hf.training.building.optimizers import create_optimizer
 from vicreg_hf.training.building.second_branch import create_views
@@ -81,10 +83,15 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
         check_exportable(model, column=data.pairs.column if data.pairs else None)
     if accelerator.num_processes > 1:
         synchronize(model, accelerator.device)
+    freeze(model, args.freeze)
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
     assert args.base_lr is not None
+    assert not isinstance(args.optimizer_args, str)
     optimizer = create_optimizer(
         args.optimizer, model, lr=args.base_lr, weight_decay=args.weight_decay,
-        lars_eta=args.lars_eta, lars_clip=args.lars_clip,
+        lars_eta=args.lars_eta, lars_clip=args.lars_clip, optimizer_args=args.optimizer_args,
+        layer_decay=args.layer_decay,
     )  # fmt: skip
     compiled = accelerator.device.type == "cuda" if args.compile is None else args.compile
     views, paired = create_views(args, model.config, data.pairs, compiled=compiled)
@@ -96,7 +103,8 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     run = Run(
         args, accelerator, model, model, optimizer, data, views, paired,
         _create_monitor(args, data, monitor_data, model.config.pretrained_cfg or {}), probe,
-        started, starts={setting: start.facts for setting, start in starts.items()},
+        None if args.ema_decay is None else ModelEmaV3(model, decay=args.ema_decay), started,
+        starts={setting: start.facts for setting, start in starts.items()},
     )  # fmt: skip
     assert args.augmentation is not None
     run.sample = FixedSample(
@@ -147,10 +155,17 @@ def make_output_dir(run: Run) -> None:
 def _introduce(run: Run) -> None:
     sentence = first_message(
         run.args, parameters=sum(p.numel() for p in run.model.encoder.parameters()),
+        trained=sum(p.numel() for p in run.model.encoder.parameters() if p.requires_grad),
         images=run.inputs.train.num_images, step=run.step, total_steps=run.total_steps,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
     )  # fmt: skip
     run.accelerator.print(sentence, flush=True)
+    if run.model.prime is not None and run.args.freeze is not None:
+        second = [(p.numel(), p.requires_grad) for p in run.model.prime.backbone.parameters()]
+        run.accelerator.print(
+            f"Of the second encoder's {sum(number for number, _ in second):,} parameters "
+            f"{sum(number for number, trained in second if trained):,} are trained."
+        )
     if run.args.value_range is not None:
         run.accelerator.print(
             f"Values of {run.args.value_range.replace(',', ' to ')} become levels of 0 to 255; "
@@ -223,6 +238,8 @@ def _compiles_model(
     torch's synchronised batch normalisation would cut a ResNet into scores of compiled graphs.
     Either all processes compile or none.
     """
+    if args.gradient_checkpointing:  # with compile_model the settings are refused
+        return False
     if args.compile_model is None:
         on_gpu = accelerator.device.type == "cuda"
         in_pieces = accelerator.num_processes > 1 and _normalises_batches(model)

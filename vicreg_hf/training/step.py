@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from vicreg_hf.data.batches import training_views
 from vicreg_hf.modeling_vicreg import VICRegOutput
@@ -30,7 +31,7 @@ class Step:
     grad_norms: Tensor
     """(P,): of each of their gradients; under fp16 without the loss scale."""
     grad_norm: Tensor
-    """Scalar, of all gradients together."""
+    """Scalar, of all gradients together, before they are clipped; likewise `grad_norms`."""
 
 
 def views_from_here(run: Run, until: int | None = None) -> Any:
@@ -44,14 +45,14 @@ def views_from_here(run: Run, until: int | None = None) -> Any:
 
 
 def take_gradients(run: Run, views: tuple[Any, ...]) -> Step:
-    """Set the learning rate, and compute loss, gradients and their norms.
+    """Set the learning rates, and compute loss, gradients and their norms; clip the gradients.
 
     Args:
         views: of a step, as `training_views` gives them.
     """
     lr = run.lr
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)  # of layer_decay
     # Dropout and drop-path draw from torch's generator: keyed too, so that resuming is exact.
     rank = run.accelerator.process_index
     seed = derive_seed(run.args.seed, epoch=run.step, index=rank, stream=Stream.DROPOUT)
@@ -77,14 +78,34 @@ def take_gradients(run: Run, views: tuple[Any, ...]) -> Step:
         run.accelerator.unscale_gradients(run.optimizer)
     grads = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
     norms = torch.stack(torch._foreach_norm(list(grads.values())))
-    return Step(run.step + 1, lr, output, list(grads), norms, torch.linalg.vector_norm(norms))
+    norm = torch.linalg.vector_norm(norms)
+    if run.args.max_grad_norm is not None:
+        clip_grads_with_norm_(run.model.parameters(), run.args.max_grad_norm, norm)
+    return Step(run.step + 1, lr, output, list(grads), norms, norm)
 
 
 def take_step(run: Run) -> None:
-    """Apply the gradients."""
+    """Apply the gradients, and follow the weights with their average."""
     run.optimizer.step()
     run.optimizer.zero_grad()
+    if run.average is not None:
+        run.average.update(run.model)
     run.step += 1
+
+
+@torch.no_grad()
+def representations(run: Run, step: Step, views: tuple[Any, ...]) -> Tensor:
+    """What the online probe learns from: (B, F), of the first views by the model it measures.
+
+    Args:
+        views: of the step, as `training_views` gives them.
+    """
+    if run.average is None:
+        assert step.output.pooler_output is not None
+        return step.output.pooler_output
+    size = run.batches.micro_batch_size // run.accelerator.num_processes
+    with run.accelerator.autocast():
+        return torch.cat([run.published.encoder(chunk) for chunk in views[0].split(size)])
 
 
 LEAST_SCALE = 1.0

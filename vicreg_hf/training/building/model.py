@@ -75,6 +75,21 @@ def build_model(
     return model
 
 
+def enable_gradient_checkpointing(model: VICRegModel) -> None:
+    """Let the encoders keep few activations, and compute the others again in the backward pass.
+
+    Raises:
+        ValueError: an encoder of which timm, or transformers, cannot.
+    """
+    try:
+        model.activation_checkpointing_enable()
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        raise ValueError(
+            f"gradient_checkpointing must be false with {model.config.architecture}, got true: "
+            f"{one_line(error) or 'timm cannot'}. A lower --micro_batch_size takes less memory too."
+        ) from error
+
+
 def _create_second_encoder(
     args: PretrainingArguments, column: Column | None, *, sound: bool, start: Start | None
 ) -> tuple[dict[str, Any] | None, nn.Module | None]:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import NoneType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.runtime.checks import check_number
+from vicreg_hf.training.building.parameter_groups import (
+    check_optimizer_args,
+    layer_groups,
+    made,
+)
 
-OWN = ("weight_decay", "eta", "clip", "foreach", "fused")
-"""Settings of a parameter group that no loaded state replaces."""
+OWN = ("weight_decay", "eta", "clip", "foreach", "fused", "lr_scale")
+"""Settings of a parameter group that no loaded state replaces, beside those in optimizer_args."""
 FUSED = (Adam, AdamW, SGD)
 """Optimisers that torch has fused over all parameters, on CPU and on CUDA."""
 
@@ -158,6 +165,8 @@ def create_optimizer(
     weight_decay: float,
     lars_eta: float = 1e-3,
     lars_clip: bool = False,
+    optimizer_args: Mapping[str, Any] | None = None,
+    layer_decay: float | None = None,
 ) -> Optimizer:
     """The authors' LARS by "lars", else any optimiser of timm's by its name.
 
@@ -166,49 +175,76 @@ def create_optimizer(
     Adam, AdamW and SGD are fused on CPU and CUDA, where the parameters are now.
 
     Args:
+        model: whose parameters are trained, but for frozen ones.
         lars_eta: eta of `LARS`, the trust coefficient; ignored by other optimisers.
         lars_clip: clip of `LARS`, likewise.
+        optimizer_args: further arguments of the optimiser.
+        layer_decay: see `layer_groups`; the learning rate of a step is to be multiplied by the
+            `lr_scale` of each group. None makes no such groups.
 
     Raises:
-        ValueError: a name timm does not have, or settings that no checkpoint can hold.
+        ValueError: a name timm does not have, arguments that the optimiser has not, or settings
+            that no checkpoint can hold.
     """
-    if name == "lars":
+    kind = _class_of(name)
+    given = check_optimizer_args(name, kind, optimizer_args or {})
+    settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    params: Any = model
+    if layer_decay is not None:
+        assert isinstance(model, VICRegModel)
+        params = layer_groups(model, layer_decay=layer_decay, weight_decay=weight_decay)
+    elif kind is LARS:
         params = [p for p in model.parameters() if p.requires_grad]
-        optimizer = LARS(params, lr, weight_decay=weight_decay, eta=lars_eta, clip=lars_clip)
+    if kind is LARS:
+        for key, value, default in (("eta", lars_eta, 1e-3), ("clip", lars_clip, False)):
+            if given.get(key, value) != value != default:
+                raise ValueError(
+                    f"lars_{key} must be as in optimizer_args, got {value} and {given[key]}; leave "
+                    "one of them out."
+                )
+            settings[key] = given.pop(key, value)
+        optimizer = made(LARS, name, given, params=params, **settings)
     else:
-        optimizer = _create_timm_optimizer(name, model, lr=lr, weight_decay=weight_decay)
-    optimizer.register_load_state_dict_pre_hook(_with_own_settings)
+        devices = {p.device.type for p in model.parameters() if p.requires_grad}
+        if kind in FUSED and devices <= {"cpu", "cuda"} and not given.keys() & {"foreach", "fused"}:
+            settings["fused"] = True
+        optimizer = made(create_optimizer_v2, name, given, model_or_params=params, opt=name,
+                         **settings)  # fmt: skip
+        _check_savable(name, optimizer)
+    own = (*OWN, *(optimizer_args or {}))
+    optimizer.register_load_state_dict_pre_hook(partial(_with_own_settings, own=own))
     optimizer.register_load_state_dict_post_hook(_lay_out_as_parameters)
     return optimizer
 
 
-def _create_timm_optimizer(
-    name: str, model: nn.Module, *, lr: float, weight_decay: float
-) -> Optimizer:
+def _class_of(name: str) -> type:
+    if name == "lars":
+        return LARS
     known = [str(other) for other in list_optimizers()]
     if name not in known:
         near = difflib.get_close_matches(name, ["lars", *known], n=8)
         hint = f"near are {', '.join(near)}." if near else f"timm has {', '.join(known)}."
         raise ValueError(f"optimizer must be lars or one of timm's, got {name!r}; {hint}")
-    devices = {p.device.type for p in model.parameters() if p.requires_grad}
-    kind = get_optimizer_class(name, bind_defaults=False)
-    more: Any = {"fused": True} if kind in FUSED and devices <= {"cpu", "cuda"} else {}
-    optimizer = create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **more)
+    return cast(type, get_optimizer_class(name, bind_defaults=False))
+
+
+def _check_savable(name: str, optimizer: Optimizer) -> None:
     for key, value in (item for group in optimizer.param_groups for item in group.items()):
         if not isinstance(value, (bool, int, float, str, list, tuple, Tensor, NoneType)):
             raise ValueError(
                 "optimizer must have settings that a checkpoint can hold, without pickle, and "
                 f"{name!r} has {key}={value!r}; choose another."
             )
-    return optimizer
 
 
-def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+def _with_own_settings(
+    optimizer: Optimizer, state: dict[str, Any], *, own: tuple[str, ...]
+) -> dict[str, Any]:
     """The state to load, with the settings that this optimiser was made with."""
-    saved, own = state["param_groups"], optimizer.param_groups
+    saved, mine = state["param_groups"], optimizer.param_groups
     groups = [
-        group | {name: mine[name] for name in OWN if name in mine}
-        for group, mine in zip(saved, own, strict=False)
+        group | {name: settings[name] for name in own if name in settings}
+        for group, settings in zip(saved, mine, strict=False)
     ]
     # as many groups as were saved: torch refuses another number
     return state | {"param_groups": groups + saved[len(groups) :]}

@@ -47,7 +47,7 @@ def draw_pictures(run: Run, directory: Path) -> Iterator[Picture]:
     Yields:
         Each picture that has been drawn, with what it shows.
     """
-    model, held_out, train = run.model, run.inputs.held_out, run.inputs.train
+    model, held_out, train = run.published, run.inputs.held_out, run.inputs.train
     with optional(LEFT_OUT.format(LOSS_PICTURE)):
         _draw_loss_terms(run.log.rows(), directory / LOSS_PICTURE)
         yield Picture(LOSS_PICTURE, "The loss, and its three terms before they are weighted.")

@@ -16,6 +16,7 @@ def first_message(
     args: PretrainingArguments,
     *,
     parameters: int,
+    trained: int | None = None,
     images: int | None,
     step: int,
     total_steps: int,
@@ -25,6 +26,7 @@ def first_message(
 
     Args:
         parameters: of the backbone.
+        trained: those of them that are not frozen; None for all.
         images: in the training split, or None where a stream does not say.
         step: the step from which the run goes on.
     """
@@ -34,10 +36,13 @@ def first_message(
     steps = whole if step == 0 else f"steps {step + 1:,} to {total_steps:,}"
     if step == total_steps:
         steps = f"none of {whole} left"
+    size = f"{parameters / 1e6:.3g} million parameters"
+    if trained not in (None, parameters):
+        size += f", {trained:,} of them trained"
     return (
-        f"Pretraining {args.architecture} ({parameters / 1e6:.3g} million parameters, expander "
-        f"{args.expander_dims}) on {of}, {args.image_size} pixels: {steps}, {args.batch_size:,} "
-        f"images each, on {hardware}, into {args.output_dir}."
+        f"Pretraining {args.architecture} ({size}, expander {args.expander_dims}) on {of}, "
+        f"{args.image_size} pixels: {steps}, {args.batch_size:,} images each, on {hardware}, "
+        f"into {args.output_dir}."
     )
 
 
