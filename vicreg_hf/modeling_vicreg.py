@@ -19,7 +19,9 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from vicreg_hf.configuration_vicreg import METHOD_FIELDS, VICRegConfig, without_classes
 from vicreg_hf.hub.layout import write_layout
+from vicreg_hf.loss.autograd import VICRegTerms
 from vicreg_hf.loss.multi_view import multi_view_loss
+from vicreg_hf.loss.own import Loss, own_terms
 from vicreg_hf.loss.vicreg import vicreg_loss
 from vicreg_hf.models.batch_norm import count_once
 from vicreg_hf.models.branch import Branch, BranchInput
@@ -54,6 +56,14 @@ class VICRegOutput(ModelOutput):
     """The backbone's feature map or tokens of the first views, as timm lays them out."""
     pooler_output: Tensor | None = None
     """(B, F): the representations of the first views."""
+    terms: dict[str, Tensor] | None = None
+    """Scalars of a loss of one's own by their names, in place of VICReg's three; its "loss" too."""
+
+    @property
+    def scalars(self) -> dict[str, Tensor]:
+        """The loss and its terms, detached, by the names that they are logged by."""
+        named = self.terms or {name: self[name] for name in VICRegTerms._fields}
+        return {name: value.detach() for name, value in named.items()}
 
 
 class VICRegModel(PreTrainedModel):
@@ -96,6 +106,9 @@ class VICRegModel(PreTrainedModel):
         self.num_features = width_of(backbone)
         self.expander = expander(self.num_features, config.expander_dims)
         self.prime = None if config.prime is None else Branch(config.prime, backbone_prime)
+        self.loss: Loss | None = None
+        """In place of VICReg's: from (B, D) embeddings of two views to a scalar, or to named ones
+        with "loss"."""
         self.gradient_checkpointing = False
         self._hooks: list[RemovableHandle] = []
         self._call: Callable[..., Any] = call_directly
@@ -248,14 +261,21 @@ class VICRegModel(PreTrainedModel):
         z = [self._call_expander(_embed, self.expander, y)]
         z += [self._call_expander(_embed, self.branches[-1].expander, y_prime)]
         z += [self._call_expander(_embed, self.expander, other) for other in others]
-        if others:
-            num_global = 2 + len(further_views)
-            terms = multi_view_loss(z[:num_global], z[num_global:], **self.config.loss_settings)
-        else:
-            terms = vicreg_loss(*z, **self.config.loss_settings)
         return VICRegOutput(
-            **terms._asdict(), embeddings=tuple(z), last_hidden_state=features, pooler_output=y
-        )
+            **self._compare(z[: 2 + len(further_views)], z[2 + len(further_views) :]),
+            embeddings=tuple(z), last_hidden_state=features, pooler_output=y,
+        )  # fmt: skip
+
+    def _compare(self, global_views: list[Tensor], local_views: list[Tensor]) -> dict[str, Any]:
+        """The loss of embeddings and its terms, as fields of the output."""
+        if self.loss is not None:
+            terms = own_terms(self.loss, global_views, local_views)
+            return {"loss": terms["loss"], "terms": terms | {"loss": terms["loss"].detach()}}
+        if local_views or len(global_views) > 2:
+            found = multi_view_loss(global_views, local_views, **self.config.loss_settings)
+        else:
+            found = vicreg_loss(*global_views, **self.config.loss_settings)
+        return found._asdict()
 
     def _represent_prime(self, inputs: BranchInput) -> Tensor:
         if self.prime is not None and not is_timm(self.prime.backbone):

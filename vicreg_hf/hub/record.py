@@ -61,6 +61,8 @@ class TrainingRecord:
     hardware: str
     results: Sequence[Result]
     pictures: Sequence[Picture] = ()
+    loss: str | None = None
+    """Qualified name of a loss in place of VICReg's."""
 
     @property
     def views(self) -> int:

@@ -17,6 +17,7 @@ from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.hub.api import open_repository
 from vicreg_hf.hub.card import PRIME_SUFFIX
 from vicreg_hf.hub.layout import PRIME_DIRECTORY
+from vicreg_hf.loss.own import name_of_loss
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.models.batch_norm import synchronize
 from vicreg_hf.models.compiling import compiler_fault
@@ -28,8 +29,9 @@ from vicreg_hf.runtime.machine import hardware, local_processes, start_accelerat
 from vicreg_hf.runtime.output_dir import set_aside
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.data import TrainingData, open_training_data
-from vicreg_hf.training.building.model import build_model
+from vicreg_hf.training.building.model import adopt_model, build_model
 from vicreg_hf.training.building.optimizers import create_optimizer
+from vicreg_hf.training.building.own_parts import OwnParts, try_loss
 from vicreg_hf.training.building.second_branch import create_views
 from vicreg_hf.training.monitoring.knn import KNNMonitor, missing_for_knn
 from vicreg_hf.training.monitoring.probe import create_probe
@@ -45,13 +47,17 @@ WORTH_COMPILING = 2000
 """Least number of steps left for which compiling the model pays on a GPU."""
 
 
-def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
+def setup(
+    args: PretrainingArguments, *, before: int | None = None, own: OwnParts | None = None
+) -> Run:
     """Check every setting, load the data, build the model, resume.
 
     Args:
         before: resume only from checkpoints of earlier steps than this one.
+        own: parts of the caller's own in place of those that settings describe.
     """
-    started = time.perf_counter()
+    started, own = time.perf_counter(), own or OwnParts()
+    args = own.fill_in(args)
     check_architecture(args.architecture)
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator(
@@ -62,9 +68,14 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     args, data = open_training_data(
         args, rank=accelerator.process_index, world_size=accelerator.num_processes,
         local_processes=local_processes(accelerator), main_first=accelerator.main_process_first,
+        dataset=own.train_dataset,
     )  # fmt: skip
     # convolutions are faster in this layout, on CPU too; attention does not mind
-    model = build_model(args, data.pairs, sound=data.sound)
+    if own.model is None:
+        model = build_model(args, data.pairs, sound=data.sound)
+    else:
+        model = adopt_model(own.model, args, sound=data.sound)
+    model.loss = own.loss
     model.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore
     probe = None
     if args.online_probe:
@@ -89,7 +100,9 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     run = Run(
         args, accelerator, model, model, optimizer, data, views, paired,
         _create_monitor(args, data, model.config.pretrained_cfg or {}), probe, started,
+        loss_name=name_of_loss(own.loss),
     )  # fmt: skip
+    run.terms = try_loss(own.loss, model, accelerator, data.batches.rows_per_process) or run.terms
     resume(run, before=before)
     if _compiles_model(args, accelerator, model, run.total_steps - run.step):
         model.compile_branches(expanders=accelerator.num_processes == 1)
