@@ -20,6 +20,7 @@ from .training.building.optimizers import LARS
 from .training.callbacks import Callback
 from .training.gradcache import backward_in_chunks
 from .training.pretrain import pretrain
+from .training.trainer import LogTerms, ViewCollator
 from .views.presets import ViewRecipe
 from .views.two_views import TwoViews
 
@@ -30,12 +31,14 @@ __all__ = [
     "Callback",
     "EvaluationArguments",
     "FinetuneSettings",
+    "LogTerms",
     "PretrainingArguments",
     "TwoViews",
     "VICRegConfig",
     "VICRegLoss",
     "VICRegModel",
     "VICRegOutput",
+    "ViewCollator",
     "ViewRecipe",
     "backward_in_chunks",
     "collapse_report",

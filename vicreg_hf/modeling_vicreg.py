@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from vicreg_hf.configuration_vicreg import METHOD_FIELDS, VICRegConfig, without_classes
-from vicreg_hf.hub.layout import write_layout
+from vicreg_hf.hub.layout import trainers_checkpoint, write_layout
 from vicreg_hf.loss.autograd import VICRegTerms
 from vicreg_hf.loss.multi_view import multi_view_loss
 from vicreg_hf.loss.own import Loss, own_terms
@@ -287,16 +287,22 @@ class VICRegModel(PreTrainedModel):
     ) -> Any:
         """Load the weights of a whole model, as of any module.
 
+        transformers' `Trainer` reads model.safetensors of a checkpoint by itself, which holds the
+        encoder alone, under timm's names. Then the rest is taken from the files beside it.
+
         Raises:
-            ValueError: weights of a published encoder, none of which has a key of this model, so
-                that `strict=False`, as `Trainer` has it, would pass over them all.
+            ValueError: weights of a published encoder from anywhere else, none of which has a key
+                of this model, so that `strict=False` would pass over them all.
         """
         if state_dict and state_dict.keys() == self.backbone.state_dict().keys():
-            raise ValueError(
-                "load_state_dict needs backbone and expander, got the weights of a published "
-                "encoder alone, as model.safetensors holds them; VICRegModel.from_pretrained reads "
-                "both from its directory, and pretrain() resumes a run, which Trainer cannot."
-            )
+            whole = trainers_checkpoint(state_dict)
+            if whole is None:
+                raise ValueError(
+                    "load_state_dict needs backbone and expander, got the weights of a published "
+                    "encoder alone, as model.safetensors holds them; VICRegModel.from_pretrained "
+                    "reads both from its directory."
+                )
+            state_dict, strict = whole, True
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
