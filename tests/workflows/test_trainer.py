@@ -26,8 +26,8 @@ DATA: Any = [
 class Spoil(TrainerCallback):
     """Makes a model worse than the one that was saved before."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 3:
+    def on_step_end(self, *given: Any, **kwargs: Any) -> None:
+        if given[1].global_step == 3:
             torch.nn.init.constant_(kwargs["model"].expander[0].weight, torch.nan)
 
 

@@ -100,7 +100,7 @@ def trainers_checkpoint(encoder: Mapping[str, Tensor]) -> dict[str, Tensor] | No
     trainer = sys.modules.get("transformers.trainer")
     frame = None if trainer is None else sys._getframe(1)
     while frame is not None:
-        caller = frame.f_locals.get("self")
+        caller: Any = frame.f_locals.get("self")
         if frame.f_globals.get("__name__") == "transformers.trainer" and hasattr(caller, "state"):
             places = (frame.f_locals.get("resume_from_checkpoint"),
                       getattr(caller.state, "best_model_checkpoint", None))  # fmt: skip

@@ -155,11 +155,15 @@ class RandomViews(Generic[Views]):
         if isinstance(images, (list, tuple)) and images:
             return self._of_list([as_pixels(image, self.in_chans) for image in images],
                                  indices, epoch)  # fmt: skip
-        right = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
-        if not right or images.shape[1] != self.in_chans or not len(images):
-            shape = getattr(images, "shape", None)
-            kind = type(images).__name__
-            found = kind if shape is None else f"{kind} of {images.dtype} {tuple(shape)}"  # pyright: ignore
+        if (
+            not isinstance(images, Tensor)
+            or (images.dtype, images.ndim) != (torch.uint8, 4)
+            or images.shape[1] != self.in_chans
+            or not len(images)
+        ):
+            found = type(images).__name__
+            if isinstance(images, Tensor):
+                found += f" of {images.dtype} {tuple(images.shape)}"
             raise ValueError(
                 f"images must be a uint8 tensor of shape (B, {self.in_chans}, H, W) with B at "
                 f"least 1, got {found}; give images of several sizes as a list."

@@ -229,8 +229,9 @@ def _label(item: Any, name: str) -> int | str | None:
 
 
 def _class(value: Any) -> int | str | None:
-    if isinstance(value, (Tensor, np.ndarray, np.generic)) and np.size(value) == 1:
-        value = value.item()
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        found = torch.as_tensor(value)
+        value = found.item() if found.numel() == 1 else None
     whole = isinstance(value, int) and not isinstance(value, bool)
     return value if whole or isinstance(value, str) else None
 
