@@ -261,21 +261,19 @@ class VICRegModel(PreTrainedModel):
         z = [self._call_expander(_embed, self.expander, y)]
         z += [self._call_expander(_embed, self.branches[-1].expander, y_prime)]
         z += [self._call_expander(_embed, self.expander, other) for other in others]
-        return VICRegOutput(
-            **self._compare(z[: 2 + len(further_views)], z[2 + len(further_views) :]),
-            embeddings=tuple(z), last_hidden_state=features, pooler_output=y,
-        )  # fmt: skip
-
-    def _compare(self, global_views: list[Tensor], local_views: list[Tensor]) -> dict[str, Any]:
-        """The loss of embeddings and its terms, as fields of the output."""
+        num_global = 2 + len(further_views)
+        terms: dict[str, Any]
         if self.loss is not None:
-            terms = own_terms(self.loss, global_views, local_views)
-            return {"loss": terms["loss"], "terms": terms | {"loss": terms["loss"].detach()}}
-        if local_views or len(global_views) > 2:
-            found = multi_view_loss(global_views, local_views, **self.config.loss_settings)
+            own = own_terms(self.loss, z[:num_global], z[num_global:])
+            terms = {"loss": own["loss"], "terms": own | {"loss": own["loss"].detach()}}
+        elif others:
+            found = multi_view_loss(z[:num_global], z[num_global:], **self.config.loss_settings)
+            terms = found._asdict()
         else:
-            found = vicreg_loss(*global_views, **self.config.loss_settings)
-        return found._asdict()
+            terms = vicreg_loss(*z, **self.config.loss_settings)._asdict()
+        return VICRegOutput(
+            **terms, embeddings=tuple(z), last_hidden_state=features, pooler_output=y
+        )
 
     def _represent_prime(self, inputs: BranchInput) -> Tensor:
         if self.prime is not None and not is_timm(self.prime.backbone):

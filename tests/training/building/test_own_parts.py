@@ -64,9 +64,11 @@ def test_items_of_every_form_are_the_same_images(form: str) -> None:
     assert args.output_dir == "runs/Items"
     images = data.first_images([1, 2])
     assert torch.equal(torch.stack(images), LEVELS[1:3])
-    (bad,) = data.train.try_read([7])  # pyright: ignore[reportAttributeAccessIssue]
+    train: Any = data.train
+    (bad,) = train.try_read([7])
     assert bad.reason == "the data set raised OSError: the disk is gone"
-    labels = data.held_out and data.held_out.labels
+    assert data.held_out is not None
+    labels = data.held_out.labels
     assert (labels is None) == (form in ("tensor", "deep"))
     assert labels is None or labels.tolist() == [0, 1, 0, 1]
 
@@ -129,6 +131,6 @@ def test_what_cannot_be_or_contradicts_is_refused_before_training(
         parts = {"model": VICRegModel(config())}
     elif "model" not in parts:
         settings = {"architecture": "test_resnet", "expander_dims": "8-8"} | settings
+    given: dict[str, Any] = {"train_dataset": Items("tensor")} | parts
     with pytest.raises(ValueError, match=message):
-        given: dict[str, Any] = {"train_dataset": Items("tensor")} | parts
         pretrain(arguments(tmp_path, **settings), **given)
