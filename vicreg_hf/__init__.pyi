@@ -12,12 +12,15 @@ from .modeling_vicreg import VICRegModel, VICRegOutput
 from .models.batch_norm import synchronize
 from .publishing.conversion import convert_checkpoint
 from .publishing.publish import publish
+from .runtime.distributed import gather_with_gradient
 from .settings.evaluation import EvaluationArguments
 from .settings.finetuning import FinetuneSettings
 from .settings.pretraining import PretrainingArguments
 from .training.building.optimizers import LARS
+from .training.callbacks import Callback
 from .training.gradcache import backward_in_chunks
 from .training.pretrain import pretrain
+from .training.trainer import LogTerms, ViewCollator
 from .views.presets import ViewRecipe
 from .views.two_views import TwoViews
 
@@ -25,14 +28,17 @@ __version__: str
 
 __all__ = [
     "LARS",
+    "Callback",
     "EvaluationArguments",
     "FinetuneSettings",
+    "LogTerms",
     "PretrainingArguments",
     "TwoViews",
     "VICRegConfig",
     "VICRegLoss",
     "VICRegModel",
     "VICRegOutput",
+    "ViewCollator",
     "ViewRecipe",
     "backward_in_chunks",
     "collapse_report",
@@ -41,6 +47,7 @@ __all__ = [
     "evaluate",
     "export_encoder",
     "finetune",
+    "gather_with_gradient",
     "knn_accuracy",
     "linear_probe",
     "multi_view_loss",

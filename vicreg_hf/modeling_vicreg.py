@@ -18,9 +18,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from vicreg_hf.configuration_vicreg import METHOD_FIELDS, VICRegConfig, without_classes
-from vicreg_hf.hub.layout import write_layout
+from vicreg_hf.hub.layout import trainers_checkpoint, write_layout
 from vicreg_hf.hub.source import directory_of, split_address
+from vicreg_hf.loss.autograd import VICRegTerms
 from vicreg_hf.loss.multi_view import multi_view_loss
+from vicreg_hf.loss.own import Loss, own_terms
 from vicreg_hf.loss.vicreg import vicreg_loss
 from vicreg_hf.models.batch_norm import count_once
 from vicreg_hf.models.branch import Branch, BranchInput
@@ -55,6 +57,14 @@ class VICRegOutput(ModelOutput):
     """The backbone's feature map or tokens of the first views, as timm lays them out."""
     pooler_output: Tensor | None = None
     """(B, F): the representations of the first views."""
+    terms: dict[str, Tensor] | None = None
+    """Scalars of a loss of one's own by their names, in place of VICReg's three; its "loss" too."""
+
+    @property
+    def scalars(self) -> dict[str, Tensor]:
+        """The loss and its terms, detached, by the names that they are logged by."""
+        named = self.terms or {name: self[name] for name in VICRegTerms._fields}
+        return {name: value.detach() for name, value in named.items()}
 
 
 class VICRegModel(PreTrainedModel):
@@ -97,6 +107,9 @@ class VICRegModel(PreTrainedModel):
         self.num_features = width_of(backbone)
         self.expander = expander(self.num_features, config.expander_dims)
         self.prime = None if config.prime is None else Branch(config.prime, backbone_prime)
+        self.loss: Loss | None = None
+        """In place of VICReg's: from (B, D) embeddings of two views to a scalar, or to named ones
+        with "loss"."""
         self.gradient_checkpointing = False
         self._hooks: list[RemovableHandle] = []
         self._call: Callable[..., Any] = call_directly
@@ -277,13 +290,18 @@ class VICRegModel(PreTrainedModel):
         z = [self._call_expander(_embed, self.expander, y)]
         z += [self._call_expander(_embed, self.branches[-1].expander, y_prime)]
         z += [self._call_expander(_embed, self.expander, other) for other in others]
-        if others:
-            num_global = 2 + len(further_views)
-            terms = multi_view_loss(z[:num_global], z[num_global:], **self.config.loss_settings)
+        num_global = 2 + len(further_views)
+        terms: dict[str, Any]
+        if self.loss is not None:
+            own = own_terms(self.loss, z[:num_global], z[num_global:])
+            terms = {"loss": own["loss"], "terms": own | {"loss": own["loss"].detach()}}
+        elif others:
+            found = multi_view_loss(z[:num_global], z[num_global:], **self.config.loss_settings)
+            terms = found._asdict()
         else:
-            terms = vicreg_loss(*z, **self.config.loss_settings)
+            terms = vicreg_loss(*z, **self.config.loss_settings)._asdict()
         return VICRegOutput(
-            **terms._asdict(), embeddings=tuple(z), last_hidden_state=features, pooler_output=y
+            **terms, embeddings=tuple(z), last_hidden_state=features, pooler_output=y
         )
 
     def _represent_prime(self, inputs: BranchInput) -> Tensor:
@@ -296,16 +314,22 @@ class VICRegModel(PreTrainedModel):
     ) -> Any:
         """Load the weights of a whole model, as of any module.
 
+        transformers' `Trainer` reads model.safetensors of a checkpoint by itself, which holds the
+        encoder alone, under timm's names. Then the rest is taken from the files beside it.
+
         Raises:
-            ValueError: weights of a published encoder, none of which has a key of this model, so
-                that `strict=False`, as `Trainer` has it, would pass over them all.
+            ValueError: weights of a published encoder from anywhere else, none of which has a key
+                of this model, so that `strict=False` would pass over them all.
         """
         if state_dict and state_dict.keys() == self.backbone.state_dict().keys():
-            raise ValueError(
-                "load_state_dict needs backbone and expander, got the weights of a published "
-                "encoder alone, as model.safetensors holds them; VICRegModel.from_pretrained reads "
-                "both from its directory, and pretrain() resumes a run, which Trainer cannot."
-            )
+            whole = trainers_checkpoint(state_dict)
+            if whole is None:
+                raise ValueError(
+                    "load_state_dict needs backbone and expander, got the weights of a published "
+                    "encoder alone, as model.safetensors holds them; VICRegModel.from_pretrained "
+                    "reads both from its directory."
+                )
+            state_dict, strict = whole, True
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]

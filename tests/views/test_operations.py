@@ -185,7 +185,7 @@ def test_images_of_other_channels_keep_what_needs_no_colours(
     images = photographs[:, [k % 3 for k in range(channels)]]
     views = TwoViews(image_size=24, preset="authors", in_chans=channels)
     assert views.left_out == ("saturation", "hue", "grayscale")
-    whole = views(images, np.arange(16))
+    whole = views(images, np.arange(16), 0)
     halves = views.transform_crops(views.crop(list(images), np.arange(16)), np.arange(16))
     for view, other in zip(whole, halves, strict=True):
         assert view.shape == (16, channels, 24, 24)

@@ -85,10 +85,10 @@ def test_branches_may_have_views_of_their_own_side_and_normalisation(
     own: Any = {"mean": [(0.1, 0.2, 0.3), (0.5,)], "std": [(2, 3, 4), (0.5,)]}
     both = TwoViews(sides, "paper", **own)
     assert both.image_size == both.image_sizes == sides
-    made = both(photographs, np.arange(16))
+    made = both(photographs, np.arange(16), 0)
     for view, side in enumerate(sides):
         one = {name: values[view] for name, values in own.items()}
-        expected = TwoViews(side, "paper", **one)(photographs, np.arange(16))[view]
+        expected = TwoViews(side, "paper", **one)(photographs, np.arange(16), 0)[view]
         assert torch.equal(made[view], expected)
 
 
@@ -136,7 +136,7 @@ def test_without_indices_views_follow_torchs_generator(photographs: Tensor) -> N
 def test_the_images_given_are_left_as_they_are(photographs: Tensor) -> None:
     before = photographs.clone()
     views = TwoViews(image_size=80)
-    views(photographs, np.arange(16))
+    views(photographs, np.arange(16), 0)
     square = photographs[:, :, :, :80].contiguous()
     made = views.transform_crops((square, square), np.arange(16))
     last = square.contiguous(memory_format=torch.channels_last)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from seen import NOTHING
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
 from transformers import AutoImageProcessor
 
 from vicreg_hf import TwoViews, VICRegConfig, VICRegModel
@@ -64,10 +66,12 @@ IMAGES = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
 @pytest.mark.parametrize(
     ("images", "indices", "message"),
     [
-        (IMAGES.float(), [0, 1], r"got Tensor of torch\.float32 \(2, 3, 8, 8\); stack images"),
+        (IMAGES.float(), [0, 1], r"got Tensor of torch\.float32 \(2, 3, 8, 8\); give images"),
         (IMAGES.movedim(1, 3), [0, 1], r"of torch\.uint8 \(2, 8, 8, 3\)"),
         (IMAGES[:0], [], r"B at least 1, got .* \(0, 3, 8, 8\)"),
-        (list(IMAGES), [0, 1], "got list ; stack images of one size"),
+        ([], [0, 1], "got list; give images of several sizes as a list"),
+        ([IMAGES], [0], "an image must be one of PIL or a uint8 tensor of shape .3, H, W., got"),
+        (IMAGES, [0, 1], "epoch must be given with indices, got none"),
         (IMAGES, [0, 1, 2], "indices must be one for each of 2 images, got 3"),
         (IMAGES, [0.0, 1.0], "indices must be whole numbers from 0, got float64"),
         (IMAGES, [0, -1], "indices must be whole numbers from 0, got int64 from -1"),
@@ -78,12 +82,24 @@ def test_images_and_indices_that_cannot_be_are_refused(
 ) -> None:
     views = TwoViews(image_size=8)
     with pytest.raises(ValueError, match=message):
-        views(images, indices)
-    if message.startswith("indices"):
+        views(images, indices, None if message.startswith("epoch") else 0)
+    if message.startswith("indices"):  # which the halves of a view need too
         with pytest.raises(ValueError, match=message):
             views.crop(list(images), indices)
         with pytest.raises(ValueError, match=message):
             views.transform_crops((images, images), indices)
+
+
+def test_images_of_pil_and_of_several_sizes_are_taken_as_a_list(photographs: Tensor) -> None:
+    views, images = TwoViews(image_size=32), [photographs[0], photographs[1, :, 20:]]
+    made = views(images, [5, 7], 3)
+    crops = views.crop(images, [5, 7], 3)
+    assert all(map(torch.equal, made, views.transform_crops(crops, [5, 7], 3)))
+    of_pil = views([tv.to_pil_image(image) for image in images], [5, 7], 3)
+    assert all(map(torch.equal, made, of_pil))
+    grey = TwoViews(image_size=32, in_chans=1)([tv.to_pil_image(image) for image in images])
+    assert grey[0].shape == (2, 1, 32, 32)
+    assert not torch.equal(views(images)[0], views(images)[0])  # drawn anew at every call
 
 
 @pytest.mark.parametrize(

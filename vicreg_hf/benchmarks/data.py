@@ -223,8 +223,8 @@ def small_images(count: int = 512, side: int = 32) -> str:
     plain, fused = TwoViews(side, recipes), TwoViews(side, recipes, compile=True)
     runs: Runs = {
         "authors": lambda: [theirs(picture) for picture in pictures],
-        "everything": lambda: plain(images, indices),
-        "everything, compiled": lambda: fused(images, indices),
+        "everything": lambda: plain(images, indices, 0),
+        "everything, compiled": lambda: fused(images, indices, 0),
     }
     return _ratios(_milliseconds(runs, count))
 

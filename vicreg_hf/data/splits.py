@@ -63,10 +63,12 @@ def image_split(
     channels: int = 3,
     value_range: ValueRange | None = None,
     sound: SpectrogramSettings | None = None,
+    column: ImageColumn | None = None,
 ) -> ImageSplit:
     """Pick a split and its columns.
 
     Args:
+        column: reads the images; None takes the table's own column, as `open_column` does.
         value_range: as in `ImageColumn`; None takes that of a sample of the split.
         sound: how a column of sound is seen, where there are no images.
 
@@ -78,17 +80,17 @@ def image_split(
     table = splits[name]
     if len(table) == 0:
         raise ValueError(f"a split must have rows, got none in split {name!r} of {dataset_name}.")
-    column = open_column(table.features, image_column, channels=channels, sound=sound)
+    found = column or open_column(table.features, image_column, channels=channels, sound=sound)
     labels, names = find_classes(splits, table, label_column)
     if label_column is not None and labels is None:
         raise ValueError(
             f"label_column must hold a class in some row, got none in {label_column!r} of "
             f"{dataset_name} ({name}); choose another or leave it out."
         )
-    split = ImageSplit(column.prepare(table), column, f"{dataset_name} ({name})", labels, names)
-    if isinstance(column, ImageColumn):
-        column = replace(column, value_range=value_range)
-        split.column = column.with_range(split.cells(split.sampled_rows()))
+    split = ImageSplit(found.prepare(table), found, f"{dataset_name} ({name})", labels, names)
+    if isinstance(found, ImageColumn):
+        found = replace(found, value_range=value_range)
+        split.column = found.with_range(split.cells(split.sampled_rows()))
     return split
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vicreg_hf.configuration_vicreg import (
@@ -70,6 +72,46 @@ def write_layout(
     (directory / CONFIG_FILE).write_bytes(_json(content))
     for name in set(weight_map.values()):  # safetensors lets nobody else read them
         shutil.copymode(directory / CONFIG_FILE, directory / name)
+
+
+def read_layout(directory: Path) -> dict[str, Tensor]:
+    """All weights in a directory of this layout, by the names of a `VICRegModel`."""
+    state: dict[str, Tensor] = {}
+    for prefix, name in BY_PREFIX.items():
+        if (directory / name).is_file():
+            own = prefix if name == ENCODER_FILE else ""
+            state |= {own + key: value for key, value in load_file(directory / name).items()}
+    return state
+
+
+def trainers_checkpoint(encoder: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """All weights of the checkpoint that transformers' `Trainer` is loading now.
+
+    `Trainer` reads ENCODER_FILE and hands over what is in it, but not where it lies. That is known
+    to its method, which is among the callers: a resumed checkpoint's or the best one's directory.
+    A directory counts if its encoder is the one that was handed over, bit for bit.
+
+    Args:
+        encoder: the weights that were handed over.
+
+    Returns:
+        None where no `Trainer` is calling, or the expander does not lie beside the encoder.
+    """
+    trainer = sys.modules.get("transformers.trainer")
+    frame = None if trainer is None else sys._getframe(1)
+    while frame is not None:
+        caller: Any = frame.f_locals.get("self")
+        if frame.f_globals.get("__name__") == "transformers.trainer" and hasattr(caller, "state"):
+            places = (frame.f_locals.get("resume_from_checkpoint"),
+                      getattr(caller.state, "best_model_checkpoint", None))  # fmt: skip
+            for place in filter(None, places):
+                state = read_layout(Path(str(place)))
+                same = (torch.equal(v, state[f"backbone.{k}"]) for k, v in encoder.items()
+                        if f"backbone.{k}" in state)  # fmt: skip
+                if len(state) > len(encoder) and all(same):
+                    return state
+        frame = frame.f_back
+    return None
 
 
 def is_published(directory: Path) -> bool:

@@ -68,6 +68,8 @@ class TrainingRecord:
     """A phrase that says which step's weights these are and why, where not just the last's."""
     starts: Mapping[str, Any] = field(default_factory=dict)
     """Facts of the encoders that the run started from, by setting; see `Source.facts`."""
+    loss: str | None = None
+    """Qualified name of a loss in place of VICReg's."""
 
     @property
     def views(self) -> int:

@@ -182,6 +182,35 @@ def gather_rows(x: Tensor, group: ProcessGroup = None) -> Tensor:
     return rows
 
 
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group, ctx.count = group, len(x)
+        return gather_rows(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = sum_over_processes(grads[0].clone(), ctx.group)
+        start = rank(ctx.group) * ctx.count
+        return total[start : start + ctx.count], None
+
+
+def gather_with_gradient(x: Tensor, group: ProcessGroup = None) -> Tensor:
+    """Concatenate the rows of all processes in rank order, for a loss that compares rows.
+
+    The gradient of a row is the sum of those of all processes. So where each computes the same loss
+    of all rows, or its own part of a mean, DistributedDataParallel's averaging gives the gradient
+    of one process that holds every row.
+
+    Args:
+        x: (B, ...), the same shape in every process.
+
+    Returns:
+        (B * world size, ...); on one process x itself.
+    """
+    return x if world_size(group) == 1 else cast(Tensor, _GatherRows.apply(x, group))
+
+
 class OtherProcessFailed(RuntimeError):  # noqa: N818
     """Another process of the run has failed."""
 

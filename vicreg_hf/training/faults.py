@@ -18,9 +18,8 @@ from vicreg_hf.runtime.checks import one_line
 from vicreg_hf.runtime.distributed import any_process, wait_for_all
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.run import Run
-from vicreg_hf.training.step import Step
+from vicreg_hf.training.step import Step, loss_and_terms
 
-TERMS = ("loss", "invariance", "variance", "covariance")
 MOST_NAMES = 10
 """Names of tensors in a report at most."""
 
@@ -48,7 +47,7 @@ def check_state_is_finite(run: Run) -> None:
 def step_failure(run: Run, step: Step) -> FloatingPointError:
     """Write the report of a step that must not be taken; the error to raise, in every process."""
     found = describe_step(run, step)
-    terms = ", ".join(f"{name} {found[name]}" for name in (*TERMS, "grad_norm"))
+    terms = ", ".join(f"{name} {found[name]}" for name in (*run.terms, "grad_norm"))
     return _failure(
         run, f"loss and gradients must be finite at step {step.number}, got {terms}", found
     )
@@ -66,7 +65,7 @@ def describe_step(run: Run, step: Step) -> dict[str, Any]:
         "step": step.number,
         "epoch": epoch,
         "lr": step.lr,
-        **{name: step.output[name].item() for name in TERMS},
+        **loss_and_terms(run, step),
         "grad_norm": step.grad_norm.item(),
         "largest_gradients": {name: norms[name] for name in largest[: -MOST_NAMES - 1 : -1]},
         "gradients": [name for name, norm in norms.items() if not math.isfinite(norm)][:MOST_NAMES],

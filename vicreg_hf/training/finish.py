@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from vicreg_hf.data.opening.dataset import DEMO
+from vicreg_hf.data.opening.items import GIVEN
 from vicreg_hf.hub.api import HubError
 from vicreg_hf.hub.card import CARD_FILE, model_card, second_card, write_card
 from vicreg_hf.hub.layout import PRIME_DIRECTORY
@@ -71,8 +72,10 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
 
         for picture in draw_pictures(run, directory):
             pictures.append(picture)  # noqa: PERF402 # those before one that fails are kept
+    name = args.dataset_name.removeprefix(GIVEN)
     record = TrainingRecord(
-        args=asdict(args), num_views=args.num_views, data=_described(args.dataset_name),
+        args=asdict(args) | {"dataset_name": name}, loss=run.loss_name,
+        num_views=args.num_views, data=_described(args.dataset_name),
         hub_id=_hub_id(args.dataset_name), images=run.inputs.train.num_images,
         steps=chosen_step(run), seconds=run.seconds,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
@@ -93,13 +96,16 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
 
 def _hub_id(dataset_name: str) -> str | None:
     """The data set's id on the Hub, if it is there and not here."""
-    return None if dataset_name == DEMO or os.path.exists(dataset_name) else dataset_name
+    given = dataset_name == DEMO or dataset_name.startswith(GIVEN)
+    return None if given or os.path.exists(dataset_name) else dataset_name
 
 
 def _described(dataset_name: str) -> str:
     """The data set as a card's sentence names it."""
     if dataset_name == DEMO:
         return "`demo`, scikit-learn's handwritten digits at random places and angles"
+    if dataset_name.startswith(GIVEN):
+        return f"`{dataset_name.removeprefix(GIVEN)}`, a data set of its trainer's own"
     hub_id = _hub_id(dataset_name)
     if hub_id is not None:
         return f"[{hub_id}](https://huggingface.co/datasets/{hub_id})"

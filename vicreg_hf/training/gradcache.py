@@ -91,8 +91,10 @@ def backward_in_chunks(
                 if last:  # the expanders' gradients are reduced in this pass too
                     roots, grads = roots + expanders, grads + expander_grads
                 torch.autograd.backward(roots, grads)
+    fields = {"loss", *VICRegTerms._fields} & output.keys()
     return VICRegOutput(
-        **{name: output[name].detach() for name in VICRegTerms._fields},
+        **{name: output[name].detach() for name in sorted(fields)},
+        terms=output.terms,
         embeddings=tuple(z.detach() for z in output.embeddings),
         pooler_output=y[0].detach(),
     )

@@ -7,7 +7,7 @@ probe if there are such, and the step number.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,9 @@ from vicreg_hf.checkpoints.reading import CheckpointError
 from vicreg_hf.data.workers import LoadingError, loading_errors
 from vicreg_hf.hub.api import HubError
 from vicreg_hf.hub.export import ExportError
+from vicreg_hf.loss.own import Loss
 from vicreg_hf.metrics.collapse import alignment, effective_rank, mean_std, uniformity
+from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.runtime.distributed import (
     OtherProcessFailed,
     any_process,
@@ -35,8 +37,10 @@ from vicreg_hf.runtime.liveness import watched
 from vicreg_hf.runtime.output_dir import claim
 from vicreg_hf.runtime.signals import Signals, Stopped, StoppedWaiting, name_of
 from vicreg_hf.settings.pretraining import PretrainingArguments
+from vicreg_hf.training.building.own_parts import OwnParts
+from vicreg_hf.training.callbacks import Callback, Callbacks, check_callbacks
 from vicreg_hf.training.choosing import is_best
-from vicreg_hf.training.faults import TERMS, OutOfMemory, ProcessLost, explained, step_failure
+from vicreg_hf.training.faults import OutOfMemory, ProcessLost, explained, step_failure
 from vicreg_hf.training.finish import finish_run
 from vicreg_hf.training.monitoring.collapse import CollapseWatch
 from vicreg_hf.training.monitoring.log import Clock
@@ -46,6 +50,7 @@ from vicreg_hf.training.setup import make_output_dir, setup
 from vicreg_hf.training.step import (
     Step,
     StepChecks,
+    loss_and_terms,
     representations,
     take_gradients,
     take_step,
@@ -62,8 +67,23 @@ RUN_AHEAD = 10
 that a crash never costs more than 1.1 times `save_steps`."""
 
 
-def pretrain(args: PretrainingArguments) -> Path:
+def pretrain(
+    args: PretrainingArguments,
+    *,
+    model: VICRegModel | None = None,
+    train_dataset: Any = None,
+    loss: Loss | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Path:
     """Pretrain as the settings say, resuming from the newest checkpoint in output_dir.
+
+    Args:
+        model: trained itself, from its own weights; its architecture and expander are the run's.
+        train_dataset: a map-style torch `Dataset` of images of PIL or tensors (C, H, W), uint8 or
+            float, or of tuples or dicts that hold one and perhaps a label; or a `datasets.Dataset`.
+        loss: in place of VICReg's, from two (n, D) embeddings of this process to a scalar tensor,
+            or to named scalars with "loss"; `gather_with_gradient` gives the rows of all processes.
+        callbacks: called in every process while the run goes on.
 
     Returns:
         The directory of the published encoder.
@@ -86,9 +106,12 @@ def pretrain(args: PretrainingArguments) -> Path:
             f"args must be PretrainingArguments, got {args!r}; "
             'PretrainingArguments.from_recipe("demo") makes those of a recipe.'
         )
+    own, callbacks = OwnParts(model, train_dataset, loss), check_callbacks(callbacks)
+    args = own.fill_in(args)  # which settles output_dir
     with Signals() as signals, claim(Path(str(args.output_dir))):
         with explained(args):
-            run = setup(args)
+            run = setup(args, own=own)
+            run.callbacks = callbacks
             with failing_together(run.accelerator.device):
                 make_output_dir(run)
         # loading_errors, as any call of torch may report that a worker has died
@@ -97,17 +120,18 @@ def pretrain(args: PretrainingArguments) -> Path:
             measure_untrained(run, signals)
             fit(run, signals)
             directory, fault = finish_run(run)
+            Callbacks(run).on_end(directory)
         if fault is not None:
             raise fault
         return directory
 
 
 def fit(run: Run, signals: Signals) -> None:
-    """Train from the run's step to its last."""
+    """Train from the run's step to its last, or until a callback ends it."""
     args = run.args
     clock = Clock(args.num_views * args.batch_size)
     watch = CollapseWatch(args, run.batches.steps_per_epoch, run.log.rows())
-    checks = StepChecks(run)
+    checks, callbacks = StepChecks(run), Callbacks(run)
     run.wrapped.train()
     with (
         _saved_if_stopped_waiting(run, signals),
@@ -141,6 +165,7 @@ def fit(run: Run, signals: Signals) -> None:
             take_step(run)
             run.progress.end()
             clock.tick()
+            callbacks.on_step(step)
             if logs or measures:
                 row = _metrics(run, step, clock) if logs else _step_and_epoch(run)
                 if logs:
@@ -148,11 +173,18 @@ def fit(run: Run, signals: Signals) -> None:
                 if measures:
                     row |= _measurements(run, None if last else signals)
                 run.log.add(row)
+                callbacks.on_log(row)
                 if (warning := watch.warning_for(row)) and run.accelerator.is_main_process:
                     tqdm.write(f"warning: {warning}", file=sys.stderr)
                 saves = (measures and is_best(run, row)) or saves
-            if saves or stopping:
+            ended = callbacks.settle()
+            if ended and not measures:
+                measure_end(run)
+            if saves or stopping or ended:
                 save(run)
+                callbacks.on_save()
+            if ended:
+                break
             if logs or measures or saves or stopping:
                 clock.restart()
             if run.step % args.save_steps == args.save_steps // RUN_AHEAD:
@@ -235,6 +267,13 @@ def measure_untrained(run: Run, signals: Signals) -> None:
         save(run)
 
 
+def measure_end(run: Run) -> None:
+    """Measure the step after which a callback ends the run."""
+    if row := _measurements(run, None):
+        run.log.add(_step_and_epoch(run) | row)
+    is_best(run, row)
+
+
 def _step_and_epoch(run: Run) -> dict[str, Any]:
     return {"step": run.step, "epoch": run.step / run.batches.steps_per_epoch}
 
@@ -246,7 +285,7 @@ def _metrics(run: Run, step: Step, clock: Clock) -> dict[str, Any]:
     share_bad_images(run)
     z, z_prime = (gather_rows(branch.detach()) for branch in output.embeddings[:2])
     row = _step_and_epoch(run) | {
-        **{name: output[name].item() for name in TERMS},
+        **loss_and_terms(run, step),
         "grad_norm": step.grad_norm.item(),
         "lr": step.lr,
         "views_per_second": round(rate, 1),

@@ -43,6 +43,7 @@ MUST_STAY = {
     "prime_tokenizer", "prime_max_length", "prime_expander_dims", "audio_seconds",
     "sampling_rate", "num_global_views", "num_local_views",
     "variance_reduction", "lars_clip", "optimizer_args", "layer_decay", "freeze", "ema_decay",
+    "loss",
 }  # fmt: skip
 """Settings that make it another run; any other may change, and the run says so."""
 LENGTH = {"num_train_epochs", "max_steps"}
@@ -86,6 +87,9 @@ def resume(run: Run, *, before: int | None = None) -> None:
     if state["settings"].get("decode", "exact") == "exact" and args.decode != "exact":
         run.args = args = replace(args, decode="exact")  # before it was a setting, the only way
         accelerator.print(f"decode=exact, as {path} was trained so.")
+    if (reason := state.get("ended_by")) and step_of_end(run, manifest) is not None:
+        run.inputs.total_steps = manifest["step"]
+        accelerator.print(f"The run was ended after step {manifest['step']}: {reason}.")
     changed = _changes(run, state)
     if manifest["step"] != run.total_steps:  # else a new probe would learn nothing
         changed.pop("online_probe", None)
@@ -112,6 +116,12 @@ def resume(run: Run, *, before: int | None = None) -> None:
     run.step = run.first_step = manifest["step"]
     run.seconds_before = state.get("seconds", 0.0)
     resume_best(run, state.get("best"))
+
+
+def step_of_end(run: Run, manifest: dict[str, Any]) -> int | None:
+    """The last step of a run that a callback ended, unless it is now given more than planned."""
+    step, planned = manifest["step"], manifest["state"].get("total_steps", 0)
+    return step if step <= run.total_steps <= planned else None
 
 
 def _check_same_everywhere(path: Path | None, folder: Path) -> None:
@@ -146,6 +156,8 @@ def _changes(run: Run, state: dict[str, Any]) -> dict[str, str]:
             for data in (state["data"], fingerprint)
         )
         changed["dataset_name"] = f"the data were {was}, are {is_now}, in {args.dataset_name}"
+    if (was := state.get("loss")) != run.loss_name:
+        changed["loss"] = f"the loss was {was or 'VICReg'}, is {run.loss_name or 'VICReg'}"
     if state.get("prime_sha256") not in (None, _prime_sha256(run.model)):
         changed.setdefault(
             "prime_architecture", "the second encoder's own configuration is another"
@@ -247,6 +259,8 @@ def _state_to_save(run: Run) -> dict[str, Any]:
         "scaler": scaler.state_dict() if scaler is not None else None,
         "precision": run.accelerator.mixed_precision,
         "threads": _cpu_threads(run.accelerator),
+        "loss": run.loss_name,
+        "ended_by": run.ended_by,
         "prime_sha256": _prime_sha256(run.model),
         "starts": run.starts,
         "labels_sha256": None if run.probe is None else run.probe.labels_sha256,

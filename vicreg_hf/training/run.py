@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,9 @@ from vicreg_hf.checkpoints.reading import BestStep
 from vicreg_hf.checkpoints.writing import CheckpointWriter
 from vicreg_hf.data.pairs import SecondInput
 from vicreg_hf.data.sampler import GlobalBatches
+from vicreg_hf.loss.autograd import VICRegTerms
 from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.runtime.distributed import any_process
 from vicreg_hf.runtime.liveness import Progress
 from vicreg_hf.settings.learning_rate import learning_rate
 from vicreg_hf.settings.pretraining import PretrainingArguments
@@ -63,6 +66,14 @@ class Run:
     """Duration of the earlier sessions of this run."""
     progress: Progress = field(default_factory=Progress)
     """Where the run is, for the watch over its processes."""
+    terms: tuple[str, ...] = VICRegTerms._fields
+    """Names of the loss and of its terms."""
+    loss_name: str | None = None
+    """Qualified name of a loss of one's own."""
+    callbacks: Sequence[Any] = ()
+    """Instances of `Callback`."""
+    ended_by: str | None = None
+    """Why a callback has asked to end the run."""
 
     def __post_init__(self) -> None:
         self.log = MetricsLog(self.output_dir / "metrics.jsonl", self.accelerator.is_main_process)
@@ -93,6 +104,21 @@ class Run:
     def inner_optimizer(self) -> Optimizer:
         """The optimiser itself, without what accelerate wraps it in."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def request_stop(self, reason: str) -> None:
+        """Ask for the end of the run after the present step; encoder and card are written.
+
+        Args:
+            reason: of a callback, which a run that is started again repeats.
+        """
+        self.ended_by = self.ended_by or reason
+
+    def agree_to_stop(self) -> bool:
+        """Whether `request_stop` was called in any process; every process must call this."""
+        if any_process([self.ended_by is not None], self.accelerator.device)[0]:
+            self.request_stop("a callback in another process")
+            return True
+        return False
 
     @property
     def reduced(self) -> bool:

@@ -19,6 +19,7 @@ from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.hub.api import open_repository
 from vicreg_hf.hub.card import PRIME_SUFFIX
 from vicreg_hf.hub.layout import PRIME_DIRECTORY
+from vicreg_hf.loss.own import name_of_loss
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.models.batch_norm import synchronize
 from vicreg_hf.models.compiling import compiler_fault
@@ -31,9 +32,14 @@ from vicreg_hf.runtime.output_dir import set_aside
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.data import TrainingData, open_training_data
 from vicreg_hf.training.building.freezing import freeze
-from vicreg_hf.training.building.model import build_model, enable_gradient_checkpointing
+from vicreg_hf.training.building.model import (
+    adopt_model,
+    build_model,
+    enable_gradient_checkpointing,
+)
 from vicreg_hf.training.building.monitor_data import MonitorData, open_monitor_data
 from vicreg_hf.training.building.optimizers import create_optimizer
+from vicreg_hf.training.building.own_parts import OwnParts, try_loss
 from vicreg_hf.training.building.second_branch import create_views
 from vicreg_hf.training.building.starts import default_side, load_expanders, resolve_starts
 from vicreg_hf.training.monitoring.knn import KNNMonitor, missing_for_knn
@@ -51,14 +57,17 @@ WORTH_COMPILING = 2000
 """Least number of steps left for which compiling the model pays on a GPU."""
 
 
-def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
+def setup(
+    args: PretrainingArguments, *, before: int | None = None, own: OwnParts | None = None
+) -> Run:
     """Check every setting, load the data, build the model, resume.
 
     Args:
         before: resume only from checkpoints of earlier steps than this one.
+        own: parts of the caller's own in place of those that settings describe.
     """
-    started = time.perf_counter()
-    args, starts = resolve_starts(args, before=before)
+    started, own = time.perf_counter(), own or OwnParts()
+    args, starts = resolve_starts(own.fill_in(args), before=before)
     check_architecture(str(args.architecture))
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator()
@@ -67,13 +76,17 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
     args, data = open_training_data(
         args, rank=accelerator.process_index, world_size=accelerator.num_processes,
         local_processes=local_processes(accelerator), main_first=main_process_first,
-        default_side=default_side(starts),
+        default_side=default_side(starts), dataset=own.train_dataset,
     )  # fmt: skip
     args, monitor_data = open_monitor_data(args, data, main_process_first)
     _check_keep_best(args, data, monitor_data)
     # convolutions are faster in this layout, on CPU too; attention does not mind
-    model = build_model(args, data.pairs, sound=data.sound, starts=starts)
+    if own.model is None:
+        model = build_model(args, data.pairs, sound=data.sound, starts=starts)
+    else:
+        model = adopt_model(own.model, args, sound=data.sound)
     new = load_expanders(model, starts)
+    model.loss = own.loss
     model.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore
     probe = None
     if args.online_probe:
@@ -105,7 +118,9 @@ def setup(args: PretrainingArguments, *, before: int | None = None) -> Run:
         _create_monitor(args, data, monitor_data, model.config.pretrained_cfg or {}), probe,
         None if args.ema_decay is None else ModelEmaV3(model, decay=args.ema_decay), started,
         starts={setting: start.facts for setting, start in starts.items()},
+        loss_name=name_of_loss(own.loss),
     )  # fmt: skip
+    run.terms = try_loss(own.loss, model, accelerator, data.batches.rows_per_process) or run.terms
     assert args.augmentation is not None
     run.sample = FixedSample(
         data, model, preset=args.augmentation, seed=args.seed, num_workers=args.num_workers or 0

@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from vicreg_hf.data.batches import training_views
 from vicreg_hf.modeling_vicreg import VICRegOutput
-from vicreg_hf.runtime.distributed import Vote, shapes_compared
+from vicreg_hf.runtime.distributed import Vote, shapes_compared, sum_over_processes
 from vicreg_hf.runtime.randomness import Stream, derive_seed
 from vicreg_hf.training.gradcache import backward_in_chunks
 from vicreg_hf.training.run import Run
@@ -106,6 +106,19 @@ def representations(run: Run, step: Step, views: tuple[Any, ...]) -> Tensor:
     size = run.batches.micro_batch_size // run.accelerator.num_processes
     with run.accelerator.autocast():
         return torch.cat([run.published.encoder(chunk) for chunk in views[0].split(size)])
+
+
+def loss_and_terms(run: Run, step: Step) -> dict[str, float]:
+    """The loss of a step and its terms; every process must call this.
+
+    VICReg's are those of all processes; of a loss of one's own the mean over processes is taken.
+    """
+    scalars = step.output.scalars
+    if run.loss_name is None or run.accelerator.num_processes == 1:
+        return {name: value.item() for name, value in scalars.items()}
+    total = sum_over_processes(torch.stack([value.float() for value in scalars.values()]))
+    mean = total / run.accelerator.num_processes
+    return dict(zip(scalars, mean.tolist(), strict=True))
 
 
 LEAST_SCALE = 1.0

@@ -9,8 +9,44 @@ Shapes: B images, C channels, H x W source pixels, S side of a view.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""PIL's mode of images, by their number of channels."""
+
+
+def as_pixels(image: Any, channels: int) -> Tensor:
+    """One image as (C, H, W) uint8, with as many channels as asked for.
+
+    Args:
+        image: of PIL, which is converted, or (C, H, W) uint8.
+
+    Raises:
+        ValueError: anything else, or an image of PIL of more than 8 bits.
+    """
+    if isinstance(image, Image.Image):
+        deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+        if deep or channels not in MODES:
+            raise ValueError(
+                f"images of PIL must have 8 bits and 1, 3 or 4 channels, got mode {image.mode} for "
+                f"{channels} channels; scale it to levels of 0 to 255 in a uint8 tensor (C, H, W)."
+            )
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # PIL warns of a way that is shorter
+        return tv.pil_to_tensor(image.convert(MODES[channels]))
+    right = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3
+    if not right or len(image) != channels or not image.numel():
+        shape = f" {image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else ""
+        raise ValueError(
+            f"an image must be one of PIL or a uint8 tensor of shape ({channels}, H, W), got "
+            f"{type(image).__name__}{shape}."
+        )
+    return image
 
 
 def _cubic(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar, cast
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
@@ -27,7 +28,7 @@ from vicreg_hf.runtime.randomness import uniforms, view_stream
 from vicreg_hf.runtime.transfer import send_together
 from vicreg_hf.views.draws import NUM_UNIFORMS, draw_crops, draw_transforms
 from vicreg_hf.views.kernels import Kernels
-from vicreg_hf.views.operations import resized_crop
+from vicreg_hf.views.operations import as_pixels, resized_crop
 from vicreg_hf.views.presets import ViewRecipe
 from vicreg_hf.views.reduced import ReducedImage, Reduction, is_large
 from vicreg_hf.views.transforms import apply_transforms, plan_transforms
@@ -77,8 +78,8 @@ class RandomViews(Generic[Views]):
             means or deviations of another number of views.
 
     Example:
-        >>> (x,) = RandomViews(32, (ViewRecipe(jitter=0, grayscale=0),))(images, indices)
-        >>> x, x_prime, *local = RandomViews([224, 224, 96, 96], recipes)(images, indices)
+        >>> (x,) = RandomViews(32, (ViewRecipe(jitter=0, grayscale=0),))(images)
+        >>> x, x_prime, *local = RandomViews([224, 224, 96, 96], recipes)(images, rows, epoch)
 
     Source: vicreg@4e12602, augmentations.py, operation by operation and in that order.
     """
@@ -130,41 +131,58 @@ class RandomViews(Generic[Views]):
         return uniforms(indices, NUM_UNIFORMS, seed=self.seed, epoch=epoch, stream=stream)
 
     def __call__(
-        self, images: Tensor, indices: ArrayLike | None = None, epoch: ArrayLike = 0
+        self,
+        images: Tensor | Sequence[Tensor | Image.Image],
+        indices: ArrayLike | None = None,
+        epoch: ArrayLike | None = None,
     ) -> Views:
-        """Crop and transform images of one size, on their own device.
+        """Crop and transform images, on their own device.
 
         Args:
-            images: (B, C, H, W) uint8.
-            indices: (B,) sample indices; None draws them from torch's generator, for use outside
-                a training run.
-            epoch: scalar or (B,).
+            images: (B, C, H, W) uint8, or a list of B images of any sizes: (C, H, W) uint8, or of
+                PIL, which are converted to C channels.
+            indices: (B,) sample indices, such as row numbers; None draws them from torch's
+                generator, for use outside a training run.
+            epoch: scalar or (B,), which must be given with indices.
 
         Returns:
             A (B, C, S, S) float32 tensor for each view, normalised.
 
         Raises:
             ValueError: images of another dtype or shape, or none; indices that are not one for each
-                image, from 0.
+                image, from 0, or without an epoch.
         """
-        right = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
-        if not right or images.shape[1] != self.in_chans or not len(images):
-            shape = f"of {images.dtype} {tuple(images.shape)}" if hasattr(images, "shape") else ""
+        if isinstance(images, (list, tuple)) and images:
+            return self._of_list([as_pixels(image, self.in_chans) for image in images],
+                                 indices, epoch)  # fmt: skip
+        if (
+            not isinstance(images, Tensor)
+            or (images.dtype, images.ndim) != (torch.uint8, 4)
+            or images.shape[1] != self.in_chans
+            or not len(images)
+        ):
+            found = type(images).__name__
+            if isinstance(images, Tensor):
+                found += f" of {images.dtype} {tuple(images.shape)}"
             raise ValueError(
                 f"images must be a uint8 tensor of shape (B, {self.in_chans}, H, W) with B at "
-                f"least 1, got {type(images).__name__} {shape}; stack images of one size, or "
-                "`crop` them first."
+                f"least 1, got {found}; give images of several sizes as a list."
             )
         height, width = images.shape[-2:]
-        if indices is None:
-            indices = torch.randint(2**31, (len(images),)).numpy()
-        drawn = self._all_uniforms(_one_each(indices, len(images)), epoch)
+        drawn = self._all_uniforms(*_keys(indices, epoch, len(images)))
         boxes = [draw_crops(u, height, width, r) for u, r in zip(drawn, self.recipes, strict=True)]
         crops = [
             self.kernels(resized_crop, images, own, shared=(side,))
             for own, side in zip(send_together(boxes, images.device), self.image_sizes, strict=True)
         ]
         return self._transform(cast(Views, tuple(crops)), drawn)
+
+    def _of_list(
+        self, images: list[Tensor], indices: ArrayLike | None, epoch: ArrayLike | None
+    ) -> Views:
+        keys = _keys(indices, epoch, len(images))
+        crops = (view.to(images[0].device) for view in self.crop(images, *keys))
+        return self.transform_crops(cast(Views, tuple(crops)), *keys)
 
     def reduction(self, index: int, epoch: int = 0) -> Reduction:
         """By how much the image of an index may be reduced for the crops of all views."""
@@ -292,6 +310,21 @@ def _one_each(indices: ArrayLike, count: int) -> NDArray[np.integer[Any]]:
             f"indices must be whole numbers from 0, got {found.dtype} from {found.min()}."
         )
     return found
+
+
+def _keys(
+    indices: ArrayLike | None, epoch: ArrayLike | None, count: int
+) -> tuple[NDArray[np.integer[Any]], ArrayLike]:
+    """Sample indices and epoch by which views are drawn; without indices, random ones."""
+    if indices is None:
+        return torch.randint(2**31, (count,)).numpy(), 0
+    found = _one_each(indices, count)
+    if epoch is None:
+        raise ValueError(
+            "epoch must be given with indices, got none, with which every epoch would have the "
+            "same views; count it from 0, or leave out both to draw new views at every call."
+        )
+    return found, epoch
 
 
 def _per_channel(

@@ -27,6 +27,7 @@ from vicreg_hf.data.columns.tiffs import (
     values_of,
     with_fourth_band,
 )
+from vicreg_hf.views.operations import MODES
 from vicreg_hf.views.reduced import ReducedImage, Reduction, Turn, is_large
 
 MAX_PIXELS = 89_000_000
@@ -51,8 +52,6 @@ HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 """Endings of files that need a plugin, and are found without it, too."""
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 """Brands that tell HEIF from films and AVIF."""
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""PIL's mode of encoded images, by their number of channels."""
 BLOCK = 2**20
 """Numbers that are converted at once, to need little memory."""
 _JPEG = b"\xff\xd8\xff"

@@ -17,6 +17,7 @@ from vicreg_hf.data.columns.spectrograms import SpectrogramColumn, SpectrogramSe
 from vicreg_hf.data.columns.texts import TextColumn
 from vicreg_hf.data.memory import MEMORY_BUDGET, common_side, load_in_memory
 from vicreg_hf.data.opening.dataset import open_dataset
+from vicreg_hf.data.opening.items import ItemColumn, splits_given
 from vicreg_hf.data.opening.slicing import add_parts
 from vicreg_hf.data.pairs import PairedSplit
 from vicreg_hf.data.sampler import GlobalBatches
@@ -80,6 +81,7 @@ def open_training_data(
     local_processes: int = 1,
     main_first: Callable[[], AbstractContextManager[Any]] = nullcontext,
     default_side: int = 224,
+    dataset: Any = None,
 ) -> tuple[PretrainingArguments, TrainingData]:
     """Find the data, and fill in the settings that follow from them.
 
@@ -88,6 +90,7 @@ def open_training_data(
         local_processes: processes that share this machine's cores.
         main_first: a context in which the data are opened, so that one process prepares the cache.
         default_side: of views in pixels, where neither settings nor small images decide it.
+        dataset: the data, where they are given in Python; None opens what dataset_name names.
 
     Returns:
         The settings of the run, in which no default is left open, and its data.
@@ -96,7 +99,7 @@ def open_training_data(
         ValueError: data that are not there, or settings that do not suit them.
         ImageError: hardly any image can be used.
     """
-    train, held_out, eval_split, pairs = _open_splits(args, main_first)
+    train, held_out, eval_split, pairs = _open_splits(args, main_first, dataset)
     batches = GlobalBatches(
         _num_images(train, args), args.batch_size, seed=args.seed, rank=rank,
         world_size=world_size, micro_batch_size=args.micro_batch_size,
@@ -113,7 +116,7 @@ def open_training_data(
     side = None
     if isinstance(train, ImageStream):
         images = train.share(rank, world_size, seed=args.seed)
-    elif (side := common_side(train)) is not None and pairs is None:
+    elif (side := common_side(train)) is not None and pairs is None and not varies(train):
         loaded = load_in_memory(train, bad=bad)
         if loaded is not None:
             images = loaded
@@ -180,11 +183,19 @@ def _model_args(args: PretrainingArguments, *, sound: bool) -> dict[str, Any] | 
 
 
 def _open_splits(
-    args: PretrainingArguments, main_first: Callable[[], AbstractContextManager[Any]]
+    args: PretrainingArguments,
+    main_first: Callable[[], AbstractContextManager[Any]],
+    dataset: Any = None,
 ) -> tuple[ImageSplit | ImageStream, ImageSplit | None, str | None, PairedSplit | None]:
     """The training split, the held-out one with its name, and the pairs of two columns."""
     with main_first():
-        splits = open_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
+        if dataset is None:
+            config, streaming = args.dataset_config_name, args.streaming
+            splits, items = open_dataset(args.dataset_name, config, streaming=streaming), None
+        else:
+            splits, items = splits_given(
+                dataset, args.image_column, args.label_column, args.in_chans
+            )
     splits = add_parts(splits, train_split=args.train_split, eval_split=args.eval_split)
     table = splits[args.train_split]
     sound = holds_sound(features_of(table, args.dataset_name), args.image_column)
@@ -199,7 +210,7 @@ def _open_splits(
         columns["sound"] = SpectrogramSettings(args.sampling_rate, args.audio_seconds)
     if args.streaming:
         return image_stream(splits, args.train_split, **columns), None, None, None
-    columns["label_column"] = args.label_column
+    columns |= {"label_column": args.label_column, "column": items}
     train = image_split(splits, args.train_split, **columns)
     columns["value_range"] = train.value_range
     held_out, name = held_out_split(splits, args.eval_split, args.train_split, **columns)
@@ -207,6 +218,11 @@ def _open_splits(
         return train, held_out, name, None
     column = open_run_column(args, table, channels)
     return train, held_out, name, PairedSplit(train, column.prepare(table), column)
+
+
+def varies(train: ImageSplit) -> bool:
+    """Whether images come otherwise each time, so that none may be kept in memory."""
+    return isinstance(train.column, ItemColumn) and train.column.varies
 
 
 def holds_sound(features: Mapping[str, Any], column: str | None) -> bool:

@@ -30,6 +30,7 @@ from vicreg_hf.models.waveform_encoder import WaveformEncoder
 from vicreg_hf.runtime.checks import one_line, read_range
 from vicreg_hf.runtime.randomness import Stream, derive_seed
 from vicreg_hf.settings.pretraining import PretrainingArguments
+from vicreg_hf.training.building.own_parts import COEFFICIENTS
 from vicreg_hf.training.building.starts import INIT, PRIME, Start, Starts
 
 
@@ -88,6 +89,42 @@ def enable_gradient_checkpointing(model: VICRegModel) -> None:
             f"gradient_checkpointing must be false with {model.config.architecture}, got true: "
             f"{one_line(error) or 'timm cannot'}. A lower --micro_batch_size takes less memory too."
         ) from error
+
+
+def adopt_model(
+    model: VICRegModel, args: PretrainingArguments, *, sound: SpectrogramSettings | None = None
+) -> VICRegModel:
+    """The model that a run was given, set to the run's images; it is trained itself, not a copy.
+
+    Args:
+        args: as for `build_model`; likewise sound.
+
+    Raises:
+        ValueError: it does not take the run's images.
+    """
+    config, size = model.config, args.image_size
+    assert size is not None
+    model.set_image_size(size)
+    assert config.pretrained_cfg is not None
+    config.pretrained_cfg |= evaluation_crop(size, whole=sound is not None)
+    config.spectrogram = None if sound is None else sound.to_dict()
+    config.value_range = read_range("value_range", args.value_range)
+    for name in COEFFICIENTS:
+        setattr(config, name, getattr(args, name))
+    for parameter in model.parameters():
+        parameter.grad = None
+    _try_inputs(model, args, None)
+    return model
+
+
+def evaluation_crop(image_size: int, *, whole: bool) -> dict[str, Any]:
+    """How images are evaluated: small ones seen whole, larger ones on the authors' central crop.
+
+    Args:
+        whole: also larger ones whole.
+    """
+    crop_pct = 1.0 if whole or image_size <= SMALL_IMAGE else 0.875
+    return {"crop_pct": crop_pct, "interpolation": "bicubic"}
 
 
 def _create_second_encoder(
@@ -176,9 +213,7 @@ def _create_timm_encoder(
             args["img_size"] = image_size
         backbone, cfg = start.create_backbone(args), theirs
     cfg = encoder_pretrained_cfg(cfg, args, image_size)
-    # Small images are seen whole; larger ones are evaluated on the authors' central crop.
-    crop_pct = 1.0 if whole or image_size <= SMALL_IMAGE else 0.875
-    return backbone, args or None, cfg | {"crop_pct": crop_pct, "interpolation": "bicubic"}
+    return backbone, args or None, cfg | evaluation_crop(image_size, whole=whole)
 
 
 @torch.inference_mode()

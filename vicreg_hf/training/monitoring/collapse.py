@@ -72,4 +72,11 @@ class CollapseWatch:
                 else "The steps may be too large or the expander too narrow: lower --base_lr, now "
                 f"{args.base_lr:g}, or widen --expander_dims, now {args.expander_dims}."
             )
+        if (
+            "loss" in row and "variance" not in row
+        ):  # of a loss of one's own, without VICReg's coefficients
+            remedy = (
+                "The loss may not keep them apart, or the steps are too large: lower --base_lr, "
+                f"now {args.base_lr:g}, or change the loss."
+            )
         return f"embeddings have collapsed since step {steps[0]}: {found}. {remedy}"

@@ -28,7 +28,6 @@ from vicreg_hf.runtime.randomness import Stream, permutation
 from vicreg_hf.training.monitoring.preview import picture_of
 from vicreg_hf.training.run import Run
 
-TERMS = ("loss", "invariance", "variance", "covariance")
 MAX_BANK = 2000
 """Images among which neighbours are looked for."""
 QUERIES, NEIGHBOURS = 6, 6
@@ -49,8 +48,11 @@ def draw_pictures(run: Run, directory: Path) -> Iterator[Picture]:
     """
     model, held_out, train = run.published, run.inputs.held_out, run.inputs.train
     with optional(LEFT_OUT.format(LOSS_PICTURE)):
-        _draw_loss_terms(run.log.rows(), directory / LOSS_PICTURE)
-        yield Picture(LOSS_PICTURE, "The loss, and its three terms before they are weighted.")
+        _draw_loss_terms(run.log.rows(), run.terms, directory / LOSS_PICTURE)
+        told = "The loss, and its three terms before they are weighted."
+        if run.loss_name is not None:
+            told = f"The loss, which is `{run.loss_name}` in place of VICReg's, and its terms."
+        yield Picture(LOSS_PICTURE, told)
     if isinstance(train, ImageStream):
         return
     cfg: Any = model.config.pretrained_cfg
@@ -99,12 +101,14 @@ def draw_pictures(run: Run, directory: Path) -> Iterator[Picture]:
         )
 
 
-def _draw_loss_terms(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def _draw_loss_terms(rows: Sequence[Mapping[str, Any]], terms: Sequence[str], path: Path) -> None:
     """Draw the loss and its terms over the steps, from rows of metrics.jsonl."""
     rows = [row for row in rows if "loss" in row]
     figure = Figure(figsize=(10, 2.6), layout="constrained")
-    for axes, term in zip(figure.subplots(1, len(TERMS)), TERMS, strict=True):
-        axes.plot([row["step"] for row in rows], [row[term] for row in rows], linewidth=1)
+    subplots = figure.subplots(1, len(terms), squeeze=False)[0]
+    for axes, term in zip(subplots, terms, strict=True):
+        known = [row for row in rows if term in row]
+        axes.plot([row["step"] for row in known], [row[term] for row in known], linewidth=1)
         axes.set(title=term, xlabel="step")
         axes.margins(x=0)
     _save(figure, path)

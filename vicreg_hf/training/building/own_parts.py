@@ -1,0 +1,157 @@
+"""Parts of one's own that a run takes in place of those that its settings describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from vicreg_hf.data.opening.dataset import DEMO
+from vicreg_hf.data.opening.items import GIVEN, name_given
+from vicreg_hf.loss.own import LOSS, Loss, own_terms
+from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.settings.pretraining import PretrainingArguments
+
+COEFFICIENTS = ("sim_coeff", "std_coeff", "cov_coeff", "variance_reduction")
+RESERVED = {
+    "step", "epoch", "lr", "grad_norm", "views_per_second", "embedding_std", "effective_rank",
+    "alignment", "uniformity", "bad_images", "embedding_std_prime", "effective_rank_prime",
+    "probe_loss", "knn", "knn_images", "knn_pixels", "probe",
+    *(
+        f"{sample}{name}" for sample in ("sample_", "sample_embedding_")
+        for name in ("effective_rank", "alignment", "uniformity")
+    ),
+}  # fmt: skip
+"""Names in metrics.jsonl that no scalar of a loss may bear."""
+
+
+@dataclass(frozen=True)
+class OwnParts:
+    """What `pretrain` was given besides settings; None is the part that settings describe."""
+
+    model: VICRegModel | None = None
+    train_dataset: Any = None
+    loss: Loss | None = None
+
+    def __post_init__(self) -> None:
+        if self.model is not None and not isinstance(self.model, VICRegModel):
+            raise ValueError(
+                f"model must be a VICRegModel, got {type(self.model).__name__}; "
+                "VICRegModel.from_timm and VICRegModel.from_pretrained make one."
+            )
+        if self.loss is None:
+            return
+        if not isinstance(self.loss, Callable) or isinstance(self.loss, type):
+            raise ValueError(
+                "loss must be a function of two tensors (rows, dimensions) or a module, got "
+                f"{self.loss!r}."
+            )
+        if isinstance(self.loss, nn.Module) and any(
+            p.requires_grad for p in self.loss.parameters()
+        ):
+            raise ValueError(
+                "loss must have no parameters to train, as a run saves those of its model alone, "
+                f"got {type(self.loss).__name__} with some."
+            )
+
+    def fill_in(self, args: PretrainingArguments) -> PretrainingArguments:
+        """The settings as the parts determine them.
+
+        Raises:
+            ValueError: a setting contradicts a part.
+        """
+        if self.model is not None:
+            args = settings_of_model(args, self.model)
+        if self.train_dataset is not None:
+            args = settings_of_dataset(args, self.train_dataset)
+        return args
+
+
+def settings_of_model(args: PretrainingArguments, model: VICRegModel) -> PretrainingArguments:
+    """The settings that a model answers; those left at their defaults count as not given."""
+    default, config = type(args), model.config
+    if model.prime is not None or args.prime_modality is not None:
+        raise ValueError(
+            "model must have one branch, and second branches come from settings alone, got "
+            + ("a model of two." if model.prime is not None else
+               f"prime_modality={args.prime_modality}; leave out either.")
+        )  # fmt: skip
+    if args.pretrained or args.init_from is not None:
+        raise ValueError(
+            "pretrained and init_from must be left out with model, which has its own weights, got "
+            f"pretrained={args.pretrained} and init_from={args.init_from}."
+        )
+    if kinds := {p.dtype for p in model.parameters()} - {torch.float32}:
+        raise ValueError(
+            f"model must hold float32 weights, got {', '.join(map(str, kinds))}; call "
+            "model.float(), and choose the precision with accelerate's --mixed_precision."
+        )
+    widths = "-".join(map(str, config.expander_dims))
+    found = {"architecture": config.architecture, "model_args": config.model_args or None,
+             "expander_dims": widths}  # fmt: skip
+    for name, own in found.items():
+        asked = getattr(args, name)
+        same = (asked or None) == own
+        if name == "architecture" and asked is not None:
+            same = asked.partition(".")[0] == own
+        if not same and asked != getattr(default, name):
+            raise ValueError(
+                f"{name} must be left out with model, or be the model's, {own}, got {asked}."
+            )
+    for name in COEFFICIENTS:
+        own, asked, usual = (getattr(each, name) for each in (config, args, default))
+        if usual not in (own, asked) and own != asked:
+            raise ValueError(f"{name} must be the model's, {own}, or left out, got {asked}.")
+        found[name] = own if asked == usual else asked
+    if args.image_size is None and (config.pretrained_cfg or {}).get("fixed_input_size"):
+        found["image_size"] = config.pretrained_cfg["input_size"][-1]  # pyright: ignore
+    return replace(args, **found)
+
+
+def settings_of_dataset(args: PretrainingArguments, dataset: Any) -> PretrainingArguments:
+    """The settings with the name of a data set that is given in Python."""
+    name = name_given(dataset)
+    if args.dataset_name not in (DEMO, name) or args.dataset_config_name or args.streaming:
+        raise ValueError(
+            "dataset_name, dataset_config_name and streaming must be left out with train_dataset, "
+            f"got dataset_name={args.dataset_name}, dataset_config_name={args.dataset_config_name} "
+            f"and streaming={args.streaming}."
+        )
+    directory = args.output_dir
+    if directory == f"runs/{DEMO}":  # the name of data that are not these
+        directory = f"runs/{name.removeprefix(GIVEN)}"
+    return replace(args, dataset_name=name, output_dir=directory)
+
+
+def try_loss(
+    loss: Loss | None, model: VICRegModel, accelerator: Accelerator, rows: int
+) -> tuple[str, ...] | None:
+    """Call a loss of one's own once, in all processes, before any training.
+
+    Args:
+        rows: embeddings that a process has of each view.
+
+    Returns:
+        The names of its scalars, "loss" first; None where there is no such loss.
+
+    Raises:
+        ValueError: it returns no scalars, no gradient, or names that a run uses.
+    """
+    if loss is None:
+        return None
+    shape, device = (rows, model.config.expander_dims[-1]), accelerator.device
+    generator = torch.Generator().manual_seed(accelerator.process_index)
+    views = [torch.randn(shape, generator=generator).to(device).requires_grad_() for _ in range(2)]
+    found = own_terms(loss, views)
+    if not found[LOSS].requires_grad:
+        raise ValueError("loss must have a gradient by the embeddings, got a tensor without one.")
+    found[LOSS].backward()
+    if used := RESERVED & found.keys():
+        raise ValueError(
+            f"loss must name its scalars otherwise than a run's own, got {', '.join(sorted(used))}."
+        )
+    return (LOSS, *(name for name in found if name != LOSS))
