@@ -69,6 +69,7 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
 
         for picture in draw_pictures(run, directory):
             pictures.append(picture)  # noqa: PERF402 # those before one that fails are kept
+    run.trackers.show([directory / picture.file for picture in pictures], step=run.step)
     record = TrainingRecord(
         args=asdict(args), num_views=args.num_views, data=_described(args.dataset_name),
         hub_id=_hub_id(args.dataset_name), images=run.inputs.train.num_images, steps=run.step,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from vicreg_hf.training.faults import TERMS, OutOfMemory, ProcessLost, explained
 from vicreg_hf.training.finish import finish_run
 from vicreg_hf.training.monitoring.collapse import CollapseWatch
 from vicreg_hf.training.monitoring.log import Clock
+from vicreg_hf.training.monitoring.trackers import check_installed
 from vicreg_hf.training.resuming import save, wait_until_saved
 from vicreg_hf.training.run import Run
 from vicreg_hf.training.setup import make_output_dir, setup
@@ -79,11 +81,14 @@ def pretrain(args: PretrainingArguments) -> Path:
         )
     with Signals() as signals, claim(Path(str(args.output_dir))):
         with explained(args):
+            check_installed(args.trackers)
             run = setup(args)
             with failing_together(run.accelerator.device):
                 make_output_dir(run)
+                if run.accelerator.is_main_process:
+                    run.trackers.start(run.log, asdict(run.args), step=run.step)
         # loading_errors, as any call of torch may report that a worker has died
-        with explained(args, run), watched(run.accelerator), loading_errors():
+        with explained(args, run), watched(run.accelerator), loading_errors(), run.trackers:
             share_bad_images(run)
             measure_untrained(run, signals)
             fit(run, signals)
@@ -105,11 +110,7 @@ def fit(run: Run, signals: Signals) -> None:
         closing(views_from_here(run)) as batches,
         _fastest_convolutions(run.accelerator.device),
     ):
-        bar = tqdm(
-            batches, "pretraining", run.total_steps, initial=run.step, unit="step",
-            disable=not run.accelerator.is_local_main_process,
-        )  # fmt: skip
-        for views in bar:
+        for views in run.progress.bar(batches, step=run.step):
             step = take_gradients(run, views)
             last = step.number == run.total_steps
             logs, saves, measures = (
@@ -129,10 +130,9 @@ def fit(run: Run, signals: Signals) -> None:
                 run.probe.learn(step.output.pooler_output, run.batches.batch(run.step)[1])
             take_step(run)
             clock.tick()
+            run.progress.tick(run.step)
             if logs or measures:
                 row = _metrics(run, step, clock) if logs else _step_and_epoch(run)
-                if logs:
-                    bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
                 if measures:
                     row |= _accuracies(run, None if last else signals)
                 run.log.add(row)
@@ -257,7 +257,7 @@ def _accuracies(run: Run, signals: Signals | None) -> dict[str, Any]:
     row: dict[str, Any] = {}
     if run.monitor is not None and run.accelerator.is_main_process:
         classify = run.probe.predict if run.probe is not None and run.probe.steps > 0 else None
-        with suppress(Stopped):
+        with suppress(Stopped), run.progress.measuring():
             row = run.monitor.measure(
                 run.model.encoder, run.accelerator.device, classify,
                 autocast=partial(_autocast_unless_stopped, run, signals),

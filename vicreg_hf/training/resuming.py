@@ -28,7 +28,7 @@ from vicreg_hf.training.run import Run
 FREE_TO_CHANGE = {
     "output_dir", "resume", "resume_changed", "num_workers", "compile", "compile_model",
     "max_bad_fraction", "logging_steps", "save_steps", "knn_steps",
-    "push_to_hub", "hub_model_id", "hub_private",
+    "report_to", "push_to_hub", "hub_model_id", "hub_private",
     "dataset_name",  # a folder may move; the fingerprint tells whether the data are others
 }  # fmt: skip
 """Settings that say where and how often, and change nothing that is computed."""

@@ -20,6 +20,8 @@ from vicreg_hf.training.building.data import TrainingData
 from vicreg_hf.training.monitoring.knn import KNNMonitor
 from vicreg_hf.training.monitoring.log import MetricsLog
 from vicreg_hf.training.monitoring.probe import OnlineProbe
+from vicreg_hf.training.monitoring.progress import Progress
+from vicreg_hf.training.monitoring.trackers import Trackers
 from vicreg_hf.views.random_views import RandomViews
 
 
@@ -51,6 +53,11 @@ class Run:
 
     def __post_init__(self) -> None:
         self.log = MetricsLog(self.output_dir / "metrics.jsonl", self.accelerator.is_main_process)
+        self.progress = Progress(
+            self.args, self.log, total_steps=self.total_steps, measures=self.monitor is not None,
+            on_cpu=self.accelerator.device.type == "cpu",
+        )  # fmt: skip
+        self.trackers = Trackers(self.args.trackers, self.output_dir)
         self.fingerprint = self.inputs.fingerprint()
         """Identifies the training data; a checkpoint remembers it."""
         self.writer = CheckpointWriter(

@@ -34,11 +34,12 @@ from vicreg_hf.training.building.second_branch import create_views
 from vicreg_hf.training.monitoring.knn import KNNMonitor, missing_for_knn
 from vicreg_hf.training.monitoring.probe import create_probe
 from vicreg_hf.training.monitoring.summary import first_message
+from vicreg_hf.training.monitoring.trackers import RECORDS
 from vicreg_hf.training.resuming import resume
 from vicreg_hf.training.run import Run
 
 ENCODERS = ("encoder", PRIME_DIRECTORY)
-BESIDE = ("metrics.jsonl", "config.yaml", "bad_images.jsonl")
+BESIDE = ("metrics.jsonl", "config.yaml", "bad_images.jsonl", *RECORDS)
 """Files that a run writes besides its encoders and checkpoints."""
 CHECKPOINTS = "checkpoints"
 WORTH_COMPILING = 2000
