@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import textwrap
@@ -24,6 +25,9 @@ LEAST_SECONDS, LEAST_STEPS = 5.0, 3
 """Time and steps after those before the expected duration is said."""
 LONG_ON_CPU = 2 * 3600.0
 """Expected duration in seconds above which recipes for CPUs are named."""
+
+NO_BREAK = "\xa0"
+"""The space at which no line is broken."""
 
 
 class Progress:
@@ -67,7 +71,7 @@ class Progress:
             return
         self.timed_steps = self._ticks - WARM_STEPS
         enough = self.timed_steps >= LEAST_STEPS and now - self.begun >= LEAST_SECONDS
-        if enough and not self._said and self.log.enabled:
+        if enough and step < self.total_steps and not self._said and self.log.enabled:
             self._said = True
             _say(self.expectation())
 
@@ -187,9 +191,12 @@ def _number(value: float, digits: int) -> str:
 
 
 def _say(text: str) -> None:
-    """Print above the bar; in a narrow terminal lines break between words."""
+    """Print above the bar; a line too long for the terminal breaks where its parts end."""
     if sys.stdout.isatty():
         width = max(40, shutil.get_terminal_size().columns)
+        if "  " in text:
+            text = re.sub(r"(?<! ) (?! )", NO_BREAK, text)
         text = textwrap.fill(text, width, subsequent_indent="    ", break_on_hyphens=False)
+        text = text.replace(NO_BREAK, " ")
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
