@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 from PIL import Image
 from tqdm import tqdm
@@ -67,7 +67,7 @@ class Trackers:
     def __init__(self, names: Sequence[str], directory: Path) -> None:
         self.names, self.directory = names, directory
         self._known: dict[str, dict[str, Any]] = {}
-        self._open: dict[str, GeneralTracker] = {}
+        self._open: dict[str, Any] = {}
 
     def start(self, log: MetricsLog, settings: Mapping[str, Any], *, step: int) -> None:
         """Begin or go on, send the rows that a tracker has not had, and from now on every row.
@@ -117,7 +117,7 @@ class Trackers:
                 tracker.finish()
         self._open.clear()
 
-    def _begin(self, name: str, settings: Mapping[str, Any], step: int) -> GeneralTracker:
+    def _begin(self, name: str, settings: Mapping[str, Any], step: int) -> Any:
         known = self._known.get(name, {}) if name in CONTINUED else {}
         last = known.get("sent", -1)
         tracker = _create(name, self.directory, known.get("id"), step)
@@ -192,7 +192,7 @@ class Trackers:
             )
 
 
-def _create(name: str, directory: Path, run_id: str | None, step: int) -> GeneralTracker:
+def _create(name: str, directory: Path, run_id: str | None, step: int) -> Any:
     """A tracker that begins a run or, where there is an id, goes on with it."""
     title = directory.resolve().name
     settings: dict[str, Any] = {}
