@@ -108,8 +108,7 @@ def test_tensorboard_has_every_number_of_a_run_that_was_killed_once_and_its_pict
 
 def records(file: Path) -> Iterator[Any]:
     """The records of a .wandb file, which is a log of LevelDB's format after 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    written: Any = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     content, at, whole = file.read_bytes(), 7, b""
     while at + 7 <= len(content):
         left = 32768 - at % 32768
@@ -119,7 +118,7 @@ def records(file: Path) -> Iterator[Any]:
         _, length, kind = struct.unpack("<IHB", content[at : at + 7])
         whole, at = whole + content[at + 7 : at + 7 + length], at + 7 + length
         if kind in (1, 4):
-            yield Record.FromString(whole)
+            yield written.Record.FromString(whole)
             whole = b""
 
 

@@ -114,7 +114,8 @@ class Trackers:
             with self._going_on_without(name):
                 if failed and name == "wandb":
                     tracker.tracker.finish(exit_code=1)
-                tracker.finish()
+                else:
+                    tracker.finish()
         self._open.clear()
 
     def _begin(self, name: str, settings: Mapping[str, Any], step: int) -> Any:
