@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ def test_wandb_goes_on_with_its_run_and_gets_no_step_twice(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     session(tmp_path, ["wandb"], range(1, 6))
+    time.sleep(1.1)  # its folders are named by the second
     session(tmp_path, ["wandb"], range(4, 8))
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     steps, runs = [], []
