@@ -72,12 +72,12 @@ def test_a_process_that_does_not_finish_a_step_ends_and_the_others_hear_of_it(
     monkeypatch.setattr(liveness, "STANDSTILL", 0.3)
     monkeypatch.setattr(liveness, "STEPS_LONG", 2)
     stuck, other = start(1), start(0)
-    stuck.progress.begin(1)
+    stuck.timer.begin(1)
     time.sleep(0.6)  # the first step of a session may compile
-    stuck.progress.end()
+    stuck.timer.end()
     time.sleep(0.6)  # time between steps has no limit
     assert not ended
-    stuck.progress.begin(2)
+    stuck.timer.begin(2)
     until = time.monotonic() + 20
     while len(ended) < 2 and time.monotonic() < until:
         time.sleep(0.05)

@@ -187,3 +187,20 @@ def test_default_base_lr_is_the_papers_by_batch_size(
     assert default_base_lr(optimizer, batch_size) == expected
     args = PretrainingArguments(optimizer=optimizer, batch_size=batch_size)
     assert args.base_lr == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [("none", []), (None, []), ("TensorBoard, wandb,tensorboard", ["tensorboard", "wandb"]),
+     (["mlflow", "comet_ml"], ["mlflow", "comet_ml"])],
+)  # fmt: skip
+def test_trackers_are_listed_in_any_way(given: Any, read: list[str]) -> None:
+    args = PretrainingArguments(report_to=given)
+    assert args.trackers == read
+    assert args.report_to == (",".join(read) or "none")
+
+
+@pytest.mark.parametrize("given", ["tensorbord", "wandb,none", 3, "all"])
+def test_unknown_trackers_are_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"report_to must be none, or some of aim, .*wandb, sep"):
+        PretrainingArguments(report_to=given)

@@ -118,7 +118,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_first_readme_shows_the_main_job_first_and_is_short() -> None:
     text = DOCUMENTS["README.md"]
     first = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)[0]
-    assert first.endswith("pip install -e . && accelerate launch scripts/pretrain.py\n")
+    start = "accelerate launch --config_file scripts/1-process.yaml scripts/pretrain.py\n"
+    assert first.endswith(f"pip install -e . && {start}")
     assert len(text.splitlines()) <= 200
     assert str(metadata("vicreg-hf").json["description"]).startswith("# vicreg_hf")  # PyPI's page
 

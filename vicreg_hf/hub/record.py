@@ -14,7 +14,9 @@ from timm.models import get_pretrained_cfg
 
 from vicreg_hf.runtime.machine import software
 
-LOCAL_SETTINGS = {"output_dir", "resume", "push_to_hub", "hub_model_id", "hub_private"}
+LOCAL_SETTINGS = {
+    "output_dir", "resume", "report_to", "push_to_hub", "hub_model_id", "hub_private",
+}  # fmt: skip
 """Settings that do not influence the model, and are not in its card."""
 
 

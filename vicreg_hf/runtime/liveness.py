@@ -37,7 +37,7 @@ LOST = 1
 """Exit status where a process of the run is lost."""
 
 
-class Progress:
+class StepTimer:
     """What this process tells of its steps. Only the time within a step has a limit."""
 
     def __init__(self) -> None:
@@ -73,18 +73,18 @@ class Progress:
 
 
 @contextmanager
-def watched(accelerator: Accelerator, progress: Progress | None = None) -> Iterator[None]:
+def watched(accelerator: Accelerator, timer: StepTimer | None = None) -> Iterator[None]:
     """End this process, with a message, when it or another one of the run is lost meanwhile.
 
     For one that fails the others wait no longer than for one that is silent. Where all end well, or
     were asked to stop, they leave together, and the process group is closed.
 
     Args:
-        progress: of this process, which counts as stuck where it says so.
+        timer: of this process's steps, which counts as stuck where it says so.
     """
     watch = None
     if accelerator.num_processes > 1 and "MASTER_ADDR" in os.environ:
-        watch = _Watch(accelerator.process_index, accelerator.num_processes, progress)
+        watch = _Watch(accelerator.process_index, accelerator.num_processes, timer)
         watch.start()
         wait_for_all()
     try:
@@ -110,9 +110,9 @@ def _leave_together(accelerator: Accelerator, watch: _Watch | None) -> None:
 
 
 class _Watch(threading.Thread):
-    def __init__(self, rank: int, world_size: int, progress: Progress | None = None) -> None:
+    def __init__(self, rank: int, world_size: int, timer: StepTimer | None = None) -> None:
         super().__init__(daemon=True, name="liveness")
-        self.rank, self.world_size, self.progress = rank, world_size, progress or Progress()
+        self.rank, self.world_size, self.timer = rank, world_size, timer or StepTimer()
         # a connection of its own: torch's waits while a collective begins
         self.store = TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
@@ -138,7 +138,7 @@ class _Watch(threading.Thread):
                 if not self.left.is_set():
                     _end_process(f"the main process cannot be reached ({str(error)[:100]})")
                 return
-            if stuck := self.progress.standstill(BEAT):
+            if stuck := self.timer.standstill(BEAT):
                 faulthandler.dump_traceback()
                 with suppress(RuntimeError):  # the others need not wait for it to fall silent
                     self.store.set(self._key(self.rank), FAILED.decode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -264,6 +265,9 @@ class PretrainingArguments(Settings):
     online_probe: bool = False
     """Train a linear classifier beside the encoder, which learns nothing from it, and measure it
     whenever kNN is measured."""
+    report_to: str = "none"
+    """Trackers that also get the numbers of metrics.jsonl, separated by commas: tensorboard, wandb,
+    mlflow or any other of accelerate's."""
     push_to_hub: bool = False
     """Push the encoder and its card to the Hub at the end; checked at the start."""
     hub_model_id: str | None = None
@@ -278,6 +282,7 @@ class PretrainingArguments(Settings):
                 widths = [widths] if is_whole(widths) else widths
                 self._fill(**{name: "-".join(map(str, read_widths(name, widths)))})
         super().__post_init__()
+        self._fill(report_to=",".join(_read_trackers(self.report_to)) or "none")
         self._read_range()
         for name in ("model_args", "prime_model_args", "optimizer_args"):
             self._fill(**{name: _read_json(name, getattr(self, name))})
@@ -395,6 +400,11 @@ class PretrainingArguments(Settings):
         return self.num_global_views + self.num_local_views
 
     @property
+    def trackers(self) -> list[str]:
+        """`report_to` as names."""
+        return _read_trackers(self.report_to)
+
+    @property
     def in_chans(self) -> int:
         """Channels of the images, as model_args says."""
         assert not isinstance(self.model_args, str)
@@ -428,6 +438,27 @@ class PretrainingArguments(Settings):
                 return SettingsParser(cls).read(as_flags(overrides), name_or_path)
             except SystemExit:  # which is for scripts
                 raise ValueError(said.getvalue().removeprefix("error: ").strip()) from None
+
+
+def _read_trackers(report_to: Any) -> list[str]:
+    """The names in `report_to`, which may also be a list of them in Python, each once.
+
+    Raises:
+        ValueError: accelerate has no such tracker.
+    """
+    listed = isinstance(report_to, (list, tuple))
+    report_to = ",".join(map(str, report_to)) if listed else str(report_to or "none")
+    names = list(dict.fromkeys(name for name in re.split(r"[\s,]+", report_to.lower()) if name))
+    if names in ([], ["none"]):
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS  # which takes a second
+
+    if unknown := [name for name in names if name not in LOGGER_TYPE_TO_CLASS]:
+        raise ValueError(
+            f"report_to must be none, or some of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, "
+            f"separated by commas, got {', '.join(unknown)}."
+        )
+    return names
 
 
 def _read_json(name: str, value: Any) -> dict[str, Any] | None:

@@ -97,8 +97,8 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     """Settings as command-line words, so that YAML and shell pass through one parser."""
     words = []
     for name, value in settings.items():
-        if isinstance(value, (list, tuple)):  # widths of an expander, or what is frozen
-            value = ("," if name == "freeze" else "-").join(map(str, value))
+        if isinstance(value, (list, tuple)):  # names, or widths of an expander
+            value = ("," if any(isinstance(v, str) for v in value) else "-").join(map(str, value))
         if value is not None:
             words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return words

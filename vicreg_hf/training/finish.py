@@ -72,6 +72,7 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
 
         for picture in draw_pictures(run, directory):
             pictures.append(picture)  # noqa: PERF402 # those before one that fails are kept
+    run.trackers.show([directory / picture.file for picture in pictures], step=run.step)
     name = args.dataset_name.removeprefix(GIVEN)
     record = TrainingRecord(
         args=asdict(args) | {"dataset_name": name}, loss=run.loss_name,

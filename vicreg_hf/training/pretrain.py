@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from vicreg_hf.training.faults import OutOfMemory, ProcessLost, explained, step_
 from vicreg_hf.training.finish import finish_run
 from vicreg_hf.training.monitoring.collapse import CollapseWatch
 from vicreg_hf.training.monitoring.log import Clock
+from vicreg_hf.training.monitoring.trackers import check_installed
 from vicreg_hf.training.resuming import save, wait_until_saved
 from vicreg_hf.training.run import Run
 from vicreg_hf.training.setup import make_output_dir, setup
@@ -110,12 +112,18 @@ def pretrain(
     args = own.fill_in(args)  # which settles output_dir
     with Signals() as signals, claim(Path(str(args.output_dir))):
         with explained(args):
+            check_installed(args.trackers)
             run = setup(args, own=own)
             run.callbacks = callbacks
             with failing_together(run.accelerator.device):
                 make_output_dir(run)
+                if run.accelerator.is_main_process:
+                    run.trackers.start(run.log, asdict(run.args), step=run.step)
         # loading_errors, as any call of torch may report that a worker has died
-        with explained(args, run), watched(run.accelerator, run.progress), loading_errors():
+        with (
+            explained(args, run), watched(run.accelerator, run.timer), loading_errors(),
+            run.trackers,
+        ):  # fmt: skip
             share_bad_images(run)
             measure_untrained(run, signals)
             fit(run, signals)
@@ -138,12 +146,8 @@ def fit(run: Run, signals: Signals) -> None:
         closing(views_from_here(run)) as batches,
         _fastest_convolutions(run.accelerator.device),
     ):
-        bar = tqdm(
-            batches, "pretraining", run.total_steps, initial=run.step, unit="step",
-            disable=not run.accelerator.is_local_main_process,
-        )  # fmt: skip
-        for views in bar:
-            run.progress.begin(run.step + 1)
+        for views in run.progress.bar(batches, step=run.step):
+            run.timer.begin(run.step + 1)
             step = take_gradients(run, views)
             last = step.number == run.total_steps
             logs, saves, keeps, measures = (
@@ -163,13 +167,12 @@ def fit(run: Run, signals: Signals) -> None:
                 y = representations(run, step, views)
                 run.probe.learn(y, run.batches.batch(run.step)[1])
             take_step(run)
-            run.progress.end()
+            run.timer.end()
             clock.tick()
+            run.progress.tick(run.step)
             callbacks.on_step(step)
             if logs or measures:
                 row = _metrics(run, step, clock) if logs else _step_and_epoch(run)
-                if logs:
-                    bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
                 if measures:
                     row |= _measurements(run, None if last else signals)
                 run.log.add(row)
@@ -320,7 +323,7 @@ def _measurements(
         classify = run.probe.predict if run.probe is not None and run.probe.steps > 0 else None
         autocast = partial(_autocast_unless_stopped, run, signals if may_stop else None)
         device = run.accelerator.device
-        with suppress(Stopped):
+        with suppress(Stopped), run.progress.measuring():
             found: dict[str, Any] = {}
             if run.monitor is not None:
                 found |= run.monitor.measure(

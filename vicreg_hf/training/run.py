@@ -20,7 +20,7 @@ from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.loss.autograd import VICRegTerms
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.runtime.distributed import any_process
-from vicreg_hf.runtime.liveness import Progress
+from vicreg_hf.runtime.liveness import StepTimer
 from vicreg_hf.settings.learning_rate import learning_rate
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.data import TrainingData
@@ -28,6 +28,8 @@ from vicreg_hf.training.monitoring.knn import KNNMonitor
 from vicreg_hf.training.monitoring.label_free import FixedSample
 from vicreg_hf.training.monitoring.log import MetricsLog
 from vicreg_hf.training.monitoring.probe import OnlineProbe
+from vicreg_hf.training.monitoring.progress import Progress
+from vicreg_hf.training.monitoring.trackers import Trackers
 from vicreg_hf.views.random_views import RandomViews
 
 
@@ -64,8 +66,8 @@ class Run:
     """The best step so far, where `keep_best` chooses one; the main process knows it."""
     seconds_before: float = 0.0
     """Duration of the earlier sessions of this run."""
-    progress: Progress = field(default_factory=Progress)
-    """Where the run is, for the watch over its processes."""
+    timer: StepTimer = field(default_factory=StepTimer)
+    """Times each step, for the watch over the run's processes."""
     terms: tuple[str, ...] = VICRegTerms._fields
     """Names of the loss and of its terms."""
     loss_name: str | None = None
@@ -77,6 +79,11 @@ class Run:
 
     def __post_init__(self) -> None:
         self.log = MetricsLog(self.output_dir / "metrics.jsonl", self.accelerator.is_main_process)
+        self.progress = Progress(
+            self.args, self.log, total_steps=self.total_steps, measures=True,
+            terms=self.terms[1:], on_cpu=self.accelerator.device.type == "cpu",
+        )  # fmt: skip
+        self.trackers = Trackers(self.args.trackers, self.output_dir)
         self.fingerprint = self.inputs.fingerprint()
         """Identifies the training data; a checkpoint remembers it."""
         self.writer = CheckpointWriter(

@@ -19,6 +19,7 @@ from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.hub.api import open_repository
 from vicreg_hf.hub.card import PRIME_SUFFIX
 from vicreg_hf.hub.layout import PRIME_DIRECTORY
+from vicreg_hf.loss.autograd import VICRegTerms
 from vicreg_hf.loss.own import name_of_loss
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.models.batch_norm import synchronize
@@ -46,11 +47,12 @@ from vicreg_hf.training.monitoring.knn import KNNMonitor, missing_for_knn
 from vicreg_hf.training.monitoring.label_free import FixedSample
 from vicreg_hf.training.monitoring.probe import create_probe
 from vicreg_hf.training.monitoring.summary import first_message
+from vicreg_hf.training.monitoring.trackers import RECORDS
 from vicreg_hf.training.resuming import resume
 from vicreg_hf.training.run import Run
 
 ENCODERS = ("encoder", PRIME_DIRECTORY)
-BESIDE = ("metrics.jsonl", "config.yaml", "bad_images.jsonl")
+BESIDE = ("metrics.jsonl", "config.yaml", "bad_images.jsonl", *RECORDS)
 """Files that a run writes besides its encoders and checkpoints."""
 CHECKPOINTS = "checkpoints"
 WORTH_COMPILING = 2000
@@ -119,8 +121,9 @@ def setup(
         None if args.ema_decay is None else ModelEmaV3(model, decay=args.ema_decay), started,
         starts={setting: start.facts for setting, start in starts.items()},
         loss_name=name_of_loss(own.loss),
+        terms=try_loss(own.loss, model, accelerator, data.batches.rows_per_process)
+        or VICRegTerms._fields,
     )  # fmt: skip
-    run.terms = try_loss(own.loss, model, accelerator, data.batches.rows_per_process) or run.terms
     assert args.augmentation is not None
     run.sample = FixedSample(
         data, model, preset=args.augmentation, seed=args.seed, num_workers=args.num_workers or 0

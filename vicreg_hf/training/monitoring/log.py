@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from vicreg_hf.runtime.files import replacing
 class MetricsLog:
     """metrics.jsonl, which the main process writes: one JSON object a line.
 
-    A number that is not finite, such as a norm that fp16 cannot hold, is null.
+    A number that is not finite, such as a norm that fp16 cannot hold, is null. Each of the
+    listeners is called with every row that was written.
     """
 
     def __init__(self, path: Path, enabled: bool) -> None:
         self.path, self.enabled = path, enabled
+        self.listeners: list[Callable[[dict[str, Any]], object]] = []
 
     def rows(self) -> list[dict[str, Any]]:
         if not self.path.is_file():
@@ -44,6 +47,8 @@ class MetricsLog:
                     file.write(_line(row))
             except OSError as error:  # that of a write does not name the file
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
+            for listener in self.listeners:
+                listener(row)
 
     def keep_until(self, step: int) -> None:
         """Drop the rows of later steps than the checkpoint that the run resumes from."""
