@@ -57,7 +57,14 @@ def at_step_15(total_steps: int, seconds: float, folder: Path, **settings: Any) 
     """After 10 timed steps of so many seconds, and 100 seconds of kNN."""
     args = PretrainingArguments(architecture="resnet18", expander_dims="32", **settings)
     log = MetricsLog(folder / "metrics.jsonl", enabled=True)
-    found = Progress(args, log, total_steps=total_steps, measures=True, on_cpu=True)
+    found = Progress(
+        args,
+        log,
+        total_steps=total_steps,
+        measures=True,
+        terms=("invariance", "variance", "covariance"),
+        on_cpu=True,
+    )
     found.step, found.timed_steps, found.paused, found.last_pause = 15, 10, 100, 100
     found.begun = time.perf_counter() - 10 * seconds - 100
     return found
@@ -87,7 +94,14 @@ def test_duration_is_said_once_after_the_first_steps_and_rows_at_once(
 ) -> None:
     monkeypatch.setattr(progress, "LEAST_SECONDS", 0.0)
     log = MetricsLog(tmp_path / "metrics.jsonl", enabled=True)
-    shown = Progress(PretrainingArguments(), log, total_steps=10, measures=False, on_cpu=False)
+    shown = Progress(
+        PretrainingArguments(),
+        log,
+        total_steps=10,
+        measures=False,
+        terms=("invariance", "variance", "covariance"),
+        on_cpu=False,
+    )
     for step in shown.bar(range(1, 11), step=0):
         shown.tick(step)
         if step % 4 == 0:
