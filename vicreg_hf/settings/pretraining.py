@@ -36,6 +36,7 @@ _ENCODER = {
     "prime_architecture", "prime_model_args", "prime_pretrained", "prime_init_from",
     "prime_expander_dims",
 }  # fmt: skip
+DEFAULT_ARCHITECTURE = "resnet50"
 TAKEN_BY: dict[str | None, set[str]] = {
     None: set(),
     "image": _ENCODER | {"prime_column", "prime_image_size"},
@@ -295,7 +296,7 @@ class PretrainingArguments(Settings):
             )
         self._read_augmentation()
         if self.init_from is None and self.architecture is None:
-            self._fill(architecture="resnet50")
+            self._fill(architecture=DEFAULT_ARCHITECTURE)
         self._check_second_branch()
         if self.expander_widths[-1] != self.prime_expander_widths[-1]:
             raise ValueError(

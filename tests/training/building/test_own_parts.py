@@ -94,7 +94,7 @@ def test_a_run_starts_from_the_model_and_logs_the_terms_of_the_loss(tmp_path: Pa
     table = datasets.Dataset.from_dict({"picture": list(map(tv.to_pil_image, LEVELS))})
     pretrain(args, model=model, train_dataset=table, loss=distance)
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
-    (row, _) = metrics(tmp_path)
+    _, row, _ = metrics(tmp_path)
     assert row["loss"] == pytest.approx(2 * row["half"])
     assert "the loss `" in (tmp_path / "encoder/README.md").read_text()
     with pytest.raises(CheckpointError, match=r"the loss was .*distance, is VICReg"):
@@ -115,7 +115,7 @@ def constant(z: Tensor, _: Tensor) -> Tensor:
         ({"loss": lambda z, _: {"loss": z.mean(), "lr": 1}}, {}, "otherwise .* own, got lr"),
         ({"model": "own"}, {"architecture": "resnet18"}, "architecture must be left out with mod"),
         ({"model": "own"}, {"expander_dims": "8-8"}, "expander_dims must be left out with model"),
-        ({"model": "own"}, {"pretrained": True}, "pretrained must be left out with model"),
+        ({"model": "own"}, {"pretrained": True}, "pretrained and init_from must be left out with"),
         ({"model": "own"}, {"weights": "separate"}, "model must have one branch"),
         ({"train_dataset": []}, {}, "train_dataset must hold images, got an empty list"),
         ({"train_dataset": iter([1])}, {}, "train_dataset must have a length and items by number"),

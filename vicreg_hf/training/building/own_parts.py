@@ -14,7 +14,7 @@ from vicreg_hf.data.opening.dataset import DEMO
 from vicreg_hf.data.opening.items import GIVEN, name_given
 from vicreg_hf.loss.own import LOSS, Loss, own_terms
 from vicreg_hf.modeling_vicreg import VICRegModel
-from vicreg_hf.settings.pretraining import PretrainingArguments
+from vicreg_hf.settings.pretraining import DEFAULT_ARCHITECTURE, PretrainingArguments
 
 COEFFICIENTS = ("sim_coeff", "std_coeff", "cov_coeff", "variance_reduction")
 RESERVED = {
@@ -95,10 +95,9 @@ def settings_of_model(args: PretrainingArguments, model: VICRegModel) -> Pretrai
              "expander_dims": widths}  # fmt: skip
     for name, own in found.items():
         asked = getattr(args, name)
-        same = (asked or None) == own
-        if name == "architecture" and asked is not None:
-            same = asked.partition(".")[0] == own
-        if not same and asked != getattr(default, name):
+        same = asked.partition(".")[0] == own if name == "architecture" else (asked or None) == own
+        usual = DEFAULT_ARCHITECTURE if name == "architecture" else getattr(default, name)
+        if not same and asked != usual:
             raise ValueError(
                 f"{name} must be left out with model, or be the model's, {own}, got {asked}."
             )

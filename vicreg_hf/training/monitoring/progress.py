@@ -158,6 +158,8 @@ def line_of(
                   "pixels": first.get("knn_pixels")} if same else {}  # fmt: skip
         beside = ", ".join(f"{k} {100 * v:.1f}" for k, v in others.items() if v is not None)
         parts.append(f"{K}-NN {100 * row['knn']:.1f} %" + (f" ({beside})" if beside else ""))
+    elif "sample_effective_rank" in row:
+        parts.append(f"effective rank {row['sample_effective_rank']:.3g}")
     if "probe" in row:
         parts.append(f"probe {100 * row['probe']:.1f} %")
     if "views_per_second" in row:
