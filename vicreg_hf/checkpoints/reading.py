@@ -242,11 +242,21 @@ def _misfits(path: Path) -> Iterator[None]:
         ) from error
 
 
+def published_weights(directory: Path) -> str:
+    """The file of a checkpoint, or of another directory, with the weights that are published."""
+    averaged = (directory / MANIFEST).is_file() and AVERAGE in read_manifest(directory)["files"]
+    return AVERAGE if averaged else MODEL
+
+
 def load_average(path: Path, model: nn.Module) -> bool:
-    """Load the moving average of a checkpoint that is whole and fits; False where it has none."""
-    has_average = AVERAGE in read_manifest(path)["files"]
+    """Load the moving average of a checkpoint that is whole; False where it has none.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another model.
+    """
+    has_average = published_weights(path) == AVERAGE
     if has_average:
-        model.load_state_dict(load_file(path / AVERAGE))
+        load_weights(path, model, averaged=True)
     return has_average
 
 

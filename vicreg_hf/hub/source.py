@@ -27,7 +27,12 @@ from timm import is_model
 from timm.models import get_pretrained_cfg
 from torch import Tensor
 
-from vicreg_hf.checkpoints.reading import MANIFEST, newest_checkpoint, read_manifest
+from vicreg_hf.checkpoints.reading import (
+    MANIFEST,
+    newest_checkpoint,
+    published_weights,
+    read_manifest,
+)
 from vicreg_hf.configuration_vicreg import NESTED_KEY, VICRegConfig, without_classes
 from vicreg_hf.hub.api import check_repo_id, check_revision, without_tokens
 from vicreg_hf.hub.layout import CONFIG_FILE, ENCODER_FILE, EXPANDER_FILE, PRIME_DIRECTORY
@@ -41,6 +46,8 @@ KINDS = (
     "the output_dir of a run, an encoder's directory, a training checkpoint, or org/name on the Hub"
 )
 WANTED = (CONFIG_FILE, CARD_FILE, "*.safetensors", "*.safetensors.index.json")
+FROM_ELSEWHERE = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+"""Arguments of timm that load other weights, which may be pickled."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar", ".npz")
 
 
@@ -179,8 +186,9 @@ def read_source(name: str, setting: str = "init_from", *, prime: bool = False) -
     _, _, local = split_address(name, setting)
     where = f"{setting} {name!r}"
     config = _read_config(directory, where)
-    weights = _read_weights(directory, ENCODER_FILE, where)
+    weights = _read_weights(directory, published_weights(directory), where)
     expander: dict[str, Tensor] = {}
+    second: dict[str, Any] | None = None
     if config.get("model_type") == VICRegConfig.model_type:
         second = config.get("prime") if prime else None
         if second is not None and second.get("architecture") is None:
@@ -202,13 +210,20 @@ def read_source(name: str, setting: str = "init_from", *, prime: bool = False) -
         )  # fmt: skip
     architecture = check_architecture(str(architecture), f"the architecture of {where}")
     args, cfg = without_classes(args) or {}, dict(cfg or {})
+    if elsewhere := sorted(args.keys() & FROM_ELSEWHERE):
+        raise ValueError(
+            f"{where} must name no other weights in its model_args, got {', '.join(elsewhere)}; "
+            f"take them out of its {CONFIG_FILE}."
+        )
     if all(key.startswith("timm_model.") for key in weights):
         weights = _below(weights, "timm_model.")
     channels = args.get("in_chans") or (cfg.get("input_size") or (3,))[0]
     if channels != 3:
         args["in_chans"] = channels
     _drop_classifier(weights, cfg, architecture)
-    base, licence = _terms(directory, None if local else shown, cfg, architecture, prime=prime)
+    base, licence = _terms(
+        directory, None if local else shown, cfg, architecture, prime=second is not None
+    )
     registered = _registered(architecture)
     cfg["input_size"] = cfg.get("input_size") or (registered and registered.input_size)
     if args.get("img_size"):

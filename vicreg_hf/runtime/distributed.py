@@ -163,6 +163,13 @@ def any_process(flags: Sequence[bool | Tensor], device: torch.device) -> list[bo
     return Vote(flags, device).read()
 
 
+def agree(*flags: bool) -> list[bool]:
+    """Whether each flag is set in any process; it may wait for long work, and never for a GPU."""
+    if world_size() == 1:
+        return list(flags)
+    return Vote(flags, torch.device("cpu"), patient_group()).read()
+
+
 def gather_rows(x: Tensor, group: ProcessGroup = None) -> Tensor:
     """Concatenate the rows of all processes in rank order, without a gradient.
 

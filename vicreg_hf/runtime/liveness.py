@@ -25,8 +25,9 @@ BEAT = 2.0
 """Seconds between two signs of life."""
 SILENCE = 20.0
 """Seconds without a sign of life after which a process counts as lost."""
-STANDSTILL = 600.0
-"""Seconds that a step may take before its process counts as stuck, unless steps take long."""
+STANDSTILL = 1800.0
+"""Seconds that a step may take before its process counts as stuck, unless steps take long. It may
+wait in it for another process's data, as long as gloo does by default."""
 FIRST_STEP = 3600.0
 """Seconds that the first step of a session may take, which may compile the model."""
 STEPS_LONG = 20

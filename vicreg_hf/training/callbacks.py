@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vicreg_hf.runtime.distributed import OtherProcessFailed, any_process
+from vicreg_hf.runtime.distributed import OtherProcessFailed, agree, gather_objects
 from vicreg_hf.training.resuming import save, wait_until_saved
 from vicreg_hf.training.run import Run
 from vicreg_hf.training.step import Step
@@ -42,6 +42,8 @@ class Callback:
 
     def on_save(self, run: Run, checkpoint: Path) -> None:
         """Called after a checkpoint is whole on the disk.
+
+        A stop that it asks for comes after the next step.
 
         Args:
             checkpoint: its directory; the newest two are kept.
@@ -81,7 +83,7 @@ class Callbacks:
     def on_end(self, encoder: Path) -> None:
         if self._listening("on_end"):
             self._call("on_end", encoder)
-            self._raise_together(lambda: None)
+            self._agree(lambda: None)
 
     def settle(self) -> bool:
         """Whether a callback has asked to end the run, in any process.
@@ -92,13 +94,16 @@ class Callbacks:
         """
         if not self.callbacks:
             return False
-        self._raise_together(self._save)
-        return self.run.agree_to_stop()
+        return self._agree(self._save)
 
-    def _raise_together(self, before: Callable[[], object]) -> None:
+    def _agree(self, before: Callable[[], object]) -> bool:
+        """Whether the run is to end; where a callback has failed, save first and raise."""
         fault, self._fault = self._fault, None
-        if not any_process([fault is not None], self.run.accelerator.device)[0]:
-            return
+        failed, ended = agree(fault is not None, self.run.ended_by is not None)
+        if not failed:
+            if ended:
+                self.run.request_stop("a callback in another process")
+            return ended
         error = fault or OtherProcessFailed(
             "a callback has failed in another process; its own message says why."
         )
@@ -134,7 +139,8 @@ class Callbacks:
 def _undone(run: Run) -> Iterator[None]:
     """Restore the global random generators, modes of modules, and gradients."""
     device = run.accelerator.device
-    modes = [(part, part.training) for part in run.wrapped.modules()]
+    modules = [*run.wrapped.modules(), *run.published.modules()]
+    modes = [(part, part.training) for part in modules]
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 - a callback may draw from it
     devices = [] if device.type == "cpu" else [device]
     try:
@@ -163,3 +169,19 @@ def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
                 f"callbacks must be a list of instances of vicreg_hf.Callback, got {kind}."
             )
     return found
+
+
+def check_same_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Refuse callbacks that differ between processes, which would wait for each other in vain.
+
+    Raises:
+        ValueError: says what each process has.
+    """
+    names = [[type(each).__qualname__ for each in callbacks]]
+    every = gather_objects(names)
+    if any(each != every[0] for each in every):
+        listed = "; ".join(", ".join(each) or "none" for each in every)
+        raise ValueError(
+            f"callbacks must be the same in every process, got {listed}; give all of them "
+            "everywhere, and let those that write ask run.accelerator.is_main_process."
+        )

@@ -24,8 +24,8 @@ def is_milestone(run: Run) -> bool:
     return every is not None and run.step > 0 and run.step % every == 0
 
 
-def is_best(run: Run, row: Mapping[str, Any]) -> bool:
-    """Whether a step that was just measured is the best so far, which the run then remembers.
+def remember_best(run: Run, row: Mapping[str, Any]) -> bool:
+    """Remember a step that was just measured if it is the best so far, and say whether it is.
 
     The first of several that are equal stays the best. Every process must call this.
 
@@ -107,6 +107,7 @@ def describe_choice(run: Run) -> str | None:
 
 def _images(run: Run) -> str:
     """The images that the measure is of, by which it is told whether two can be compared."""
+    averaged = "" if run.average is None else ", by the moving average"
     if MEASURES[run.args.keep_best].labelled:
-        return "" if run.monitor is None else run.monitor.subject
-    return f"a fixed sample of {run.inputs.train.name}"
+        return ("" if run.monitor is None else run.monitor.subject) + averaged
+    return f"a fixed sample of {run.inputs.train.name}{averaged}"

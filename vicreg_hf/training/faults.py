@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vicreg_hf.checkpoints.reading import CheckpointError, newest_checkpoint
+from vicreg_hf.data.opening.items import GIVEN
 from vicreg_hf.runtime.checks import one_line
 from vicreg_hf.runtime.distributed import any_process, wait_for_all
 from vicreg_hf.settings.pretraining import PretrainingArguments
@@ -89,6 +90,8 @@ def _failure(run: Run, sentence: str, found: dict[str, Any]) -> FloatingPointErr
         remedies.insert(0, "use --mixed_precision bf16 instead of fp16")
     replay = shlex.join(["vicreg-hf", "pretrain", "--output_dir", str(run.output_dir),
                          "--replay", str(found["step"])])  # fmt: skip
+    if run.loss_name is not None or args.dataset_name.startswith(GIVEN):
+        replay = f"vicreg_hf.training.replay.replay(args, {found['step']}, …) and your own parts"
     path = run.output_dir / f"not-finite-step-{found['step']}.json"
     if run.accelerator.is_main_process:
         report = {"checkpoint": newest and newest.name, "remedies": remedies, "replay": replay}

@@ -39,8 +39,8 @@ from vicreg_hf.runtime.output_dir import claim
 from vicreg_hf.runtime.signals import Signals, Stopped, StoppedWaiting, name_of
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.own_parts import OwnParts
-from vicreg_hf.training.callbacks import Callback, Callbacks, check_callbacks
-from vicreg_hf.training.choosing import is_best
+from vicreg_hf.training.callbacks import Callback, Callbacks, check_callbacks, check_same_callbacks
+from vicreg_hf.training.choosing import remember_best
 from vicreg_hf.training.faults import OutOfMemory, ProcessLost, explained, step_failure
 from vicreg_hf.training.finish import finish_run
 from vicreg_hf.training.monitoring.collapse import CollapseWatch
@@ -114,11 +114,13 @@ def pretrain(
         with explained(args):
             check_installed(args.trackers)
             run = setup(args, own=own)
+            check_same_callbacks(callbacks)
             run.callbacks = callbacks
             with failing_together(run.accelerator.device):
                 make_output_dir(run)
                 if run.accelerator.is_main_process:
-                    run.trackers.start(run.log, asdict(run.args), step=run.step)
+                    shown = asdict(run.args) | {k: start["name"] for k, start in run.starts.items()}
+                    run.trackers.start(run.log, shown, step=run.step)
         # loading_errors, as any call of torch may report that a worker has died
         with (
             explained(args, run), watched(run.accelerator, run.timer), loading_errors(),
@@ -179,7 +181,7 @@ def fit(run: Run, signals: Signals) -> None:
                 callbacks.on_log(row)
                 if (warning := watch.warning_for(row)) and run.accelerator.is_main_process:
                     tqdm.write(f"warning: {warning}", file=sys.stderr)
-                saves = (measures and is_best(run, row)) or saves
+                saves = (measures and remember_best(run, row)) or saves
             ended = callbacks.settle()
             if ended and not measures:
                 measure_end(run)
@@ -266,15 +268,15 @@ def measure_untrained(run: Run, signals: Signals) -> None:
     if any_process([stopped], run.accelerator.device)[0]:
         save(run)
         stop(run, signals)
-    if is_best(run, row):
+    if remember_best(run, row):
         save(run)
 
 
 def measure_end(run: Run) -> None:
     """Measure the step after which a callback ends the run."""
     if row := _measurements(run, None):
-        run.log.add(_step_and_epoch(run) | row)
-    is_best(run, row)
+        run.log.amend(_step_and_epoch(run) | row)
+    remember_best(run, row)
 
 
 def _step_and_epoch(run: Run) -> dict[str, Any]:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vicreg_hf.checkpoints.reading import CheckpointError
 from vicreg_hf.runtime.distributed import wait_for_all
 from vicreg_hf.settings.pretraining import PretrainingArguments
+from vicreg_hf.training.building.own_parts import OwnParts
 from vicreg_hf.training.faults import describe_step, explained, write_report
 from vicreg_hf.training.setup import setup
 from vicreg_hf.training.step import take_gradients, take_step, views_from_here
 
 
-def replay(args: PretrainingArguments, step: int) -> Path:
+def replay(args: PretrainingArguments, step: int, **own: Any) -> Path:
     """Go from the newest earlier checkpoint to a step, and describe it; nothing is trained on.
 
     Args:
         args: the settings of the run, whose output_dir holds its checkpoints.
         step: number of the step from 1, as in metrics.jsonl and in reports.
+        own: the model, train_dataset and loss that `pretrain` was given.
 
     Returns:
         A JSON file: terms, norms of gradients, what is not finite, and the rows of the images.
@@ -29,7 +32,7 @@ def replay(args: PretrainingArguments, step: int) -> Path:
     """
     if args.streaming:
         raise ValueError("replay needs data on disk; a stream comes in another order each time.")
-    run = setup(replace(args, resume="auto"), before=step)
+    run = setup(replace(args, resume="auto"), before=step, own=OwnParts(**own))
     if not 0 < step <= run.total_steps:
         raise ValueError(f"replay must be a step from 1 to {run.total_steps}, got {step}.")
     saved = {path.name for path in (run.output_dir / "checkpoints").glob("step-*")}

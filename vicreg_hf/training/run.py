@@ -19,7 +19,6 @@ from vicreg_hf.data.pairs import SecondInput
 from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.loss.autograd import VICRegTerms
 from vicreg_hf.modeling_vicreg import VICRegModel
-from vicreg_hf.runtime.distributed import any_process
 from vicreg_hf.runtime.liveness import StepTimer
 from vicreg_hf.settings.learning_rate import learning_rate
 from vicreg_hf.settings.pretraining import PretrainingArguments
@@ -119,13 +118,6 @@ class Run:
             reason: of a callback, which a run that is started again repeats.
         """
         self.ended_by = self.ended_by or reason
-
-    def agree_to_stop(self) -> bool:
-        """Whether `request_stop` was called in any process; every process must call this."""
-        if any_process([self.ended_by is not None], self.accelerator.device)[0]:
-            self.request_stop("a callback in another process")
-            return True
-        return False
 
     @property
     def reduced(self) -> bool:

@@ -34,7 +34,14 @@ class ViewCollator(TrainerCallback):
     """
 
     def __init__(self, views: TwoViews, *, image: str = IMAGE, row: str = "row") -> None:
-        self.views, self.image, self.row, self.epoch = views, image, row, 0
+        self.views, self.image, self.row = views, image, row
+        # shared, as loading workers may outlive an epoch
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose views are made."""
+        return int(self._epoch)
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
         """The views of B samples, each (B, C, S, S), by the names that the model takes.
@@ -51,7 +58,7 @@ class ViewCollator(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.epoch = int(state.epoch or 0)
+        self._epoch.fill_(int(state.epoch or 0))
 
 
 class LogTerms(TrainerCallback):

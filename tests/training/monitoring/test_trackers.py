@@ -123,6 +123,10 @@ def records(file: Path) -> Iterator[Any]:
             whole = b""
 
 
+def ended(file: Path) -> bool:
+    return any(record.WhichOneof("record_type") == "exit" for record in records(file))
+
+
 @pytest.mark.filterwarnings("ignore")  # wandb's own
 def test_wandb_goes_on_with_its_run_and_gets_no_step_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -134,6 +138,9 @@ def test_wandb_goes_on_with_its_run_and_gets_no_step_twice(
     time.sleep(1.1)  # its folders are named by the second
     session(tmp_path, ["wandb"], range(4, 8))
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    until = time.monotonic() + 30  # wandb's own process may still be writing
+    while time.monotonic() < until and not all(map(ended, files)):
+        time.sleep(0.1)
     steps, runs = [], []
     for record in (record for file in files for record in records(file)):
         if record.WhichOneof("record_type") == "history":

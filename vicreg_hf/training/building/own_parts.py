@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ COEFFICIENTS = ("sim_coeff", "std_coeff", "cov_coeff", "variance_reduction")
 RESERVED = {
     "step", "epoch", "lr", "grad_norm", "views_per_second", "embedding_std", "effective_rank",
     "alignment", "uniformity", "bad_images", "embedding_std_prime", "effective_rank_prime",
+    "weights", "rows", "gradients", "largest_gradients",
     "probe_loss", "knn", "knn_images", "knn_pixels", "probe",
     *(
         f"{sample}{name}" for sample in ("sample_", "sample_embedding_")
@@ -64,11 +66,22 @@ class OwnParts:
         Raises:
             ValueError: a setting contradicts a part.
         """
+        if self.loss is not None:
+            _refuse_coefficients(args)
         if self.model is not None:
             args = settings_of_model(args, self.model)
         if self.train_dataset is not None:
             args = settings_of_dataset(args, self.train_dataset)
         return args
+
+
+def _refuse_coefficients(args: PretrainingArguments) -> None:
+    given = [name for name in COEFFICIENTS if getattr(args, name) != getattr(type(args), name)]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} must be left out with loss, which weights its own terms, got "
+            f"{', '.join(f'{name}={getattr(args, name)}' for name in given)}."
+        )
 
 
 def settings_of_model(args: PretrainingArguments, model: VICRegModel) -> PretrainingArguments:
@@ -145,7 +158,10 @@ def try_loss(
     shape, device = (rows, model.config.expander_dims[-1]), accelerator.device
     generator = torch.Generator().manual_seed(accelerator.process_index)
     views = [torch.randn(shape, generator=generator).to(device).requires_grad_() for _ in range(2)]
-    found = own_terms(loss, views)
+    trial = loss
+    if isinstance(loss, nn.Module) and list(loss.buffers()):
+        trial = copy.deepcopy(loss)  # its statistics must not be those of noise
+    found = own_terms(trial, views)
     if not found[LOSS].requires_grad:
         raise ValueError("loss must have a gradient by the embeddings, got a tensor without one.")
     found[LOSS].backward()

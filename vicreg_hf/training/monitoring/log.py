@@ -50,6 +50,21 @@ class MetricsLog:
             for listener in self.listeners:
                 listener(row)
 
+    def amend(self, row: dict[str, Any]) -> None:
+        """Add what else is known of a step to its row, which is the last, or a row if it has none.
+
+        Listeners get only what is new.
+        """
+        rows = self.rows() if self.enabled else []
+        if not rows or rows[-1]["step"] != row["step"]:
+            self.add(row)
+            return
+        new = {name: value for name, value in row.items() if name not in rows[-1]}
+        with replacing(self.path) as aside:
+            aside.write_text("".join(map(_line, [*rows[:-1], rows[-1] | new])))
+        for listener in self.listeners:
+            listener({"step": row["step"], **new})
+
     def keep_until(self, step: int) -> None:
         """Drop the rows of later steps than the checkpoint that the run resumes from."""
         if self.enabled:

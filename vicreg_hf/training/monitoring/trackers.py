@@ -68,6 +68,8 @@ class Trackers:
         self.names, self.directory = names, directory
         self._known: dict[str, dict[str, Any]] = {}
         self._open: dict[str, Any] = {}
+        self._now: dict[str, int] = {}
+        """The step that this session has sent last, of which more may follow."""
 
     def start(self, log: MetricsLog, settings: Mapping[str, Any], *, step: int) -> None:
         """Begin or go on, send the rows that a tracker has not had, and from now on every row.
@@ -83,13 +85,20 @@ class Trackers:
         if step:
             with suppress(OSError, ValueError):
                 self._known = json.loads((self.directory / STATE).read_text())
+        try:
+            self._start(log, settings, step)
+        except ValueError as error:
+            self.__exit__(type(error))
+            raise
+        log.listeners.append(self.add)
+
+    def _start(self, log: MetricsLog, settings: Mapping[str, Any], step: int) -> None:
         told = impersonal({k: v for k, v in settings.items() if k not in LOCAL_SETTINGS})
         for name in self.names:
             with self._going_on_without(name, raising=step == 0):
                 self._open[name] = self._begin(name, told, step)
                 for row in log.rows():
                     self._send(name, row)
-        log.listeners.append(self.add)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Send the numbers of a row of the metrics log."""
@@ -146,9 +155,9 @@ class Trackers:
     def _send(self, name: str, row: Mapping[str, Any]) -> None:
         known, step = self._known[name], row["step"]
         before = known["sent"]
-        if step <= before:
+        if step <= before and self._now.get(name) != step:
             return
-        known["sent"] = step
+        known["sent"] = self._now[name] = step
         self._remember()  # first: a point is rather missing than there twice
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
         try:
