@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
+from vicreg_hf.checkpoints.reading import load_average
 from vicreg_hf.configuration_vicreg import METHOD_FIELDS, VICRegConfig, without_classes
 from vicreg_hf.hub.layout import trainers_checkpoint, write_layout
 from vicreg_hf.hub.source import directory_of, split_address
@@ -156,6 +157,7 @@ class VICRegModel(PreTrainedModel):
             pretrained_model_name_or_path: the output_dir of a run, an encoder's directory, a
                 training checkpoint, or `org/name` on the Hub, also as `org/name@revision`, with
                 timm's prefixes `hf-hub:` and `local-dir:` or without. The encoder is of timm.
+                Of a run with a moving average it is that.
             *model_args: as of transformers; likewise the keyword arguments. Weights become
                 float32 unless dtype says otherwise.
 
@@ -169,10 +171,13 @@ class VICRegModel(PreTrainedModel):
         if isinstance(place, (str, Path)):
             place, revision, local = split_address(str(place), "the place of a VICRegModel")
             if local and not kwargs.get("subfolder"):
-                place = directory_of(Path(place)) or place
+                place = directory_of(Path(place)) or Path(place)
             if revision is not None:
                 kwargs.setdefault("revision", revision)
-        return super().from_pretrained(place, *model_args, **kwargs)
+        loaded = super().from_pretrained(place, *model_args, **kwargs)
+        if isinstance(place, Path):  # a checkpoint has its moving average beside what is trained
+            load_average(place, loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @property
     def encoder(self) -> nn.Module:

@@ -61,7 +61,7 @@ class Example(Settings):
 @pytest.mark.parametrize(
     ("values", "rule"),
     [
-        ({"size": 0}, "size must be positive, got 0."),
+        ({"size": 0}, "size must be positive, got 0; leave it out for none."),
         ({"rate": math.inf}, "rate must be positive and finite, got inf."),
         ({"decay": -1}, "decay must be at least 0, got -1."),
         ({"seed": -1}, "seed must be at least 0, got -1."),

@@ -121,7 +121,12 @@ def split_address(name: str, setting: str = "init_from") -> tuple[str, str | Non
     path_like = bare.startswith((".", "/", "~")) or bare.count("/") > 1 + bare.count("@") * 9
     if not at_hub and (name.startswith(LOCAL) or path_like or Path(bare).exists()):
         what = "is no directory" if Path(bare).exists() else "is not there"
-        hint = " convert_checkpoint.py makes a directory of a file." if Path(bare).is_file() else ""
+        hint = ""
+        if Path(bare).is_file():
+            beside = Path(bare).parent
+            hint = " convert_checkpoint.py makes a directory of a file."
+            if bare.endswith(".safetensors") and (beside / CONFIG_FILE).is_file():
+                hint = f" Name its directory, {beside}."
         raise ValueError(f"{setting} must be {KINDS}, got {name!r}, which {what}.{hint}")
     repo_id, _, revision = bare.partition("@")
     if not at_hub and "/" not in repo_id and is_model(repo_id.partition(".")[0]):

@@ -7,15 +7,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from vicreg_hf.checkpoints.reading import load_average
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.runtime.checks import one_line
 
 
 def load_model(directory: Path) -> tuple[VICRegModel, bool]:
     """The model in a directory, and whether its expander is there too and not new.
-
-    Where a checkpoint has a moving average, that is loaded.
 
     Raises:
         ValueError: the directory holds something else.
@@ -34,5 +31,4 @@ def load_model(directory: Path) -> tuple[VICRegModel, bool]:
             f"{directory} must hold every weight of {model.config.architecture}, and lacks "
             f"{len(absent)}: {', '.join(absent[:5])}."
         )
-    load_average(directory, model)
     return model, not found["missing_keys"]

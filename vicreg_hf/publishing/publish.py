@@ -108,8 +108,8 @@ def export_source(
 
     Args:
         source: as for `publish`.
-        directory: made if absent; files with other names in it are left alone. It may be the
-            encoder's own directory, to which onnx adds a file.
+        directory: empty, or made if absent. It may be the encoder's own directory, to which onnx
+            adds a file.
         include_expander: also write the expander.
         onnx: also write onnx/model.onnx.
 
@@ -117,8 +117,8 @@ def export_source(
         What was written.
 
     Raises:
-        ValueError: the source holds no encoder, or is a checkpoint that the directory would
-            replace; or packages for ONNX are missing.
+        ValueError: the source holds no encoder, the directory holds files already, or packages for
+            ONNX are missing.
         ExportError: stock loaders do not load the encoder with the same weights and features.
         RuntimeError: the backbone cannot be written as ONNX.
     """
@@ -126,6 +126,11 @@ def export_source(
     second, itself = Path(source) / PRIME_DIRECTORY, directory.resolve() == first.resolve()
     if itself and not is_published(first):
         raise ValueError(f"directory must be another than the checkpoint's own, got {directory}.")
+    if not itself and directory.exists() and any(directory.iterdir()):
+        raise ValueError(
+            f"directory must be empty or absent, or the encoder's own, got {directory}, in which "
+            "files would be replaced; choose another."
+        )
     written = [export_onnx(model, directory)] if onnx else []
     if itself:
         verify_export(model, first)

@@ -103,8 +103,10 @@ def hardware(device: torch.device, processes: int) -> str:
     if cpuinfo.is_file():
         found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
         name = found[1].strip() if found else name
+    cores = available_cores()
     return (
-        f"{available_cores()} cores of {name}, {processes} process{'es' if processes > 1 else ''}"
+        f"{cores} core{'s' if cores > 1 else ''} of {name}, "
+        f"{processes} process{'es' if processes > 1 else ''}"
     )
 
 

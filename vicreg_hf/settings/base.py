@@ -93,7 +93,8 @@ def _checked(f: Field[Any], value: Any, hint: Any) -> Any:
     for limit in limits:
         if not (finite and limit.holds(value)):
             rule = limit.rule if finite else f"{limit.rule} and finite"
-            raise ValueError(f"{f.name} must be {rule}, got {value!r}.")
+            remedy = "; leave it out for none" if f.default is None else ""
+            raise ValueError(f"{f.name} must be {rule}, got {value!r}{remedy}.")
     return value
 
 

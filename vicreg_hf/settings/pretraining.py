@@ -287,6 +287,7 @@ class PretrainingArguments(Settings):
         self._read_range()
         for name in ("model_args", "prime_model_args", "optimizer_args"):
             self._fill(**{name: _read_json(name, getattr(self, name))})
+        self._read_img_size()
         if isinstance(self.freeze, (list, tuple)):
             self._fill(freeze=",".join(self.freeze))
         if self.gradient_checkpointing and self.compile_model:
@@ -337,6 +338,20 @@ class PretrainingArguments(Settings):
             )
         if self.keep_best != "none" and self.knn_steps is None:
             self._fill(knn_steps=self.save_steps)
+
+    def _read_img_size(self) -> None:
+        """Let the views have the size that model_args asks for, unless the model takes any."""
+        assert not isinstance(self.model_args, str)
+        own = self.model_args or {}
+        size = own.get("img_size")
+        if not is_whole(size) or own.get("dynamic_img_size") or self.init_from is not None:
+            return  # what is started from is adapted to image_size
+        if self.image_size not in (None, size):
+            raise ValueError(
+                "image_size must be the img_size of model_args, which builds the encoder for views "
+                f"of that size, got {self.image_size} and {size}; give one of them."
+            )
+        self._fill(image_size=size)
 
     def _read_augmentation(self) -> None:
         """Keep the name of a preset, and the content of anything else, so that a run repeats it."""
@@ -457,7 +472,7 @@ def _read_trackers(report_to: Any) -> list[str]:
     if unknown := [name for name in names if name not in LOGGER_TYPE_TO_CLASS]:
         raise ValueError(
             f"report_to must be none, or some of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, "
-            f"separated by commas, got {', '.join(unknown)}."
+            f"separated by commas, got {report_to!r}; take out {', '.join(unknown)}."
         )
     return names
 

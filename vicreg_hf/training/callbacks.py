@@ -31,7 +31,11 @@ class Callback:
     """
 
     def on_step(self, run: Run, step: Step) -> None:
-        """Called after each step, with its output and gradient norms, which are on the device."""
+        """Called after each step.
+
+        Args:
+            step: its `number` counts from 1; its output and gradient norms are on the device.
+        """
 
     def on_log(self, run: Run, row: dict[str, Any]) -> None:
         """Called after a row of metrics.jsonl is written.
@@ -167,6 +171,12 @@ def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
             kind = f"the class {each.__name__}" if isinstance(each, type) else type(each).__name__
             raise ValueError(
                 f"callbacks must be a list of instances of vicreg_hf.Callback, got {kind}."
+            )
+        known = {name for name in dir(Callback) if name.startswith("on_")}
+        if unknown := [n for n in dir(each) if n.startswith("on_") and n not in known]:
+            raise ValueError(
+                f"methods of a callback that begin with on_ must be of {', '.join(sorted(known))}, "
+                f"got {', '.join(unknown)} in {type(each).__name__}; give them another name."
             )
     return found
 

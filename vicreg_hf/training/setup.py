@@ -120,7 +120,7 @@ def setup(
         _create_monitor(args, data, monitor_data, model.config.pretrained_cfg or {}), probe,
         None if args.ema_decay is None else ModelEmaV3(model, decay=args.ema_decay), started,
         starts={setting: start.facts for setting, start in starts.items()},
-        loss_name=name_of_loss(own.loss),
+        own_model=own.model is not None, loss_name=name_of_loss(own.loss),
         terms=try_loss(own.loss, model, accelerator, data.batches.rows_per_process)
         or VICRegTerms._fields,
     )  # fmt: skip
@@ -176,6 +176,7 @@ def _introduce(run: Run) -> None:
         trained=sum(p.numel() for p in run.model.encoder.parameters() if p.requires_grad),
         images=run.inputs.train.num_images, step=run.step, total_steps=run.total_steps,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
+        start=run.starts.get("init_from", {}).get("name"),
     )  # fmt: skip
     run.accelerator.print(sentence, flush=True)
     if run.model.prime is not None and run.args.freeze is not None:

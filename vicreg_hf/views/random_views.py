@@ -317,6 +317,11 @@ def _keys(
 ) -> tuple[NDArray[np.integer[Any]], ArrayLike]:
     """Sample indices and epoch by which views are drawn; without indices, random ones."""
     if indices is None:
+        if epoch is not None:
+            raise ValueError(
+                f"epoch must be left out without indices, got {epoch}; only images with indices "
+                "have the same views in each run."
+            )
         return torch.randint(2**31, (count,)).numpy(), 0
     found = _one_each(indices, count)
     if epoch is None:

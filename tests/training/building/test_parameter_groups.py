@@ -90,8 +90,8 @@ def test_arguments_reach_the_optimiser_and_outlive_a_loaded_state(
     [
         ("adamw", {"beta": 1}, r"must be arguments of adamw, got 'beta'; it has betas, eps, "),
         ("lars", {"betas": [1, 2]}, r"of lars, got 'betas'; it has momentum, eta, clip, foreach\."),
-        ("adamw", {"lr": 1}, r"must leave lr by --base_lr"),
-        ("sgd", {"weight_decay": 1}, r"must leave weight_decay by --weight_decay"),
+        ("adamw", {"lr": 1}, r"use --base_lr in place of lr\."),
+        ("sgd", {"weight_decay": 1}, r"use --weight_decay in place of weight_decay\."),
         ("adamw", {"betas": [0.9]}, r"betas of optimizer_args must be a list of 2 numbers"),
         ("adamw", {"eps": "1e-8"}, r"eps of optimizer_args must be a number for adamw, got '1e-8'"),
         ("adamw", {"betas": [2, 0.9]}, r"that adamw takes, .* Invalid beta parameter at index 0"),

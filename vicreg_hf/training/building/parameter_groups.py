@@ -84,8 +84,11 @@ def check_optimizer_args(name: str, kind: type, given: Mapping[str, Any]) -> dic
     Raises:
         ValueError: it has no such argument, or takes another type there, or a setting says that.
     """
-    if said := [f"{key} by --{ELSEWHERE[key]}" for key in given if key in ELSEWHERE]:
-        raise ValueError(f"optimizer_args must leave {' and '.join(said)}, got {dict(given)}.")
+    if said := [f"--{ELSEWHERE[key]} in place of {key}" for key in given if key in ELSEWHERE]:
+        raise ValueError(
+            "optimizer_args must leave out what has a flag of its own, got "
+            f"{dict(given)}; use {' and '.join(said)}."
+        )
     own = {
         key: parameter.default
         for key, parameter in inspect.signature(kind).parameters.items()

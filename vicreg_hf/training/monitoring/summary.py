@@ -21,6 +21,7 @@ def first_message(
     step: int,
     total_steps: int,
     hardware: str,
+    start: str | None = None,
 ) -> str:
     """The sentence that begins a run: what is trained, on what, for how long, where it goes.
 
@@ -29,6 +30,7 @@ def first_message(
         trained: those of them that are not frozen; None for all.
         images: in the training split, or None where a stream does not say.
         step: the step from which the run goes on.
+        start: the encoder whose weights it starts from, if it is not new.
     """
     data = impersonal(args.dataset_name)
     of = f"the stream {data}" if images is None else f"{images:,} images of {data}"
@@ -39,6 +41,8 @@ def first_message(
     size = f"{parameters / 1e6:.3g} million parameters"
     if trained not in (None, parameters):
         size += f", {trained:,} of them trained"
+    if start is not None:
+        size += f", from the weights of {start}"
     return (
         f"Pretraining {args.architecture} ({size}, expander {args.expander_dims}) on {of}, "
         f"{args.image_size} pixels: {steps}, {args.batch_size:,} images each, on {hardware}, "
@@ -115,11 +119,16 @@ def _labelled_results(run: Run, rows: list[dict[str, Any]], at: str) -> list[Res
             "the same images, by a linear classifier that learned from the views beside the encoder"
         )
         results.append(Result("online linear probe accuracy", last["probe"], how, percent=True))
+    started = run.args.pretrained or bool(run.starts) or run.own_model
     untrained = first["knn"] if first["step"] == 0 else None
     return results + [
         Result(f"{knn}, {name}", value, f"the same, of {what}", percent=True, of_model=False)
         for name, value, what in (
-            ("untrained", untrained, "the encoder before training"),
+            (
+                "before training" if started else "untrained",
+                untrained,
+                "the encoder before training",
+            ),
             ("raw pixels", first.get("knn_pixels"), "the pixels themselves"),
         )
         if value is not None
