@@ -16,6 +16,7 @@ from vicreg_hf.runtime.machine import software
 
 LOCAL_SETTINGS = {
     "output_dir", "resume", "report_to", "push_to_hub", "hub_model_id", "hub_private",
+    "publish_images", "license",
 }  # fmt: skip
 """Settings that do not influence the model, and are not in its card."""
 
@@ -99,34 +100,41 @@ class TrainingRecord:
 def starting_terms(
     settings: Mapping[str, Any],
     starts: Mapping[str, Any] | None,
-    licence: str | None = "mit",
     *,
     prime: bool = False,
 ) -> tuple[str | None, str | None]:
     """The repository whose weights a run started from, and the licence that follows.
 
+    A licence that the settings choose precedes it. None is a licence that nobody states.
+
     Args:
         settings: of the run, by name.
         starts: facts of what it started from, by setting; see `Source.facts`.
-        licence: of weights that started from none.
         prime: of the second branch.
     """
+    base, licence = _starting_terms(settings, starts, prime)
+    return base, settings.get("license") or licence
+
+
+def _starting_terms(
+    settings: Mapping[str, Any], starts: Mapping[str, Any] | None, prime: bool
+) -> tuple[str | None, str | None]:
     start = (starts or {}).get("prime_init_from" if prime else "init_from")
     if start is not None:
         return start["base_model"], start["license"]
     if not settings.get("prime_pretrained" if prime else "pretrained"):
-        return None, licence
+        return None, None
     architecture = str((prime and settings["prime_architecture"]) or settings["architecture"])
     if prime:
         known = timm.is_model(architecture.partition(".")[0])
         base = f"timm/{architecture}" if known else str(impersonal(architecture))
-        return None if os.path.exists(architecture) else base, "other"
+        return None if os.path.exists(architecture) else base, None
     cfg = get_pretrained_cfg(architecture)
     if cfg is None:
-        return None, "other"
+        return None, None
     tag = f".{cfg.tag}" if cfg.tag and "." not in architecture else ""
     hub_id = cfg.hf_hub_id if cfg.hf_hub_id != "timm/" else None
-    return hub_id or f"timm/{architecture}{tag}", cfg.license or "other"
+    return hub_id or f"timm/{architecture}{tag}", cfg.license
 
 
 def impersonal(value: Any) -> Any:
