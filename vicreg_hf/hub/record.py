@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,43 @@ class TrainingRecord:
     """Facts of the encoders that the run started from, by setting; see `Source.facts`."""
     loss: str | None = None
     """Qualified name of a loss in place of VICReg's."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many images were found that could not be used, by the reason."""
+
+    @property
+    def verdict(self) -> str | None:
+        """A sentence on how good the encoder is; None where nothing was measured."""
+        best = next((r for r in self.results if r.of_model and r.percent), None)
+        if best is None:
+            rank = next((r for r in self.results if "rank" in r.name), None)
+            return rank and (
+                f"**{rank.name.capitalize()}: {rank.shown}**, measured without labels, so that no "
+                "accuracy is known; 1 is collapse."
+            )
+        others = [
+            f"{r.name.removeprefix(best.name).strip(', ')} {r.shown}"
+            for r in self.results if not r.of_model and r.name.startswith(best.name)
+        ]  # fmt: skip
+        compared = f" ({', '.join(others)})" if others else ""
+        where = re.sub(r"^\d+-NN accuracy ", "", best.measured)
+        return f"**{best.name}: {best.shown}**{compared} {where}."
+
+    @property
+    def top(self) -> Picture | None:
+        """The picture that tells the most, which is the last."""
+        return self.pictures[-1] if self.pictures else None
+
+    @property
+    def usage(self) -> str:
+        """A phrase on how many images were used, and how many were left out and why."""
+        number = sum(self.left_out.values())
+        reasons = ", ".join(f"{count:,} as {why}" for why, count in self.left_out.items())
+        seen = self.steps * self.args["batch_size"]
+        if self.images is not None and seen >= self.images:
+            used = f"{self.images - number:,} were used" if number else "all were used"
+        else:
+            used = f"the first {seen:,} were used"
+        return f"{used}, {number:,} left out ({reasons})" if number else used
 
     @property
     def views(self) -> int:

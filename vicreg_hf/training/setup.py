@@ -52,7 +52,7 @@ from vicreg_hf.training.building.starts import (
 from vicreg_hf.training.monitoring.knn import KNNMonitor, missing_for_knn
 from vicreg_hf.training.monitoring.label_free import FixedSample
 from vicreg_hf.training.monitoring.probe import create_probe
-from vicreg_hf.training.monitoring.summary import first_message
+from vicreg_hf.training.monitoring.summary import advice, first_message
 from vicreg_hf.training.monitoring.trackers import RECORDS
 from vicreg_hf.training.resuming import resume
 from vicreg_hf.training.run import Run
@@ -210,7 +210,7 @@ def _introduce(run: Run) -> None:
         sentence = " ".join(filter(None, [
             f"kNN is measured on {run.monitor.subject}.", run.monitor.unlearnt,
         ]))  # fmt: skip
-    run.accelerator.print(sentence, flush=True)
+    run.accelerator.print("\n".join([sentence, *advice(run)]), flush=True)
 
 
 def _set_aside(run: Run) -> None:
