@@ -186,7 +186,7 @@ def without_photographs(text: str) -> str:
         gone = False
         for paragraph in text.split("\n\n"):
             left = paragraph.replace("\0", "")
-            caption = gone and re.fullmatch(r"\s*([*_])(?!\1).*\1\s*", left, re.DOTALL)
+            caption = gone and re.fullmatch(r"\s*([*_])(?!\1).*\1\s*", paragraph, re.DOTALL)
             gone = left != paragraph and not left.strip()
             if not gone and not caption:
                 kept.append(left)

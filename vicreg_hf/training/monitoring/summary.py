@@ -58,8 +58,8 @@ def advice(run: Run) -> list[str]:
     if run.monitor is not None and run.monitor.leaves_one_out and run.monitor.trained_on:
         lines.append(
             "There are no held-out images: kNN is measured on those that are trained on. Put some "
-            "of each class into a folder test beside train, or set them aside with --train_split "
-            "train[:90%] --eval_split train[90%:]."
+            "of each class into a folder test beside train, or name others with "
+            "--monitor_dataset_name."
         )
     pretrained = args.pretrained or args.init_from is not None
     if images is not None and images < FEW and not pretrained:
