@@ -50,7 +50,7 @@ class Diary(GeneralTracker):
         self._write(f"{step} {values['loss']}", step or 0)
 
     def log_images(self, values: dict[str, Any], **_: Any) -> None:
-        self._write(*values, 0)
+        self._write(next(iter(values)), 0)
 
     def _write(self, line: str, step: int) -> None:
         if step >= self.fails_from:

@@ -12,8 +12,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 from datasets import config
-from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from vicreg_hf.data.columns.reading import zip_and_name
@@ -31,7 +30,7 @@ from vicreg_hf.data.opening.metadata import METADATA, ONE, read_metadata
 from vicreg_hf.data.opening.slicing import Splits
 from vicreg_hf.data.opening.tables import FORMATS, TABLE_BUILDERS, card_has_configs, load_tables
 from vicreg_hf.data.opening.tars import load_dataset
-from vicreg_hf.runtime.checks import one_line
+from vicreg_hf.runtime.checks import fault_at_hub
 from vicreg_hf.runtime.console import warn
 from vicreg_hf.runtime.files import FULL, local_path, utf8_path
 
@@ -43,8 +42,6 @@ MAY_BE_METADATA = (".csv", ".tsv", ".jsonl", ".parquet")
 """Endings of files that may be meant as metadata, also if they are not called so."""
 ENDINGS = IMAGES.suffixes | SOUNDS.suffixes | {*TABLE_BUILDERS, *MAY_BE_METADATA, ".zip", ".npy"}
 """Endings of names that are files on this machine, and no data sets on the Hub."""
-PATIENCE = 20.0
-"""Seconds in which the Hub must say whether it has a data set."""
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -147,7 +144,7 @@ def _open_from_hub(name: str, config_name: str | None, streaming: bool) -> Split
         nowhere += "".join(f", but {place.parent / each}" for each in near)
     if name in FORMATS or _is_path(name):  # `datasets` would take formats for what lies right here
         raise ValueError(f"{nowhere}.")
-    fault = None if "://" in name else _fault_at_hub(name)
+    fault = None if "://" in name else fault_at_hub(name, "dataset")
     if fault is None:
         return load_dataset(name, config_name, streaming=streaming)[0]
     before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True  # it would ask five times
@@ -168,24 +165,6 @@ def _is_path(name: str) -> bool:
     except HFValidationError:
         return True
     return name.startswith(".") or suffix_of(name) in ENDINGS
-
-
-def _fault_at_hub(name: str) -> str | None:
-    """A clause on why the Hub does not give a data set; None where it does."""
-    if config.HF_HUB_OFFLINE:
-        return "the Hub is not asked for a data set of that name, as HF_HUB_OFFLINE is set"
-    try:
-        HfApi(library_name="vicreg_hf").dataset_info(name, timeout=PATIENCE)
-    except GatedRepoError:
-        return None  # of which `datasets` tells what to do
-    except RepositoryNotFoundError:
-        return (
-            f"the Hub has no data set {name} either, or shows it only with an access token that "
-            "may read it"
-        )
-    except Exception as error:  # the client's errors have no common class
-        return f"the Hub, asked for a data set {name}, does not answer: {one_line(error)[:200]}"
-    return None
 
 
 def _holds_media(files: list[str]) -> bool:
