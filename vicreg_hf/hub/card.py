@@ -163,7 +163,7 @@ def personalise(text: str, repo_id: str, licence: str | None = None) -> str:
         card.text = card.text.replace(_licence_text(card.data.license), _licence_text(licence))
         card.data.license = licence
         text = str(card)
-    return re.sub(rf'(["/:`=]){re.escape(MODEL_ID)}\b', lambda found: found[1] + repo_id, text)
+    return re.sub(rf'(["/:`]){re.escape(MODEL_ID)}\b', lambda found: found[1] + repo_id, text)
 
 
 def without_photographs(text: str) -> str:

@@ -186,8 +186,12 @@ def _shown(files: Collection[str], withheld: Collection[str]) -> str:
     """A sentence on whether files show images of the data; withheld are those that stay here."""
     if shown := sorted({*PHOTOGRAPHS} & {*files}):
         return f"{', '.join(shown)} shows images of the data; without --publish_images it stays."
-    stays = f": {', '.join(sorted(withheld))} stays here" if withheld else ""
-    return f"None of them shows images of the data{stays}; --publish_images true changes that."
+    if not withheld:
+        return "None of them shows images of the data."
+    return (
+        f"None of them shows images of the data: {', '.join(sorted(withheld))} stays here; "
+        "--publish_images true changes that."
+    )
 
 
 def describe_run_push(

@@ -109,7 +109,7 @@ class TrainingRecord:
         if self.images is not None and seen >= self.images:
             used = f"{self.images - number:,} were used" if number else "all were used"
         else:
-            used = f"the first {seen:,} were used"
+            used = f"{seen:,} were seen"
         return f"{used}, {number:,} left out ({reasons})" if number else used
 
     @property

@@ -216,19 +216,26 @@ def _create(name: str, directory: Path, run_id: str | None, step: int) -> Any:
         variables = {"id": "WANDB_RUN_ID", "name": "WANDB_NAME", "dir": "WANDB_DIR"}
         settings = {k: v for k, v in own.items() if variables[k] not in os.environ}
         settings["resume"] = "allow"
-        from wandb import Settings
-
-        # which would tell the command line, host, user, packages and everything that is printed
-        settings["settings"] = Settings(
-            console="off", disable_git=True, disable_code=True, save_code=False, host="machine",
-            x_disable_meta=True, x_disable_machine_info=True, x_save_requirements=False,
-        )  # fmt: skip
+        settings["settings"] = _reticent()
     elif name == "mlflow":
         who = dict.fromkeys(("mlflow.user", "mlflow.source.name"), PROJECT)  # else user and path
         settings = {"run_id": run_id, "run_name": title, "tags": who}
     kind: Any = LOGGER_TYPE_TO_CLASS[name]
     place = [str(directory)] if kind.requires_logging_directory else []
     return kind(project, *place, **settings)
+
+
+def _reticent() -> Any:
+    """Settings of wandb that keep command line, host, user, packages and what is printed here."""
+    from wandb import Settings
+
+    wanted = {
+        "console": "off", "disable_git": True, "disable_code": True, "save_code": False,
+        "host": "machine", "x_disable_meta": True, "x_disable_machine_info": True,
+        "x_save_requirements": False,
+    }  # fmt: skip
+    known = getattr(Settings, "model_fields", {})  # which older releases have not all
+    return Settings(**{key: value for key, value in wanted.items() if key in known})
 
 
 def _show(name: str, tracker: Any, file: Path, step: int) -> None:
