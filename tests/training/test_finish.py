@@ -149,3 +149,15 @@ def test_a_run_that_may_not_push_stops_before_it_trains(
     with pytest.raises(ValueError, match="hub_model_id must be org/name"):
         pushed(images, tmp_path / "run", "a/b/c")
     assert "models/org/other" not in hub.repositories
+
+
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_training(
+    hub: Hub, images: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="license must be an identifier of the Hub"):
+        pushed(images, tmp_path, "org/licensed", "--license=My own")
+    hub.fail("POST", "^/api/validate-yaml", 400, content=b"no licence of that name")
+    with pytest.raises(HubError, match="license 'nobodys': .*no licence of that name"):
+        pretrain(pushed(images, tmp_path / "run", "org/licensed", "--license=nobodys"))
+    hub.faults.clear()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
