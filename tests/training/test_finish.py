@@ -157,7 +157,7 @@ def test_a_licence_that_the_hub_does_not_know_is_refused_before_training(
     with pytest.raises(ValueError, match="license must be an identifier of the Hub"):
         pushed(images, tmp_path, "org/licensed", "--license=My own")
     hub.fail("POST", "^/api/validate-yaml", 400, content=b"no licence of that name")
-    with pytest.raises(HubError, match="license 'nobodys': .*no licence of that name"):
+    with pytest.raises(HubError, match=r"license 'nobodys': .*no licence of that name"):
         pretrain(pushed(images, tmp_path / "run", "org/licensed", "--license=nobodys"))
     hub.faults.clear()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
