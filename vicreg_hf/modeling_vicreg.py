@@ -387,11 +387,13 @@ class VICRegModel(PreTrainedModel):
         token: str | bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        publish_images: bool = False,
         commit_message: str = "Upload a VICReg encoder",
     ) -> str:
         """Publish the encoder in one commit, once stock transformers and timm agree with it.
 
-        A card that the repository has is kept; else it gets a short one.
+        A card that the repository has is kept; else it gets a short one. It is printed where what
+        is pushed, and who can see it.
 
         Args:
             repo_id: `org/name`, made if absent.
@@ -400,6 +402,8 @@ class VICRegModel(PreTrainedModel):
             token: None takes that of HF_TOKEN or `hf auth login`.
             revision: a branch, made if absent.
             create_pr: open a pull request instead.
+            publish_images: leave pictures of an earlier push that show images of the data; else
+                they are deleted, and the card does not mention them.
 
         Returns:
             Address of the commit.
@@ -414,6 +418,7 @@ class VICRegModel(PreTrainedModel):
         return push_model(
             self, repo_id, include_expander=include_expander, private=private, token=token,
             revision=revision, create_pr=create_pr, commit_message=commit_message,
+            publish_images=publish_images,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -53,7 +53,7 @@ def test_both_encoders_are_pushed_as_they_were_written(output_dir: Path, hub: Hu
     repository, second = (hub.repositories[f"models/org/both{end}"] for end in ("", "-prime"))
     assert address == f"{hub.endpoint}/org/both/commit/{repository.sha(1)}"
     encoder = {"README.md", "config.json", "model.safetensors"}
-    assert repository.files().keys() == encoder | {"pictures/retrievals.png"}
+    assert repository.files().keys() == encoder  # without the picture of photographs
     assert second.files().keys() == encoder
     assert repository.private
     assert second.private
@@ -65,7 +65,7 @@ def test_both_encoders_are_pushed_as_they_were_written(output_dir: Path, hub: Hu
 def test_expander_onnx_licence_and_branch_are_pushed_on_request(output_dir: Path, hub: Hub) -> None:
     publish(
         output_dir, "org/more", include_expander=True, onnx=True, license="cc-by-4.0",
-        revision="v2",
+        revision="v2", publish_images=True,
     )  # fmt: skip
     repository = hub.repositories["models/org/more"]
     assert repository.files() == {}
@@ -91,6 +91,7 @@ def test_expander_onnx_licence_and_branch_are_pushed_on_request(output_dir: Path
     publish(output_dir, "org/more", revision="v2")
     assert "expander.safetensors" not in repository.files("v2")
     assert "theirs.txt" in repository.files("v2")
+    assert "pictures/retrievals.png" not in repository.files("v2")
     assert len(repository.commits) == 4
 
 

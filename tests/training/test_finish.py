@@ -59,7 +59,7 @@ def test_the_card_says_what_the_run_was_and_nothing_of_the_machine(
     card: Any = ModelCard(text)
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "image-feature-extraction"
-    assert card.data.license == "mit"
+    assert card.data.license is None  # nobody has chosen one
     (result,) = card.data.eval_results
     assert result.metric_name == "20-NN top-1 accuracy"
     last = metrics(finished)[-1]
@@ -85,7 +85,7 @@ def test_the_files_that_were_verified_are_pushed(finished: Path, hub: Hub) -> No
     files = repository.files()
     assert files.keys() == {
         "README.md", "config.json", "model.safetensors", "pictures/loss_terms.png",
-        "pictures/retrievals.png", "pictures/singular_values.png",
+        "pictures/singular_values.png",
     }  # fmt: skip
     for name in files.keys() - {"README.md", "config.json"}:
         assert files[name] == (finished / "encoder" / name).read_bytes()
@@ -149,3 +149,15 @@ def test_a_run_that_may_not_push_stops_before_it_trains(
     with pytest.raises(ValueError, match="hub_model_id must be org/name"):
         pushed(images, tmp_path / "run", "a/b/c")
     assert "models/org/other" not in hub.repositories
+
+
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_training(
+    hub: Hub, images: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="license must be an identifier of the Hub"):
+        pushed(images, tmp_path, "org/licensed", "--license=My own")
+    hub.fail("POST", "^/api/validate-yaml", 400, content=b"no licence of that name")
+    with pytest.raises(HubError, match=r"license 'nobodys': .*no licence of that name"):
+        pretrain(pushed(images, tmp_path / "run", "org/licensed", "--license=nobodys"))
+    hub.faults.clear()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from workflow import SMALL
+from workflow import SMALL, train, write_images
 
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.training.setup import setup
@@ -35,3 +35,17 @@ def test_pretrained_weights_out_of_reach_are_named(
     own = [f"--dataset_name={images}", f"--output_dir={tmp_path / 'run'}", "--pretrained"]
     with pytest.raises(ValueError, match=weights):
         setup(parse_arguments([*SMALL, *own]))
+
+
+def test_beginners_get_a_line_of_advice_at_the_start_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_images(tmp_path / "own", rows=48)
+    (data / "test.parquet").unlink()
+    large = ("--architecture=resnet18", "--knn_steps=9", "--image_size=32", "--batch_size=4")
+    train(data, tmp_path / "run", *large, "--max_steps=1", "--max_bad_fraction=0")
+    lines = ("There are no held-out images", "48 images are few", "resnet18 is large for a CPU")
+    said = capsys.readouterr().out
+    assert all(said.count(line) == 1 for line in lines)
+    train(data, tmp_path / "run", *large, "--max_steps=2", "--max_bad_fraction=0")
+    assert not any(line in capsys.readouterr().out for line in lines)

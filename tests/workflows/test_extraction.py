@@ -78,7 +78,8 @@ def test_features_are_pushed_as_a_data_set_in_one_commit(
     extracted: Path, encoder: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = shutil.copytree(extracted, tmp_path / "out")
-    pushed = {"push_to_hub": True, "hub_dataset_id": "org/feats", "hub_private": True}
+    pushed = {"push_to_hub": True, "hub_dataset_id": "org/feats", "hub_private": True,
+              "publish_names": True}  # fmt: skip
     with running_hub() as hub, connected(hub, tmp_path / "home"):
         monkeypatch.setenv("HF_TOKEN", READER)
         with pytest.raises(HubError, match="pushing to org/feats needs an access token that may"):

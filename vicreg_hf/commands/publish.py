@@ -12,6 +12,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: an error (1), or flags that do not exist (2).
     """
+    from transformers.hf_argparser import string_to_bool
+
     from vicreg_hf.settings.command_line import script
     from vicreg_hf.settings.parser import FlagsParser
 
@@ -23,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--revision", help="A branch; made if absent.")
     parser.add_argument("--onnx", action="store_true", help="Publish onnx/model.onnx too.")
     parser.add_argument("--license", help="The licence of the weights, such as cc-by-4.0.")
+    parser.add_argument(
+        "--publish_images", type=string_to_bool, nargs="?", const=True, default=False,
+        help="Publish the picture that shows images of the data too (false unless true is given).",
+    )  # fmt: skip
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
     from safetensors import SafetensorError
@@ -34,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         address = publish(
             args.source, args.repo_id, private=args.private or None, revision=args.revision,
             include_expander=args.include_expander, onnx=args.onnx, license=args.license,
+            publish_images=args.publish_images,
         )  # fmt: skip
         print(f"Published: {address}")
 

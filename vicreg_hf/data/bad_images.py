@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -47,6 +49,12 @@ class BadImages:
     def found(self) -> list[BadImage]:
         """The bad images that all processes know of."""
         return list(self._known.values())
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many there are by the reason, in words that name no file and no path."""
+        heads = (re.split(r": |, got| \(", image.reason)[0].strip(". ") for image in self.found)
+        return dict(Counter(heads).most_common())
 
     def add(self, images: Iterable[BadImage]) -> None:
         """Note what this process has found."""

@@ -16,6 +16,7 @@ from typing import Any
 import timm
 import torch
 import transformers
+from huggingface_hub import constants
 from PIL import Image
 from timm.data import create_transform
 from timm.data.config import resolve_model_data_config
@@ -27,7 +28,7 @@ from vicreg_hf.data.columns.spectrograms import SpectrogramSettings
 from vicreg_hf.hub.api import check_repo_id, check_revision
 from vicreg_hf.hub.source import find_encoder
 from vicreg_hf.publishing.loading import load_model
-from vicreg_hf.runtime.checks import one_line, read_range
+from vicreg_hf.runtime.checks import fault_at_hub, one_line, read_range
 
 PIL_CHANNELS = (1, 3)
 """Images of these numbers of channels are resized by PIL, as stock pipelines do."""
@@ -97,7 +98,11 @@ def open_encoder(name: str, revision: str | None = None) -> Encoder:
         check_repo_id(name, "model")
         if revision is not None:
             check_revision(revision)
+    fault = None if local else fault_at_hub(name, "model")
+    before = constants.HF_HUB_OFFLINE
     try:
+        # it may still be in the cache; loaders would ask five times more
+        constants.HF_HUB_OFFLINE = before or fault is not None
         source = _directory(name) if local else name
         config = AutoConfig.from_pretrained(source, revision=revision)
         if config.model_type == "vicreg":
@@ -123,8 +128,10 @@ def open_encoder(name: str, revision: str | None = None) -> Encoder:
         raise ValueError(
             "model must be an encoder of images that timm or AutoModel loads, on the Hub or in a "
             f"directory, got {name!r}{'' if local else ', which is no directory here'}: "
-            f"{one_line(error)[:300]}"
+            f"{fault or one_line(error)[:300]}"
         ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _directory(name: str) -> str:

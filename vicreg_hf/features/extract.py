@@ -19,19 +19,20 @@ from vicreg_hf.data.classes import renumber_classes
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.splits import ImageSplit, image_split
 from vicreg_hf.features.encoders import Encoder, open_encoder
-from vicreg_hf.features.parts import parts_of
+from vicreg_hf.features.parts import parts_of, read_table, write_part
 from vicreg_hf.features.writing import complete_parts
 from vicreg_hf.hub.api import HubError, open_repository, push_files, visible_files
+from vicreg_hf.hub.push import describe_push
 from vicreg_hf.hub.record import impersonal
 from vicreg_hf.runtime.checks import read_range
 from vicreg_hf.runtime.console import optional
 from vicreg_hf.runtime.distributed import main_process_first, wait_for_all
-from vicreg_hf.runtime.files import replacing, writing
+from vicreg_hf.runtime.files import replacing, temporary_folder, writing
 from vicreg_hf.runtime.machine import start_accelerator
 from vicreg_hf.runtime.output_dir import claim
 from vicreg_hf.settings.extraction import ExtractionArguments
 
-RECORD, BAD_IMAGES = "extraction.json", "bad_images.jsonl"
+RECORD, BAD_IMAGES, CARD = "extraction.json", "bad_images.jsonl", "README.md"
 REMEDY = "What is finished is kept; free some space and start again."
 
 
@@ -79,11 +80,11 @@ def _extract(args: ExtractionArguments) -> Path:
         dtype=args.dtype, root=args.dataset_name,
     )  # fmt: skip
     if main:
-        card = output_dir / "README.md"
+        card = output_dir / CARD
         with optional(f"{card} is left out"), replacing(card) as aside:
             aside.write_text(_card(args, splits), encoding="utf-8")
         if args.push_to_hub:
-            _push(args, output_dir)
+            _push(args, splits, output_dir)
     wait_for_all()
     accelerator.end_training()
     return output_dir
@@ -188,15 +189,41 @@ def _card(args: ExtractionArguments, splits: dict[str, ImageSplit]) -> str:
     )
 
 
-def _push(args: ExtractionArguments, output_dir: Path) -> None:
+def _push(args: ExtractionArguments, splits: dict[str, ImageSplit], output_dir: Path) -> None:
+    repo_id, kind = str(args.hub_dataset_id), "dataset"
+    named = args.publish_names or not Path(args.dataset_name).exists()
+    classes = sorted({name for split in splits.values() for name in split.label_names})
+    holds = ["features", *(["names of files"] if named else ["row numbers for names of files"])]
+    holds += (
+        [f"the classes {', '.join(classes[:20])}{', ...' * (len(classes) > 20)}"] if classes else []
+    )
+    shows = f"They hold no images, but {' and '.join(holds)}."
+    shows += "" if named else " --publish_names true leaves the names of files."
     try:
-        address = push_files(
-            visible_files(output_dir, ignore=(RECORD, BAD_IMAGES)), str(args.hub_dataset_id),
-            repo_type="dataset", commit_message="Upload features",
-            removable=lambda name: name.startswith("data/"),
-        )  # fmt: skip
+        with temporary_folder() as folder:
+            files = {
+                name: file for name, file in visible_files(output_dir).items()
+                if name == CARD or (name.startswith("data/") and name.endswith(".parquet"))
+            }  # fmt: skip
+            for name, file in files.items():
+                if not named and name != CARD:
+                    files[name] = _without_names(file, folder / name)
+            print(describe_push(repo_id, files, shows=shows, licence="none", repo_type=kind))
+            address = push_files(
+                files, repo_id, repo_type=kind, commit_message="Upload features",
+                removable=lambda name: name.startswith("data/"),
+            )  # fmt: skip
     except HubError as error:
         raise HubError(
             f"{error}\nThe features are whole in {output_dir}; the same command pushes them again."
         ) from None
     print(f"Published: {address}")
+
+
+def _without_names(file: Path, copy: Path) -> Path:
+    """Write a part of the features with row numbers in place of the names of files."""
+    table = read_table(file)
+    place = table.schema.get_field_index("image_id")
+    rows = table["row"].cast("string")
+    write_part(copy, table.set_column(place, table.schema.field(place), rows))
+    return copy

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -94,6 +94,21 @@ def check_revision(revision: str) -> str:
     return revision
 
 
+def check_licence(licence: str) -> str:
+    """Return the identifier of a licence if it has the form of the Hub's.
+
+    Raises:
+        ValueError: it has another.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+        raise ValueError(
+            "license must be an identifier of the Hub such as apache-2.0 or cc-by-4.0, in small "
+            f"letters, got {licence!r}; https://huggingface.co/docs/hub/repositories-licenses "
+            "lists them."
+        )
+    return licence
+
+
 def open_repository(
     repo_id: str,
     *,
@@ -134,6 +149,44 @@ def open_repository(
         return full
 
     return _request(opened, repo_id, token)
+
+
+def check_licence_at_hub(licence: str, repo_id: str, token: str | bool | None = None) -> None:
+    """Ask the Hub whether it knows a licence, as it will before it takes a card.
+
+    Raises:
+        HubError: it does not, or cannot be reached.
+    """
+    card = ModelCard(f"---\nlicense: {licence}\n---\n")
+
+    def validated(_: HfApi) -> None:
+        try:
+            card.validate()
+        except ValueError as error:  # which hides that the Hub has answered
+            raise ValueError(f"license {licence!r}: {error}") from error.__context__
+
+    _request(validated, repo_id, token)
+
+
+def look_at(
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    repo_type: str | None = None,
+) -> tuple[bool, set[str]]:
+    """Whether a repository is private, and the files that it has.
+
+    Raises:
+        HubError: the Hub refuses, or cannot be reached.
+    """
+
+    def looked(api: HfApi) -> tuple[bool, set[str]]:
+        target: Any = {"repo_type": repo_type, "revision": revision, "timeout": TIMEOUT}
+        info: Any = api.repo_info(repo_id, **target)
+        return bool(info.private), {file.rfilename for file in info.siblings or ()}
+
+    return _request(looked, repo_id, token)
 
 
 def visible_files(folder: Path, *, ignore: Collection[str] = ()) -> dict[str, Path]:

@@ -22,6 +22,8 @@ LOSS_PICTURE = "pictures/loss_terms.png"
 SPECTRUM_PICTURE = "pictures/singular_values.png"
 RETRIEVAL_PICTURE = "pictures/retrievals.png"
 PICTURES = (LOSS_PICTURE, SPECTRUM_PICTURE, RETRIEVAL_PICTURE)
+PHOTOGRAPHS = (RETRIEVAL_PICTURE,)
+"""Pictures that show images of the data, which are published on request alone."""
 MODEL_ID = "org/name"
 """The placeholder in a card for its repository, until the encoder is pushed to one."""
 PRIME_SUFFIX = "-prime"
@@ -36,18 +38,18 @@ def model_card(
     *,
     record: TrainingRecord | None = None,
     origin: str | None = None,
-    licence: str | None = "mit",
+    licence: str | None = None,
 ) -> ModelCard:
     """Render the card of an encoder; `MODEL_ID` stands in it for the repository.
 
     Args:
         record: of the run that made it; without it the card says what the model alone can say.
         origin: a sentence on where the weights are from, if no run made them.
-        licence: of the weights; the licence of weights that a run started from precedes it.
+        licence: of the weights, if no run made them; that of a run's follows from its record.
     """
     config, base = model.config, None
     if record is not None:
-        base, licence = starting_terms(record.args, record.starts, licence)
+        base, licence = starting_terms(record.args, record.starts)
     data = _metadata(license=licence, base_model=base, **_results(record))
     if record is not None and base is None:
         base = record.starts.get("init_from", {}).get("name")
@@ -164,6 +166,34 @@ def personalise(text: str, repo_id: str, licence: str | None = None) -> str:
     return re.sub(rf'(["/:`]){re.escape(MODEL_ID)}\b', lambda found: found[1] + repo_id, text)
 
 
+def without_photographs(text: str) -> str:
+    """A card without the pictures that show images of the data, also if it was edited by hand.
+
+    Wherever such a picture's file is named, the image or link goes, or else the line; and a caption
+    below goes too, which is the next paragraph, if it is all in italics.
+    """
+    for name in PHOTOGRAPHS:
+        file = re.escape(name.rpartition("/")[2])
+        for named in (
+            rf"<(figure|picture)\b(?:(?!</?\1\b).)*?{file}.*?</\1>",
+            rf"<(?:img|source)\b[^>]*{file}[^>]*>",
+            rf"!?\[[^\[\]]*\]\([^()]*{file}[^()]*\)",
+            rf"^.*{file}.*\n?",
+        ):
+            flags = re.MULTILINE if named.startswith("^") else re.DOTALL
+            text = re.sub(named, "\0", text, flags=flags)
+        kept: list[str] = []
+        gone = False
+        for paragraph in text.split("\n\n"):
+            left = paragraph.replace("\0", "")
+            caption = gone and re.fullmatch(r"\s*([*_])(?!\1).*\1\s*", paragraph, re.DOTALL)
+            gone = left != paragraph and not left.strip()
+            if not gone and not caption:
+                kept.append(left)
+        text = "\n\n".join(kept)
+    return text
+
+
 def write_card(path: Path, card: ModelCard) -> None:
     """Write a card that is there whole or, after a crash, not at all."""
     with replacing(path) as aside:
@@ -197,7 +227,10 @@ def _results(record: TrainingRecord | None) -> dict[str, Any]:
 
 def _licence_text(licence: str | None) -> str:
     if licence is None:
-        return "That of the checkpoint the weights are from."
+        return (
+            "No licence has been chosen for these weights. If they come from other weights, the "
+            "terms of those hold; else ask their owner before you use them."
+        )
     return (
         f"The weights are published under: {licence}. The images they were trained on keep their "
         "own terms."

@@ -151,6 +151,21 @@ def _load_timm(directory: str) -> nn.Module:
 LOADERS = {"transformers": _load_transformers, "timm": _load_timm}
 
 
+def _without_traces(path: Path) -> None:
+    """Leave out of an ONNX file where on this machine the code lies that made each node."""
+    import onnx
+
+    model = onnx.load(path)
+    parts: list[Any] = [model, model.graph, *model.functions]
+    for graph in parts[1:]:
+        parts += [*graph.node, *graph.value_info]
+    parts += [*model.graph.input, *model.graph.output, *model.graph.initializer]
+    for part in parts:
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    onnx.save(model, path)
+
+
 def export_onnx(model: EncoderModel, directory: Path) -> Path:
     """Write onnx/model.onnx: pixel_values (B, C, S, S) to pooler_output (B, F), any B.
 
@@ -185,6 +200,7 @@ def export_onnx(model: EncoderModel, directory: Path) -> Path:
                 f"torch.onnx must be able to export {model.config.architecture}, and cannot: "
                 f"{one_line(error)[:500]}"
             ) from error
+    _without_traces(path)
     session: Any = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for batch in (pixels, torch.cat([pixels, pixels[:1]])):
         with torch.inference_mode():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from vicreg_hf.runtime.machine import software
 
 LOCAL_SETTINGS = {
     "output_dir", "resume", "report_to", "push_to_hub", "hub_model_id", "hub_private",
+    "publish_images", "license",
 }  # fmt: skip
 """Settings that do not influence the model, and are not in its card."""
 
@@ -72,6 +74,43 @@ class TrainingRecord:
     """Facts of the encoders that the run started from, by setting; see `Source.facts`."""
     loss: str | None = None
     """Qualified name of a loss in place of VICReg's."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many images were found that could not be used, by the reason."""
+
+    @property
+    def verdict(self) -> str | None:
+        """A sentence on how good the encoder is; None where nothing was measured."""
+        best = next((r for r in self.results if r.of_model and r.percent), None)
+        if best is None:
+            rank = next((r for r in self.results if "rank" in r.name), None)
+            return rank and (
+                f"**{rank.name.capitalize()}: {rank.shown}**, measured without labels, so that no "
+                "accuracy is known; 1 is collapse."
+            )
+        others = [
+            f"{r.name.removeprefix(best.name).strip(', ')} {r.shown}"
+            for r in self.results if not r.of_model and r.name.startswith(best.name)
+        ]  # fmt: skip
+        compared = f" ({', '.join(others)})" if others else ""
+        where = re.sub(r"^\d+-NN accuracy ", "", best.measured)
+        return f"**{best.name}: {best.shown}**{compared} {where}."
+
+    @property
+    def top(self) -> Picture | None:
+        """The picture that tells the most, which is the last."""
+        return self.pictures[-1] if self.pictures else None
+
+    @property
+    def usage(self) -> str:
+        """A phrase on how many images were used, and how many were left out and why."""
+        number = sum(self.left_out.values())
+        reasons = ", ".join(f"{count:,} as {why}" for why, count in self.left_out.items())
+        seen = self.steps * self.args["batch_size"]
+        if self.images is not None and seen >= self.images:
+            used = f"{self.images - number:,} were used" if number else "all were used"
+        else:
+            used = f"{seen:,} were seen"
+        return f"{used}, {number:,} left out ({reasons})" if number else used
 
     @property
     def views(self) -> int:
@@ -99,34 +138,41 @@ class TrainingRecord:
 def starting_terms(
     settings: Mapping[str, Any],
     starts: Mapping[str, Any] | None,
-    licence: str | None = "mit",
     *,
     prime: bool = False,
 ) -> tuple[str | None, str | None]:
     """The repository whose weights a run started from, and the licence that follows.
 
+    A licence that the settings choose precedes it. None is a licence that nobody states.
+
     Args:
         settings: of the run, by name.
         starts: facts of what it started from, by setting; see `Source.facts`.
-        licence: of weights that started from none.
         prime: of the second branch.
     """
+    base, licence = _starting_terms(settings, starts, prime)
+    return base, settings.get("license") or licence
+
+
+def _starting_terms(
+    settings: Mapping[str, Any], starts: Mapping[str, Any] | None, prime: bool
+) -> tuple[str | None, str | None]:
     start = (starts or {}).get("prime_init_from" if prime else "init_from")
     if start is not None:
         return start["base_model"], start["license"]
     if not settings.get("prime_pretrained" if prime else "pretrained"):
-        return None, licence
+        return None, None
     architecture = str((prime and settings["prime_architecture"]) or settings["architecture"])
     if prime:
         known = timm.is_model(architecture.partition(".")[0])
         base = f"timm/{architecture}" if known else str(impersonal(architecture))
-        return None if os.path.exists(architecture) else base, "other"
+        return None if os.path.exists(architecture) else base, None
     cfg = get_pretrained_cfg(architecture)
     if cfg is None:
-        return None, "other"
+        return None, None
     tag = f".{cfg.tag}" if cfg.tag and "." not in architecture else ""
     hub_id = cfg.hf_hub_id if cfg.hf_hub_id != "timm/" else None
-    return hub_id or f"timm/{architecture}{tag}", cfg.license or "other"
+    return hub_id or f"timm/{architecture}{tag}", cfg.license
 
 
 def impersonal(value: Any) -> Any:

@@ -319,15 +319,11 @@ def _terms(
     architecture: str,
     *,
     prime: bool,
-) -> tuple[str | None, str]:
-    """The repository that a card names as base_model, if there is one, and the licence.
-
-    A licence that nobody states is "other".
-    """
+) -> tuple[str | None, str | None]:
+    """The repository that a card names as base_model, and the licence; None is not stated."""
     if (directory / MANIFEST).is_file():
         state = read_manifest(directory)["state"]
-        base, licence = starting_terms(state["settings"], state.get("starts"), prime=prime)
-        return base, licence or "mit"  # as the card of that run would say
+        return starting_terms(state["settings"], state.get("starts"), prime=prime)
     card: dict[str, Any] = {}
     if (directory / CARD_FILE).is_file():
         try:
@@ -345,7 +341,7 @@ def _terms(
         base = registered and registered.hf_hub_id
     licence: Any = card.get("license") or cfg.get("license")
     licence = licence[0] if isinstance(licence, list) and licence else licence
-    return base if isinstance(base, str) else None, str(licence or "other")
+    return base if isinstance(base, str) else None, str(licence) if licence else None
 
 
 def _registered(name: str) -> Any:

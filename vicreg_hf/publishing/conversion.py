@@ -105,7 +105,7 @@ def convert_checkpoint(
     config.pretrained_cfg = _preprocessing(config)
     result = export_encoder(model, directory, include_expander=bool(head))
     origin = f"Its weights were converted from the checkpoint `{path.name}`."
-    card = model_card(model, licence=None, origin=origin)
+    card = model_card(model, origin=origin)
     write_card(result / CARD_FILE, card)
     parts = {name.partition(".")[0] for name in heads}
     taken = {"projector"} if head else set()

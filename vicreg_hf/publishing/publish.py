@@ -16,7 +16,7 @@ from torch import nn
 
 from vicreg_hf.data.columns.texts import TextColumn
 from vicreg_hf.data.columns.waveforms import WaveformColumn
-from vicreg_hf.hub.api import check_repo_id, check_revision, open_repository
+from vicreg_hf.hub.api import check_licence, check_repo_id, check_revision, open_repository
 from vicreg_hf.hub.card import CARD_FILE, PICTURES, PRIME_SUFFIX, model_card, write_card
 from vicreg_hf.hub.export import (
     ONNX_FILE,
@@ -48,6 +48,7 @@ def publish(
     revision: str | None = None,
     onnx: bool = False,
     license: str | None = None,  # noqa: A002
+    publish_images: bool = False,
     token: str | bool | None = None,
 ) -> str:
     """Push what a run made, in one commit, with its card.
@@ -62,6 +63,7 @@ def publish(
         revision: a branch, made if absent.
         onnx: also push onnx/model.onnx.
         license: of the weights, in the card; None leaves what the card says.
+        publish_images: also push the picture that shows images of the data.
         token: None takes that of HF_TOKEN or `hf auth login`.
 
     Returns:
@@ -75,6 +77,8 @@ def publish(
     check_repo_id(repo_id)
     if revision is not None:
         check_revision(revision)
+    if license is not None:
+        check_licence(license)
     second = Path(source) / PRIME_DIRECTORY
     first, model = _open(source, include_expander)
     with temporary_folder() as folder:
@@ -90,7 +94,7 @@ def publish(
             first, second if has_second else None, repo_id, private=private, revision=revision,
             include_expander=include_expander, short_card=model_card(model, licence=license),
             extra={ONNX_FILE: export_onnx(model, folder)} if onnx else None,
-            license=license, token=token,
+            license=license, publish_images=publish_images, token=token,
         )  # fmt: skip
     return address
 
@@ -138,7 +142,7 @@ def export_source(
     export_encoder(model, directory, include_expander=include_expander)
     card = (first / CARD_FILE).is_file()
     if not card:
-        write_card(directory / CARD_FILE, model_card(model, licence=None))
+        write_card(directory / CARD_FILE, model_card(model))
     for name in (CARD_FILE, *PICTURES) if card else ():
         if (first / name).is_file():
             (directory / name).parent.mkdir(exist_ok=True)
@@ -296,7 +300,10 @@ def check_exportable(model: VICRegModel, *, column: Any = None) -> None:
             ) from error
 
 
-def retry_command(source: str | Path, repo_id: str, *, private: bool = False) -> str:
+def retry_command(
+    source: str | Path, repo_id: str, *, private: bool = False, publish_images: bool = False
+) -> str:
     """The command that pushes a run's encoder again."""
     words = ["vicreg-hf", "publish", str(source), "--repo_id", repo_id]
-    return shlex.join([*words, "--private"] if private else words)
+    words += ["--private"] * private + ["--publish_images", "true"] * publish_images
+    return shlex.join(words)

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+PATIENCE = 20.0
+"""Seconds in which the Hub must say whether it has a repository."""
+
 
 def is_whole(value: Any) -> bool:
     """Whether a value is an integer, of Python or NumPy; True and False are none."""
@@ -85,3 +88,29 @@ def fold_name(name: str) -> str:
 def one_line(error: BaseException) -> str:
     """The message of an error that others raised, without line breaks, for a sentence of ours."""
     return " ".join(str(error).split())
+
+
+def fault_at_hub(name: str, kind: str) -> str | None:
+    """Ask the Hub once for a repository: a clause on why it does not give it; None where it does.
+
+    Args:
+        name: `org/name`, or `name`.
+        kind: "model" or "dataset".
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    noun = {"dataset": "data set"}.get(kind, kind)
+    if constants.HF_HUB_OFFLINE:
+        return f"the Hub is not asked for a {noun} of that name, as HF_HUB_OFFLINE is set"
+    try:
+        HfApi(library_name="vicreg_hf").repo_info(name, repo_type=kind, timeout=PATIENCE)
+    except GatedRepoError:
+        return None  # loaders tell what to do
+    except RepositoryNotFoundError:
+        return (
+            f"the Hub has no {noun} {name}, or shows it only with an access token that may read it"
+        )
+    except Exception as error:  # the client's errors have no common class
+        return f"the Hub, asked for a {noun} {name}, does not answer: {one_line(error)[:200]}"
+    return None

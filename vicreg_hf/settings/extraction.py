@@ -73,6 +73,9 @@ class ExtractionArguments(EncodingSettings):
     """Repository of the data set, org/name; it is made if absent."""
     hub_private: bool = False
     """If the repository is made, make it private."""
+    publish_names: bool = False
+    """Push the names of files as image_id; by default those of files on this machine are replaced
+    by row numbers, and stay in output_dir alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 import yaml
 
 from vicreg_hf.data.opening import DEMO
-from vicreg_hf.hub.api import check_repo_id
+from vicreg_hf.hub.api import check_licence, check_repo_id
 from vicreg_hf.models import MODALITIES
 from vicreg_hf.runtime.checks import is_whole, read_widths
 from vicreg_hf.settings.base import (
@@ -275,6 +275,12 @@ class PretrainingArguments(Settings):
     """Repository of the encoder, org/name; it is made if absent."""
     hub_private: bool = False
     """If the repository is made, make it private."""
+    publish_images: bool = False
+    """Let pictures that show images of the data leave this machine, beside the pushed card and to
+    trackers; else they stay beside the card in output_dir."""
+    license: str | None = None
+    """Licence of the weights, such as cc-by-4.0; by default that of the weights that a run starts
+    from, and none if it starts from none."""
 
     def __post_init__(self) -> None:
         for name in ("expander_dims", "prime_expander_dims"):
@@ -311,6 +317,8 @@ class PretrainingArguments(Settings):
             check_repo_id(self.hub_model_id, "hub_model_id")
         elif self.push_to_hub:
             raise ValueError("push_to_hub needs hub_model_id, org/name, and got none.")
+        if self.license is not None:
+            check_licence(self.license)
         self._check_measuring()
         if self.base_lr is None:
             self._fill(base_lr=default_base_lr(self.optimizer, self.batch_size))

@@ -72,7 +72,10 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
 
         for picture in draw_pictures(run, directory):
             pictures.append(picture)  # noqa: PERF402 # those before one that fails are kept
-    run.trackers.show([directory / picture.file for picture in pictures], step=run.step)
+    run.trackers.show(
+        [directory / picture.file for picture in pictures], step=run.step,
+        publish_images=args.publish_images,
+    )  # fmt: skip
     name = args.dataset_name.removeprefix(GIVEN)
     record = TrainingRecord(
         args=asdict(args) | {"dataset_name": name}, loss=run.loss_name,
@@ -81,7 +84,7 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
         steps=chosen_step(run), seconds=run.seconds,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
         results=card_results(run), pictures=pictures, choice=describe_choice(run),
-        starts=run.starts,
+        starts=run.starts, left_out=run.inputs.bad.reasons,
     )  # fmt: skip
     write_card(directory / CARD_FILE, model_card(run.published, record=record))
     if second is not None:
@@ -120,10 +123,14 @@ def _push(run: Run, directory: Path, second: Path | None) -> None:
     private, repo_id = args.hub_private or None, str(args.hub_model_id)
     try:
         print()
-        for address in push_encoders(directory, second, repo_id, private=private):
+        for address in push_encoders(
+            directory, second, repo_id, private=private, publish_images=args.publish_images,
+            license=args.license,
+        ):  # fmt: skip
             print(f"Published: {address}")
     except HubError as error:
-        command = retry_command(args.output_dir or "", repo_id, private=args.hub_private)
+        command = retry_command(args.output_dir or "", repo_id, private=args.hub_private,
+                                publish_images=args.publish_images)  # fmt: skip
         raise HubError(
             f"{error}\nThe encoder is whole in {directory}. Push it again with\n    {command}"
         ) from None

@@ -30,6 +30,7 @@ FREE_TO_CHANGE = {
     "output_dir", "resume", "resume_changed", "num_workers", "compile", "compile_model",
     "gradient_checkpointing", "max_bad_fraction", "logging_steps", "save_steps", "keep_every",
     "knn_steps", "report_to", "push_to_hub", "hub_model_id", "hub_private",
+    "publish_images", "license",
     "dataset_name",  # a folder may move; the fingerprint tells whether the data are others
 }  # fmt: skip
 """Settings that say where and how often, and change nothing that is computed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vicreg_hf.data.sampler import GlobalBatches
-from vicreg_hf.hub.api import open_repository
+from vicreg_hf.hub.api import check_licence_at_hub, open_repository
 from vicreg_hf.hub.card import PRIME_SUFFIX
 from vicreg_hf.hub.layout import PRIME_DIRECTORY
+from vicreg_hf.hub.push import describe_run_push
 from vicreg_hf.loss.autograd import VICRegTerms
 from vicreg_hf.loss.own import name_of_loss
 from vicreg_hf.modeling_vicreg import VICRegModel
@@ -42,11 +43,16 @@ from vicreg_hf.training.building.monitor_data import MonitorData, open_monitor_d
 from vicreg_hf.training.building.optimizers import create_optimizer
 from vicreg_hf.training.building.own_parts import OwnParts, try_loss
 from vicreg_hf.training.building.second_branch import create_views
-from vicreg_hf.training.building.starts import default_side, load_expanders, resolve_starts
+from vicreg_hf.training.building.starts import (
+    Starts,
+    default_side,
+    load_expanders,
+    resolve_starts,
+)
 from vicreg_hf.training.monitoring.knn import KNNMonitor, missing_for_knn
 from vicreg_hf.training.monitoring.label_free import FixedSample
 from vicreg_hf.training.monitoring.probe import create_probe
-from vicreg_hf.training.monitoring.summary import first_message
+from vicreg_hf.training.monitoring.summary import advice, first_message
 from vicreg_hf.training.monitoring.trackers import RECORDS
 from vicreg_hf.training.resuming import resume
 from vicreg_hf.training.run import Run
@@ -74,7 +80,7 @@ def setup(
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator()
     if accelerator.is_main_process:
-        _open_repositories(args)
+        _open_repositories(args, starts)
     args, data = open_training_data(
         args, rank=accelerator.process_index, world_size=accelerator.num_processes,
         local_processes=local_processes(accelerator), main_first=main_process_first,
@@ -137,14 +143,19 @@ def setup(
     return run
 
 
-def _open_repositories(args: PretrainingArguments) -> None:
-    """Find out, before any training, whether the encoders can be pushed."""
+def _open_repositories(args: PretrainingArguments, starts: Starts) -> None:
+    """Find out, before any training, whether the encoders can be pushed, and say what will be."""
     if args.push_to_hub:
         names = [str(args.hub_model_id)]
         if args.prime_modality not in (None, "embedding"):
             names.append(f"{args.hub_model_id}{PRIME_SUFFIX}")
+        facts = {setting: start.facts for setting, start in starts.items()}
         for name in names:
-            open_repository(name, private=args.hub_private or None)
+            full = open_repository(name, private=args.hub_private or None)
+            if args.license is not None:
+                check_licence_at_hub(args.license, full)
+            prime = name != names[0]
+            print(describe_run_push(full, asdict(args), facts, prime=prime), flush=True)
 
 
 def make_output_dir(run: Run) -> None:
@@ -200,7 +211,7 @@ def _introduce(run: Run) -> None:
         sentence = " ".join(filter(None, [
             f"kNN is measured on {run.monitor.subject}.", run.monitor.unlearnt,
         ]))  # fmt: skip
-    run.accelerator.print(sentence, flush=True)
+    run.accelerator.print("\n".join([sentence, *advice(run)]), flush=True)
 
 
 def _set_aside(run: Run) -> None:

@@ -11,11 +11,13 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from hub import connected, running_hub
 from pictures import photographs, png, table_of, write
 from workflow import small_files
 
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.splits import image_split
+from vicreg_hf.features.encoders import open_encoder
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -134,3 +136,21 @@ def test_what_holds_no_data_is_named(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(ValueError, match=sentence):
             open_dataset(str(tmp_path / name))
+
+
+def test_a_folder_that_is_not_there_is_said_so_and_the_hub_asked_once(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with running_hub() as hub, connected(hub, tmp_path / "home"):
+        for name in (f"{tmp_path}/photo", "./photos", "a/b/c", "photos.zip", "my photos"):
+            with pytest.raises(ValueError, match="there is no file or folder /"):
+                open_dataset(name)
+        assert not hub.requests  # none of these can be on the Hub
+        with pytest.raises(ValueError, match=f"folder {tmp_path}/photo, but {tmp_path}/photos"):
+            open_dataset(f"{tmp_path}/photo")
+        with pytest.raises(ValueError, match=r"folder /.*, and the Hub has no data set my/photos"):
+            open_dataset("my/photos")
+        with pytest.raises(ValueError, match=r"is no directory here: the Hub has no model runs/r5"):
+            open_encoder("runs/r5")
+    assert [path for _, path in hub.requests if "harness" not in path] == [  # which is its own
+        "/api/datasets/my/photos", "/api/models/runs/r5",
+    ]  # fmt: skip

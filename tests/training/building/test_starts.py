@@ -187,18 +187,18 @@ def test_places_that_hold_no_encoder_are_refused_in_a_sentence(
 
 
 def test_terms_follow_the_weights(places: dict[str, str], tmp_path: Path) -> None:
-    def terms(place: str) -> tuple[str | None, str]:
+    def terms(place: str) -> tuple[str | None, str | None]:
         facts = read_source(place).facts
         return facts["base_model"], facts["license"]
 
-    assert terms(places["encoder"]) == terms(places["checkpoint"]) == (None, "mit")
+    assert terms(places["encoder"]) == terms(places["checkpoint"]) == (None, None)
     assert terms(places["hub-timm"]) == ("org/timm", "apache-2.0")
     assert terms(places["hub"])[0] == "org/ours"
-    assert terms(places["stock"]) == (None, "other")  # nobody says it
+    assert terms(places["stock"]) == (None, None)  # nobody says it
     converted = tmp_path / "converted"
     torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "r18.pth")
     convert_checkpoint(tmp_path / "r18.pth", converted)
-    assert terms(str(converted)) == (None, "other")
+    assert terms(str(converted)) == (None, None)
     card = ModelCard("---\nlicense: cc-by-nc-4.0\nbase_model: timm/some\n---\n")
     card.save(converted / "README.md")
     assert terms(str(converted)) == ("timm/some", "cc-by-nc-4.0")

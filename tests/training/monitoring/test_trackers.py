@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +15,10 @@ import pytest
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
-from workflow import WHOLE, assert_same_run, interrupt, metrics, small_files, train
+from PIL import Image
+from workflow import ROOT, WHOLE, assert_same_run, interrupt, metrics, small_files, train
 
+from vicreg_hf.hub.card import PICTURES
 from vicreg_hf.training.monitoring.log import MetricsLog
 from vicreg_hf.training.monitoring.trackers import Trackers, check_installed
 
@@ -44,6 +48,9 @@ class Diary(GeneralTracker):
 
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
         self._write(f"{step} {values['loss']}", step or 0)
+
+    def log_images(self, values: dict[str, Any], **_: Any) -> None:
+        self._write(next(iter(values)), 0)
 
     def _write(self, line: str, step: int) -> None:
         if step >= self.fails_from:
@@ -131,12 +138,13 @@ def ended(file: Path) -> bool:
 def test_wandb_goes_on_with_its_run_and_gets_no_step_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     session(tmp_path, ["wandb"], range(1, 6))
     time.sleep(1.1)  # its folders are named by the second
     session(tmp_path, ["wandb"], range(4, 8))
+    wandb.teardown()  # its service may still be writing
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     until = time.monotonic() + 30  # wandb's own process may still be writing
     while time.monotonic() < until and not all(map(ended, files)):
@@ -147,8 +155,43 @@ def test_wandb_goes_on_with_its_run_and_gets_no_step_twice(
             steps.append(record.history.step.num)
         elif record.WhichOneof("record_type") == "run":
             runs.append(record.run.run_id)
+    told = b"".join(file.read_bytes() for file in files)
+    for private in (str(tmp_path), str(ROOT), sys.argv[0], getpass.getuser(), "/home/ann"):
+        assert private.encode() not in told
+    assert not list(tmp_path.glob("wandb/offline-run-*/files/*"))  # such as what was printed
     assert steps == [1, 2, 3, 4, 5, 6, 7]
     assert runs == [json.loads((tmp_path / "trackers.json").read_text())["wandb"]["id"]] * 2
+
+
+@pytest.mark.usefixtures("diary")
+@pytest.mark.parametrize("publish_images", [False, True])
+def test_photographs_are_sent_only_where_they_may_be(publish_images: bool, tmp_path: Path) -> None:
+    PartialState()
+    log = MetricsLog(tmp_path / "metrics.jsonl", enabled=False)
+    for name in PICTURES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    with Trackers(["diary", "tensorboard"], tmp_path) as trackers:
+        trackers.start(log, SETTINGS, step=0)
+        trackers.show([tmp_path / each for each in PICTURES], step=1, publish_images=publish_images)
+    sent = (tmp_path / "diary.txt").read_text().splitlines()[2:]
+    assert sent == ["loss_terms", "singular_values", *["retrievals"] * publish_images]
+    assert "retrievals" in events(tmp_path).Tags()["images"]  # which stays on this machine
+
+
+@pytest.mark.filterwarnings("ignore")  # mlflow's own
+def test_mlflow_is_told_neither_user_nor_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("LOGNAME", "MARKlogin")
+    session(tmp_path, ["mlflow"], range(1, 3))
+    stored = b"".join(f.read_bytes() for f in tmp_path.glob("mlruns/**/*") if f.is_file())
+    assert b"vicreg-hf" in stored
+    for private in ("MARKlogin", "/home/ann", sys.argv[0]):
+        assert private.encode() not in stored
 
 
 @pytest.mark.usefixtures("diary")

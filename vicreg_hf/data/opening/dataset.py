@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 from collections import Counter
@@ -11,6 +12,8 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 from datasets import config
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from vicreg_hf.data.columns.reading import zip_and_name
 from vicreg_hf.data.opening import DEMO
@@ -27,6 +30,7 @@ from vicreg_hf.data.opening.metadata import METADATA, ONE, read_metadata
 from vicreg_hf.data.opening.slicing import Splits
 from vicreg_hf.data.opening.tables import FORMATS, TABLE_BUILDERS, card_has_configs, load_tables
 from vicreg_hf.data.opening.tars import load_dataset
+from vicreg_hf.runtime.checks import fault_at_hub
 from vicreg_hf.runtime.console import warn
 from vicreg_hf.runtime.files import FULL, local_path, utf8_path
 
@@ -36,6 +40,8 @@ SAVED = ("dataset_dict.json", "state.json")
 """Files that `save_to_disk` writes."""
 MAY_BE_METADATA = (".csv", ".tsv", ".jsonl", ".parquet")
 """Endings of files that may be meant as metadata, also if they are not called so."""
+ENDINGS = IMAGES.suffixes | SOUNDS.suffixes | {*TABLE_BUILDERS, *MAY_BE_METADATA, ".zip", ".npy"}
+"""Endings of names that are files on this machine, and no data sets on the Hub."""
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -101,9 +107,7 @@ def _load(name: str, config_name: str | None, streaming: bool) -> Splits:
             )
         splits = load_demo()
     elif local is None:
-        if name in FORMATS:  # for which `datasets` would take whatever lies right here
-            raise ValueError(f"there is no file or folder called {name} in {os.getcwd()}.")
-        return load_dataset(name, config_name, streaming=streaming)[0]
+        return _open_from_hub(name, config_name, streaming)
     elif any(os.path.isfile(os.path.join(local, each)) for each in SAVED):
         splits = datasets.load_from_disk(local)
         if isinstance(splits, datasets.Dataset):
@@ -123,6 +127,44 @@ def _load(name: str, config_name: str | None, streaming: bool) -> Splits:
         split: table.to_iterable_dataset(num_shards=min(64, max(1, len(table))))  # for workers
         for split, table in splits.items()
     }
+
+
+def _open_from_hub(name: str, config_name: str | None, streaming: bool) -> Splits:
+    """Open a data set of the Hub, which is asked once whether it has one of this name.
+
+    Where it has none, or does not answer, the data set may still be in the cache.
+
+    Raises:
+        ValueError: there is none, and nothing of this name on this machine either.
+    """
+    place = Path(os.path.abspath(os.path.expanduser(name)))
+    nowhere = f"there is no file or folder {place}"
+    if place.parent.is_dir():
+        near = difflib.get_close_matches(place.name, os.listdir(place.parent), n=1, cutoff=0.75)
+        nowhere += "".join(f", but {place.parent / each}" for each in near)
+    if name in FORMATS or _is_path(name):  # `datasets` would take formats for what lies right here
+        raise ValueError(f"{nowhere}.")
+    fault = None if "://" in name else fault_at_hub(name, "dataset")
+    if fault is None:
+        return load_dataset(name, config_name, streaming=streaming)[0]
+    before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True  # it would ask five times
+    try:
+        return load_dataset(name, config_name, streaming=streaming)[0]
+    except Exception:  # it is not in the cache either
+        raise ValueError(f"{nowhere}, and {fault}.") from None
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can be a path alone, and no id on the Hub."""
+    if "://" in name:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return name.startswith(".") or suffix_of(name) in ENDINGS
 
 
 def _holds_media(files: list[str]) -> bool:

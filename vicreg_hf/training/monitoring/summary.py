@@ -11,6 +11,10 @@ from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.choosing import chosen_step, describe_choice
 from vicreg_hf.training.run import Run
 
+FEW, LARGE = 500, 5_000_000
+"""Images below which a run is advised to begin with learned weights, and parameters above which a
+run on a CPU is advised to take a smaller network."""
+
 
 def first_message(
     args: PretrainingArguments,
@@ -48,6 +52,32 @@ def first_message(
         f"{args.image_size} pixels: {steps}, {args.batch_size:,} images each, on {hardware}, "
         f"into {args.output_dir}."
     )
+
+
+def advice(run: Run) -> list[str]:
+    """A line for each thing that beginners have better otherwise, before a run's first step."""
+    args, images, lines = run.args, run.inputs.train.num_images, list[str]()
+    if run.step:
+        return lines
+    if run.monitor is not None and run.monitor.leaves_one_out and run.monitor.trained_on:
+        lines.append(
+            "There are no held-out images: kNN is measured on those that are trained on. Put some "
+            "of each class into a folder test beside train, or name others with "
+            "--monitor_dataset_name."
+        )
+    pretrained = args.pretrained or args.init_from is not None
+    if images is not None and images < FEW and not pretrained:
+        lines.append(
+            f"{images:,} images are few to learn from: --config small-data begins with weights "
+            "that have learned from ImageNet."
+        )
+    parameters = sum(p.numel() for p in run.model.encoder.parameters())
+    if run.accelerator.device.type == "cpu" and parameters > LARGE:
+        lines.append(
+            f"{args.architecture} is large for a CPU: --config tiny-cpu trains a small network, "
+            "and --max_steps 20 shows how long a step takes."
+        )
+    return lines
 
 
 def last_message(run: Run, encoder: Path, second: Path | None) -> str:

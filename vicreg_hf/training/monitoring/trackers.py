@@ -23,6 +23,7 @@ from accelerate.utils import LoggerType
 from PIL import Image
 from tqdm import tqdm
 
+from vicreg_hf.hub.card import PHOTOGRAPHS
 from vicreg_hf.hub.record import LOCAL_SETTINGS, impersonal
 from vicreg_hf.runtime.checks import one_line
 from vicreg_hf.runtime.console import optional
@@ -34,6 +35,8 @@ PROJECT = "vicreg-hf"
 STATE = "trackers.json"
 RECORDS = (STATE, "tensorboard", "wandb")
 """What trackers leave in output_dir."""
+LOCAL = ("tensorboard",)
+"""Trackers that write to output_dir, and send nothing from this machine."""
 CONTINUED = ("tensorboard", "wandb", "mlflow")
 """Trackers that go on with the curves of an earlier session; others get the whole run again."""
 
@@ -106,12 +109,19 @@ class Trackers:
             with self._going_on_without(name):
                 self._send(name, row)
 
-    def show(self, files: Sequence[Path], *, step: int) -> None:
-        """Send pictures, under their names without extension, to trackers that take pictures."""
+    def show(self, files: Sequence[Path], *, step: int, publish_images: bool = False) -> None:
+        """Send pictures, under their names without extension, to trackers that take pictures.
+
+        Args:
+            publish_images: also those that show images of the data, which otherwise only trackers
+                that stay on this machine get.
+        """
         for name, tracker in list(self._open.items()):
             with self._going_on_without(name):
                 for file in files:
-                    _show(name, tracker, file, step)
+                    photographs = any(file.as_posix().endswith(each) for each in PHOTOGRAPHS)
+                    if name in LOCAL or publish_images or not photographs:
+                        _show(name, tracker, file, step)
 
     def __enter__(self) -> Trackers:
         return self
@@ -215,11 +225,26 @@ def _create(name: str, directory: Path, run_id: str | None, step: int) -> Any:
         variables = {"id": "WANDB_RUN_ID", "name": "WANDB_NAME", "dir": "WANDB_DIR"}
         settings = {k: v for k, v in own.items() if variables[k] not in os.environ}
         settings["resume"] = "allow"
+        settings["settings"] = _reticent()
     elif name == "mlflow":
-        settings = {"run_id": run_id, "run_name": title}
+        who = dict.fromkeys(("mlflow.user", "mlflow.source.name"), PROJECT)  # else user and path
+        settings = {"run_id": run_id, "run_name": title, "tags": who}
     kind: Any = LOGGER_TYPE_TO_CLASS[name]
     place = [str(directory)] if kind.requires_logging_directory else []
     return kind(project, *place, **settings)
+
+
+def _reticent() -> Any:
+    """Settings of wandb that keep command line, host, user, packages and what is printed here."""
+    from wandb import Settings
+
+    wanted = {
+        "console": "off", "disable_git": True, "disable_code": True, "save_code": False,
+        "host": "machine", "x_disable_meta": True, "x_disable_machine_info": True,
+        "x_save_requirements": False,
+    }  # fmt: skip
+    known = getattr(Settings, "model_fields", {})  # which older releases have not all
+    return Settings(**{key: value for key, value in wanted.items() if key in known})
 
 
 def _show(name: str, tracker: Any, file: Path, step: int) -> None:
