@@ -114,12 +114,12 @@ def _retrieval(task: Task) -> None:
     relevant = labels[nearest] == wanted[:, None]
     num_relevant = labels.bincount(minlength=int(wanted.max()) + 1)[wanted]
     for k in numbers:
-        precision = average_precision_at_k(relevant[:, :k], num_relevant)
-        for name, scores in (
-            ("recall", recall_at_k(relevant, k)), ("mean average precision", precision)
-        ):  # fmt: skip
+        scores = {"recall": recall_at_k(relevant, k)}
+        if k > 1:  # at 1 it is the recall
+            scores["mean average precision"] = average_precision_at_k(relevant[:, :k], num_relevant)
+        for name, values in scores.items():
             settings = {"similarity": "cosine", "searched": len(train), "k": k}
-            task.add_scores("retrieval", f"{name} at {k}", scores, settings)
+            task.add_scores("retrieval", f"{name} at {k}", values, settings)
 
 
 def _cross_retrieval(task: Task) -> None:
@@ -153,11 +153,11 @@ def _collapse(task: Task) -> None:
     report = collapse_report(x, _features_of_two_views(task))
     curves = {"std": _rounded(report.std), "singular_values": _rounded(report.singular_values)}
     for name, value, num_images, details in (
-        ("embedding std", report.unit_std, len(x), {}),
-        ("effective rank", report.effective_rank, len(x), curves),
-        ("alignment", report.alignment, min(ALIGNED, len(x)), {}),
-        ("uniformity", report.uniformity, len(x), {}),
-        ("off-diagonal correlation", report.off_diagonal_correlation, len(x), {}),
+        ("std of unit-length features", report.unit_std, len(x), {}),
+        ("effective rank of features", report.effective_rank, len(x), curves),
+        ("alignment of features", report.alignment, min(ALIGNED, len(x)), {}),
+        ("uniformity of features", report.uniformity, len(x), {}),
+        ("off-diagonal correlation of features", report.off_diagonal_correlation, len(x), {}),
     ):
         assert value is not None
         task.measurements.append(
