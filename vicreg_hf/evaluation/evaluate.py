@@ -19,6 +19,7 @@ from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.opening.slicing import add_parts
 from vicreg_hf.evaluation.baselines import measure_baselines
 from vicreg_hf.evaluation.card import add_evaluation
+from vicreg_hf.evaluation.classifier import check_savable
 from vicreg_hf.evaluation.pair_embeddings import Pairs, open_pairs
 from vicreg_hf.evaluation.protocols import RUNNERS
 from vicreg_hf.evaluation.report.gallery import Gallery
@@ -68,6 +69,10 @@ def evaluate(args: EvaluationArguments, *, say: Say = print) -> dict[str, Any]:
     with writing(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=output_dir).close()
+    if args.save_classifier is not None:
+        with failing_together(accelerator.device):
+            if main:
+                check_savable(tasks[0].encoder, tasks[0].data.names, args.save_classifier)
     for number, task in enumerate(tasks):
         _encode(task, None if number == 0 else lambda _: None)
     _keep_common_images([task.usable for task in tasks])

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from vicreg_hf.data.bad_images import BadImages
 from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.data.memory import SMALL_IMAGE, common_side, load_in_memory
 from vicreg_hf.data.splits import ImageSplit
+from vicreg_hf.evaluation.classifier import Classifier, save_classifier
 from vicreg_hf.evaluation.finetuning import finetune
 from vicreg_hf.evaluation.measurements import Measurement
 from vicreg_hf.evaluation.pair_embeddings import embed_pairs
@@ -30,6 +32,7 @@ from vicreg_hf.metrics.knn import knn_predict
 from vicreg_hf.metrics.linear_probe import linear_probe
 from vicreg_hf.metrics.retrieval import average_precision_at_k, nearest_neighbours, recall_at_k
 from vicreg_hf.metrics.subsets import balanced_subset
+from vicreg_hf.runtime.distributed import failing_together
 from vicreg_hf.runtime.machine import default_num_workers, local_processes
 from vicreg_hf.settings.evaluation import TRAINED
 from vicreg_hf.views.two_views import TwoViews
@@ -208,6 +211,16 @@ def _trained(protocol: str, task: Task) -> None:
     chosen = {name: value for name, value in asdict(settings).items() if name != "seed"} | {
         "batch_size": result.batch_size, "training_images": len(train if rows is None else rows),
     }  # fmt: skip
+    if args.save_classifier is not None and protocol.startswith("finetune"):
+        with failing_together(task.device):
+            if task.accelerator.is_main_process:
+                assert isinstance(result.model, Classifier)
+                place = save_classifier(
+                    result.model, encoder, data.names, Path(args.save_classifier)
+                )
+                task.accelerator.print(
+                    f"The classifier is in {place}, as AutoModelForImageClassification loads it."
+                )
     task.add_predictions(
         protocol, NAMES[protocol], result.predictions[task.features["test"].rows], chosen,
         {"losses": result.losses, "seconds": round(result.seconds, 1)},

@@ -94,6 +94,9 @@ class EvaluationArguments(EncodingSettings):
     """Fraction of each class that finetune learns from, chosen by seed; by default all."""
     label_list: str | None = None
     """File with an image name or row number in each line, from which finetune learns."""
+    save_classifier: str | None = None
+    """Directory for the classifier that finetune, finetune-1 or finetune-10 trains, which stock
+    AutoModelForImageClassification and timm load with its class names."""
     num_resamples: Count = 1000
     """Resamples of the test images for intervals of differences; for svm at most 200."""
     cache_dir: str = str(Path(HF_HOME) / "vicreg_hf" / "features")
@@ -117,6 +120,13 @@ class EvaluationArguments(EncodingSettings):
             raise ValueError(
                 "labels_per_class is a setting of the protocol linear, got "
                 f"protocols={self.protocols}; add linear, or leave it out."
+            )
+        tuned = [name for name in self.protocol_names if name.startswith("finetune")]
+        if self.save_classifier is not None and (len(tuned) != 1 or len(self.model_names) > 1):
+            raise ValueError(
+                "save_classifier keeps the classifier of one encoder and one of finetune, "
+                f"finetune-1 and finetune-10, got model={self.model} and "
+                f"protocols={self.protocols}."
             )
         subset = self.label_fraction is not None or self.label_list is not None
         if subset and "finetune" not in self.protocol_names:
