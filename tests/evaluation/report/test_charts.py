@@ -35,10 +35,8 @@ def test_spectrum_is_that_of_the_centred_training_features(tmp_path: Path) -> No
     assert len(marks) == 8  # of the ninth only rounding is left
     assert np.corrcoef(marks[:, 1], np.log(singular[:8]))[0, 1] > 1 - 1e-9
     p = singular / singular.sum()
-    assert (
-        f"Effective rank of the centred training features {np.exp(-(p * np.log(p)).sum()):.1f} of at most 9"
-        in page.text
-    )
+    rank = np.exp(-(p * np.log(p)).sum())
+    assert f"Effective rank of the centred training features {rank:.1f} of at most 9" in page.text
     assert "From 300 training images, 9 dimensions." in page.text
     std = centred.std(0, ddof=1)
     [described] = [a for a in page.values("svg", "aria-label") if "deviation" in a]

@@ -171,13 +171,8 @@ def draw_spectrum(features: Mapping[str, Tensor], path: Path) -> str | None:
     axes = figure.subplots()
     told = []
     for name, rows in features.items():
-        x = rows.double().cpu()
-        # a dimension that is the same everywhere keeps no rounding error of its mean
-        x = torch.where((x == x[0]).all(0), 0.0, x - x.mean(0))
-        count, width = min(len(x) - 1, x.shape[1]), x.shape[1]
-        singular = torch.linalg.svdvals(x)[:count]
-        relative = singular / singular[0]
-        relative = relative[relative > ROUNDING]
+        relative, width = relative_spectrum(rows), rows.shape[1]
+        count = min(len(rows) - 1, width)
         if len(relative) < 2:
             continue
         marker = "o" if len(relative) <= FEW_POINTS else None
@@ -198,6 +193,19 @@ def draw_spectrum(features: Mapping[str, Tensor], path: Path) -> str | None:
     return " and ".join(told)
 
 
+def relative_spectrum(features: Tensor) -> Tensor:
+    """Singular values of centred features (N, F), the largest as 1, at most min(N - 1, F).
+
+    Those that are rounding errors of 0 are left out.
+    """
+    x = features.double().cpu()
+    # a dimension that is the same everywhere keeps no rounding error of its mean
+    x = torch.where((x == x[0]).all(0), 0.0, x - x.mean(0))
+    singular = torch.linalg.svdvals(x)[: min(len(x) - 1, x.shape[1])]
+    relative = singular / singular[0]
+    return relative[relative > ROUNDING]
+
+
 def draw_retrievals(queries: Shown, bank: Shown, path: Path) -> bool:
     """Draw each query beside its nearest images, with similarities and whether classes agree.
 
@@ -215,15 +223,20 @@ def draw_retrievals(queries: Shown, bank: Shown, path: Path) -> bool:
         own = queries.classes[row]
         _show(line[0], queries.images[row], own or "", INK)
         for axes, index, similarity in zip(line[1:], near, close, strict=True):
-            other, mark, colour = bank.classes[index], "", PLAIN
-            if own is not None and other is not None:
-                same, marked = own == other, True
-                mark, colour = (" ✓", RIGHT) if same else (" ✗", WRONG)
-            _show(axes, bank.images[index], f"{similarity:.2f}{mark}", colour)
+            other = bank.classes[index]
+            marked |= own is not None and other is not None
+            _show(axes, bank.images[index], *below_neighbour(similarity, own, other))
     grid[0][0].set_title("image", fontsize=9)
     grid[0][1].set_title("nearest", fontsize=9, loc="left")
     _save(figure, path)
     return marked
+
+
+def below_neighbour(similarity: float, own: str | None, other: str | None) -> tuple[str, str]:
+    """The text below a neighbour and the colour of its frame, by the classes of query and it."""
+    if own is None or other is None:
+        return f"{similarity:.2f}", PLAIN
+    return (f"{similarity:.2f} ✓", RIGHT) if own == other else (f"{similarity:.2f} ✗", WRONG)
 
 
 def _show(axes: Axes, image: Tensor, below: str, colour: str) -> None:

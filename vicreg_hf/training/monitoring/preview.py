@@ -103,24 +103,27 @@ def describe_images(inputs: TrainingData) -> str:
 
 
 def empty_views(images: Sequence[Tensor], views: Sequence[Tensor]) -> list[str]:
-    """A sentence for each view that shows nothing of an image that shows something.
+    """Sentences on photographs that show nothing, and on views of others that show nothing.
 
     Args:
         images: B tensors of (C, H, W) uint8.
         views: (B, C, S, S) tensors of levels in [0, 1].
     """
-    sentences = []
+    photographs, lost, sentences = list[str](), list[str](), list[str]()
     for row, (image, *own) in enumerate(zip(images, *views, strict=True), 1):
-        if _nothing(image.float() / 255):
-            sentences.append(f"photograph {row} is {_nothing(image.float() / 255)} itself.")
+        if nothing := _nothing(image.float() / 255):
+            photographs.append(f"photograph {row} ({nothing})")
             continue
-        for number, view in enumerate(own, 1):
-            if nothing := _nothing(view.float()):
-                sentences.append(
-                    f"view {number} of photograph {row} is {nothing}, so nothing can be learned "
-                    "from it; choose another --augmentation, or --value_range if the images have "
-                    "more than 8 bits."
-                )
+        empty = [(number, _nothing(view.float())) for number, view in enumerate(own, 1)]
+        lost += [f"view {n} of photograph {row} ({what})" for n, what in empty if what]
+    if photographs:
+        sentences.append(f"{', '.join(photographs)} show{'s' * (len(photographs) == 1)} nothing.")
+    if lost:
+        sentences.append(
+            f"{len(lost)} of {len(images) * len(views)} views show nothing, and nothing is learned "
+            f"from them: {', '.join(lost)}; choose another --augmentation, or --value_range if the "
+            "images have more than 8 bits."
+        )
     return sentences
 
 
