@@ -58,7 +58,7 @@ class Shown:
     """(N, C, S, S) uint8."""
     features: Tensor
     """(N, F)."""
-    classes: list[str | None]
+    classes: Sequence[str | None]
     """Names of the N images' classes; None where one is not known."""
 
 
@@ -95,7 +95,7 @@ def draw_pictures(run: Run, directory: Path) -> Iterator[Picture]:
         )  # fmt: skip
         images = torch.cat(list(batches))
         bad.agree(say=lambda _: None)
-        usable = ~np.isin(chosen, [image.row for image in bad.found])
+        usable = ~np.isin(chosen, np.array([image.row for image in bad.found], dtype=np.int64))
         images = images[torch.from_numpy(usable)]
         features = extract_features(model.encoder, images.split(128), **settings)
         return Shown(images, features, _class_names(split, chosen[usable]))
