@@ -117,6 +117,9 @@ def _retrieval(task: Task) -> None:
     relevant = labels[nearest] == wanted[:, None]
     num_relevant = labels.bincount(minlength=int(wanted.max()) + 1)[wanted]
     for k in numbers:
+        voters = task.args.numbers("knn_k", len(train))
+        if k == 1 and 1 in voters and "knn" in task.args.protocol_names:
+            continue  # the accuracy of 1-NN is the same measure
         scores = {"recall": recall_at_k(relevant, k)}
         if k > 1:  # at 1 it is the recall
             scores["mean average precision"] = average_precision_at_k(relevant[:, :k], num_relevant)
