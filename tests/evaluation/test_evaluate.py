@@ -55,7 +55,7 @@ def test_results_hold_what_one_reads_them_by(whole: Path, found: dict[str, Any])
     assert results["preprocessing"]["input_size"] == [3, 32, 32]
     assert results["hardware"].endswith("1 process")
     assert set(results["software"]) == {"vicreg_hf", "torch", "timm", "transformers", "python"}
-    assert len(found) == len(results["results"]) == 2 + 1 + 1 + 1 + 4 + 5
+    assert len(found) == len(results["results"]) == 2 + 1 + 1 + 1 + 3 + 5
     assert {each["protocol"] for each in found.values()} == set(ALL.split(","))
     page = html.unescape((whole / "report.html").read_text(encoding="utf-8"))
     assert all(text in page for text in ("untrained on digits", *NAMES, *found))
@@ -121,5 +121,5 @@ def test_a_collapsed_encoder_gives_numbers_that_json_has(few: Path, tmp_path: Pa
     weights = {name: torch.zeros_like(value) for name, value in load_file(file).items()}
     save_file(weights, file, {"format": "pt"})
     found = measure(tmp_path / "dead", few, tmp_path, "knn,linear,retrieval,collapse")
-    assert found["effective rank"]["value"] == pytest.approx(1, abs=0.01)
+    assert found["effective rank of features"]["value"] == pytest.approx(1, abs=0.01)
     strict(tmp_path / "out" / "results.json")

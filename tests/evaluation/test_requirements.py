@@ -162,7 +162,7 @@ def test_what_does_not_suffice_is_refused_before_an_image_is_encoded(
 
 def test_collapse_is_measured_without_labels(strange: Path, encoder: Path, tmp_path: Path) -> None:
     found = measure(encoder, strange / "unlabelled", tmp_path, "collapse")
-    assert 1 < found["effective rank"]["value"] < 20
+    assert 1 < found["effective rank of features"]["value"] < 20
 
 
 def test_too_many_bad_images_are_refused_each_time(encoder: Path, tmp_path: Path) -> None:

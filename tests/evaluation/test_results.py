@@ -78,7 +78,7 @@ def test_a_card_gets_each_result_once(tmp_path: Path) -> None:
     path.write_text(text + "\n## Training\n\nLong.\n")
     knn = Measurement("knn", "5-NN", 0.5, 20, 0, low=0.4, high=0.6)
     better, linear = replace(knn, value=0.55), replace(knn, name="linear probe", value=0.12345)
-    rank = Measurement("collapse", "effective rank", 3.25, 20, 0, percent=False)
+    rank = Measurement("collapse", "effective rank of features", 3.25, 20, 0, percent=False)
     for measurements, dataset in (
         ([knn], "few"), ([better, rank], "few"), ([knn], "other"), ([linear], "few")
     ):  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 from vicreg_hf.evaluation.measurements import Measurement
 from vicreg_hf.evaluation.report.gallery import Gallery
 from vicreg_hf.evaluation.report.report import write_report
+from vicreg_hf.evaluation.report.verdict import Evaluated
 
 NAMES = ("cat", "dog", "ship", "truck")
 HOSTILE = (
@@ -26,7 +27,7 @@ MEASUREMENTS = (
     Measurement(
         "knn", "20-NN top-1 accuracy", 0.8125, 1234, 3, {"k": 20, "temperature": 0.07}, 0.79, 0.83
     ),
-    Measurement("collapse", "effective rank", 37.2231, 60, 0, percent=False),
+    Measurement("collapse", "effective rank of features", 37.2231, 60, 0, percent=False),
 )
 
 
@@ -125,8 +126,16 @@ def example(num_classes: int = 4, *, test_images: int = 60, drawn: bool = True) 
 def written(directory: Path, **changes: Any) -> Page:
     """The page of an undrawn example without classifiers, but for some changes."""
     plain = example(drawn=False) | {"predictions": {}, "test": undrawn()}
-    write_report(directory / "report.html", **plain | changes)
+    write(directory / "report.html", **plain | changes)
     return Page(directory / "report.html")
+
+
+def write(path: Path, **given: Any) -> None:
+    """Write the report of one encoder, whose parts are given beside what holds for the page."""
+    parts = ("measurements", "predictions", "train", "test", "baselines")
+    own = {name: given.pop(name) for name in parts if name in given}
+    given.setdefault("models", [Evaluated("vicreg-r18", **own)])
+    write_report(path, **given)
 
 
 def decoded(uri: str) -> bytes:

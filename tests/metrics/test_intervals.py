@@ -1,12 +1,12 @@
-"""Bootstrap intervals against theory."""
+"""Intervals against theory."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, binomtest
 
-from vicreg_hf.metrics.intervals import bootstrap_interval
+from vicreg_hf.metrics.intervals import bootstrap_interval, share_interval
 
 
 @pytest.mark.parametrize("two_values", [True, False])
@@ -44,3 +44,23 @@ def test_an_interval_is_a_function_of_scores_and_seed(values: int) -> None:
 def test_scores_that_are_not_one_an_image_are_refused(scores: list[float], shape: str) -> None:
     with pytest.raises(ValueError, match=f"one number an image, got shape {shape}"):
         bootstrap_interval(scores)
+
+
+@pytest.mark.parametrize("right", [0, 1, 60, 120])
+def test_shares_have_wilsons_interval_which_is_never_empty(right: int) -> None:
+    interval = binomtest(right, 120).proportion_ci(method="wilson")
+    found = share_interval(np.arange(120) < right)
+    assert found == pytest.approx((interval.low, interval.high), abs=1e-12)
+    assert found[1] - found[0] > 0.03
+
+
+def test_scores_between_0_and_1_have_intervals_that_cover_their_mean() -> None:
+    random, covered = np.random.default_rng(0), 0
+    for _ in range(300):
+        low, high = share_interval(random.beta(0.5, 0.2, size=80))
+        covered += low <= 0.5 / 0.7 <= high
+    assert 0.90 <= covered / 300 <= 0.98
+    low, high = share_interval(np.full(30, 0.25))
+    assert low < 0.25 < high
+    with pytest.raises(ValueError, match="scores must be from 0 to 1, got 0 to 2"):
+        share_interval([0, 2])

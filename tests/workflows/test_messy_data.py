@@ -76,7 +76,7 @@ def test_data_without_labels_are_monitored_without(
     assert "kNN needs labels, but data (train) has no labels; if it has" in printed
     assert "No images with classes, so no kNN accuracy was measured" in printed
     assert "effective rank of representations: " in printed
-    assert "effective rank: " in printed
+    assert "effective rank of a batch's embeddings: " in printed
 
 
 @pytest.mark.parametrize(("mode", "channels", "size"), [("L", 1, IN_MEMORY), ("RGBA", 4, DECODED)])

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with script(*ERRORS):
         if instead.preview is not None:
-            print(f"Each row of {draw_preview(args, instead.preview)}: an image and its two views.")
+            print(f"Each row of {draw_preview(args, instead.preview)}: an image and its views.")
         elif instead.replay is not None:
             print(f"The step is described in {replay(args, int(instead.replay))}.")
         else:

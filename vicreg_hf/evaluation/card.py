@@ -68,7 +68,7 @@ def _with_section(text: str, dataset: str, split: str, measurements: Sequence[Me
         before, after = text[:place].rstrip() + "\n\n", "\n\n" + text[place:].lstrip()
     section = [
         begin, f"## Evaluation on {dataset} ({split})", "",
-        "| measure | value, 95 % interval over resampled images | images |", "|---|---|---|",
+        "| measure | value, 95 % interval | images |", "|---|---|---|",
         *rows.values(), end,
     ]  # fmt: skip
     return before + "\n".join(section) + after

@@ -1,23 +1,29 @@
-"""Measuring an encoder on a labelled data set, by several protocols at once."""
+"""Measuring encoders on a labelled data set, by several protocols at once."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import datasets
+import torch
+from accelerate import Accelerator
 
 from vicreg_hf.data.classes import describe_missing_classes
 from vicreg_hf.data.labelled import Labelled, LabelledData, open_labelled
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.opening.slicing import add_parts
+from vicreg_hf.evaluation.baselines import measure_baselines
 from vicreg_hf.evaluation.card import add_evaluation
+from vicreg_hf.evaluation.classifier import check_savable
 from vicreg_hf.evaluation.pair_embeddings import Pairs, open_pairs
 from vicreg_hf.evaluation.protocols import RUNNERS
 from vicreg_hf.evaluation.report.gallery import Gallery
+from vicreg_hf.evaluation.report.verdict import Evaluated, differences, right_answers, verdict
 from vicreg_hf.evaluation.requirements import require_labels, require_neighbours
 from vicreg_hf.evaluation.task import Task
 from vicreg_hf.features.cache import Features, cached_features
@@ -30,7 +36,7 @@ from vicreg_hf.runtime.distributed import failing_together
 from vicreg_hf.runtime.files import clear_leftovers, replacing, writing
 from vicreg_hf.runtime.machine import hardware, software, start_accelerator
 from vicreg_hf.runtime.output_dir import set_aside
-from vicreg_hf.settings.evaluation import TRAINED, EvaluationArguments
+from vicreg_hf.settings.evaluation import TRAINED, EvaluationArguments, run_name
 
 RESULTS, REPORT = "results.json", "report.html"
 SAME_FACTS = ("encoder_sha256", "dataset", "train_split", "eval_split", "preprocessing", "bf16")
@@ -39,16 +45,16 @@ Say = Callable[[str], object]
 
 
 def evaluate(args: EvaluationArguments, *, say: Say = print) -> dict[str, Any]:
-    """Measure an encoder, write results.json and report.html, and add to its card.
+    """Measure encoders, write results.json and report.html, and add to their cards.
 
     Everything that can be refused is refused before an image is encoded. Every process must call
-    this.
+    this. Several encoders are measured on the same images, each with its own preprocessing.
 
     Args:
         say: told what was measured.
 
     Returns:
-        The contents of results.json.
+        The contents of results.json: of several encoders, a list of them under `models`.
 
     Raises:
         ValueError: a setting, encoder or data set that cannot be, or labels that do not suffice.
@@ -59,44 +65,85 @@ def evaluate(args: EvaluationArguments, *, say: Say = print) -> dict[str, Any]:
     datasets.disable_progress_bars()
     output_dir, main = Path(str(args.output_dir)), accelerator.is_main_process
     tell = say if main else lambda _: None
+    tasks = [_open_task(replace(args, model=name), accelerator) for name in args.model_names]
+    with writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=output_dir).close()
+    if args.save_classifier is not None:
+        with failing_together(accelerator.device):
+            if main:
+                check_savable(tasks[0].encoder, tasks[0].data.names, args.save_classifier)
+    for number, task in enumerate(tasks):
+        _encode(task, None if number == 0 else lambda _: None)
+    _keep_common_images([task.usable for task in tasks])
+    for number, task in enumerate(tasks):
+        said = tell if number == 0 else lambda _: None  # it is the same for all
+        for name, features in task.usable.items():
+            task.features[name] = _with_class(task.part(name), features, said)
+        _tell_of_missing_classes(task, said)
+        require_neighbours(args, len(task.features["train"].rows), task.data.train.split.name)
+    for task, name in zip(tasks, display_names(args.model_names), strict=True):
+        if len(tasks) > 1:
+            tell(f"{name}:")
+        _measure(task, tasks, tell)
+    results: dict[str, Any] = {}
+    with failing_together(accelerator.device):
+        if main:
+            results = _write(tasks, output_dir, say)
+    accelerator.end_training()
+    return results or _results(tasks, [])
+
+
+def _open_task(args: EvaluationArguments, accelerator: Accelerator) -> Task:
+    """An encoder and the data it is measured on, with labels that suffice."""
     encoder = open_encoder(args.model, args.revision)
     opened: list[tuple[LabelledData, Pairs | None]] = []
     for main_first in (True, False):
         with failing_together(accelerator.device):
-            if main == main_first:
+            if accelerator.is_main_process == main_first:
                 opened.append(_open_data(args, encoder))
     ((data, pairs),) = opened
     require_labels(args, data, num_processes=accelerator.num_processes)
-    with writing(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=output_dir).close()
-    encoder.module.to(accelerator.device)
-    task = Task(args, accelerator, encoder, data, pairs)
+    return Task(args, accelerator, encoder, data, pairs)
+
+
+def _encode(task: Task, say: Say | None) -> None:
+    args, data = task.args, task.data
+    task.encoder.module.to(task.device)
     task.usable = cached_features(
-        encoder, {"train": data.train.split, "test": data.test.split}, Path(args.cache_dir),
-        accelerator, batch_size=args.batch_size, num_workers=args.num_workers, bf16=args.bf16,
-        max_bad_fraction=args.max_bad_fraction,
+        task.encoder, {"train": data.train.split, "test": data.test.split}, Path(args.cache_dir),
+        task.accelerator, batch_size=args.batch_size, num_workers=args.num_workers,
+        bf16=args.bf16, max_bad_fraction=args.max_bad_fraction, say=say,
     )  # fmt: skip
-    for name, features in task.usable.items():
-        task.features[name] = _with_class(task.part(name), features, tell)
-    _tell_of_missing_classes(task, tell)
-    require_neighbours(args, len(task.features["train"].rows), data.train.split.name)
-    for protocol in args.protocol_names:
+
+
+def _keep_common_images(found: Sequence[dict[str, Features]]) -> None:
+    """Leave out images that one encoder can use and another cannot."""
+    for part in ("train", "test"):
+        common = found[0][part].rows
+        for one in found:
+            common = common[torch.isin(common, one[part].rows)]
+        for one in found:
+            kept = torch.isin(one[part].rows, common)
+            if not bool(kept.all()):
+                x = one[part].x[kept] if len(one[part].x) else one[part].x
+                one[part] = Features(x, one[part].rows[kept])
+
+
+def _measure(task: Task, tasks: Sequence[Task], tell: Say) -> None:
+    for protocol in task.args.protocol_names:
         before = len(task.measurements)
         if protocol in TRAINED:
             RUNNERS[protocol](task)
         else:
-            with failing_together(accelerator.device):
-                if main:
+            with failing_together(task.device):
+                if task.accelerator.is_main_process:
                     RUNNERS[protocol](task)
         for measurement in task.measurements[before:]:
             tell(f"{measurement.name}: {measurement.shown}")
-    results = _results(task)
-    with failing_together(accelerator.device):
-        if main:
-            _write(task, results, output_dir, say)
-    accelerator.end_training()
-    return results
+    measure_baselines(task, tasks)
+    for baseline in task.baselines.values():
+        tell(f"{baseline.measurement.name}: {baseline.measurement.shown}")
 
 
 def _open_data(args: EvaluationArguments, encoder: Encoder) -> tuple[LabelledData, Pairs | None]:
@@ -139,7 +186,20 @@ def _tell_of_missing_classes(task: Task, tell: Say) -> None:
         tell(sentence)
 
 
-def _write(task: Task, results: dict[str, Any], output_dir: Path, say: Say) -> None:
+def _write(tasks: Sequence[Task], output_dir: Path, say: Say) -> dict[str, Any]:
+    """Write what was measured, and return the contents of results.json."""
+    models = [
+        Evaluated(name, task.measurements, task.predictions, _gallery(task, "train"),
+                  _gallery(task, "test"), task.baselines)
+        for name, task in zip(display_names([t.args.model for t in tasks]), tasks, strict=True)
+    ]  # fmt: skip
+    sentences = verdict(models, seed=tasks[0].args.seed, resamples=tasks[0].args.num_resamples)
+    results = _results(tasks, sentences)
+    if len(tasks) > 1:
+        results["differences"] = differences(
+            right_answers(models), seed=tasks[0].args.seed,
+            resamples=tasks[0].args.num_resamples,
+        )  # fmt: skip
     clear_leftovers(output_dir)
     remedy = "What was in it is as it was; free some space or choose another."
     with writing(output_dir, remedy=remedy):
@@ -151,11 +211,14 @@ def _write(task: Task, results: dict[str, Any], output_dir: Path, say: Say) -> N
     written = f"In {output_dir}: {RESULTS}"
     with optional(f"{REPORT} is left out of {output_dir}"):
         with replacing(output_dir / REPORT) as report:
-            _write_report(task, results, report)
+            _write_report(tasks[0], models, results, report)
         written += f", and {REPORT} to open in a browser"
+    say(" ".join(sentences))
     say(f"{written}.")
-    if task.args.update_card:
-        _update_card(task, say)
+    for task in tasks:
+        if task.args.update_card:
+            _update_card(task, say)
+    return results
 
 
 def _measured_anew(path: Path, results: dict[str, Any]) -> bool:
@@ -164,16 +227,27 @@ def _measured_anew(path: Path, results: dict[str, Any]) -> bool:
         return True
     try:
         before = json.loads(path.read_text())
-        same = all(before[fact] == results[fact] for fact in SAME_FACTS)
-        return same and {m["name"] for m in before["results"]} <= {
-            m["name"] for m in results["results"]
-        }
-    except (ValueError, KeyError, TypeError):  # written by something else
+        anew = results.get("models", [results])
+        return all(any(_covers(new, old) for new in anew) for old in before.get("models", [before]))
+    except (ValueError, KeyError, TypeError, AttributeError):  # written by something else
         return False
 
 
-def _results(task: Task) -> dict[str, Any]:
+def _covers(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
+    """Whether an encoder's results hold all that earlier ones of the same encoder do."""
+    same = all(old[fact] == new[fact] for fact in SAME_FACTS)
+    return same and {m["name"] for m in old["results"]} <= {m["name"] for m in new["results"]}
+
+
+def _results(tasks: Sequence[Task], sentences: Sequence[str]) -> dict[str, Any]:
     """The contents of results.json."""
+    about = {"verdict": " ".join(sentences)}
+    if len(tasks) == 1:
+        return _results_of(tasks[0]) | about
+    return about | {"models": [_results_of(task) for task in tasks]}
+
+
+def _results_of(task: Task) -> dict[str, Any]:
     args, data, encoder = task.args, task.data, task.encoder
     return {
         "model": impersonal(args.model),
@@ -190,29 +264,52 @@ def _results(task: Task) -> dict[str, Any]:
         "hardware": hardware(task.device, task.accelerator.num_processes),
         "software": software("vicreg_hf", "torch", "timm", "transformers", "python"),
         "results": [measurement.to_dict() for measurement in task.measurements],
+        "baselines": {
+            name: baseline.measurement.to_dict() for name, baseline in task.baselines.items()
+        },
     }
 
 
-def _write_report(task: Task, results: dict[str, Any], path: Path) -> None:
+def _write_report(
+    task: Task, models: Sequence[Evaluated], results: dict[str, Any], path: Path
+) -> None:
+    """Write the report of all models; the data are those of the first task."""
     from vicreg_hf.evaluation.report.report import write_report
 
     data, seed = task.data, task.args.seed
-    side = " x ".join(map(str, results["preprocessing"]["input_size"]))
+    each = results.get("models", [results])
+    first = each[0]
+    names = ", ".join(model.name for model in models)
     facts = {
-        "model": str(results["model"]),
-        "data": f"{results['dataset']}, {data.train_name} ({results['num_train_images']:,} images) "
-                f"and {data.test_name} ({results['num_eval_images']:,})",
-        "preprocessing": f"{side}, {100 * results['preprocessing']['crop_pct']:.3g} % centre crop",
-        "features": str(results["num_features"]),
-        "hardware": results["hardware"],
-        "software": ", ".join(f"{name} {of}" for name, of in results["software"].items()),
-        "seed": str(seed),
+        "data": f"{first['dataset']}, {data.train_name} ({first['num_train_images']:,} images) "
+                f"and {data.test_name} ({first['num_eval_images']:,})",
     }  # fmt: skip
+    for model, found in zip(models, each, strict=True):
+        view, of = found["preprocessing"], f" of {model.name}" if len(models) > 1 else ""
+        side = " x ".join(map(str, view["input_size"]))
+        facts |= {
+            f"model{of}": str(found["model"]),
+            f"preprocessing{of}": f"{side}, {100 * view['crop_pct']:.3g} % centre crop",
+            f"features{of}": str(found["num_features"]),
+        }
+    facts |= {
+        "hardware": first["hardware"],
+        "software": ", ".join(f"{name} {of}" for name, of in first["software"].items()),
+        "seed": str(seed),
+    }
     write_report(
-        path, title=f"{results['model']} on {results['dataset']}", facts=facts,
-        measurements=task.measurements, predictions=task.predictions, class_names=data.names,
-        train=_gallery(task, "train"), test=_gallery(task, "test"), seed=seed,
+        path, title=f"{names} on {first['dataset']}", facts=facts, models=models,
+        class_names=data.names, seed=seed, resamples=task.args.num_resamples,
     )  # fmt: skip
+
+
+def display_names(models: Sequence[str]) -> list[str]:
+    """A name for each model, of which no two are alike: an encoder is known by its run."""
+    names: list[str] = []
+    for model in models:
+        name = run_name(model) if Path(model).exists() else model  # an id on the Hub
+        names.append(name if name not in names else f"{name} ({len(names) + 1})")
+    return names
 
 
 def _gallery(task: Task, name: str) -> Gallery:

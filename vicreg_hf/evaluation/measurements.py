@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
+from vicreg_hf.metrics.intervals import share_interval
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -21,7 +25,7 @@ class Measurement:
     seed: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     low: float | None = None
-    """Lower end of the 95 % interval over resampled test images; None where none were resampled."""
+    """Lower end of the 95 % interval over the choice of test images; None where there is none."""
     high: float | None = None
     percent: bool = True
     """Whether the value is a share, shown in percent."""
@@ -40,3 +44,33 @@ class Measurement:
     def to_dict(self) -> dict[str, Any]:
         """The entry in results.json."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """How well others do in the encoder's place, by the same measure."""
+
+    measurement: Measurement
+    predicted: Tensor | None = field(default=None, repr=False)
+    """(M,) classes on the CPU; None where only the share of right ones is known."""
+
+
+def scored(
+    protocol: str,
+    name: str,
+    scores: Tensor,
+    seed: int,
+    settings: Mapping[str, Any],
+    details: Mapping[str, Any] | None = None,
+) -> Measurement:
+    """The mean of a score from 0 to 1 for each test image, with its interval.
+
+    Args:
+        scores: (M,).
+    """
+    values = scores.cpu().double().numpy()
+    low, high = share_interval(values)
+    return Measurement(
+        protocol, name, float(values.mean()), len(values), seed, dict(settings), low, high,
+        details=dict(details or {}),
+    )  # fmt: skip

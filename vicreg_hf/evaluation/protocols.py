@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from vicreg_hf.data.bad_images import BadImages
 from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.data.memory import SMALL_IMAGE, common_side, load_in_memory
 from vicreg_hf.data.splits import ImageSplit
+from vicreg_hf.evaluation.classifier import Classifier, save_classifier
 from vicreg_hf.evaluation.finetuning import finetune
 from vicreg_hf.evaluation.measurements import Measurement
 from vicreg_hf.evaluation.pair_embeddings import embed_pairs
@@ -30,6 +32,7 @@ from vicreg_hf.metrics.knn import knn_predict
 from vicreg_hf.metrics.linear_probe import linear_probe
 from vicreg_hf.metrics.retrieval import average_precision_at_k, nearest_neighbours, recall_at_k
 from vicreg_hf.metrics.subsets import balanced_subset
+from vicreg_hf.runtime.distributed import failing_together
 from vicreg_hf.runtime.machine import default_num_workers, local_processes
 from vicreg_hf.settings.evaluation import TRAINED
 from vicreg_hf.views.two_views import TwoViews
@@ -114,12 +117,15 @@ def _retrieval(task: Task) -> None:
     relevant = labels[nearest] == wanted[:, None]
     num_relevant = labels.bincount(minlength=int(wanted.max()) + 1)[wanted]
     for k in numbers:
-        precision = average_precision_at_k(relevant[:, :k], num_relevant)
-        for name, scores in (
-            ("recall", recall_at_k(relevant, k)), ("mean average precision", precision)
-        ):  # fmt: skip
+        voters = task.args.numbers("knn_k", len(train))
+        if k == 1 and 1 in voters and "knn" in task.args.protocol_names:
+            continue  # the accuracy of 1-NN is the same measure
+        scores = {"recall": recall_at_k(relevant, k)}
+        if k > 1:  # at 1 it is the recall
+            scores["mean average precision"] = average_precision_at_k(relevant[:, :k], num_relevant)
+        for name, values in scores.items():
             settings = {"similarity": "cosine", "searched": len(train), "k": k}
-            task.add_scores("retrieval", f"{name} at {k}", scores, settings)
+            task.add_scores("retrieval", f"{name} at {k}", values, settings)
 
 
 def _cross_retrieval(task: Task) -> None:
@@ -153,11 +159,11 @@ def _collapse(task: Task) -> None:
     report = collapse_report(x, _features_of_two_views(task))
     curves = {"std": _rounded(report.std), "singular_values": _rounded(report.singular_values)}
     for name, value, num_images, details in (
-        ("embedding std", report.unit_std, len(x), {}),
-        ("effective rank", report.effective_rank, len(x), curves),
-        ("alignment", report.alignment, min(ALIGNED, len(x)), {}),
-        ("uniformity", report.uniformity, len(x), {}),
-        ("off-diagonal correlation", report.off_diagonal_correlation, len(x), {}),
+        ("std of unit-length features", report.unit_std, len(x), {}),
+        ("effective rank of features", report.effective_rank, len(x), curves),
+        ("alignment of features", report.alignment, min(ALIGNED, len(x)), {}),
+        ("uniformity of features", report.uniformity, len(x), {}),
+        ("off-diagonal correlation of features", report.off_diagonal_correlation, len(x), {}),
     ):
         assert value is not None
         task.measurements.append(
@@ -208,6 +214,16 @@ def _trained(protocol: str, task: Task) -> None:
     chosen = {name: value for name, value in asdict(settings).items() if name != "seed"} | {
         "batch_size": result.batch_size, "training_images": len(train if rows is None else rows),
     }  # fmt: skip
+    if args.save_classifier is not None and protocol.startswith("finetune"):
+        with failing_together(task.device):
+            if task.accelerator.is_main_process:
+                assert isinstance(result.model, Classifier)
+                place = save_classifier(
+                    result.model, encoder, data.names, Path(args.save_classifier)
+                )
+                task.accelerator.print(
+                    f"The classifier is in {place}, as AutoModelForImageClassification loads it."
+                )
     task.add_predictions(
         protocol, NAMES[protocol], result.predictions[task.features["test"].rows], chosen,
         {"losses": result.losses, "seconds": round(result.seconds, 1)},

@@ -14,11 +14,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vicreg_hf.data.labelled import Labelled, LabelledData
-from vicreg_hf.evaluation.measurements import Measurement
+from vicreg_hf.evaluation.measurements import Baseline, Measurement, scored
 from vicreg_hf.evaluation.pair_embeddings import Pairs
 from vicreg_hf.features.cache import Features
 from vicreg_hf.features.encoders import Encoder
-from vicreg_hf.metrics.intervals import bootstrap_interval
 from vicreg_hf.settings.evaluation import EvaluationArguments
 
 
@@ -39,6 +38,8 @@ class Task:
     measurements: list[Measurement] = field(default_factory=list)
     predictions: dict[str, Tensor] = field(default_factory=dict)
     """(M,) classes on the CPU by the name of the classifier."""
+    baselines: dict[str, Baseline] = field(default_factory=dict)
+    """Others in the encoder's place, by name, such as "raw pixels"."""
 
     @property
     def device(self) -> torch.device:
@@ -71,16 +72,8 @@ class Task:
         settings: Mapping[str, Any],
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """Add the mean of a score for each test image, with its interval."""
-        values = scores.cpu().double().numpy()
-        seed = self.args.seed
-        low, high = bootstrap_interval(values, seed=seed, resamples=self.args.num_resamples)
-        self.measurements.append(
-            Measurement(
-                protocol, name, float(values.mean()), len(values), seed, dict(settings), low, high,
-                details=dict(details or {}),
-            )
-        )  # fmt: skip
+        """Add the mean of a score from 0 to 1 for each test image, with its interval."""
+        self.measurements.append(scored(protocol, name, scores, self.args.seed, settings, details))
 
     def add_predictions(
         self,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,7 @@ def cached_features(
     num_workers: int | None = None,
     bf16: bool = False,
     max_bad_fraction: float = 0.05,
+    say: Callable[[str], object] | None = None,
 ) -> dict[str, Features]:
     """Features of every image, from the cache where they are there already.
 
@@ -60,6 +61,7 @@ def cached_features(
         encoder: its module on the accelerator's device.
         cache_dir: made if absent.
         num_workers: per process; by default its share of the cores.
+        say: told of images that cannot be used; by default the accelerator prints it.
 
     Raises:
         ImageError: more than max_bad_fraction of the images cannot be used.
@@ -76,7 +78,7 @@ def cached_features(
     complete_parts(
         encoder, splits, parts, accelerator, directory=cache_dir, setting="cache_dir",
         max_bad_fraction=max_bad_fraction, batch_size=batch_size, num_workers=num_workers,
-        bf16=bf16,
+        bf16=bf16, say=say,
     )  # fmt: skip
     with failing_together(accelerator.device):
         return {

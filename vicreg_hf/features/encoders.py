@@ -27,8 +27,10 @@ from vicreg_hf.configuration_vicreg import NESTED_KEY
 from vicreg_hf.data.columns.spectrograms import SpectrogramSettings
 from vicreg_hf.hub.api import check_repo_id, check_revision
 from vicreg_hf.hub.source import find_encoder
+from vicreg_hf.models.timm_models import create_backbone
 from vicreg_hf.publishing.loading import load_model
 from vicreg_hf.runtime.checks import fault_at_hub, one_line, read_range
+from vicreg_hf.runtime.console import optional
 
 PIL_CHANNELS = (1, 3)
 """Images of these numbers of channels are resized by PIL, as stock pipelines do."""
@@ -165,6 +167,20 @@ def timm_encoder(
     kept = tuple(data_config["input_size"][1:]) if data_config["crop_pct"] == 1 else None
     view = partial(_timm_view, transform=transform, kept=kept)
     return Encoder(module.eval(), width, view, data_config, identity)
+
+
+def untrained_like(encoder: Encoder, *, seed: int) -> Encoder | None:
+    """The same network with random weights, or None where it cannot be made anew."""
+    identity = encoder.identity
+    with torch.random.fork_rng(), optional("the encoder is not compared with an untrained one"):
+        torch.manual_seed(seed)
+        if isinstance(encoder.module, _Pooled):
+            model: Any = encoder.module.model
+            module: nn.Module = _Pooled(type(model)(model.config), trained_pooler=True)
+        else:
+            module = create_backbone(identity["architecture"], identity["model_args"] or {})
+        return replace(encoder, module=module.eval(), identity={"untrained": seed, "of": identity})
+    return None
 
 
 def _timm_view(image: Tensor, *, transform: Any, kept: tuple[int, int] | None) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: B images, C channels, S side in pixels, F features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ def complete_parts(
     setting: str = "output_dir",
     remedy: str = "",
     listed_in: Path | None = None,
+    say: Callable[[str], object] | None = None,
     **settings: Any,
 ) -> None:
     """Write those of some parts that are absent or damaged; every process must call this.
@@ -52,6 +53,7 @@ def complete_parts(
         setting: the setting that names the directory; likewise remedy, what to do where it cannot
             be written.
         listed_in: a file with a line for each image that cannot be used.
+        say: told how many there are; by default the accelerator prints it.
         settings: of `write_parts`.
 
     Raises:
@@ -66,7 +68,7 @@ def complete_parts(
     if main:
         bad.forget()  # all bad images are found again and listed anew
     bad.add(left_out)
-    bad.agree(gather_objects, seen=total, write=main, say=accelerator.print)
+    bad.agree(gather_objects, seen=total, write=main, say=say or accelerator.print)
     check_share(sum(gather_objects([len(left_out)])), total, max_bad_fraction)
     wait_for_all()
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 Z = 1.959963984540054
 """Standard deviations within which a normal variable lies with a probability of 95 %."""
 
 
-def wilson_interval(right: int, images: int) -> tuple[float, float]:
+def wilson_interval(right: float, images: float) -> tuple[float, float]:
     """95 % interval of the share of images that are classified rightly.
+
+    It is never empty, also where all images are classified rightly or none is.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
@@ -20,6 +22,35 @@ def wilson_interval(right: int, images: int) -> tuple[float, float]:
     middle = (share + Z**2 / (2 * images)) / shrink
     half = Z * math.sqrt(share * (1 - share) / images + (Z / (2 * images)) ** 2) / shrink
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def share_interval(scores: ArrayLike) -> tuple[float, float]:
+    """95 % interval of the mean of per-image scores from 0 to 1, over the choice of test images.
+
+    Scores of 0 and 1 give `wilson_interval`. Others, such as average precisions, vary less: they
+    weigh as much as the number of zeros and ones whose mean varied as much. One score of 0 or 1 is
+    added to the variance, so that equal scores do not seem certain.
+
+    Args:
+        scores: (M,), such as 1 where a prediction is right and 0 where not.
+
+    Raises:
+        ValueError: no scores, or some outside 0 to 1.
+
+    Source: Franco et al. 2019, "Comparative study of confidence intervals for proportions in
+        complex sample surveys", Journal of Survey Statistics and Methodology 7(3).
+    """
+    scores = _one_each(scores)
+    if scores.min() < 0 or scores.max() > 1:
+        raise ValueError(
+            f"scores must be from 0 to 1, got {scores.min():g} to {scores.max():g}; "
+            "bootstrap_interval takes any."
+        )
+    number, share = len(scores), float(scores.mean())
+    binary = share * (1 - share)
+    if binary > 0:
+        number *= binary * (number + 1) / (np.square(scores - share).sum() + binary)
+    return wilson_interval(share * number, number)
 
 
 RESAMPLES = 1000
@@ -43,9 +74,7 @@ def bootstrap_interval(
 
     Source: Efron 1979, "Bootstrap methods: another look at the jackknife".
     """
-    scores = np.asarray(scores, dtype=np.float64)
-    if scores.ndim != 1 or len(scores) == 0:
-        raise ValueError(f"scores must be one number an image, got shape {scores.shape}.")
+    scores = _one_each(scores)
     random = np.random.default_rng(seed)
     values, counts = np.unique(scores, return_counts=True)
     if len(values) <= MOST_VALUES:
@@ -56,3 +85,10 @@ def bootstrap_interval(
         means = np.array([scores[rows].mean() for rows in draws])
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def _one_each(scores: ArrayLike) -> NDArray[np.float64]:
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 1 or len(scores) == 0:
+        raise ValueError(f"scores must be one number an image, got shape {scores.shape}.")
+    return scores

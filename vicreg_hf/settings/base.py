@@ -54,6 +54,8 @@ class Settings:
     """The folder of `vicreg_hf/recipes` that holds recipes of them."""
     usual: ClassVar[tuple[str, ...]] = ()
     """Settings that --help lists, those most runs need; --help all lists every one."""
+    several: ClassVar[tuple[str, ...]] = ()
+    """Settings whose flag takes several words, which are joined by commas."""
     headings: ClassVar[dict[str, str]] = {}
     """Headings of --help, each by the first setting below it: a setting stands under the heading of
     the one that is declared before it."""

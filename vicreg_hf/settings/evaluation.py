@@ -39,6 +39,11 @@ class EvaluationArguments(EncodingSettings):
         "epochs": "training a classifier with the images", "num_resamples": "results",
     }  # fmt: skip
 
+    several: ClassVar[tuple[str, ...]] = ("model",)
+
+    model: str
+    """Encoder on the Hub, output_dir of a run, or directory of an encoder; several are compared on
+    the same images."""
     protocols: str = "knn,linear"
     """Protocols to measure by, joined by commas: any of knn, linear, linear-sgd, finetune-1,
     finetune-10, finetune, svm, retrieval, cross-retrieval, collapse."""
@@ -66,6 +71,9 @@ class EvaluationArguments(EncodingSettings):
     """Column that the second branch takes; by default the only one of its type."""
     prime_tokenizer: str | None = None
     """Tokenizer of a second branch that takes text; by default the one published with it."""
+    baselines: bool | None = None
+    """Also measure raw pixels and the untrained encoder by knn; by default where that is quick, and
+    otherwise as the encoder's run has measured them."""
     probe_epochs: Count = 30
     """Passes of linear over the features."""
     labels_per_class: Count | None = None
@@ -86,8 +94,11 @@ class EvaluationArguments(EncodingSettings):
     """Fraction of each class that finetune learns from, chosen by seed; by default all."""
     label_list: str | None = None
     """File with an image name or row number in each line, from which finetune learns."""
+    save_classifier: str | None = None
+    """Directory for the classifier that finetune, finetune-1 or finetune-10 trains, which stock
+    AutoModelForImageClassification and timm load with its class names."""
     num_resamples: Count = 1000
-    """Resamples of the test images for intervals of 95 percent; for svm at most 200."""
+    """Resamples of the test images for intervals of differences; for svm at most 200."""
     cache_dir: str = str(Path(HF_HOME) / "vicreg_hf" / "features")
     """Directory of features; it may be deleted."""
     update_card: bool = True
@@ -110,6 +121,13 @@ class EvaluationArguments(EncodingSettings):
                 "labels_per_class is a setting of the protocol linear, got "
                 f"protocols={self.protocols}; add linear, or leave it out."
             )
+        tuned = [name for name in self.protocol_names if name.startswith("finetune")]
+        if self.save_classifier is not None and (len(tuned) != 1 or len(self.model_names) > 1):
+            raise ValueError(
+                "save_classifier keeps the classifier of one encoder and one of finetune, "
+                f"finetune-1 and finetune-10, got model={self.model} and "
+                f"protocols={self.protocols}."
+            )
         subset = self.label_fraction is not None or self.label_list is not None
         if subset and "finetune" not in self.protocol_names:
             raise ValueError(
@@ -117,20 +135,20 @@ class EvaluationArguments(EncodingSettings):
                 f"protocols={self.protocols}; finetune-1 and finetune-10 have their own."
             )
         if self.output_dir is None:
-            # resolved, so that . and .. have names
-            model, data = (
-                Path(name).resolve() if Path(name).exists() else Path(name)
-                for name in (self.model, self.dataset_name)
-            )
-            # the encoder of a run is known by the run
-            name = model.parent.name if model.name == "encoder" else model.name
-            self._fill(output_dir=f"evaluations/{name}-on-{data.name}")
+            names = "-".join(run_name(model) for model in self.model_names)
+            data = Path(self.dataset_name)
+            data = data.resolve() if data.exists() else data
+            self._fill(output_dir=f"evaluations/{names}-on-{data.name}")
+
+    @property
+    def model_names(self) -> list[str]:
+        """Each encoder once, in the order of the setting."""
+        return split_names(self.model)
 
     @property
     def protocol_names(self) -> list[str]:
         """Each protocol once, in the order of the setting."""
-        names = [name.strip() for name in self.protocols.split(",")]
-        return list(dict.fromkeys(name for name in names if name))
+        return split_names(self.protocols)
 
     def numbers(self, name: str, most: int | None = None) -> list[int]:
         """A setting of whole numbers joined by commas, in ascending order.
@@ -165,3 +183,16 @@ class EvaluationArguments(EncodingSettings):
             fraction = self.label_fraction or 1.0
         changed: Any = {name: value for name, value in changes.items() if value is not None}
         return replace(settings, **changed), fraction
+
+
+def split_names(text: str) -> list[str]:
+    """Names joined by commas, each once; a path that exists may hold commas itself."""
+    names = [text] if Path(text).exists() else [name.strip() for name in text.split(",")]
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def run_name(model: str) -> str:
+    """The last part of a path or id; an encoder is known by the run that made it."""
+    # resolved, so that . and .. have names
+    path = Path(model).resolve() if Path(model).exists() else Path(model)
+    return path.parent.name if path.name == "encoder" else path.name

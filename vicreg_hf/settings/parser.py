@@ -59,6 +59,13 @@ class _Help(argparse.Action):
         parser.exit()
 
 
+class _Joined(argparse.Action):
+    """Keep several words as one text, joined by commas."""
+
+    def __call__(self, _: Any, namespace: Any, values: Any, *__: Any) -> None:
+        setattr(namespace, self.dest, ",".join(values))
+
+
 class FlagsParser(argparse.ArgumentParser):
     """Read a script's own flags, with hyphens or underscores.
 
@@ -157,6 +164,8 @@ class SettingsParser(FlagsParser, HfArgumentParser):
             options["help"] = argparse.SUPPRESS  # --no_field, which is --field false
         elif name in self._fields:
             options.setdefault("usual", name in usual or not usual)
+        if name in self._settings.several:
+            options |= {"nargs": "+", "action": _Joined}
         if name in self._settings.headings:
             self._section = self.add_argument_group(self._settings.headings[name])
         return super().add_argument(*names, **options)

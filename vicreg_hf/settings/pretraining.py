@@ -245,8 +245,9 @@ class PretrainingArguments(Settings):
     processes."""
     output_dir: str | None = None
     """Directory of the run; by default runs/ and the data set's name."""
-    logging_steps: Count = 50
-    """Steps between lines of metrics.jsonl."""
+    logging_steps: Count | None = None
+    """Steps between lines of metrics.jsonl; by default 50, or fewer in short runs, so that at least
+    20 are written where there are as many steps."""
     save_steps: Count = 1000
     """Steps between checkpoints, of which the newest two are kept; one is also saved at the end."""
     keep_every: Count | None = None

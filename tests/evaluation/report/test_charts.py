@@ -35,7 +35,8 @@ def test_spectrum_is_that_of_the_centred_training_features(tmp_path: Path) -> No
     assert len(marks) == 8  # of the ninth only rounding is left
     assert np.corrcoef(marks[:, 1], np.log(singular[:8]))[0, 1] > 1 - 1e-9
     p = singular / singular.sum()
-    assert f"Effective rank {np.exp(-(p * np.log(p)).sum()):.1f} of at most 9" in page.text
+    rank = np.exp(-(p * np.log(p)).sum())
+    assert f"Effective rank of the centred training features {rank:.1f} of at most 9" in page.text
     assert "From 300 training images, 9 dimensions." in page.text
     std = centred.std(0, ddof=1)
     [described] = [a for a in page.values("svg", "aria-label") if "deviation" in a]
@@ -49,7 +50,10 @@ def test_spectrum_is_that_of_the_centred_training_features(tmp_path: Path) -> No
     ("features", "said"),
     [
         (torch.full((20, 6), 0.1), "All features are equal"),
-        (random(20, 1).abs() @ random(1, 6).abs(), "Effective rank 1.0"),  # all point one way
+        (
+            random(20, 1).abs() @ random(1, 6).abs(),
+            "Effective rank of the centred training features 1.0",
+        ),  # all point one way
         (1e30 * random(20, 6), "20 training images, 6 dimensions."),
         (torch.cat([random(20, 5), torch.ones(20, 1)], 1), "1 of them constant"),
         (torch.cat([random(20, 6), torch.full((2, 6), torch.nan)]), "2 more were left out"),

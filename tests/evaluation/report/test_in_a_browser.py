@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reports import FACTS, HOSTILE, MEASUREMENTS, example
+from reports import FACTS, HOSTILE, MEASUREMENTS, example, write
 from workflow import LIMIT
-
-from vicreg_hf.evaluation.report.report import write_report
 
 FRAME = """<title></title>
 <iframe src="report.html" style="width: {width}px; height: 800px; border: 0"></iframe>
@@ -80,7 +78,7 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     given["facts"] = FACTS | {"a" * 80: "b" * 80}
     given["measurements"] = [replace(MEASUREMENTS[0], name="c" * 90, settings={"d": "e" * 200})]
     path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(path, **given)
+    write(path, **given)
     return path
 
 

@@ -25,11 +25,11 @@ def test_measurements_stand_in_a_table(tmp_path: Path) -> None:
     assert page.tables["measurements"][1:] == [
         ["20-NN top-1 accuracy", "81.25 % (79.00 to 83.00)", "1,234",
          "k 20, temperature 0.07, seed 3"],
-        ["effective rank", "37.22", "60", "seed 0"],
+        ["effective rank of features", "37.22", "60", "seed 0"],
         ["none", "0.00 % (0.00 to 0.00)", "50", "seed 0"],
     ]  # fmt: skip
-    assert "interval over resampled test images" in page.text
-    assert "resampled" not in written(tmp_path, measurements=MEASUREMENTS[1:]).text
+    assert "interval over the choice of test images" in page.text
+    assert "interval" not in written(tmp_path, measurements=MEASUREMENTS[1:]).text
 
 
 def test_a_section_that_cannot_be_made_is_left_out(
@@ -67,7 +67,7 @@ def test_differences_are_those_over_the_same_resampled_images(tmp_path: Path) ->
 
 
 def test_sections_without_content_are_left_out(tmp_path: Path, page: Page) -> None:
-    sections = ("results", "facts", "classes", "confusions", "spectrum", "map", "neighbours")
+    sections = ("neighbours", "map", "classes", "confusions", "spectrum", "results", "facts")
     few = example(test_images=12)
     for found, absent in (
         (page, set()),

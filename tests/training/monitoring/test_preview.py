@@ -12,12 +12,18 @@ from PIL import Image
 from workflow import write_images
 
 from vicreg_hf.settings.pretraining import PretrainingArguments
-from vicreg_hf.training.monitoring.preview import GAP, draw_preview, picture_of_views
+from vicreg_hf.training.monitoring.preview import (
+    GAP,
+    draw_preview,
+    empty_views,
+    picture_of_views,
+)
 
 
 def tiles(path: Path, side: int) -> np.ndarray:
-    """(rows, 3, side, side, 3) uint8."""
-    sheet = np.array(Image.open(path))[GAP:, GAP:]
+    """(rows, 3, side, side, 3) uint8, without the lines of text above."""
+    sheet = np.array(Image.open(path))
+    sheet = sheet[(len(sheet) - GAP) % (side + GAP) + GAP :, GAP:]
     rows, columns = sheet.shape[0] // (side + GAP), sheet.shape[1] // (side + GAP)
     cut = sheet[: rows * (side + GAP), : columns * (side + GAP)]
     cut = cut.reshape(rows, side + GAP, columns, side + GAP, 3).transpose(0, 2, 1, 3, 4)
@@ -27,11 +33,13 @@ def tiles(path: Path, side: int) -> np.ndarray:
 def test_images_stand_beside_their_views_and_nothing_else_is_written(tmp_path: Path) -> None:
     still: dict[str, Any] = dict.fromkeys(("flip", "jitter", "grayscale", "blur", "solarize"), 0)
     args = PretrainingArguments(
-        dataset_name=str(write_images(tmp_path / "images", rows=16, size=(120, 120))),
+        dataset_name=str(write_images(tmp_path / "images", rows=16, size=(120, 120), bad=[10])),
         batch_size=16, output_dir=str(tmp_path / "run"), image_size=120,
         augmentation=still | {"scale": [1, 1], "ratio": [1, 1]},
     )  # fmt: skip
-    drawn = tiles(draw_preview(args, tmp_path / "new/views.png"), 120)
+    said: list[str] = []
+    drawn = tiles(draw_preview(args, tmp_path / "new/views.png", say=said.append), 120)
+    assert said == ["images (train): 16 images, 2 classes, 1 unreadable file."]
     assert not (tmp_path / "run").exists()
     assert drawn.shape[:2] == (8, 3)
     assert len({tile.tobytes() for tile in drawn[:, 0]}) == 8
@@ -68,3 +76,16 @@ def test_rows_of_small_gray_views_are_large_enough_to_see(tmp_path: Path) -> Non
 def test_a_file_that_is_no_picture_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"preview must be a file such as views.png, got"):
         draw_preview(PretrainingArguments(), tmp_path / name)
+
+
+def test_views_and_photographs_that_show_nothing_are_named() -> None:
+    noise = torch.rand(3, 8, 8)
+    images = [(255 * noise).byte(), torch.full((3, 8, 8), 120, dtype=torch.uint8)]
+    views = [torch.stack([noise, 0 * noise]), torch.stack([0.02 * noise, noise])]
+    photographs, lost = empty_views(images, views)
+    assert photographs == "photograph 2 (of one colour) shows nothing."
+    assert lost.startswith("1 of 4 views show nothing, and nothing is learned from them: view 2 of")
+    assert "photograph 1 (black); choose another --augmentation" in lost
+    views[1][0] = 0.5 + 0.01 * noise
+    assert "view 2 of photograph 1 (of one colour)" in empty_views(images, views)[1]
+    assert empty_views(images[:1], [noise[None], noise[None]]) == []

@@ -71,8 +71,11 @@ def to_svg(figure: Figure, name: str, description: str) -> Markup:
 
 
 # --- the spectrum
-def spectrum(gallery: Gallery, *, seed: int) -> dict[str, Any] | None:
+def spectrum(gallery: Gallery, *, seed: int, prefix: str = "") -> dict[str, Any] | None:
     """How features spread over their dimensions; None if fewer than two rows are finite.
+
+    Args:
+        prefix: what the names of the figures begin with, to tell those of several encoders apart.
 
     Returns:
         The contents of the page's section: numbers and figures, of which there are none if nothing
@@ -97,8 +100,10 @@ def spectrum(gallery: Gallery, *, seed: int) -> dict[str, Any] | None:
     singular = singular_values(x).flip(0)
     found["effective_rank"] = effective_rank(x).item()
     found["figures"] = [
-        _draw_singular(singular[: min(len(x) - 1, width)].numpy()),
-        _draw_histogram("std", std.numpy(), "standard deviation of a dimension", "dimensions"),
+        _draw_singular(f"{prefix}spectrum", singular[: min(len(x) - 1, width)].numpy()),
+        _draw_histogram(
+            f"{prefix}std", std.numpy(), "standard deviation of a dimension", "dimensions"
+        ),
     ]
     varying = sample(std.nonzero().flatten().numpy(), MAX_CORRELATED, seed)
     if len(varying) > 1:
@@ -106,13 +111,17 @@ def spectrum(gallery: Gallery, *, seed: int) -> dict[str, Any] | None:
         pairs = (unit.T @ unit).numpy()[np.triu_indices(len(varying), k=1)].clip(-1, 1)
         found["figures"].append(
             _draw_histogram(
-                "correlation", pairs, "correlation of two dimensions", "pairs", limits=(-1.0, 1.0)
+                f"{prefix}correlation",
+                pairs,
+                "correlation of two dimensions",
+                "pairs",
+                limits=(-1.0, 1.0),
             )
         )
     return found
 
 
-def _draw_singular(singular: NDArray[np.float64]) -> Markup:
+def _draw_singular(name: str, singular: NDArray[np.float64]) -> Markup:
     figure, axes = _figure()
     relative = singular / singular[0]
     # smaller values are rounding errors of zero
@@ -124,7 +133,7 @@ def _draw_singular(singular: NDArray[np.float64]) -> Markup:
     axes.yaxis.minorticks_off()
     axes.set(xlabel="rank", ylabel="singular value / largest")
     return to_svg(
-        figure, "spectrum",
+        figure, name,
         f"Singular values of the centred features, {len(singular)} of them, on a logarithmic axis; "
         f"half way down the ranks the value is {relative[len(relative) // 2]:.2g} of the largest.",
     )  # fmt: skip
@@ -157,8 +166,11 @@ def _figure() -> tuple[Figure, Axes]:
 
 
 # --- the map
-def feature_map(gallery: Gallery, *, seed: int) -> dict[str, Any] | None:
+def feature_map(gallery: Gallery, *, seed: int, prefix: str = "") -> dict[str, Any] | None:
     """A map of test features; None where there is nothing to lay out.
+
+    Args:
+        prefix: as of `spectrum`.
 
     Returns:
         The contents of the page's section: the figure, the method and the classes of the legend.
@@ -178,7 +190,7 @@ def feature_map(gallery: Gallery, *, seed: int) -> dict[str, Any] | None:
         "method": method, "rows": len(rows), "of": len(gallery.features),
         "classes": [] if labels is None else classes.tolist(),
         "legend": labels is not None and len(classes) <= MAX_LEGEND,
-        "figure": _draw_map(points, places, method),
+        "figure": _draw_map(f"{prefix}map", points, places, method),
     }  # fmt: skip
 
 
@@ -200,7 +212,9 @@ def _layout(x: NDArray[np.float64], method: str, seed: int) -> NDArray[np.float6
         return tsne.fit_transform(x)
 
 
-def _draw_map(points: NDArray[np.float64], classes: NDArray[np.int64], method: str) -> Markup:
+def _draw_map(
+    name: str, points: NDArray[np.float64], classes: NDArray[np.int64], method: str
+) -> Markup:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5, 4.4))
         axes = figure.add_axes((0, 0, 1, 1))
@@ -213,7 +227,7 @@ def _draw_map(points: NDArray[np.float64], classes: NDArray[np.int64], method: s
         )  # fmt: skip
     axes.set_axis_off()
     return to_svg(
-        figure, "map",
+        figure, name,
         f"{method} map of the features of {len(points):,} test images, "
         f"{len(np.unique(classes))} classes; places are in arbitrary units.",
     )  # fmt: skip

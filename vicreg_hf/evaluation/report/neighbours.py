@@ -24,10 +24,15 @@ CANDIDATES = 2000
 K = 20
 
 
-def neighbours(train: Gallery, test: Gallery, *, seed: int) -> dict[str, Any] | None:
+def neighbours(
+    train: Gallery, test: Gallery, *, seed: int, grouped: bool = True
+) -> dict[str, Any] | None:
     """Test images beside their nearest training images; None if either split has none.
 
     With labels of both, those that kNN classifies rightly and wrongly are groups of their own.
+
+    Args:
+        grouped: false for the same test images whatever kNN says, to compare encoders.
 
     Returns:
         The contents of the page's section: k, and groups of queries.
@@ -46,7 +51,8 @@ def neighbours(train: Gallery, test: Gallery, *, seed: int) -> dict[str, Any] | 
         ).cpu().numpy()  # fmt: skip
         votes = dict(zip(candidates.tolist(), voted.tolist(), strict=True))
         right = voted == test.labels.numpy()[candidates]
-        groups = {"right": candidates[right], "wrong": candidates[~right]}
+        if grouped:
+            groups = {"right": candidates[right], "wrong": candidates[~right]}
     shown = []
     for kind, members in groups.items():
         chosen = members[:QUERIES]
@@ -57,7 +63,7 @@ def neighbours(train: Gallery, test: Gallery, *, seed: int) -> dict[str, Any] | 
         shown.append({"kind": kind, "of": len(members), "queries": queries})
     return {
         "k": k, "images": len(bank), "candidates": len(candidates), "of": len(rows),
-        "groups": shown,
+        "groups": shown, "labelled": bool(votes),
     }  # fmt: skip
 
 

@@ -171,6 +171,7 @@ def _filled_in(
         prime_column=second.name if second else args.prime_column,
         prime_max_length=second.max_length if isinstance(second, TextColumn) else None,
         warmup_epochs=warmup_epochs,
+        logging_steps=args.logging_steps or max(1, min(50, data.total_steps // 20)),
         num_workers=num_workers if args.num_workers is None else args.num_workers,
         **sides,
     )

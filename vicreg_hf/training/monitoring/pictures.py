@@ -5,23 +5,28 @@ Shapes: N images, C channels, S side in pixels, F features, D embedding.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vicreg_hf.data.bad_images import BadImages
 from vicreg_hf.data.batches import evaluation_batches
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.features.encode import extract_features
 from vicreg_hf.hub.card import LOSS_PICTURE, RETRIEVAL_PICTURE, SPECTRUM_PICTURE
 from vicreg_hf.hub.record import Picture
-from vicreg_hf.metrics.retrieval import nearest_neighbours
+from vicreg_hf.metrics.retrieval import most_similar
 from vicreg_hf.runtime.console import optional
 from vicreg_hf.runtime.files import replacing
 from vicreg_hf.runtime.randomness import Stream, permutation
@@ -34,7 +39,27 @@ QUERIES, NEIGHBOURS = 6, 6
 """Images that are looked up, and how many neighbours of each are shown."""
 MAX_SPECTRUM = 1000
 """Images whose features have their singular values drawn."""
+FEW_POINTS = 60
+"""Points of a curve up to which each is marked."""
+ROUNDING = 1e-7
+"""Singular values below this part of the largest are rounding errors of zero."""
+CLIFF = "The largest are 1; where a curve falls off a cliff, dimensions have collapsed."
+MARKS = "✓ and blue mark images of the same class, ✗ and orange those of another."
+INK, PLAIN, RIGHT, WRONG = "#000000", "#bbbbbb", "#0072b2", "#d55e00"
+"""Colours of frames: of a query, of neighbours without classes, of the same and another class."""
 LEFT_OUT = "{} is left out of the model card"
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """Some images of a split."""
+
+    images: Tensor
+    """(N, C, S, S) uint8."""
+    features: Tensor
+    """(N, F)."""
+    classes: Sequence[str | None]
+    """Names of the N images' classes; None where one is not known."""
 
 
 def draw_pictures(run: Run, directory: Path) -> Iterator[Picture]:
@@ -47,26 +72,33 @@ def draw_pictures(run: Run, directory: Path) -> Iterator[Picture]:
         Each picture that has been drawn, with what it shows.
     """
     model, held_out, train = run.published, run.inputs.held_out, run.inputs.train
+    rows = [row for row in run.log.rows() if "loss" in row]
     with optional(LEFT_OUT.format(LOSS_PICTURE)):
-        _draw_loss_terms(run.log.rows(), run.terms, directory / LOSS_PICTURE)
-        told = "The loss, and its three terms before they are weighted."
-        if run.loss_name is not None:
-            told = f"The loss, which is `{run.loss_name}` in place of VICReg's, and its terms."
-        yield Picture(LOSS_PICTURE, told)
+        if len(rows) > 1:  # one point is no curve
+            draw_loss_terms(rows, run.terms, directory / LOSS_PICTURE)
+            told = "The loss, and its three terms before they are weighted."
+            if run.loss_name is not None:
+                told = f"The loss, which is `{run.loss_name}` in place of VICReg's, and its terms."
+            yield Picture(LOSS_PICTURE, told)
     if isinstance(train, ImageStream):
         return
     cfg: Any = model.config.pretrained_cfg
     device = run.accelerator.device
     settings: Any = {"mean": cfg["mean"], "std": cfg["std"], "device": device}
 
-    def read_and_encode(split: ImageSplit, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Images (N, C, S, S) and their representations (N, F)."""
+    def read_and_encode(split: ImageSplit, chosen: NDArray[np.int64]) -> Shown:
+        """Those of some images that can be used, with their representations."""
+        bad = BadImages(len(split), 1.0, None)
         batches = evaluation_batches(
             split, chosen, cfg["input_size"][-1], crop_pct=cfg["crop_pct"], batch_size=128,
-            num_workers=run.args.num_workers or 0,
+            num_workers=run.args.num_workers or 0, bad=bad,
         )  # fmt: skip
         images = torch.cat(list(batches))
-        return images, extract_features(model.encoder, images.split(128), **settings)
+        bad.agree(say=lambda _: None)
+        usable = ~np.isin(chosen, np.array([image.row for image in bad.found], dtype=np.int64))
+        images = images[torch.from_numpy(usable)]
+        features = extract_features(model.encoder, images.split(128), **settings)
+        return Shown(images, features, _class_names(split, chosen[usable]))
 
     chosen = permutation(len(train), seed=0, epoch=0, stream=Stream.SPLIT)[: QUERIES + MAX_BANK]
     searched, queried = np.sort(chosen[QUERIES:]), chosen[:QUERIES]
@@ -77,82 +109,148 @@ def draw_pictures(run: Run, directory: Path) -> Iterator[Picture]:
         source = f"images of {held_out.name}"
     if len(searched) < 2 or len(queried) == 0:
         return
-    bank, bank_features = read_and_encode(train, searched)
-    features = bank_features[:MAX_SPECTRUM]
+    bank = read_and_encode(train, searched)
+    features = bank.features[:MAX_SPECTRUM]
     with optional(LEFT_OUT.format(SPECTRUM_PICTURE)):
         embeddings = extract_features(model.expander, [features], **settings)
-        _draw_spectrum(
+        drawn = draw_spectrum(
             {"representations": features, "embeddings": embeddings}, directory / SPECTRUM_PICTURE
         )
-        yield Picture(
-            SPECTRUM_PICTURE,
-            f"Singular values of the centred features of {len(features)} images of {train.name}. "
-            "A cliff is dimensional collapse.",
-        )
+        if drawn is not None:
+            about = f"of {len(features)} images of {train.name}"
+            yield Picture(SPECTRUM_PICTURE, f"Singular values of {drawn} {about}. {CLIFF}")
     with optional(LEFT_OUT.format(RETRIEVAL_PICTURE)):
-        queries, query_features = read_and_encode(held_out or train, queried)
-        _draw_retrievals(
-            queries, query_features, bank, bank_features, directory / RETRIEVAL_PICTURE
+        queries = read_and_encode(held_out or train, queried)
+        marked = draw_retrievals(queries, bank, directory / RETRIEVAL_PICTURE)
+        told = (
+            f"Left, {source}; beside each, its nearest neighbours by cosine similarity, which "
+            "stands below, of the encoder's features among "
+            f"{len(bank.images):,} images of {train.name}."
         )
-        yield Picture(
-            RETRIEVAL_PICTURE,
-            f"Left, {source}; beside each, its nearest neighbours by cosine similarity of the "
-            f"encoder's features among {len(bank):,} images of {train.name}.",
-        )
+        yield Picture(RETRIEVAL_PICTURE, told + (f" {MARKS}" if marked else ""))
 
 
-def _draw_loss_terms(rows: Sequence[Mapping[str, Any]], terms: Sequence[str], path: Path) -> None:
-    """Draw the loss and its terms over the steps, from rows of metrics.jsonl."""
-    rows = [row for row in rows if "loss" in row]
+def _class_names(split: ImageSplit, rows: NDArray[np.int64]) -> list[str | None]:
+    """The class of each of some images by its name, or None where it is not known."""
+    if split.labels is None:
+        return [None] * len(rows)
+    names = dict(enumerate(split.label_names or ()))
+    numbers = split.labels[torch.from_numpy(rows)].tolist()
+    return [names.get(number, str(number)) if number >= 0 else None for number in numbers]
+
+
+def draw_loss_terms(rows: Sequence[Mapping[str, Any]], terms: Sequence[str], path: Path) -> None:
+    """Draw the loss and its terms over the steps, from rows of metrics.jsonl with a loss."""
+    marker = "o" if len(rows) <= FEW_POINTS else None
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     subplots = figure.subplots(1, len(terms), squeeze=False)[0]
     for axes, term in zip(subplots, terms, strict=True):
         known = [row for row in rows if term in row]
-        axes.plot([row["step"] for row in known], [row[term] for row in known], linewidth=1)
+        axes.plot(
+            [row["step"] for row in known], [row[term] for row in known], linewidth=1,
+            marker=marker, markersize=3,
+        )  # fmt: skip
         axes.set(title=term, xlabel="step")
-        axes.margins(x=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.margins(x=0.02)
     _save(figure, path)
 
 
-def _draw_spectrum(features: Mapping[str, Tensor], path: Path) -> None:
+def draw_spectrum(features: Mapping[str, Tensor], path: Path) -> str | None:
     """Draw the singular values of centred features (N, F) of each kind, the largest as 1.
+
+    Each curve ends at min(N - 1, F), the most that differ from 0, or before where all the rest is
+    rounding.
+
+    Returns:
+        A phrase that says what is drawn, or None where there is nothing to draw.
 
     Source: Jing et al. 2022, "Understanding Dimensional Collapse", arXiv:2110.09348, figure 2.
     """
     figure = Figure(figsize=(5, 3), layout="constrained")
     axes = figure.subplots()
+    told = []
     for name, rows in features.items():
-        singular = torch.linalg.svdvals((rows - rows.mean(0)).float().cpu())
-        singular = singular[: min(len(rows) - 1, rows.shape[1])]
-        relative = singular / singular[0].clamp(min=1e-12)
-        axes.semilogy(range(1, len(relative) + 1), relative, label=name)
+        relative, width = relative_spectrum(rows), rows.shape[1]
+        count = min(len(rows) - 1, width)
+        if len(relative) < 2:
+            continue
+        marker = "o" if len(relative) <= FEW_POINTS else None
+        axes.semilogy(
+            range(1, len(relative) + 1), relative, label=name, marker=marker, markersize=3
+        )
+        all_of_them = f"all {width}" if count == width else f"{count} of {width}, for so few images"
+        lost = f", of which {count - len(relative)} are 0" if len(relative) < count else ""
+        told.append(f"the centred {name} ({all_of_them}{lost})")
+    if not told:
+        path.unlink(missing_ok=True)
+        return None
     axes.set(xlabel="rank", ylabel="singular value / largest")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.legend()
-    axes.margins(x=0)
+    axes.margins(x=0.01)
     _save(figure, path)
+    return " and ".join(told)
 
 
-def _draw_retrievals(
-    queries: Tensor, query_features: Tensor, bank: Tensor, bank_features: Tensor, path: Path
-) -> None:
-    """Draw each query beside its nearest images in cosine similarity.
+def relative_spectrum(features: Tensor) -> Tensor:
+    """Singular values of centred features (N, F), the largest as 1, at most min(N - 1, F).
 
-    Images are (N, C, S, S) uint8, and their features (N, F).
+    Those that are rounding errors of 0 are left out.
     """
-    nearest = nearest_neighbours(bank_features, query_features, min(NEIGHBOURS, len(bank))).cpu()
-    columns = nearest.shape[1] + 1
-    figure = Figure(figsize=(columns, len(queries) * 1.0 + 0.3), layout="constrained")
-    grid = figure.subplots(len(queries), columns, squeeze=False)
-    for line, query, found in zip(grid, queries, nearest, strict=True):
-        for axes, image in zip(line, [query, *bank[found]], strict=True):
-            axes.imshow(picture_of(image))
-            axes.axis("off")
+    x = features.double().cpu()
+    # a dimension that is the same everywhere keeps no rounding error of its mean
+    x = torch.where((x == x[0]).all(0), 0.0, x - x.mean(0))
+    singular = torch.linalg.svdvals(x)[: min(len(x) - 1, x.shape[1])]
+    relative = singular / singular[0]
+    return relative[relative > ROUNDING]
+
+
+def draw_retrievals(queries: Shown, bank: Shown, path: Path) -> bool:
+    """Draw each query beside its nearest images, with similarities and whether classes agree.
+
+    Returns:
+        Whether classes of some query and of a neighbour are known.
+    """
+    most = min(NEIGHBOURS, len(bank.images))
+    similarities, nearest = most_similar(bank.features, queries.features, most)
+    count, columns, marked = len(queries.images), most + 1, False
+    figure = Figure(figsize=(columns, count * 1.25 + 0.2), layout="constrained")
+    grid = figure.subplots(count, columns, squeeze=False)
+    for row, (line, near, close) in enumerate(
+        zip(grid, nearest.tolist(), similarities.tolist(), strict=True)
+    ):
+        own = queries.classes[row]
+        _show(line[0], queries.images[row], own or "", INK)
+        for axes, index, similarity in zip(line[1:], near, close, strict=True):
+            other = bank.classes[index]
+            marked |= own is not None and other is not None
+            _show(axes, bank.images[index], *below_neighbour(similarity, own, other))
     grid[0][0].set_title("image", fontsize=9)
     grid[0][1].set_title("nearest", fontsize=9, loc="left")
     _save(figure, path)
+    return marked
+
+
+def below_neighbour(similarity: float, own: str | None, other: str | None) -> tuple[str, str]:
+    """The text below a neighbour and the colour of its frame, by the classes of query and it."""
+    if own is None or other is None:
+        return f"{similarity:.2f}", PLAIN
+    return (f"{similarity:.2f} ✓", RIGHT) if own == other else (f"{similarity:.2f} ✗", WRONG)
+
+
+def _show(axes: Axes, image: Tensor, below: str, colour: str) -> None:
+    """Show an image (C, S, S) uint8 in a frame, with a line of text that is no formula."""
+    axes.imshow(picture_of(image))
+    axes.set(xticks=[], yticks=[])
+    short = below if len(below) <= 14 else f"{below[:13]}…"
+    axes.set_xlabel(short, fontsize=8, labelpad=2, parse_math=False)
+    for side in axes.spines.values():
+        side.set_color(colour)
 
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as aside:
+    with replacing(path) as aside, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # of a class's name, say
         figure.savefig(aside, dpi=100, format="png", metadata={"Software": None})

@@ -159,7 +159,7 @@ def line_of(
         beside = ", ".join(f"{k} {100 * v:.1f}" for k, v in others.items() if v is not None)
         parts.append(f"{K}-NN {100 * row['knn']:.1f} %" + (f" ({beside})" if beside else ""))
     elif "sample_effective_rank" in row:
-        parts.append(f"effective rank {row['sample_effective_rank']:.3g}")
+        parts.append(f"effective rank of representations {row['sample_effective_rank']:.3g}")
     if "probe" in row:
         parts.append(f"probe {100 * row['probe']:.1f} %")
     if "views_per_second" in row:

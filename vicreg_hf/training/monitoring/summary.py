@@ -119,11 +119,20 @@ def card_results(run: Run) -> list[Result]:
     batch = "embeddings of the last batch of views"
     if chosen != run.step:
         batch = f"embeddings of the batch of views of step {last['step']:,}"
+    embeddings = "of a batch's embeddings"
     results += [
-        Result("embedding std", last["embedding_std"], f"{batch}; 0 is collapse"),
-        Result("effective rank", last["effective_rank"], f"{batch}; 1 is collapse"),
-        Result("alignment", last["alignment"], f"{batch}; distance of two views, 0 to 4"),
-        Result("uniformity", last["uniformity"], f"{batch}; less is more even"),
+        Result(f"std {embeddings}", last["embedding_std"], f"{batch}; 0 is collapse"),
+        Result(
+            f"effective rank {embeddings}",
+            last["effective_rank"],
+            f"{batch}; 1 is collapse",
+        ),
+        Result(
+            f"alignment {embeddings}",
+            last["alignment"],
+            f"{batch}; distance of two views, 0 to 4",
+        ),
+        Result(f"uniformity {embeddings}", last["uniformity"], f"{batch}; less is more even"),
     ]
     return results
 
