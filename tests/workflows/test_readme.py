@@ -210,6 +210,7 @@ def test_python_runs_as_shown(number: int, folder: Path, tmp_path: Path) -> None
     few = {
         'output_dir="runs/demo"': f'output_dir="{tmp_path}", dataset_name="{folder}/images", '
         "max_steps=2, batch_size=16", "runs/r50": f"{folder}/runs/r50",
+        'output_dir="runs/barlow"': f'output_dir="runs/barlow", dataset_name="{folder}/images"',
     }  # fmt: skip
     script = replaced(given, SMALLER | few)
     assert script != given or "linear_probe" in script

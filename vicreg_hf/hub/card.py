@@ -39,6 +39,7 @@ def model_card(
     record: TrainingRecord | None = None,
     origin: str | None = None,
     licence: str | None = None,
+    base_model: str | None = None,
 ) -> ModelCard:
     """Render the card of an encoder; `MODEL_ID` stands in it for the repository.
 
@@ -46,8 +47,9 @@ def model_card(
         record: of the run that made it; without it the card says what the model alone can say.
         origin: a sentence on where the weights are from, if no run made them.
         licence: of the weights, if no run made them; that of a run's follows from its record.
+        base_model: the repository that training started from, likewise.
     """
-    config, base = model.config, None
+    config, base = model.config, base_model
     if record is not None:
         base, licence = starting_terms(record.args, record.starts)
     data = _metadata(license=licence, base_model=base, **_results(record))

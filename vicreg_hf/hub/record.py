@@ -118,7 +118,7 @@ class TrainingRecord:
 
     @property
     def settings_yaml(self) -> str:
-        shown = {key: start["name"] for key, start in self.starts.items()}
+        shown = {k: start["name"] for k, start in self.starts.items() if self.args.get(k)}
         settings = {**self.args, **shown}
         settings = {key: value for key, value in settings.items() if key not in LOCAL_SETTINGS}
         return yaml.safe_dump(impersonal(settings), sort_keys=False, allow_unicode=True)

@@ -331,17 +331,29 @@ def _terms(
             card = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
         except (ValueError, OSError, TypeError):
             card = {}  # somebody else's, which states nothing that can be read
-    base: Any = card.get("base_model")
+    known_base, known_licence = terms_of_record(cfg, architecture)
+    base: Any = card.get("base_model") or known_base
     base = base[0] if isinstance(base, list) and base else base
     if hub_id is not None:
         base = hub_id.partition("@")[0]
-    elif base is None and cfg.get("tag"):
-        known = f"{architecture}.{cfg['tag']}"
-        registered = _registered(known)
-        base = registered and registered.hf_hub_id
-    licence: Any = card.get("license") or cfg.get("license")
+    licence: Any = card.get("license") or known_licence
     licence = licence[0] if isinstance(licence, list) and licence else licence
     return base if isinstance(base, str) else None, str(licence) if licence else None
+
+
+def terms_of_record(
+    cfg: Mapping[str, Any] | None, architecture: str
+) -> tuple[str | None, str | None]:
+    """The repository and the licence that timm's record of some weights states, where it does."""
+    cfg = cfg or {}
+    registered = _registered(f"{architecture}.{cfg['tag']}") if cfg.get("tag") else None
+    return registered and registered.hf_hub_id, cfg.get("license")
+
+
+def terms_of(directory: Path, model: Any) -> tuple[str | None, str | None]:
+    """The base_model and the licence for the card of a model that was loaded from a directory."""
+    config = model.config
+    return _terms(directory, None, config.pretrained_cfg or {}, config.architecture, prime=False)
 
 
 def _registered(name: str) -> Any:

@@ -29,7 +29,7 @@ from vicreg_hf.hub.export import (
 )
 from vicreg_hf.hub.layout import CONFIG_FILE, PRIME_DIRECTORY, is_published
 from vicreg_hf.hub.push import push_encoder
-from vicreg_hf.hub.source import find_encoder
+from vicreg_hf.hub.source import find_encoder, terms_of
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.models.text_encoder import TextEncoder
 from vicreg_hf.models.timm_models import is_timm
@@ -92,7 +92,7 @@ def publish(
             verify_export(load_model(second)[0], second)
         address, *_ = push_encoders(
             first, second if has_second else None, repo_id, private=private, revision=revision,
-            include_expander=include_expander, short_card=model_card(model, licence=license),
+            include_expander=include_expander, short_card=_card_of(first, model, license),
             extra={ONNX_FILE: export_onnx(model, folder)} if onnx else None,
             license=license, publish_images=publish_images, token=token,
         )  # fmt: skip
@@ -142,7 +142,7 @@ def export_source(
     export_encoder(model, directory, include_expander=include_expander)
     card = (first / CARD_FILE).is_file()
     if not card:
-        write_card(directory / CARD_FILE, model_card(model))
+        write_card(directory / CARD_FILE, _card_of(first, model))
     for name in (CARD_FILE, *PICTURES) if card else ():
         if (first / name).is_file():
             (directory / name).parent.mkdir(exist_ok=True)
@@ -152,6 +152,12 @@ def export_source(
         written.append(directory / PRIME_DIRECTORY)
         shutil.copytree(second, written[-1], dirs_exist_ok=True)
     return written
+
+
+def _card_of(directory: Path, model: VICRegModel, licence: str | None = None) -> ModelCard:
+    """The card of a model whose directory has none, such as a checkpoint."""
+    base, stated = terms_of(directory, model)
+    return model_card(model, licence=licence or stated, base_model=base)
 
 
 def _open(source: str | Path, include_expander: bool) -> tuple[Path, VICRegModel]:

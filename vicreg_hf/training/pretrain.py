@@ -119,7 +119,8 @@ def pretrain(
             with failing_together(run.accelerator.device):
                 make_output_dir(run)
                 if run.accelerator.is_main_process:
-                    shown = asdict(run.args) | {k: start["name"] for k, start in run.starts.items()}
+                    shown = asdict(run.args)
+                    shown |= {k: v["name"] for k, v in run.starts.items() if shown.get(k)}
                     run.trackers.start(run.log, shown, step=run.step)
         # loading_errors, as any call of torch may report that a worker has died
         with (

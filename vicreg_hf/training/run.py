@@ -69,8 +69,6 @@ class Run:
     """Times each step, for the watch over the run's processes."""
     terms: tuple[str, ...] = VICRegTerms._fields
     """Names of the loss and of its terms."""
-    own_model: bool = False
-    """Whether the model was given, with weights of its own."""
     loss_name: str | None = None
     """Qualified name of a loss of one's own."""
     callbacks: Sequence[Any] = ()

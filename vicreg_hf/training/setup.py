@@ -75,6 +75,7 @@ def setup(
         own: parts of the caller's own in place of those that settings describe.
     """
     started, own = time.perf_counter(), own or OwnParts()
+    given = own.facts  # before the model is set to the run's images
     args, starts = resolve_starts(own.fill_in(args), before=before)
     check_architecture(str(args.architecture))
     transformers.utils.logging.disable_progress_bar()
@@ -125,8 +126,8 @@ def setup(
         args, accelerator, model, model, optimizer, data, views, paired,
         _create_monitor(args, data, monitor_data, model.config.pretrained_cfg or {}), probe,
         None if args.ema_decay is None else ModelEmaV3(model, decay=args.ema_decay), started,
-        starts={setting: start.facts for setting, start in starts.items()},
-        own_model=own.model is not None, loss_name=name_of_loss(own.loss),
+        starts={setting: start.facts for setting, start in starts.items()} | given,
+        loss_name=name_of_loss(own.loss),
         terms=try_loss(own.loss, model, accelerator, data.batches.rows_per_process)
         or VICRegTerms._fields,
     )  # fmt: skip

@@ -101,6 +101,16 @@ def test_a_run_starts_from_the_model_and_logs_the_terms_of_the_loss(tmp_path: Pa
         pretrain(args, model=model, train_dataset=table)
 
 
+def test_the_card_states_the_terms_of_a_model_that_was_given(tmp_path: Path) -> None:
+    model = VICRegModel(config())
+    model.config.pretrained_cfg |= {"license": "cc-by-nc-4.0"}  # pyright: ignore
+    args = arguments(tmp_path, max_steps=1)
+    pretrain(args, model=model, train_dataset=Items("tensor"))
+    card = (tmp_path / "encoder/README.md").read_text()
+    assert "license: cc-by-nc-4.0" in card
+    assert "untrained" not in card
+
+
 def constant(z: Tensor, _: Tensor) -> Tensor:
     return z.detach().mean()
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from vicreg_hf.data.opening.dataset import DEMO
 from vicreg_hf.data.opening.items import GIVEN, name_given
+from vicreg_hf.hub.source import terms_of_record
 from vicreg_hf.loss.own import LOSS, Loss, own_terms
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.settings.pretraining import DEFAULT_ARCHITECTURE, PretrainingArguments
@@ -59,6 +60,16 @@ class OwnParts:
                 "loss must have no parameters to train, as a run saves those of its model alone, "
                 f"got {type(self.loss).__name__} with some."
             )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a card says of a model that was given, in the place of `init_from`."""
+        if self.model is None:
+            return {}
+        config = self.model.config
+        base, licence = terms_of_record(config.pretrained_cfg, config.architecture)
+        facts = {"name": None, "sha256": None, "base_model": base, "license": licence}
+        return {"init_from": facts}
 
     def fill_in(self, args: PretrainingArguments) -> PretrainingArguments:
         """The settings as the parts determine them.

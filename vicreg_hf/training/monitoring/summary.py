@@ -158,7 +158,7 @@ def _labelled_results(run: Run, rows: list[dict[str, Any]], at: str) -> list[Res
             "the same images, by a linear classifier that learned from the views beside the encoder"
         )
         results.append(Result("online linear probe accuracy", last["probe"], how, percent=True))
-    started = run.args.pretrained or bool(run.starts) or run.own_model
+    started = run.args.pretrained or bool(run.starts)
     untrained = first["knn"] if first["step"] == 0 else None
     return results + [
         Result(f"{knn}, {name}", value, f"the same, of {what}", percent=True, of_model=False)
