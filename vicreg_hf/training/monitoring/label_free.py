@@ -33,8 +33,11 @@ BUDGET = 2**29
 """Bytes of pixels of the sample that stay in memory; of larger images the sample has fewer."""
 EPOCH = 2**32 - 1
 """The epoch that keys the two views; training does not reach it."""
-AT_ONCE = 128
-"""Images that are read, and encoded, together."""
+AT_ONCE, READ_AT_ONCE = 128, 16
+"""Images that are encoded together, and that a loading worker reads one after the other."""
+DECODED, LEAST = 2**31, 64
+"""Pixels that are decoded at most, were all images as large as the first, which takes a core about
+half a minute; and the number of images that are read nevertheless."""
 
 
 class FixedSample:
@@ -107,70 +110,81 @@ class FixedSample:
     def _read_images(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(N, C, S, S) evaluation views, and (M, C, S, S) crops of both views, all uint8."""
         with loading_errors():
-            parts = list(self._parts())
-        crops = [pair for _, pair in parts if pair is not None]
+            prepared = list(self._prepared())
+        crops = [pair for _, pair in prepared if pair is not None]
         return (
-            torch.cat([images for images, _ in parts]),
-            tuple(torch.cat(own)[: self.most_paired] for own in zip(*crops, strict=True)),
+            torch.stack([seen for seen, _ in prepared]),
+            tuple(torch.cat(own) for own in zip(*crops, strict=True)),
         )
 
-    def _parts(self) -> Iterator[tuple[Tensor, tuple[Tensor, ...] | None]]:
-        """The same, part by part; the first ones have the crops."""
+    def _prepared(self) -> Iterator[tuple[Tensor, tuple[Tensor, ...] | None]]:
+        """An evaluation view of each image of the sample, and of the first ones both crops."""
         train, images = self.data.train, self.data.images
-        prepare = partial(_prepare, self.views, self.crop_pct, self.most_paired)
         if isinstance(train, ImageStream):
-            yield from map(prepare, _first_of_stream(train, self.most, self.seed))
+            yield from self._prepared_of_stream(train)
             return
-        chosen = permutation(len(train), seed=0, epoch=0, stream=Stream.SPLIT)[: self.most]
-        order = [*np.sort(chosen[: self.most_paired]), *np.sort(chosen[self.most_paired :])]
-        rows = [
-            (start, np.array(order[start : start + AT_ONCE]))
-            for start in range(0, len(order), AT_ONCE)
+        chosen = permutation(len(train), seed=0, epoch=0, stream=Stream.SPLIT)
+        in_memory = isinstance(images, Tensor)
+        source = images if in_memory else train
+        self._limit(next(_read(source, chosen[:1])))
+        prepare = partial(_prepare, self.views, self.crop_pct, self.most_paired)
+        first, others = np.split(chosen[: self.most], [self.most_paired])
+        order = np.array([*np.sort(first), *np.sort(others)])
+        parts = [
+            (start, order[start : start + READ_AT_ONCE])
+            for start in range(0, len(order), READ_AT_ONCE)
         ]
-        source = images if isinstance(images, Tensor) else train
-        make = partial(_read_part, source, prepare)
-        workers = 0 if isinstance(images, Tensor) else self.num_workers
-        size = 3 * AT_ONCE * self.views.in_chans * self.side**2
-        with loading(rows, make, workers, item_bytes=lambda: size) as parts:
-            yield from parts
+        make = partial(_prepare_part, source, prepare)
+        size = 3 * READ_AT_ONCE * self.views.in_chans * self.side**2
+        workers = 0 if in_memory else self.num_workers
+        with loading(parts, make, workers, item_bytes=lambda: size) as read:
+            for part in read:
+                yield from part
+
+    def _prepared_of_stream(
+        self, stream: ImageStream
+    ) -> Iterator[tuple[Tensor, tuple[Tensor, ...] | None]]:
+        """The same of the first usable images of the first pass."""
+        number = 0
+        for sample in stream.share(0, 1, seed=self.seed).read(0):
+            if not isinstance(sample, Sample):
+                continue
+            if number == 0:
+                self._limit(sample.content)
+            yield _prepare(self.views, self.crop_pct, self.most_paired, number, sample.content)
+            number += 1
+            if number == self.most:
+                return
+
+    def _limit(self, image: Tensor) -> None:
+        """Take fewer images where they are as large as this one, whose decoding takes long."""
+        fewer = max(LEAST, DECODED // (image.shape[-2] * image.shape[-1]))
+        self.most = min(self.most, fewer)
+        self.most_paired = max(1, self.most * MOST_PAIRED // MOST)
 
 
-def _first_of_stream(
-    stream: ImageStream, most: int, seed: int
-) -> Iterator[tuple[int, list[Tensor]]]:
-    """The first usable images of the first pass, in parts."""
-    own, part, start = stream.share(0, 1, seed=seed), [], 0
-    for sample in own.read(0):
-        if isinstance(sample, Sample):
-            part.append(sample.content)
-        if len(part) == AT_ONCE or start + len(part) == most:
-            yield start, part
-            start, part = start + len(part), []
-        if start == most:
-            return
-    if part:
-        yield start, part
-
-
-def _read_part(
-    source: ImageSplit | Tensor, prepare: Callable[..., Any], part: tuple[int, Any]
-) -> Any:
-    start, rows = part
+def _read(source: ImageSplit | Tensor, rows: Any) -> Iterator[Tensor]:
+    """One image after another, as large photographs do not fit in memory together."""
     if isinstance(source, Tensor):
-        return prepare((start, list(source[torch.from_numpy(rows)])))
-    return prepare((start, list(source.each_or_replaced(rows.tolist(), []))))
+        yield from (source[int(row)] for row in rows)
+    else:
+        for row in rows:
+            yield from source.each_or_replaced([int(row)], [])
+
+
+def _prepare_part(source: ImageSplit | Tensor, prepare: Any, part: tuple[int, Any]) -> list[Any]:
+    start, rows = part
+    return [prepare(start + n, image) for n, image in enumerate(_read(source, rows))]
 
 
 def _prepare(
-    views: TwoViews, crop_pct: float, paired: int, part: tuple[int, list[Tensor]]
+    views: TwoViews, crop_pct: float, paired: int, number: int, image: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """Evaluation views of some images, and crops of both views, of which the first are used."""
-    start, images = part
-    side = views.image_sizes[0]
-    seen = torch.stack([centre_crop(image, side, crop_pct) for image in images])
-    if start >= paired:
+    """The evaluation view of an image, and crops of both views if its number is below paired."""
+    seen = centre_crop(image, views.image_sizes[0], crop_pct)
+    if number >= paired:
         return seen, None
-    return seen, views.crop(images, np.arange(start, start + len(images)), EPOCH)
+    return seen, views.crop([image], np.array([number]), EPOCH)
 
 
 def _signs(x: Tensor, both: Tensor, prefix: str) -> dict[str, float]:
