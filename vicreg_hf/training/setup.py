@@ -89,25 +89,10 @@ def setup(
     )  # fmt: skip
     args, monitor_data = open_monitor_data(args, data, main_process_first)
     _check_keep_best(args, data, monitor_data)
-    # convolutions are faster in this layout, on CPU too; attention does not mind
-    if own.model is None:
-        model = build_model(args, data.pairs, sound=data.sound, starts=starts)
-    else:
-        model = adopt_model(own.model, args, sound=data.sound)
-    new = load_expanders(model, starts)
-    model.loss = own.loss
-    model.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore
+    model, new = _create_model(args, data, accelerator, starts, own)
     probe = None
     if args.online_probe:
         probe = create_probe(data.train, data.held_out, model.num_features).to(accelerator.device)
-    _check_micro_batches(model, data.batches)
-    if accelerator.is_main_process:
-        check_exportable(model, column=data.pairs.column if data.pairs else None)
-    if accelerator.num_processes > 1:
-        synchronize(model, accelerator.device)
-    freeze(model, args.freeze)
-    if args.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
     assert args.base_lr is not None
     assert not isinstance(args.optimizer_args, str)
     optimizer = create_optimizer(
@@ -142,6 +127,33 @@ def setup(
         model.compile_branches(expanders=accelerator.num_processes == 1)
     run.wrapped, run.optimizer = accelerator.prepare(model, optimizer)
     return run
+
+
+def _create_model(
+    args: PretrainingArguments,
+    data: TrainingData,
+    accelerator: Accelerator,
+    starts: Starts,
+    own: OwnParts,
+) -> tuple[VICRegModel, list[str]]:
+    """The model on the device, as it is trained; and a sentence for each expander that is new."""
+    if own.model is None:
+        model = build_model(args, data.pairs, sound=data.sound, starts=starts)
+    else:
+        model = adopt_model(own.model, args, sound=data.sound)
+    new = load_expanders(model, starts)
+    model.loss = own.loss
+    # convolutions are faster in this layout, on CPU too; attention does not mind
+    model.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore
+    _check_micro_batches(model, data.batches)
+    if accelerator.is_main_process:
+        check_exportable(model, column=data.pairs.column if data.pairs else None)
+    if accelerator.num_processes > 1:
+        synchronize(model, accelerator.device)
+    freeze(model, args.freeze)
+    if args.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return model, new
 
 
 def _open_repositories(args: PretrainingArguments, starts: Starts) -> None:
