@@ -15,6 +15,7 @@ from families import FAMILIES, config, pixels, same_state, trained
 from transformers import AutoConfig
 from workflow import train
 
+import vicreg_hf
 from vicreg_hf import VICRegConfig, VICRegModel, vicreg_loss
 
 WIDTHS = (
@@ -205,5 +206,6 @@ def test_four_calls_lead_from_pretrain_to_vicreg_loss_and_one_more_for_chunks(
     monkeypatch.setattr("vicreg_hf.loss.vicreg.check_embeddings", refuse)
     with pytest.raises(ValueError, match="the loss was called") as caught:
         train(images, tmp_path, "--max_steps=2", *flags)
-    stack = [entry.name for entry in caught.traceback if "/vicreg_hf/" in str(entry.path)]
+    package = Path(vicreg_hf.__file__).parent
+    stack = [entry.name for entry in caught.traceback if entry.path.is_relative_to(package)]
     assert stack == ["pretrain", "fit", "take_gradients", *between, "forward", "vicreg_loss"]
