@@ -207,5 +207,5 @@ def test_four_calls_lead_from_pretrain_to_vicreg_loss_and_one_more_for_chunks(
     with pytest.raises(ValueError, match="the loss was called") as caught:
         train(images, tmp_path, "--max_steps=2", *flags)
     package = Path(vicreg_hf.__file__).parent
-    stack = [entry.name for entry in caught.traceback if entry.path.is_relative_to(package)]
+    stack = [entry.name for entry in caught.traceback if Path(entry.path).is_relative_to(package)]
     assert stack == ["pretrain", "fit", "take_gradients", *between, "forward", "vicreg_loss"]

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "elsewhere"
-PACKAGE = f"{Path(__file__).parents[2] / 'vicreg_hf'}{os.sep}"
+PACKAGE = f"{Path(__file__).resolve().parents[2] / 'vicreg_hf'}{os.sep}"
 aten = torch.ops.aten
 ASKS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select}
 """Operations whose answer, or its size, the host must know."""
