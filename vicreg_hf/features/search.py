@@ -147,6 +147,11 @@ class Search:
                 features.append(encode_with(self.encoder, torch.stack(images), device).cpu())
         return torch.cat(features).numpy()
 
+    def find(self, paths: Sequence[str], k: int) -> list[Neighbours]:
+        """The k images nearest to each of new ones; for errors see `queries` and `encode`."""
+        found = self.nearest(self.encode(self.queries(paths)), k)
+        return [Neighbours(path, near) for path, near in zip(paths, found, strict=True)]
+
     def nearest(self, wanted: NDArray[np.floating[Any]], k: int) -> list[list[Neighbour]]:
         """The k rows nearest to each of some features (Q, F), the nearest first."""
         found: list[list[Neighbour]] = [[] for _ in wanted]
@@ -199,9 +204,7 @@ def nearest_images(
         ValueError: no features there, another encoder than theirs, or a query that is no image.
     """
     check_k(k)
-    search, names = open_search(features, split=split, model=model), list(map(str, queries))
-    found = search.nearest(search.encode(search.queries(names)), k)
-    return [Neighbours(name, near) for name, near in zip(names, found, strict=True)]
+    return open_search(features, split=split, model=model).find(list(map(str, queries)), k)
 
 
 def check_k(k: int) -> int:

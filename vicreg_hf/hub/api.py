@@ -126,7 +126,7 @@ def open_repository(
         token: None takes that of HF_TOKEN or `hf auth login`.
         revision: a branch, made if absent.
         create_pr: request only that pull requests may be opened, in a repository that exists.
-        repo_type: "model" or "dataset"; None is a model.
+        repo_type: "model", "dataset" or "space", which is one of gradio; None is a model.
 
     Returns:
         The full id.
@@ -141,7 +141,8 @@ def open_repository(
 
     def opened(api: HfApi) -> str:
         kind: Any = {"repo_type": repo_type}
-        full = api.create_repo(repo_id, private=private, exist_ok=True, **kind).repo_id
+        sdk: Any = {"space_sdk": "gradio"} if repo_type == "space" else {}
+        full = api.create_repo(repo_id, private=private, exist_ok=True, **kind, **sdk).repo_id
         if revision is not None and not revision.startswith("refs/") and not create_pr:
             api.create_branch(full, branch=revision, exist_ok=True, **kind)
         probe = CommitOperationAdd("README.md", b"-")
