@@ -44,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with script(ValueError, OSError, RuntimeError):
         check_k(args.k)
+        wrong, other = ("html", "query") if args.serve else ("port", "serve")
+        if getattr(args, wrong) is not None:
+            raise ValueError(f"{wrong} belongs to {other}; leave it out.")
         if args.serve:
-            if args.html is not None:
-                raise ValueError("html belongs to query, got it with serve; leave one out.")
             check_port(args.port)
             serve(args.features, k=args.k, split=args.split, model=args.model, port=args.port)
             return

@@ -168,7 +168,7 @@ def describe_push(
     Raises:
         HubError: the Hub refuses, or cannot be reached.
     """
-    private, there = look_at(repo_id, token=token, revision=revision, repo_type=repo_type)
+    private, there, _ = look_at(repo_id, token=token, revision=revision, repo_type=repo_type)
     kind = f"{repo_type}s/" if repo_type else ""
     who = "private: only its members see it" if private else "public: everybody can see it"
     names = sorted(files)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 
 from vicreg_hf.data.columns.base import BadImage
-from vicreg_hf.features.search import open_search
+from vicreg_hf.features.search import Search, open_search
 from vicreg_hf.runtime.files import temporary_folder
 from vicreg_hf.search_pages.app import CSS, Case, UnusableError, launch, page
 from vicreg_hf.search_pages.hits import REPORT, cases, describe, pictures_of
@@ -35,6 +36,21 @@ def check_port(port: int | None) -> None:
         ) from None
 
 
+def finder(search: Search, k: int) -> Callable[[str], Case]:
+    """A function that finds the k images most like that of a file, as `page` takes it."""
+    search = replace(search, parts=list(search.parts))  # each query needs all of them
+    pictures = pictures_of(search)
+
+    def find(path: str) -> Case:
+        (query,) = search.queries([path]).try_read([0])
+        if isinstance(query, BadImage):
+            raise UnusableError(f"This file cannot be used: {query.reason}")
+        (case,) = cases(search, search.find([path], k), pictures)
+        return case
+
+    return find
+
+
 def serve(
     features: str, *, k: int = 8, split: str | None = None, model: str | None = None,
     port: int | None = None,
@@ -52,17 +68,7 @@ def serve(
         ValueError: as for `open_search`.
     """
     search = open_search(features, split=split, model=model)
-    search = replace(search, parts=list(search.parts))  # each query needs all of them
-    pictures = pictures_of(search)
-
-    def find(path: str) -> Case:
-        (query,) = search.queries([path]).try_read([0])
-        if isinstance(query, BadImage):
-            raise UnusableError(f"This file cannot be used: {query.reason}")
-        (case,) = cases(search, search.find([path], k), pictures)
-        return case
-
-    title, about = describe(search)
+    find, (title, about) = finder(search, k), describe(search)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with temporary_folder() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)

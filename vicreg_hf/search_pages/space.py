@@ -74,6 +74,8 @@ class Place:
     source: str
     """Where it is loaded from on this machine."""
     card: str | None
+    private: bool = False
+    """Whether it is a repository that only its members see."""
 
 
 def publish_space(
@@ -114,11 +116,11 @@ def publish_space(
     search = open_search(features, model=model)
     images = open_pictures(search.record, search.encoder) if publish_images else {}
     with temporary_folder() as folder:
-        place = _place(search, model, folder / "exported")
+        place = _place(search, model, folder / "exported", token)
         _check_stock(search, place)
         target: Any = {"token": token, "repo_type": "space"}
         space_id = open_repository(space_id, private=private is not False, **target)
-        if {"app.py"} <= (there := look_at(space_id, **target)[1]) and app.SETTINGS not in there:
+        if {"app.py"} <= (there := look_at(space_id, **target).files) and app.SETTINGS not in there:
             raise ValueError(
                 f"space must be new or a page that this command has pushed, got {space_id}, which "
                 "holds another app; choose another name."
@@ -149,16 +151,17 @@ def _ours(name: str) -> bool:
     return name.startswith((f"{app.FEATURES}/", f"{app.THUMBNAILS}/", f"{ENCODER}/"))
 
 
-def _place(search: Search, model: str | None, folder: Path) -> Place:
+def _place(search: Search, model: str | None, folder: Path, token: str | bool | None) -> Place:
     """Where the Space finds the encoder; a checkpoint is exported to the folder."""
     name = model or str(search.record["model"])
     if not Path(name).exists():
         revision = search.record.get("revision") if model is None else None
-        commit = getattr(AutoConfig.from_pretrained(name, revision=revision), "_commit_hash", None)
-        return Place(name, commit or revision, {}, name, read_text(name, CARD_FILE))
+        known = look_at(name, revision=revision, token=token)
+        card = read_text(name, CARD_FILE, revision=known.commit, token=token)
+        return Place(name, known.commit, {}, name, card, known.private)
     directory = Path(encoder_directory(name))
-    card = directory / CARD_FILE
-    text = card.read_text(encoding="utf-8") if card.is_file() else None
+    file = directory / CARD_FILE
+    text = file.read_text(encoding="utf-8") if file.is_file() else None
     if AutoConfig.from_pretrained(directory).model_type == "vicreg":
         directory = export_encoder(load_model(directory)[0], folder)
     files = {name: file for name, file in encoder_files(directory).items() if name != CARD_FILE}
@@ -295,6 +298,12 @@ def _shown(search: Search, place: Place, images: Mapping[str, ImageSplit]) -> st
     known = f", the classes {', '.join(classes[:20])}{', ...' * (len(classes) > 20)}"
     holds = f"features of {search.num_rows:,} images{known if classes else ''} and row numbers"
     holds += ", and the encoder's weights" if place.files else ""
+    shows = f"It shows no image of the data, but holds {holds}; --publish_images true adds them."
     if images:
-        return f"It shows every image of the data as a thumbnail, and holds {holds}."
-    return f"It shows no image of the data, but holds {holds}; --publish_images true adds them."
+        shows = f"It shows every image of the data as a thumbnail, and holds {holds}."
+    if place.private:
+        shows += (
+            f" {place.name} is private: give the Space a token that may read it, as the secret "
+            "HF_TOKEN in its settings."
+        )
+    return shows
