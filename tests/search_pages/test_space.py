@@ -181,7 +181,7 @@ def test_what_cannot_be_a_space_is_refused_and_another_app_is_left_alone(
     extract(tmp_path / "ours", place / "photos", tmp_path / "features")
     refused("must have an encoder that stock timm knows, got resnet18_cifar", tmp_path / "features")
     HfApi().create_repo("org/theirs", repo_type="space", space_sdk="gradio")
-    files = {"path_in_repo": "app.py", "repo_id": "org/theirs", "repo_type": "space"}
+    files: Any = {"path_in_repo": "app.py", "repo_id": "org/theirs", "repo_type": "space"}
     HfApi().upload_file(path_or_fileobj=b"print()", **files)
     refused("got org/theirs, which holds another app", name="org/theirs")
     assert pushed(hub, "org/theirs").keys() == {"app.py"}
