@@ -40,6 +40,10 @@ FOUND = """[...document.querySelectorAll('.found li')].map(
     e => [e.dataset.split, Number(e.dataset.row), Number(e.dataset.similarity),
           e.querySelector('b')?.innerText, e.querySelector('img')?.naturalWidth])"""
 
+BEYOND = """[...document.querySelectorAll('.found span')].filter(
+    e => e.scrollWidth > e.clientWidth + 1).length"""
+"""How many texts do not fit."""
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -133,6 +137,8 @@ def test_a_photograph_that_is_dropped_is_shown_beside_its_neighbours(
         for split, row, _, label, width in found:
             assert known.get((split, row), label) == label
             assert width > 0
+        page.look(390, dark=True)
+        assert page.ask(BEYOND) == 0
         page.open(address)
         assert USABLE["moving.gif"] in dropped(page, place / "uploads" / "moving.gif")
         assert len(page.ask(FOUND)) == 8
