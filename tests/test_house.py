@@ -16,7 +16,7 @@ FLOORS = (
     {"publishing"},
     {"features"},
     {"evaluation", "training"},
-    {"benchmarks"},
+    {"benchmarks", "search_pages"},
     {"commands"},
 )
 """Folders and modules at the root of the package, from the ground up. Those on one floor do not

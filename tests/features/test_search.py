@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 from extracting import extract, load, write_encoder, write_folder
 from families import trained
+from sklearn.neighbors import NearestNeighbors
 
-from vicreg_hf.features.search import nearest_images
+from vicreg_hf.features.search import nearest_images, nearest_rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -45,6 +47,30 @@ def test_neighbours_are_those_of_a_product_of_all_features(place: Path, tmp_path
         assert str(one).count("\n") == 12
     (few,) = nearest_images(place / "features", queries[:1], k=5, split="test")
     assert [n.split for n in few.nearest] == ["test", "test"]  # which has no more
+
+
+@pytest.mark.parametrize("package", ["faiss", "torch"])
+def test_the_rows_found_are_those_of_scikit_learn(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if package == "torch":
+        monkeypatch.setattr("vicreg_hf.features.search.find_spec", lambda _: None)
+    elif find_spec("faiss") is None:
+        pytest.skip("faiss is not installed: pip install faiss-cpu")
+    rng = np.random.default_rng(0)
+    bank, wanted = rng.normal(size=(500, 24)), rng.normal(size=(7, 24))
+    bank[40] = 3 * wanted[2]  # its length does not matter
+    bank[0], bank[1] = 0, wanted[5]
+    similarity, rows = nearest_rows(bank.astype(np.float16), wanted.astype(np.float32), 20)
+    search = NearestNeighbors(n_neighbors=20, metric="cosine").fit(bank.astype(np.float16))
+    distances, expected = search.kneighbors(wanted)
+    np.testing.assert_allclose(similarity, 1 - distances, atol=1e-4)
+    # but for those whose similarities are alike to rounding
+    apart = np.diff(distances, append=3) > 1e-4
+    apart &= np.diff(distances, prepend=-1) > 1e-4
+    assert (rows == expected)[apart].all()
+    assert apart.mean() > 0.8
+    assert (rows[2, 0], rows[5, 0]) == (40, 1)
 
 
 def test_what_cannot_be_searched_is_said(

@@ -225,6 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
         key = f"{kind}s/{name}"
         if self.token != WRITER:
             raise Refusal(403 if self.token else 401, "You may not make repositories.")
+        if kind == "space" and not wanted.get("sdk"):
+            raise Refusal(400, "A Space needs an sdk.")
         if key in self.hub.repositories:
             self.status = 409  # it is there already
         else:
@@ -296,7 +298,7 @@ class _Handler(BaseHTTPRequestHandler):
         return content
 
 
-_KEY = r"/api/((?:models|datasets)/[^/]+/[^/]+)"
+_KEY = r"/api/((?:models|datasets|spaces)/[^/]+/[^/]+)"
 _ROUTES: list[tuple[str, str, Any]] = [
     ("POST", r"/api/repos/create", _Handler.create),
     ("POST", r"/api/validate-yaml", _Handler.validate),
@@ -306,5 +308,5 @@ _ROUTES: list[tuple[str, str, Any]] = [
     ("GET", _KEY, _Handler.info),
     ("GET", _KEY + r"/revision/(.+)", _Handler.info),
     ("GET", _KEY + r"/tree/([^/]+)/?(.*)", _Handler.tree),
-    ("GET HEAD", r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler.resolve),
+    ("GET HEAD", r"/(datasets/|spaces/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler.resolve),
 ]

@@ -20,6 +20,7 @@ from workflow import train
 from vicreg_hf.hub.api import push_files
 from vicreg_hf.hub.card import LOSS_PICTURE, RETRIEVAL_PICTURE, without_photographs
 from vicreg_hf.publishing.publish import publish
+from vicreg_hf.search_pages.space import publish_space
 
 ACCEPTED = "cells"
 """The name of the data's folder, which a card tells; its parents' names are private. Features also
@@ -173,3 +174,31 @@ def test_features_are_pushed_without_the_names_of_files(
     assert marks_in(files, accepted="MARKclass") == set()
     ids = pq.read_table(io.BytesIO(next(v for k, v in files.items() if "train" in k)))["image_id"]
     assert all(each.isdigit() for each in ids.to_pylist())
+
+
+@pytest.mark.parametrize("publish_images", [False, True])
+def test_a_space_tells_names_of_classes_alone_and_shows_images_on_request(
+    publish_images: bool, run: Path, marked: Path, hub: Hub, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output = tmp_path / "features"
+    extract(run, marked, output, max_bad_fraction=0.5)
+    for name in ("hits.html", "data/hits.html", "report.png"):
+        (output / name).write_text("MARKreport")
+    publish_space(output, "org/find", publish_images=publish_images)
+    repository = hub.repositories.pop("spaces/org/find")
+    files = repository.files()
+    assert repository.private
+    assert "the classes MARKclass0, MARKclass1" in capsys.readouterr().out
+    assert marks_in(files, accepted="MARKclass") == set()
+    assert marks_in(files) == {"search.json"}
+    # the folder of the data and of the run, as in other cards
+    named = {name for name, content in files.items() if ACCEPTED.encode() in content}
+    assert named - {"app.py"} == {"README.md", "search.json"}
+    pictures = {name for name in files if name.startswith("thumbnails/")}
+    assert bool(pictures) is publish_images
+    shown = dict.fromkeys(files, 0)
+    for name, content in files.items():
+        shown[name] = content.count(b"JFIF") + content.count(b"\x89PNG\r\n\x1a\n")
+    assert sum(shown[name] for name in pictures) == (48 if publish_images else 0)
+    assert not any(shown[name] for name in files.keys() - pictures)

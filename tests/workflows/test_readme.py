@@ -23,6 +23,7 @@ from warm import run_script
 from workflow import ROOT, run, write_images
 
 from vicreg_hf import pretrain
+from vicreg_hf.commands.__main__ import main
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.views.presets import PRESETS, find_recipes
 
@@ -66,7 +67,9 @@ TRAININGS = [c for c in COMMANDS if "pretrain.py" in c and "--output_dir runs/" 
 ON_THE_HUB = [c for c in COMMANDS if "publish.py" in c or "--push_to_hub" in c]
 EXTRACTING = [c for c in COMMANDS if "extract_features.py" in c]
 SEARCHING = [c for c in COMMANDS if c.startswith("vicreg-hf search")]
-OTHERS = [c for c in COMMANDS if c not in (*TRAININGS, *ON_THE_HUB, *EXTRACTING, *SEARCHING)]
+AS_A_SPACE = [c for c in COMMANDS if "--space" in c]
+APART = (*TRAININGS, *ON_THE_HUB, *EXTRACTING, *SEARCHING, *AS_A_SPACE)
+OTHERS = [c for c in COMMANDS if c not in APART]
 
 
 def replaced(text: str, others: dict[str, Any]) -> str:
@@ -85,7 +88,8 @@ def filled(command: str, folder: Path) -> list[str]:
         "converted/": folder / "converted", "exported/": folder / "exported",
         "--features feats": f"--features {folder}", "new.jpg": folder / "new.png",
         "vicreg-hf": "vicreg_hf/commands/__main__.py", "resnet50": "test_resnet",
-        "dir feats": f"dir {folder}",
+        "dir feats": f"dir {folder}", "hits.html": folder / "hits.html",
+        "publish feats": f"publish {folder}",
     }))  # fmt: skip
 
 
@@ -166,7 +170,7 @@ def test_commands_run(command: str, folder: Path) -> None:
     made.unlink()
 
 
-def test_features_are_searched(folder: Path) -> None:
+def test_features_are_searched_and_published(folder: Path, tmp_path: Path) -> None:
     (command,) = EXTRACTING
     run_words(filled(command, folder))
     (search,) = (block for block in blocks("python") if "NearestNeighbors" in block)
@@ -178,7 +182,11 @@ def test_features_are_searched(folder: Path) -> None:
     found = run_words(filled(command, folder)).splitlines()
     assert found[0] == str(folder / "new.png")
     assert found[1].split()[:3] == ["1.0000", "test", "3"]
-    assert len(found) == 9
+    assert found[9:] == ["", f"Written: {folder / 'hits.html'}"]
+    (command,) = AS_A_SPACE
+    with running_hub() as hub, connected(hub, tmp_path / "home"):
+        main(filled(command, folder)[1:])
+    assert "features/test-00000-of-00001.safetensors" in hub.repositories["spaces/org/name"].files()
 
 
 def test_an_encoder_is_published(

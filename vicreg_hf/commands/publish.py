@@ -1,4 +1,4 @@
-"""Publish the encoder of a run on the Hub."""
+"""Publish the encoder of a run on the Hub, or a page that searches extracted features."""
 
 from __future__ import annotations
 
@@ -18,16 +18,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     from vicreg_hf.settings.parser import FlagsParser
 
     parser = FlagsParser(description=__doc__)
-    parser.add_argument("source", metavar="RUN_OR_DIR", help="output_dir of a run, or an encoder.")
-    parser.add_argument("--repo_id", required=True, help="org/name; made if absent.")
-    parser.add_argument("--private", action="store_true", help="Make a new repository private.")
+    parser.add_argument(
+        "source", metavar="RUN_OR_DIR",
+        help="output_dir of a run, or an encoder; with --space, features that extract wrote.",
+    )  # fmt: skip
+    parser.add_argument("--repo_id", help="Repository of the encoder, org/name; made if absent.")
+    parser.add_argument("--space", help="Space of the page, org/name; made if absent.")
+    parser.add_argument(
+        "--private", type=string_to_bool, nargs="?", const=True,
+        help="Make a new repository private; a Space is unless false is given.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", help="The encoder of a Space, if not where the features were extracted with it."
+    )
     parser.add_argument("--include_expander", action="store_true", help="Publish the expander too.")
     parser.add_argument("--revision", help="A branch; made if absent.")
     parser.add_argument("--onnx", action="store_true", help="Publish onnx/model.onnx too.")
     parser.add_argument("--license", help="The licence of the weights, such as cc-by-4.0.")
     parser.add_argument(
         "--publish_images", type=string_to_bool, nargs="?", const=True, default=False,
-        help="Publish the picture that shows images of the data too (false unless true is given).",
+        help="Publish pictures that show images of the data too (false unless true is given).",
     )  # fmt: skip
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
@@ -35,13 +45,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     from yaml import YAMLError
 
     from vicreg_hf.publishing.publish import publish
+    from vicreg_hf.search_pages.space import publish_space
 
     with script(ValueError, OSError, RuntimeError, SafetensorError, YAMLError):
-        address = publish(
-            args.source, args.repo_id, private=args.private or None, revision=args.revision,
-            include_expander=args.include_expander, onnx=args.onnx, license=args.license,
-            publish_images=args.publish_images,
-        )  # fmt: skip
+        if (args.repo_id is None) == (args.space is None):
+            raise ValueError(
+                "one of repo_id, for an encoder, and space, for a page, must be given."
+            )
+        not_its_own = ("include_expander", "onnx", "revision") if args.space else ("model",)
+        if wrong := [name for name in not_its_own if getattr(args, name)]:
+            other = "repo_id" if args.space else "space"
+            raise ValueError(f"{wrong[0]} belongs to {other}; leave it out.")
+        common = {"license": args.license, "publish_images": args.publish_images}
+        if args.space:
+            address = publish_space(
+                args.source, args.space, model=args.model, private=args.private, **common
+            )
+        else:
+            address = publish(
+                args.source, args.repo_id, private=args.private or None, revision=args.revision,
+                include_expander=args.include_expander, onnx=args.onnx, **common,
+            )  # fmt: skip
         print(f"Published: {address}")
 
 

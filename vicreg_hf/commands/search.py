@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from vicreg_hf.runtime.sharing import share_cores
 
@@ -20,23 +21,43 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     parser = FlagsParser(description=__doc__)
     parser.add_argument("--features", required=True, help="Directory that extract wrote.")
-    parser.add_argument(
-        "--query", required=True, nargs="+", metavar="IMAGE", help="Files of the new images."
-    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--query", nargs="+", metavar="IMAGE", help="Files of the new images.")
+    what.add_argument(
+        "--serve", action="store_true",
+        help="Show a page on this machine into which new images are dropped.",
+    )  # fmt: skip
     parser.add_argument("-k", type=int, default=8, help="Images that are found for each.")
+    parser.add_argument("--html", metavar="FILE", help="Write a page with the pictures, too.")
+    parser.add_argument("--port", type=int, help="Port of the page; by default one that is free.")
     parser.add_argument("--split", help="Split to search; by default all.")
     parser.add_argument(
         "--model", help="The encoder, if it is no longer where the features were extracted with it."
     )
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if args.serve and find_spec("gradio") is None:
+        sys.exit("error: serve needs the package gradio; pip install 'vicreg-hf[demo]'.")
 
-    from vicreg_hf.features.search import nearest_images
+    from vicreg_hf.features.search import check_k, open_search
+    from vicreg_hf.search_pages.hits import check_page, pictures_of, write_hits
+    from vicreg_hf.search_pages.serve import check_port, serve
 
     with script(ValueError, OSError, RuntimeError):
-        found = nearest_images(
-            args.features, args.query, k=args.k, split=args.split, model=args.model
-        )
+        check_k(args.k)
+        wrong, other = ("html", "query") if args.serve else ("port", "serve")
+        if getattr(args, wrong) is not None:
+            raise ValueError(f"{wrong} belongs to {other}; leave it out.")
+        if args.serve:
+            check_port(args.port)
+            serve(args.features, k=args.k, split=args.split, model=args.model, port=args.port)
+            return
+        path = None if args.html is None else check_page(args.html)
+        search = open_search(args.features, split=args.split, model=args.model)
+        found = search.find(args.query, args.k)
         print("\n\n".join(map(str, found)))
+        if path is not None:
+            write_hits(path, search, found, pictures_of(search))
+            print(f"\nWritten: {path}")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def open_encoder(name: str, revision: str | None = None) -> Encoder:
     try:
         # it may still be in the cache; loaders would ask five times more
         constants.HF_HUB_OFFLINE = before or fault is not None
-        source = _directory(name) if local else name
+        source = encoder_directory(name) if local else name
         config = AutoConfig.from_pretrained(source, revision=revision)
         if config.model_type == "vicreg":
             model, _ = load_model(Path(source))
@@ -136,7 +136,8 @@ def open_encoder(name: str, revision: str | None = None) -> Encoder:
         constants.HF_HUB_OFFLINE = before
 
 
-def _directory(name: str) -> str:
+def encoder_directory(name: str) -> str:
+    """The directory of the weights of an encoder or a run on this machine."""
     try:
         return str(find_encoder(name))
     except ValueError:

@@ -137,9 +137,12 @@ def _check_record(
         "splits": {name: split.fingerprint() for name, split in splits.items()},
         "classes": list(next(iter(splits.values())).label_names),  # alike in all
     }  # fmt: skip
-    # where these are does not change the features; `search` opens the encoder again
-    places = {"model": _place(args.model), "revision": args.revision,
-              "dataset_name": _place(args.dataset_name)}  # fmt: skip
+    # where these are does not change the features; `search` opens encoder and images again
+    places = {
+        "model": _place(args.model), "revision": args.revision,
+        "dataset_name": _place(args.dataset_name), "image_column": args.image_column,
+        "dataset_config_name": args.dataset_config_name,
+    }  # fmt: skip
     path = output_dir / RECORD
     recorded = read_record(path)
     if recorded is None:

@@ -6,6 +6,7 @@ Shapes: N usable images of a part, F features.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from vicreg_hf.runtime.files import replacing
 
 CHECKSUM = b"vicreg_hf.sha256"
 """Key in a file's metadata of the SHA-256 of its rows."""
+NAME = "{split}-{number:05d}-of-{of:05d}.parquet"
+_NAME = re.compile(r"(?P<split>.+)-(?P<number>\d{5,})-of-(?P<of>\d{5,})\.parquet")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,16 @@ class Part:
 
     split: str
     rows: range
+    file: Path
+
+
+class PartFile(NamedTuple):
+    """A part that lies in a folder, as its name tells."""
+
+    split: str
+    number: int
+    of: int
+    """How many parts the split is cut into."""
     file: Path
 
 
@@ -54,9 +67,18 @@ def parts_of(splits: Mapping[str, ImageSplit], folder: Path, rows_per_file: int)
         starts = range(0, len(split), rows_per_file)
         for number, start in enumerate(starts):
             rows = range(start, min(start + rows_per_file, len(split)))
-            file = folder / f"{name}-{number:05d}-of-{len(starts):05d}.parquet"
+            file = folder / NAME.format(split=name, number=number, of=len(starts))
             parts.append(Part(name, rows, file))
     return parts
+
+
+def part_files(folder: Path) -> list[PartFile]:
+    """The parts that are in a folder, those of a split together and in their order."""
+    found = ((_NAME.fullmatch(file.name), file) for file in sorted(folder.glob("*.parquet")))
+    return [
+        PartFile(name["split"], int(name["number"]), int(name["of"]), file)
+        for name, file in found if name is not None
+    ]  # fmt: skip
 
 
 def write_part(file: Path, table: pa.Table) -> None:

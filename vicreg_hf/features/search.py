@@ -5,33 +5,35 @@ Shapes: N rows of a part, Q new images, F features.
 
 from __future__ import annotations
 
-import re
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from heapq import nlargest
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from sklearn.neighbors import NearestNeighbors
+from torch.nn.functional import normalize
 
 from vicreg_hf.data.columns.base import BadImage
-from vicreg_hf.data.splits import image_split
+from vicreg_hf.data.splits import ImageSplit, image_split
 from vicreg_hf.features.encode import encode_with
 from vicreg_hf.features.encoders import Encoder, open_encoder
 from vicreg_hf.features.extract import RECORD, read_record
-from vicreg_hf.features.parts import PartError, features_of, read_table
+from vicreg_hf.features.parts import PartError, PartFile, features_of, part_files, read_table
+from vicreg_hf.metrics.retrieval import most_similar
 from vicreg_hf.runtime.checks import read_range
 from vicreg_hf.runtime.console import warn
 
 AT_ONCE = 64
 """New images that are encoded together."""
-PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.parquet")
-"""Names of parts: the split, the number, and how many the split has."""
 
 
 class Neighbour(NamedTuple):
@@ -63,6 +65,126 @@ class Neighbours(NamedTuple):
         return "\n".join([self.query, *rows])
 
 
+class Parts:
+    """The split and the rows of each part, which is read whenever it is the turn of it.
+
+    Iterating raises a ValueError where a part is damaged.
+    """
+
+    def __init__(self, files: Sequence[PartFile]) -> None:
+        self.files = files
+
+    def __iter__(self) -> Iterator[tuple[str, pa.Table]]:
+        for part in self.files:
+            try:
+                yield part.split, read_table(part.file)
+            except PartError as error:
+                raise ValueError(
+                    f"{part.file} must be whole, and is damaged: {error}; extract, started again, "
+                    "mends it."
+                ) from error
+
+
+@dataclass(frozen=True)
+class Search:
+    """The features of a data set, and the encoder that new images are compared by."""
+
+    directory: Path
+    record: Mapping[str, Any]
+    """Of the extraction."""
+    encoder: Encoder
+    """On the device that encodes."""
+    files: list[PartFile]
+    """The parts that are searched."""
+    parts: Iterable[tuple[str, pa.Table]]
+    """The split and the rows of each; `Parts`, of which one is in memory at a time, or a list."""
+
+    @property
+    def num_rows(self) -> int:
+        """Images that are searched."""
+        return sum(pq.read_metadata(part.file).num_rows for part in self.files)
+
+    def queries(self, paths: Sequence[str]) -> ImageSplit:
+        """New images as a split, which is read as that of the features was.
+
+        Raises:
+            ValueError: a file is not there.
+        """
+        absent = [path for path in paths if not Path(path).is_file()]
+        if absent:
+            raise ValueError(f"query must be files of images, got {absent[0]!r}, which is none.")
+        kind = datasets.Image() if self.encoder.sound is None else datasets.Audio(decode=False)
+        features = datasets.Features({"query": kind})
+        table = datasets.Dataset.from_dict({"query": list(paths)}, features=features)
+        return image_split(
+            {"query": table}, "query", dataset_name="query", channels=self.encoder.in_chans,
+            sound=self.encoder.sound, value_range=self.value_range,
+        )  # fmt: skip
+
+    @property
+    def value_range(self) -> tuple[float, float] | None:
+        """The values that become black and white, in images of more than 8 bits."""
+        (first, *_) = self.record["splits"].values()
+        return read_range("value_range", first.get("value_range")) or self.encoder.value_range
+
+    def encode(self, queries: ImageSplit) -> NDArray[np.floating[Any]]:
+        """Features (Q, F) of new images, which are prepared and encoded as extraction does.
+
+        Raises:
+            ValueError: one is no image.
+        """
+        device = next(self.encoder.module.parameters()).device
+        features = []
+        for start in range(0, len(queries), AT_ONCE):
+            images = []
+            for sample in queries.try_each(range(start, min(start + AT_ONCE, len(queries)))):
+                if isinstance(sample, BadImage):
+                    raise ValueError(
+                        f"query must be images, and {sample.path} cannot be used: {sample.reason}"
+                    )
+                images.append(self.encoder.prepare(sample.content))
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.record["bf16"]):
+                features.append(encode_with(self.encoder, torch.stack(images), device).cpu())
+        return torch.cat(features).numpy()
+
+    def find(self, paths: Sequence[str], k: int) -> list[Neighbours]:
+        """The k images nearest to each of new ones; for errors see `queries` and `encode`."""
+        found = self.nearest(self.encode(self.queries(paths)), k)
+        return [Neighbours(path, near) for path, near in zip(paths, found, strict=True)]
+
+    def nearest(self, wanted: NDArray[np.floating[Any]], k: int) -> list[list[Neighbour]]:
+        """The k rows nearest to each of some features (Q, F), the nearest first."""
+        found: list[list[Neighbour]] = [[] for _ in wanted]
+        for name, table in self.parts:
+            for kept, nearest in zip(found, _nearest_of(table, name, wanted, k), strict=True):
+                kept[:] = nlargest(k, [*kept, *nearest], key=lambda one: one.similarity)
+        return found
+
+
+def open_search(
+    features: str | Path, *, split: str | None = None, model: str | None = None
+) -> Search:
+    """Open the features of a data set, to search new images in them.
+
+    Args:
+        features: directory that `extract_dataset` wrote.
+        split: the split that is searched; None searches all.
+        model: the encoder, by default where it was when the features were extracted.
+
+    Raises:
+        ValueError: no features there, or another encoder than theirs.
+    """
+    directory = Path(features)
+    record = read_record(directory / RECORD)
+    if record is None:
+        raise ValueError(f"features must be a directory that extract wrote, got {directory}.")
+    files = _files(directory, split)
+    encoder = _encoder(record, directory, model)
+    encoder.module.to("cuda" if torch.cuda.is_available() else "cpu")
+    encoder.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return Search(directory, record, encoder, files, Parts(files))
+
+
 def nearest_images(
     features: str | Path,
     queries: Sequence[str | Path],
@@ -74,60 +196,47 @@ def nearest_images(
     """Find the images that are most like new ones, by the cosine similarity of their features.
 
     Args:
-        features: directory that `extract_dataset` wrote.
+        features: directory that `extract_dataset` wrote; for split and model see `open_search`.
         queries: files of the new images.
         k: images that are found for each; fewer where there are fewer.
-        split: the split that is searched; None searches all.
-        model: the encoder, by default where it was when the features were extracted.
 
     Raises:
         ValueError: no features there, another encoder than theirs, or a query that is no image.
     """
-    directory = Path(features)
-    record = read_record(directory / RECORD)
-    if record is None:
-        raise ValueError(f"features must be a directory that extract wrote, got {directory}.")
-    if k < 1:
-        raise ValueError(f"k must be positive, got {k}.")
-    parts = _parts(directory, split)
-    encoder = _encoder(record, directory, model)
-    wanted = _encode(encoder, list(map(str, queries)), record)
-    found: list[list[Neighbour]] = [[] for _ in queries]
-    for name, table in parts:
-        for kept, nearest in zip(found, _nearest_of(table, name, wanted, k), strict=True):
-            kept[:] = nlargest(k, [*kept, *nearest], key=lambda one: one.similarity)
-    return [Neighbours(str(q), near) for q, near in zip(queries, found, strict=True)]
+    check_k(k)
+    return open_search(features, split=split, model=model).find(list(map(str, queries)), k)
 
 
-def _parts(directory: Path, split: str | None) -> Iterator[tuple[str, pa.Table]]:
-    """The split and the rows of each part; those of one part are in memory at a time.
+def check_k(k: int) -> int:
+    """Return the number of neighbours.
 
     Raises:
-        ValueError: there are none, or one is damaged.
+        ValueError: it is below 1.
     """
-    names = [PART.fullmatch(file.name) for file in sorted((directory / "data").glob("*.parquet"))]
-    files = [name for name in names if name is not None]
-    splits = list(dict.fromkeys(name[1] for name in files))
+    if k < 1:
+        raise ValueError(f"k must be positive, got {k}.")
+    return k
+
+
+def _files(directory: Path, split: str | None) -> list[PartFile]:
+    """The parts to search.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = part_files(directory / "data")
+    splits = list(dict.fromkeys(part.split for part in files))
     if not files or (split is not None and split not in splits):
         raise ValueError(
             f"split must be one of which {directory} holds features "
             f"({', '.join(splits) or 'none'}), got {split!r}; extract writes them."
         )
-    chosen = [name for name in files if split in (None, name[1])]
-    for name, count in Counter(name[1] for name in chosen).items():
-        total = next(int(each[3]) for each in chosen if each[1] == name)
-        if count < total:
-            warn(f"{count} of {total} files of {name} are there; extract writes the others.")
-    return (_table(directory / "data" / name[0], name[1]) for name in chosen)
-
-
-def _table(file: Path, split: str) -> tuple[str, pa.Table]:
-    try:
-        return split, read_table(file)
-    except PartError as error:
-        raise ValueError(
-            f"{file} must be whole, and is damaged: {error}; extract, started again, mends it."
-        ) from error
+    chosen = [part for part in files if split in (None, part.split)]
+    totals = {part.split: part.of for part in chosen}
+    for name, count in Counter(part.split for part in chosen).items():
+        if count < totals[name]:
+            warn(f"{count} of {totals[name]} files of {name} are there; extract writes the others.")
+    return chosen
 
 
 def _encoder(record: Mapping[str, Any], directory: Path, model: str | None) -> Encoder:
@@ -156,42 +265,29 @@ def _encoder(record: Mapping[str, Any], directory: Path, model: str | None) -> E
     return encoder
 
 
-def _encode(
-    encoder: Encoder, queries: list[str], record: Mapping[str, Any]
-) -> NDArray[np.floating[Any]]:
-    """Features (Q, F) of new images, which are read, prepared and encoded as extraction does.
+def nearest_rows(
+    bank: NDArray[np.floating[Any]], wanted: NDArray[np.floating[Any]], k: int
+) -> tuple[NDArray[np.floating[Any]], NDArray[np.integer[Any]]]:
+    """The rows of largest cosine similarity, exactly: by faiss where it is installed.
 
-    Raises:
-        ValueError: a file is not there, or is no image.
+    Args:
+        bank: (N, F).
+        wanted: (Q, F).
+        k: at most N.
+
+    Returns:
+        (Q, k) similarities, the largest first, and (Q, k) row numbers.
     """
-    absent = [query for query in queries if not Path(query).is_file()]
-    if absent:
-        raise ValueError(f"query must be files of images, got {absent[0]!r}, which is none.")
-    kind = datasets.Image() if encoder.sound is None else datasets.Audio(decode=False)
-    table = datasets.Dataset.from_dict(
-        {"query": queries}, features=datasets.Features({"query": kind})
-    )
-    (of_data, *_) = record["splits"].values()
-    split = image_split(
-        {"query": table}, "query", dataset_name="query", channels=encoder.in_chans,
-        sound=encoder.sound,
-        value_range=read_range("value_range", of_data.get("value_range")) or encoder.value_range,
-    )  # fmt: skip
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder.module.to(device)
-    encoder.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    features = []
-    for start in range(0, len(queries), AT_ONCE):
-        images = []
-        for sample in split.try_each(range(start, min(start + AT_ONCE, len(queries)))):
-            if isinstance(sample, BadImage):
-                raise ValueError(
-                    f"query must be images, and {sample.path} cannot be used: {sample.reason}"
-                )
-            images.append(encoder.prepare(sample.content))
-        with torch.autocast(device.type, torch.bfloat16, enabled=record["bf16"]):
-            features.append(encode_with(encoder, torch.stack(images), device).cpu())
-    return torch.cat(features).numpy()
+    rows, queries = (torch.tensor(each).float() for each in (bank, wanted))
+    if find_spec("faiss") is None:
+        similarity, places = most_similar(rows, queries, k)
+        return similarity.numpy(), places.numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns about its own bindings
+        import faiss  # pyright: ignore[reportMissingImports]
+    index: Any = faiss.IndexFlatIP(rows.shape[1])
+    index.add(normalize(rows).numpy())
+    return index.search(normalize(queries).numpy(), k)
 
 
 def _nearest_of(
@@ -203,8 +299,7 @@ def _nearest_of(
     names = datasets.Features.from_arrow_schema(table.schema).get("label")
     labels = table["label"].to_pylist() if names is not None else [None] * len(table)
     rows, ids = table["row"].to_pylist(), table["image_id"].to_pylist()
-    search = NearestNeighbors(n_neighbors=min(k, len(table)), metric="cosine")
-    distances, places = search.fit(features_of(table).astype(np.float32)).kneighbors(wanted)
+    similarity, places = nearest_rows(features_of(table), wanted, min(k, len(table)))
 
     def label_of(at: int) -> str | None:
         label = labels[at]
@@ -214,8 +309,8 @@ def _nearest_of(
 
     return (
         [
-            Neighbour(1 - float(far), split, rows[at], ids[at], label_of(int(at)))
-            for far, at in zip(*near, strict=True)
+            Neighbour(float(value), split, rows[at], ids[at], label_of(int(at)))
+            for value, at in zip(*near, strict=True)
         ]
-        for near in zip(distances, places, strict=True)
+        for near in zip(similarity.clip(-1, 1), places, strict=True)
     )

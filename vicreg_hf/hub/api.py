@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
 from huggingface_hub.errors import (
@@ -58,6 +58,15 @@ T = TypeVar("T")
 
 class HubError(RuntimeError):
     """The Hub refused, or could not be reached."""
+
+
+class Looked(NamedTuple):
+    """What the Hub tells of a repository."""
+
+    private: bool
+    files: set[str]
+    commit: str | None
+    """The newest of the revision."""
 
 
 def check_repo_id(repo_id: str, name: str = "repo_id") -> str:
@@ -126,7 +135,7 @@ def open_repository(
         token: None takes that of HF_TOKEN or `hf auth login`.
         revision: a branch, made if absent.
         create_pr: request only that pull requests may be opened, in a repository that exists.
-        repo_type: "model" or "dataset"; None is a model.
+        repo_type: "model", "dataset" or "space", which is one of gradio; None is a model.
 
     Returns:
         The full id.
@@ -141,7 +150,8 @@ def open_repository(
 
     def opened(api: HfApi) -> str:
         kind: Any = {"repo_type": repo_type}
-        full = api.create_repo(repo_id, private=private, exist_ok=True, **kind).repo_id
+        sdk: Any = {"space_sdk": "gradio"} if repo_type == "space" else {}
+        full = api.create_repo(repo_id, private=private, exist_ok=True, **kind, **sdk).repo_id
         if revision is not None and not revision.startswith("refs/") and not create_pr:
             api.create_branch(full, branch=revision, exist_ok=True, **kind)
         probe = CommitOperationAdd("README.md", b"-")
@@ -174,17 +184,18 @@ def look_at(
     token: str | bool | None = None,
     revision: str | None = None,
     repo_type: str | None = None,
-) -> tuple[bool, set[str]]:
-    """Whether a repository is private, and the files that it has.
+) -> Looked:
+    """Look whether a repository is private, and which files it has.
 
     Raises:
         HubError: the Hub refuses, or cannot be reached.
     """
 
-    def looked(api: HfApi) -> tuple[bool, set[str]]:
+    def looked(api: HfApi) -> Looked:
         target: Any = {"repo_type": repo_type, "revision": revision, "timeout": TIMEOUT}
         info: Any = api.repo_info(repo_id, **target)
-        return bool(info.private), {file.rfilename for file in info.siblings or ()}
+        files = {file.rfilename for file in info.siblings or ()}
+        return Looked(bool(info.private), files, info.sha)
 
     return _request(looked, repo_id, token)
 

@@ -99,11 +99,8 @@ def push_encoder(
         HubError: the Hub refuses, or cannot be reached; the earlier revision is as it was.
     """
     found = visible_files(directory)
-    files: dict[str, Path | bytes] = {
-        name: file for name, file in found.items() if any(fnmatch(name, each) for each in STOCK)
-    }
+    files = encoder_files(directory, include_expander=include_expander)
     if is_published(directory):
-        files = files_to_push(directory, include_expander=include_expander)
         files |= {name: found[name] for name in PICTURES if name in found}
     withheld = set() if publish_images else set(PHOTOGRAPHS)
     files = {name: file for name, file in files.items() if name not in withheld}
@@ -132,6 +129,14 @@ def push_encoder(
         files, repo_id, commit_message=commit_message, create_pr=create_pr, token=token,
         revision=revision, removable=lambda name: name in removable,
     )  # fmt: skip
+
+
+def encoder_files(directory: Path, *, include_expander: bool = False) -> dict[str, Path | bytes]:
+    """The files that loaders need of an encoder, by name, as paths or as their content."""
+    if is_published(directory):
+        return files_to_push(directory, include_expander=include_expander)
+    found = visible_files(directory)
+    return {name: file for name, file in found.items() if any(fnmatch(name, s) for s in STOCK)}
 
 
 def licence_of(card: str | None) -> str | None:
@@ -163,7 +168,7 @@ def describe_push(
     Raises:
         HubError: the Hub refuses, or cannot be reached.
     """
-    private, there = look_at(repo_id, token=token, revision=revision, repo_type=repo_type)
+    private, there, _ = look_at(repo_id, token=token, revision=revision, repo_type=repo_type)
     kind = f"{repo_type}s/" if repo_type else ""
     who = "private: only its members see it" if private else "public: everybody can see it"
     names = sorted(files)

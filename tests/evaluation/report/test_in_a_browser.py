@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import binary
 from reports import FACTS, HOSTILE, MEASUREMENTS, example, write
 from workflow import LIMIT
 
@@ -59,11 +59,7 @@ const style = element => getComputedStyle(element);
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    binary = next(filter(None, map(shutil.which, names)), None)
-    if binary is None:
-        pytest.skip(f"no browser to open the report in: none of {', '.join(names)} is installed")
-    return binary
+    return binary()
 
 
 @pytest.fixture(scope="module", params=[11, 60], ids=["few classes", "many classes"])

@@ -61,18 +61,25 @@ def take(features: Tensor, rows: NDArray[np.int64]) -> Tensor:
 class Inline:
     """A picture as the page holds it."""
 
-    uri: str
+    data: bytes
+    """The content of a file, which tells nothing but pixels."""
+    kind: str
+    """png or jpeg."""
     width: int
     height: int
 
+    @property
+    def uri(self) -> str:
+        return f"data:image/{self.kind};base64,{base64.b64encode(self.data).decode()}"
 
-def thumbnail(image: Tensor) -> Inline:
-    """A small picture of an image (C, H, W) uint8 of any size."""
+
+def thumbnail(image: Tensor, side: int = THUMBNAIL) -> Inline:
+    """A small picture of an image (C, H, W) uint8 of any size, its longer side at most `side`."""
     shown = (image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)).permute(1, 2, 0)
     picture = Image.fromarray(shown.cpu().contiguous().numpy())
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     inline = encoded(picture, "png", optimize=True)
-    if len(inline.uri) * 3 // 4 <= LOSSLESS_BYTES:
+    if len(inline.data) <= LOSSLESS_BYTES:
         return inline
     return encoded(picture, "jpeg", quality=85)
 
@@ -80,5 +87,4 @@ def thumbnail(image: Tensor) -> Inline:
 def encoded(picture: Image.Image, kind: str, **options: Any) -> Inline:
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return Inline(f"data:image/{kind};base64,{data}", *picture.size)
+    return Inline(buffer.getvalue(), kind, *picture.size)

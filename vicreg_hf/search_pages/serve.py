@@ -1,0 +1,79 @@
+"""The page that searches a data set, on this machine alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+
+from vicreg_hf.data.columns.base import BadImage
+from vicreg_hf.features.search import Search, open_search
+from vicreg_hf.runtime.files import temporary_folder
+from vicreg_hf.search_pages.app import CSS, Case, UnusableError, launch, page
+from vicreg_hf.search_pages.hits import REPORT, cases, describe, pictures_of
+
+HOST = "127.0.0.1"
+
+
+def check_port(port: int | None) -> None:
+    """Make sure that a port can be taken, before anything is loaded for the page.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if port is None:
+        return
+    try:
+        with socket.socket() as free:
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            free.bind((HOST, port))
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"port must be free, from 1024 to 65535, got {port} ({error}); without it one that is "
+            "free is taken."
+        ) from None
+
+
+def finder(search: Search, k: int) -> Callable[[str], Case]:
+    """A function that finds the k images most like that of a file, as `page` takes it."""
+    search = replace(search, parts=list(search.parts))  # each query needs all of them
+    pictures = pictures_of(search)
+
+    def find(path: str) -> Case:
+        (query,) = search.queries([path]).try_read([0])
+        if isinstance(query, BadImage):
+            raise UnusableError(f"This file cannot be used: {query.reason}")
+        (case,) = cases(search, search.find([path], k), pictures)
+        return case
+
+    return find
+
+
+def serve(
+    features: str, *, k: int = 8, split: str | None = None, model: str | None = None,
+    port: int | None = None,
+) -> None:  # fmt: skip
+    """Show the page until the process is stopped.
+
+    What is dropped into it is encoded here, and deleted at the end; nothing leaves this machine.
+
+    Args:
+        features: as for `open_search`, with split and model.
+        k: images that are found for each.
+        port: None takes a free one from 7860 on.
+
+    Raises:
+        ValueError: as for `open_search`.
+    """
+    search = open_search(features, split=split, model=model)
+    find, (title, about) = finder(search, k), describe(search)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    with temporary_folder() as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+        css = (REPORT / CSS).read_text(encoding="utf-8")
+        blocks = page(find, title=title, about=about, css=css)
+        address = launch(blocks, server_name=HOST, server_port=port)
+        print(f"Open {address} in a browser on this machine; Ctrl-C ends it.", flush=True)
+        blocks.block_thread()
