@@ -284,12 +284,12 @@ class VICRegModel(PreTrainedModel):
             features, y, y_prime = None, pixel_values, pixel_values_prime
         else:
             features, y = self._call(pooled, self.backbone, pixel_values)
-            compares = pixel_values_prime is not None and return_loss
+            alone = pixel_values_prime is None or not return_loss
             if return_features is None:
-                return_features = not (self.training and compares)
+                return_features = alone or not self.training
             if not return_features:
                 features = None
-            if not compares:
+            if pixel_values_prime is None or not return_loss:
                 return VICRegOutput(last_hidden_state=features, pooler_output=y)
             # Each view passes by itself, so that batch statistics are its own, as the authors'.
             y_prime = self._represent_prime(pixel_values_prime)

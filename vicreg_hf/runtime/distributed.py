@@ -46,7 +46,8 @@ def open_norm_group() -> None:
     In the default group its messages, which the next layer waits for, would queue behind gradients.
     """
     if world_size() > 1 and not norm_group_name():
-        _of_norms[:] = [(weakref.ref(dist.group.WORLD), dist.new_group().group_name)]
+        own: Any = dist.new_group()
+        _of_norms[:] = [(weakref.ref(dist.group.WORLD), own.group_name)]
 
 
 @torch.compiler.assume_constant_result
