@@ -114,7 +114,6 @@ class VICRegModel(PreTrainedModel):
         self.gradient_checkpointing = False
         self._hooks: list[RemovableHandle] = []
         self._call: Callable[..., Any] = call_directly
-        self._call_expander: Callable[..., Any] = call_directly
         # timm has initialised its own tensors; transformers must not do it again. On the meta
         # device nothing has a value yet, so there `_init_weights` fills what a file does not.
         for tensor in itertools.chain(self.parameters(), self.buffers()):
@@ -210,17 +209,12 @@ class VICRegModel(PreTrainedModel):
         """True once `compile_branches` was called."""
         return self._call is not call_directly
 
-    def compile_branches(self, *, expanders: bool = True) -> None:
+    def compile_branches(self) -> None:
         """Have torch.compile fuse timm's backbones and the expanders, when each is first needed.
 
         `encoder` itself, the weights, their names and copies stay as they are.
-
-        Args:
-            expanders: these too. Their batch normalisation ends a graph in each layer where it
-                waits for other processes.
         """
         self._call = Compiled()
-        self._call_expander = self._call if expanders else call_directly
 
     def second_model(self) -> VICRegModel:
         """The second branch as a model of one branch, with the same tensors.
@@ -248,6 +242,7 @@ class VICRegModel(PreTrainedModel):
         further_views: Sequence[Tensor] = (),
         local_views: Sequence[Tensor] = (),
         return_loss: bool = True,
+        return_features: bool | None = None,
         encoded: bool = False,
     ) -> VICRegOutput:
         """Encode one batch of views, or two and more and compute the loss.
@@ -261,6 +256,9 @@ class VICRegModel(PreTrainedModel):
             local_views: small crops, each (B, C, S', S').
             return_loss: False leaves out the loss of two views, and their embeddings. `Trainer`
                 evaluates the loss of models that have this parameter.
+            return_features: whether there is a last_hidden_state; by default not where a model in
+                training mode computes the loss. It is large, accelerate makes a float32 copy of it
+                under mixed precision, and the output is held through the backward pass.
             encoded: whether all views are representations (B, F) already, so that only expanders
                 and loss are left to compute; there is no last_hidden_state then.
 
@@ -286,15 +284,20 @@ class VICRegModel(PreTrainedModel):
             features, y, y_prime = None, pixel_values, pixel_values_prime
         else:
             features, y = self._call(pooled, self.backbone, pixel_values)
+            alone = pixel_values_prime is None or not return_loss
+            if return_features is None:
+                return_features = alone or not self.training
+            if not return_features:
+                features = None
             if pixel_values_prime is None or not return_loss:
                 return VICRegOutput(last_hidden_state=features, pooler_output=y)
             # Each view passes by itself, so that batch statistics are its own, as the authors'.
             y_prime = self._represent_prime(pixel_values_prime)
             others = [self._call(pooled, self.backbone, view)[1] for view in others]
         # The second view alone goes to the second branch.
-        z = [self._call_expander(_embed, self.expander, y)]
-        z += [self._call_expander(_embed, self.branches[-1].expander, y_prime)]
-        z += [self._call_expander(_embed, self.expander, other) for other in others]
+        z = [self._call(_embed, self.expander, y)]
+        z += [self._call(_embed, self.branches[-1].expander, y_prime)]
+        z += [self._call(_embed, self.expander, other) for other in others]
         num_global = 2 + len(further_views)
         terms: dict[str, Any]
         if self.loss is not None:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+import io
+import os
+from contextlib import redirect_stderr
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict
+from gloo import GlooPool
 from pictures import photographs, png, split_of, table_of
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
+from vicreg_hf.data.bad_images import BadImages
 from vicreg_hf.data.batches import centre_crop, evaluation_batches, training_views
 from vicreg_hf.data.crops import StepCrops
 from vicreg_hf.data.memory import common_side, load_in_memory
 from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.data.splits import ImageSplit, image_split
+from vicreg_hf.runtime.distributed import rank, wait_for_all
 from vicreg_hf.views.presets import ViewRecipe
 from vicreg_hf.views.random_views import RandomViews
 from vicreg_hf.views.two_views import TwoViews
@@ -73,6 +81,66 @@ def test_images_of_differing_sizes_stay_encoded() -> None:
     assert load_in_memory(differing) is None
     assert common_side(differing) is None
     assert common_side(split_of(photographs(2, 65, 65))) is None
+
+
+class Shared(NamedTuple):
+    """What one of several processes has of images in memory."""
+
+    images: Tensor
+    files: set[str]
+    """The device and inode of each file without a name that is mapped."""
+    decoded: int
+    bad: list[int | None]
+    told: bytes
+    """The first pixels, once the first process has written its greeting there."""
+    said: str
+
+
+def share_images(*, possible: bool = True) -> Shared:
+    cells: list[bytes | None] = [png(image) for image in photographs(12, 20, 24)]
+    cells[3] = b"<html>404</html>"
+    split = image_split(DatasetDict({"a": table_of(cells)}), "a", dataset_name="pieces")
+    bad, decoded, decode = BadImages(None, 1.0, None), [], ImageSplit.decode
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as said:
+        patch.setattr(ImageSplit, "decode", lambda *args: decoded.append(1) or decode(*args))
+        if not possible:
+            patch.delattr(os, "memfd_create")
+        images = load_in_memory(split, bad=bad)
+    assert images is not None
+    bad.agree(say=lambda _: None)
+    kept = images.clone()
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    files = {" ".join(line.split()[3:5]) for line in lines if "/memfd:vicreg_hf" in line}
+    if rank() == 0:
+        images.view(-1)[:5] = torch.frombuffer(bytearray(b"hello"), dtype=torch.uint8)
+    wait_for_all()
+    told = bytes(images.view(-1)[:5].tolist())
+    rows = [image.row for image in bad.found]
+    return Shared(kept, files, len(decoded), rows, told, said.getvalue())
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux's memory files")
+def test_processes_of_a_machine_decode_once_and_share_the_memory(gloo: GlooPool) -> None:
+    alone = share_images()
+    assert not alone.files
+    first, second = gloo.run(2, share_images)
+    assert torch.equal(first.images, alone.images)
+    assert torch.equal(second.images, alone.images)
+    assert first.bad == second.bad == alone.bad == [3]
+    assert (first.decoded, second.decoded) == (alone.decoded, 0)
+    assert len(first.files) == 1
+    assert first.files == second.files
+    assert first.told == second.told == b"hello"
+    assert first.said == second.said == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux's memory files")
+def test_each_process_has_its_own_copy_where_memory_cannot_be_shared(gloo: GlooPool) -> None:
+    first, second = gloo.run(2, partial(share_images, possible=False))
+    assert torch.equal(first.images, second.images)
+    assert first.bad == second.bad == [3]
+    assert first.told == b"hello" != second.told
+    assert (first.said, second.said.count("keeps its own copy of 0 MiB: this system")) == ("", 1)
 
 
 # --- views of training

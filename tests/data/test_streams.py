@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from warm import run_pretraining
 from workflow import SMALL, metrics
 
+from vicreg_hf.data import workers
 from vicreg_hf.data.bad_images import BadImages
 from vicreg_hf.data.batches import training_views
 from vicreg_hf.data.columns.base import BadImage
@@ -23,6 +25,7 @@ from vicreg_hf.data.crops import StreamCrops
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.data.streams import ImageStream, image_stream
+from vicreg_hf.data.workers import made_ahead
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.training.pretrain import pretrain
 from vicreg_hf.views.presets import multi_crop_recipes
@@ -147,6 +150,31 @@ def test_a_batch_is_the_next_images_whatever_the_chunks_they_came_in(
     made = [x for x, _ in views_of(share_of(tars), 7, 9)]  # 63 images: nearly three passes
     assert [len(batch) for batch in made] == [7] * 9
     assert torch.equal(torch.cat(made), one_by_one[:63])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_workers_start_once_in_the_main_thread_though_another_reads_the_passes(
+    tars: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only there is torch told what a worker died of; as on a GPU, a thread takes the batches."""
+    expected = views_of(share_of(tars), 4, 13, num_workers=num_workers)  # more than two passes
+    start, starters, readers = workers._start_workers, [], set()
+
+    def started(loader: Any) -> Any:
+        starters.append(threading.current_thread())
+        return start(loader)
+
+    def in_a_thread(made: Any, _: Any) -> Any:
+        return made_ahead(lambda: readers.add(threading.current_thread()) or next(made, None))
+
+    monkeypatch.setattr(workers, "_start_workers", started)
+    monkeypatch.setattr("vicreg_hf.data.batches.prefetch", in_a_thread)
+    found = views_of(share_of(tars), 4, 13, num_workers=num_workers)
+    assert starters == [threading.main_thread()] * num_workers
+    assert not readers & {threading.main_thread()}
+    assert len(found) == 13
+    for batch, other in zip(found, expected, strict=True):
+        assert all(map(torch.equal, batch, other))
 
 
 # --- faults

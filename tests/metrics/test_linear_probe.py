@@ -13,7 +13,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
-from vicreg_hf.metrics.linear_probe import linear_probe
+from vicreg_hf.benchmarks.measuring import peak_extra_mib
+from vicreg_hf.metrics.linear_probe import _moments, linear_probe
 from vicreg_hf.metrics.subsets import balanced_subset
 from vicreg_hf.runtime.randomness import permutation
 
@@ -155,3 +156,17 @@ def test_what_cannot_be_learned_is_refused(change: dict[str, Any], message: str)
     given: Any = {"train_features": x, "train_labels": labels, "test_features": x} | change
     with pytest.raises(ValueError, match=message):
         linear_probe(**given)
+
+
+def test_features_of_other_precisions_are_not_copied_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vicreg_hf.metrics.linear_probe.VALUES_AT_ONCE", 2**20)
+    x = torch.ones(1_000_000, 64, dtype=torch.float16)
+    _moments(x[:100])  # which loads code
+    extra = peak_extra_mib(lambda: _moments(x), torch.device("cpu"))
+    if extra is None:
+        pytest.skip("this system does not record peaks of memory")
+    assert extra < 100 < x.numel() * 4 / 2**20  # 244 MiB
+    x = torch.randn(3_000, 5, dtype=torch.float64)
+    torch.testing.assert_close(_moments(x), (x.float().mean(0), x.float().std(0)))

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from gloo import GlooPool
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vicreg_hf.models.batch_norm import SyncBatchNorm
-from vicreg_hf.runtime.distributed import rank, sum_over_processes, world_size
+from vicreg_hf.models import batch_norm as module_under_test
+from vicreg_hf.models.batch_norm import SyncBatchNorm, synchronize
+from vicreg_hf.runtime.distributed import (
+    find_group,
+    norm_group_name,
+    rank,
+    sum_over_processes,
+    world_size,
+)
 
 FEATURES = 5
 NORMS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {
@@ -152,3 +163,114 @@ def test_statistics_do_not_cancel_in_single_precision(gloo: GlooPool) -> None:
     actual = torch.cat(gloo.run(3, normalise_far_from_zero)).double()
     # float32 holds 1000 to 6e-5; a sum of squares would lose all digits of a variance of 1
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)
+
+
+# --- several GPUs, as far as a CPU shows it
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+    return nn.Sequential(*layers).double()
+
+
+def own_images() -> Tensor:
+    generator = torch.Generator().manual_seed(rank())
+    return torch.randn(3, 2, 8, 8, generator=generator, dtype=torch.float64) + rank()
+
+
+def results_of(model: nn.Module, call: Any) -> Results:
+    y = call(model, own_images())
+    y.sin().sum().backward()
+    state = copy.deepcopy(model.state_dict())
+    return {
+        "y": y.detach(),
+        **state,
+        **{f"{k}.grad": g for k, g in parameter_gradients(model).items()},
+    }
+
+
+def apply(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x)
+
+
+def compiled_and_plain() -> tuple[Results, Results, int]:
+    """Also the number of graphs; one that ends within the module is an error."""
+    plain = synchronize(two_layers())
+    fused = copy.deepcopy(plain)
+    torch.compiler.reset()
+    counted = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(apply, backend=counted, fullgraph=True, dynamic=False)
+    return results_of(fused, compiled), results_of(plain, apply), counted.frame_count
+
+
+def test_normalisation_over_processes_is_part_of_one_compiled_graph(gloo: GlooPool) -> None:
+    for fused, plain, graphs in gloo.run(2, compiled_and_plain):
+        assert graphs == 1
+        assert_all_close(fused, plain)
+
+
+class Operators(TorchDispatchMode):
+    """Remembers which operators of torch are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def operators_called() -> set[str]:
+    model = synchronize(two_layers())
+    with Operators() as called:
+        results_of(model, apply)
+    return called.names
+
+
+def test_nothing_waits_for_a_device(gloo: GlooPool) -> None:
+    """Operators whose result the host needs: values, and sizes that depend on values."""
+    waiting = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "index"}
+    for names in gloo.run(2, operators_called):
+        assert "addcmul" in names
+        assert not names & waiting
+
+
+def messages_by_group() -> tuple[int, int]:
+    model = pickle.loads(pickle.dumps(copy.deepcopy(synchronize(synchronize(two_layers())))))
+    groups: Any = (dist.group.WORLD, find_group(norm_group_name()))
+    before = [group._get_sequence_number_for_group() for group in groups]
+    results_of(model, apply)
+    after = [group._get_sequence_number_for_group() for group in groups]
+    return after[0] - before[0], after[1] - before[1]
+
+
+def test_messages_have_a_group_of_their_own_and_models_are_copied_and_pickled(
+    gloo: GlooPool,
+) -> None:
+    """Two messages a layer, which in the default group would queue behind gradients."""
+    for _ in range(2):  # a process group that is formed anew has a new group
+        assert gloo.run(2, messages_by_group) == [(0, 4)] * 2
+
+
+def test_operators_of_cuda_take_the_arguments_of_their_stand_ins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They refuse a CPU's tensors, but only after they have taken every argument."""
+    own, called = module_under_test._Portable, set()
+
+    class Both:
+        def __getattr__(self, name: str) -> Any:
+            def call(*args: Any) -> Any:
+                with pytest.raises(NotImplementedError, match="'CPU' backend"):
+                    getattr(torch, name)(*args)
+                called.add(name)
+                return getattr(own, name)(*args)
+
+            return call
+
+    monkeypatch.setattr(module_under_test, "_Portable", Both())
+    for kind in NORMS:
+        normalise(SyncBatchNorm.convert(batch_norm(kind)), norm_inputs(kind, 6))
+    assert called == {name for name in vars(own) if name.startswith("batch_norm_")}

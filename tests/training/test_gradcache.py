@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.utils import convert_outputs_to_fp32
 from gloo import GlooPool
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from vicreg_hf import VICRegConfig, VICRegModel
 from vicreg_hf.benchmarks.measuring import peak_extra_mib
@@ -142,6 +144,26 @@ def test_half_precision_and_loss_scaling_give_gradients_of_one_pass(
         cosine = torch.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0)
         assert cosine > 0.999, (name, cosine)
         assert q.grad.norm().item() == pytest.approx(p.grad.norm().item(), rel=1e-2), name
+
+
+@pytest.mark.parametrize("chunk_size", [4, ROWS])
+def test_no_float32_copy_of_the_feature_map_is_made(chunk_size: int) -> None:
+    """Accelerate casts all that a model returns, and that would be held through the backward."""
+    model = build("dropout").float()
+    returned: list[Any] = []
+    inner = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    model.forward = lambda *args, **kwargs: returned.append(inner(*args, **kwargs)) or returned[-1]
+    x, x_prime = (view.float() for view in views())
+    if chunk_size == ROWS:
+        model(x, x_prime).loss.backward()
+    else:
+        backward_in_chunks(model, x, x_prime, chunk_size=chunk_size)
+    leaves = [leaf for output in returned for leaf in tree_leaves(dict(output))]
+    features = model.backbone.forward_features(x)  # pyright: ignore
+    widest = max(leaf.numel() // len(leaf) for leaf in leaves if leaf.ndim)
+    assert widest == model.num_features < features[0].numel()
+    again = model(x, x_prime, return_features=True).last_hidden_state
+    assert again.shape == (ROWS, *features.shape[1:])
 
 
 # Under DistributedDataParallel

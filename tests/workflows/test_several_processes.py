@@ -80,6 +80,7 @@ def assert_same_step(actual: Path, expected: Path, number: int) -> None:
 def test_two_processes_begin_as_one(whole: dict[int, Path]) -> None:
     one, two = whole.values()
     assert_same_step(two, one, 1)
+    assert metrics(two)[0]["knn"] == metrics(one)[0]["knn"]  # before training, shared
     assert metrics(two)[-1]["bad_images"] == metrics(one)[-1]["bad_images"] == 2
     assert len((two / "bad_images.jsonl").read_text().splitlines()) == 2
     manifest = json.loads((two / "checkpoints" / "step-6" / "manifest.json").read_text())

@@ -8,10 +8,10 @@ Shapes: B images per process, C channels, H x W source pixels, S side of a view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from typing import Any, cast
 
 import numpy as np
@@ -29,7 +29,7 @@ from vicreg_hf.data.pairs import PairedSplit, SecondInput
 from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.streams import ImageStream
-from vicreg_hf.data.workers import loading, loading_errors, prefetch
+from vicreg_hf.data.workers import loading, loading_errors, loading_passes, prefetch
 from vicreg_hf.runtime.transfer import on_device
 from vicreg_hf.views.random_views import RandomViews, Views
 
@@ -73,8 +73,13 @@ def training_views(
             made = _views_of_memory(images, batches, views, steps, device)
         else:
             if isinstance(images, ImageStream):
-                make, size = partial(StreamCrops, images, views, reduced), batches.rows_per_process
-                crops = closing(_crops_of_stream(make, size, views, steps, device, num_workers))
+                source = StreamCrops(images, views, reduced, steps.start)
+                # the batches that chunks are copied to are pinned, and so the chunks need not be
+                passes = stack.enter_context(
+                    loading_passes(source, source.crop, num_workers, item_bytes=source.item_bytes)
+                )
+                size = batches.rows_per_process
+                crops = closing(_crops_of_stream(images, passes, size, views, steps, device))
             else:
                 make = StepCrops(images, batches, views, paired, reduced)
                 crops = loading(
@@ -125,42 +130,40 @@ def _views_of_crops(
 
 
 def _crops_of_stream(
-    open_pass: Callable[[int], StreamCrops],
+    stream: ImageStream,
+    passes: Iterator[Iterator[Crops]],
     size: int,
     views: RandomViews,
     steps: range,
     device: torch.device,
-    num_workers: int,
 ) -> Generator[Crops]:
     """Batches of one size from chunks of any size, and from one pass after the other."""
     batch, filled = _empty_batch(views, size, device), 0
-    epoch, left = steps.start, len(steps)  # a resumed run goes on with passes not yet seen
-    while left:
+    left = len(steps)
+    for epoch in count(steps.start):  # a resumed run goes on with passes not yet seen
+        if not left:
+            return
         usable = False
-        source = open_pass(epoch)
-        # the batches that chunks are copied to are pinned, and so the chunks need not be
-        with loading(source, source.crop, num_workers, item_bytes=source.item_bytes) as chunks:
-            for chunk in chunks:
-                usable = usable or len(chunk.keys) > 0
-                batch.bad.extend(chunk.bad)
-                taken = 0
-                while taken < len(chunk.keys):
-                    more = _copy_rows(chunk, taken, batch, filled)
-                    taken, filled = taken + more, filled + more
-                    if filled < size:
-                        continue
-                    yield batch._replace(epoch=epoch)
-                    left -= 1
-                    if not left:
-                        return
-                    batch, filled = _empty_batch(views, size, device), 0
+        for chunk in next(passes):
+            usable = usable or len(chunk.keys) > 0
+            batch.bad.extend(chunk.bad)
+            taken = 0
+            while taken < len(chunk.keys):
+                more = _copy_rows(chunk, taken, batch, filled)
+                taken, filled = taken + more, filled + more
+                if filled < size:
+                    continue
+                yield batch._replace(epoch=epoch)
+                left -= 1
+                if not left:
+                    return
+                batch, filled = _empty_batch(views, size, device), 0
         if not usable:
-            first = islice(source.stream.read(epoch), 1)
+            first = islice(stream.read(epoch), 1)
             why = [each.reason for each in first if isinstance(each, BadImage)]
             raise ImageError(
-                f"{source.stream.name} must hold images that can be used, got none. {''.join(why)}"
+                f"{stream.name} must hold images that can be used, got none. {''.join(why)}"
             )
-        epoch += 1
 
 
 def _empty_batch(views: RandomViews, size: int, device: torch.device) -> Crops:

@@ -114,21 +114,25 @@ def _joined(*parts: Tensor) -> Tensor:
 
 
 class StreamCrops(IterableDataset[list[Sample[Tensor] | BadImage]]):
-    """A pass over a stream in chunks of `STREAM_CHUNK` usable images, and makes their crops.
+    """Passes over a stream in chunks of `STREAM_CHUNK` usable images, and makes their crops.
 
-    They are drawn by the images' content. Chunks of large images are of fewer.
+    They are drawn by the images' content. Chunks of large images are of fewer. Each iteration is
+    the next pass, also in loading workers, whose copies of this count for themselves.
 
     Args:
         reduced: as in `StepCrops`.
+        first: number of the first pass.
     """
 
-    def __init__(self, stream: ImageStream, views: RandomViews, reduced: bool, epoch: int) -> None:
-        self.stream, self.views, self.epoch = stream, views, epoch
-        self.reductions = partial(views.reduction, epoch=epoch) if reduced else None
+    def __init__(self, stream: ImageStream, views: RandomViews, reduced: bool, first: int) -> None:
+        self.stream, self.views, self.reduced = stream, views, reduced
+        self.epoch = first - 1
 
     def __iter__(self) -> Iterator[list[Sample[Tensor] | BadImage]]:
+        self.epoch += 1
+        reductions = partial(self.views.reduction, epoch=self.epoch) if self.reduced else None
         chunk, usable, size = [], 0, 0
-        for sample in self.stream.read(self.epoch, self.reductions):
+        for sample in self.stream.read(self.epoch, reductions):
             chunk.append(sample)
             usable += isinstance(sample, Sample)
             size += _num_bytes(sample)

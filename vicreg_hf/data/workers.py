@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
 from multiprocessing import connection, queues
 from typing import Any, Generic, TypeVar
 
@@ -97,8 +98,30 @@ def loading(
     Raises:
         LoadingError: workers cannot be started.
     """
+    with loading_passes(
+        source, make, num_workers, item_bytes=item_bytes, pinned=pinned, number=1
+    ) as passes:
+        yield next(passes)
+
+
+@contextmanager
+def loading_passes(
+    source: Any,
+    make: Callable[[Any], T],
+    num_workers: int,
+    *,
+    item_bytes: Callable[[], int],
+    pinned: bool = False,
+    number: int | None = None,
+) -> Iterator[Iterator[Iterator[T]]]:
+    """`loading` of one pass over the source after the other, with the same workers for all.
+
+    Args:
+        number: of passes; without end by default.
+    """
     if not num_workers:
-        yield iter(DataLoader(source, batch_size=None, collate_fn=make, pin_memory=pinned))
+        loader = DataLoader(source, batch_size=None, collate_fn=make, pin_memory=pinned)
+        yield (iter(loader) for _ in repeat(None))
         return
     size = item_bytes()
     ahead = batches_ahead(size, num_workers, _shared_memory())
@@ -107,12 +130,13 @@ def loading(
     loader = DataLoader(
         source, batch_size=None, collate_fn=make if ahead else _Pickled(make), pin_memory=pinned,
         num_workers=num_workers, prefetch_factor=max(1, ahead), timeout=WAITING,
-        worker_init_fn=_begin_work,
+        worker_init_fn=_begin_work, persistent_workers=number != 1,
     )  # fmt: skip
     batches = _start_workers(loader)
     workers: list[Any] = batches._workers
     try:
-        yield _each(batches) if ahead else map(pickle.loads, _each(batches))
+        found = _passes(loader, batches)
+        yield found if ahead else (map(pickle.loads, each) for each in found)
     except (ConnectionError, EOFError) as error:  # torch has not heard of it yet
         if (end := _end_of_any(workers)) is None:
             raise
@@ -148,6 +172,15 @@ def _start_workers(loader: DataLoader[Any]) -> Any:
         raise
     finally:
         sys.unraisablehook = hook
+
+
+def _passes(loader: DataLoader[Any], batches: Any) -> Iterator[Iterator[Any]]:
+    yield _each(batches)
+    while True:
+        batches._timeout = 0  # a worker without work answers at once, and no answer may be missed
+        iter(loader)
+        batches._timeout = WAITING
+        yield _each(batches)
 
 
 @dataclass

@@ -126,7 +126,7 @@ def finetune(
     model = Classifier(copy, head, frozen=settings.frozen).to(device)
     freeze_unused(model, torch.zeros(2, in_chans, image_size, image_size, device=device))
     if world_size > 1 and not settings.frozen:
-        synchronize(model, device)
+        synchronize(model)
     views: RandomViews[tuple[Tensor, ...]] = RandomViews(
         image_size, (settings.recipe,), mean=mean, std=std, seed=settings.seed, in_chans=in_chans
     )

@@ -31,6 +31,8 @@ VALIDATION = 0.1
 MOMENTUM = 0.9
 ROWS_AT_ONCE = 4096
 """Rows that are classified together."""
+VALUES_AT_ONCE = 2**25
+"""Values that are made float32 together, where features have another precision."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,12 @@ class _Standardised:
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (F,) and standard deviation (F,) of features; 1 in place of a constant's."""
-    x = x.float()
+    columns = x.split(max(1, VALUES_AT_ONCE // len(x)), dim=1)
+    means, stds = zip(*(_moments_of(part.float()) for part in columns), strict=True)
+    return torch.cat(means), torch.cat(stds)
+
+
+def _moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = x.mean(0), x.std(0)
     # a constant's std is not 0 but some rounding of its size; the size of others says nothing
     largest = torch.maximum(x.amax(0), -x.amin(0))

@@ -1,26 +1,29 @@
-"""Batch normalisation over the rows of all processes, where torch has none: on CPU."""
+"""Batch normalisation over the rows of all processes, on any device, also in compiled graphs.
+
+Shapes: B samples of this process, C channels, W processes. The rows of x (B, C, ...) are its
+entries of one channel.
+"""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from vicreg_hf.runtime.distributed import gather_rows, sum_over_processes
+from vicreg_hf.runtime.distributed import gather_in, norm_group_name, open_norm_group, sum_in
 
 
-def synchronize(module: nn.Module, device: torch.device) -> nn.Module:
+def synchronize(module: nn.Module) -> nn.Module:
     """Let every batch normalisation inside module count the rows of all processes.
 
-    Names and state stay the same. On CUDA it is torch's own, which is fused and for CUDA alone.
+    Names and state stay the same. Every process must call this.
     """
-    return (convert_sync_batchnorm if device.type == "cuda" else SyncBatchNorm.convert)(module)
+    open_norm_group()
+    return SyncBatchNorm.convert(module)
 
 
 def count_once(module: nn.Module) -> list[RemovableHandle]:
@@ -47,60 +50,171 @@ def _go_on(part: Any, *_: Any) -> None:
             part.num_batches_tracked.sub_(1)
 
 
-class _Normalize(torch.autograd.Function):
-    """x, of all processes' rows zero mean and unit variance, times weight plus bias.
+class _Portable:
+    """Stand-ins, under their names, for operators that torch has for CUDA alone.
 
-    It sends one message forward, the means, variances and counts of each process, and one backward.
+    They serve CPUs, and on any device the compiler, which fuses them with what is around them.
+    """
+
+    @staticmethod
+    def batch_norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Mean (C,) of a process's rows, and the inverse (C,) of their deviation."""
+        x = _at_least_single(x)
+        if torch.compiler.is_compiling():
+            others = [dim for dim in range(x.ndim) if dim != 1]
+            variance, mean = torch.var_mean(x, others, correction=0)
+        else:
+            mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        return mean, (variance + eps).rsqrt()
+
+    @staticmethod
+    def batch_norm_gather_stats_with_counts(
+        _: Tensor,
+        means: Tensor,
+        invstds: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+        counts: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and inverse deviation (C,) of all rows, from those of each process (W, C).
+
+        Each process centres its own rows before squaring, as sums of squares would cancel in
+        float32; Chan, Golub and LeVeque, 1979.
+        """
+        total = counts.sum()
+        share = (counts / total)[:, None]
+        mean = (share * means).sum(0)
+        variance = (share * (invstds.pow(-2) - eps + (means - mean).square())).sum(0)
+        if running_mean is not None and running_var is not None:
+            unbiased = variance * (total / (total - 1))
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        return mean, (variance + eps).rsqrt()
+
+    @staticmethod
+    def batch_norm_elemt(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        _: float,
+    ) -> Tensor:
+        """Rows with zero mean and unit variance, times weight plus bias."""
+        scale = invstd if weight is None else invstd * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        return _affine(x, scale, shift).to(x.dtype)
+
+    @staticmethod
+    def batch_norm_backward_reduce(
+        grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, *_: Any
+    ) -> tuple[Tensor, ...]:
+        """Sums of grad and of grad (x - mean), and the gradients of weight and bias; (C,) each."""
+        _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            _at_least_single(grad), _at_least_single(x), None, None, None, mean, invstd, True, 0.0,
+            [False, True, True],
+        )  # fmt: skip
+        return of_bias, of_weight / invstd, of_weight, of_bias
+
+    @staticmethod
+    def batch_norm_backward_elemt(
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        weight: Tensor | None,
+        sum_grad: Tensor,
+        sum_grad_x: Tensor,
+        counts: Tensor,
+    ) -> Tensor:
+        """Gradient of x, through mean and deviation too, from the sums of all processes."""
+        scale = invstd if weight is None else invstd * weight
+        slope = -scale * invstd.square() * sum_grad_x / counts.sum()
+        shift = -scale * sum_grad / counts.sum() - slope * mean
+        through = _affine(x, slope, shift)
+        return through.addcmul_(_at_least_single(grad), _across(scale, x)).to(x.dtype)
+
+
+def _at_least_single(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _across(values: Tensor, x: Tensor) -> Tensor:
+    """(C,) values as they are broadcast over x."""
+    return values.view(1, -1, *[1] * (x.ndim - 2))
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """X times scale (C,) plus shift (C,), in one pass."""
+    return torch.addcmul(_across(shift, x), _at_least_single(x), _across(scale, x))
+
+
+def _operators(x: Tensor) -> Any:
+    """The five operators: torch's fused ones for CUDA, unless they are compiled."""
+    return torch if x.is_cuda and not torch.compiler.is_compiling() else _Portable
+
+
+def _dense(x: Tensor) -> Tensor:
+    """X in a layout for which the fused operators are made."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x if x.is_contiguous(memory_format=torch.channels_last_3d) else x.contiguous()
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalise by statistics of all processes' rows, through which the gradient goes too.
+
+    It sends one message, backward. Nothing waits for a GPU.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, variance, rows = _statistics(x)
-        ctx.save_for_backward(x, weight, mean, variance, rows)
-        ctx.eps = eps
-        normal = F.batch_norm(x, mean, variance, weight, bias, eps=eps)
-        ctx.mark_non_differentiable(mean, variance, rows)
-        return normal, mean, variance, rows
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        counts: Tensor,
+        eps: float,
+        group_name: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, invstd, counts)
+        ctx.group_name = group_name
+        return _operators(x).batch_norm_elemt(x, weight, bias, mean, invstd, eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, variance, rows = ctx.saved_tensors
-        # as if the statistics were constants ...
-        grad, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            grads[0], x, weight, mean, variance, None, None, False, ctx.eps, [True] * 3
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "synchronised batch normalisation has no second derivative; call backward without "
+                "create_graph=True."
+            )
+        x, weight, mean, invstd, counts = ctx.saved_tensors
+        grad, needed, operators = _dense(grads[0]), ctx.needs_input_grad[:3], _operators(x)
+        *sums, of_weight, of_bias = operators.batch_norm_backward_reduce(
+            grad, x, mean, invstd, weight, *needed
         )
-        # ... less what changing them would undo, which depends on all rows
-        slope, offset = sum_over_processes(torch.stack([of_weight, of_bias])) / rows
-        scale = weight * (variance + ctx.eps).rsqrt()
-        grad -= F.batch_norm(x, mean, variance, scale * slope, scale * offset, eps=ctx.eps)
-        return grad, of_weight, of_bias, None
-
-
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance (C,) of all processes' rows, and their number, a scalar.
-
-    Each process centres its own before squaring, as sums of squares would cancel in float32; Chan,
-    Golub and LeVeque, 1979.
-    """
-    count = x.new_full((1,), x.numel() // x.shape[1])
-    mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
-    parts = gather_rows(torch.cat([mean, variance, count])[None])
-    means, variances = parts[:, :-1].chunk(2, dim=1)
-    share = parts[:, -1:] / parts[:, -1].sum()
-    mean = (share * means).sum(0)
-    variance = (share * (variances + (means - mean).square())).sum(0)
-    return mean, variance, parts[:, -1].sum()
+        of_x = None
+        if needed[0]:
+            of_all = sum_in(torch.cat(sums), ctx.group_name).chunk(2)
+            weight = None if weight is None else weight.to(mean.dtype)
+            of_x = operators.batch_norm_backward_elemt(
+                grad, x, mean, invstd, weight, *of_all, counts
+            )
+        found = zip((of_x, of_weight, of_bias), needed, strict=True)
+        return (*(each if wanted else None for each, wanted in found), *[None] * 5)
 
 
 class SyncBatchNorm(_BatchNorm):
     """Batch normalisation over the rows of all processes, on any device.
 
-    torch's own raises on CPU. Statistics and gradients equal those of one process that holds every
-    row; every process must hold at least one. It also calls the dropout and activation that timm
-    fuses into its BatchNormAct2d.
+    torch's own raises on CPU, waits for a GPU three times a call, and ends compiled graphs.
+    Statistics and gradients equal those of one process that holds every row; every process must
+    hold at least one. It also calls the dropout and activation that timm fuses into its
+    BatchNormAct2d.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,34 +223,40 @@ class SyncBatchNorm(_BatchNorm):
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         else:
-            normal = self._normalize(x)
+            x, group_name = _dense(x), norm_group_name()
+            statistics = self._statistics(x, group_name)
+            normal = cast(
+                Tensor,
+                _Normalize.apply(x, self.weight, self.bias, *statistics, self.eps, group_name),
+            )
         for name in ("drop", "act"):
             if hasattr(self, name):
                 normal = getattr(self, name)(normal)
         return normal
 
-    @torch.compiler.disable()  # pyright: ignore[reportCallIssue, reportArgumentType]
-    def _normalize(self, x: Tensor) -> Tensor:
-        dtype = x.dtype
-        x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
-        weight = x.new_ones(x.shape[1]) if self.weight is None else self.weight.to(x.dtype)
-        bias = x.new_zeros(x.shape[1]) if self.bias is None else self.bias.to(x.dtype)
-        normal, mean, variance, rows = cast(
-            tuple[Tensor, ...], _Normalize.apply(x, weight, bias, self.eps)
-        )
-        self._update_running(mean, variance, rows)
-        return normal.to(dtype)
-
     @torch.no_grad()
-    def _update_running(self, mean: Tensor, variance: Tensor, rows: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None:
-            return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        share = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
-        unbiased = variance * (rows / (rows - 1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
+    def _statistics(self, x: Tensor, group_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and inverse deviation (C,) of all processes' rows, and each one's number of them.
+
+        They are sent in one message, and followed by the running statistics.
+        """
+        momentum = self.momentum
+        if self.running_mean is not None:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / self.num_batches_tracked.item()
+        operators = _operators(x)
+        mean, invstd = operators.batch_norm_stats(x, self.eps)
+        count = mean.new_full((1,), x.numel() // x.shape[1])
+        parts = gather_in(torch.cat([mean, invstd, count])[None], group_name)
+        means, invstds, counts = parts.split([len(mean), len(mean), 1], dim=1)
+        running = self.running_mean, self.running_var
+        kind = counts.dtype if running[0] is None else running[0].dtype
+        mean, invstd = operators.batch_norm_gather_stats_with_counts(
+            x, means, invstds, *running, momentum or 0.0, self.eps, counts.flatten().to(kind)
+        )
+        return mean, invstd, counts.flatten().to(torch.int32)
 
     @classmethod
     def convert(cls, module: nn.Module) -> nn.Module:

@@ -5,10 +5,12 @@ Without an initialised process group everything here is the single-process case.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,6 +25,8 @@ PATIENCE = timedelta(hours=12)
 Within a step they wait as long as their backend does by default, ten minutes with NCCL."""
 _patient: list[Any] = []
 """The group over which long work is waited for, if there is one; else the default group."""
+_of_norms: list[tuple[weakref.ref[Any], str]] = []
+"""The default group for which batch normalisation was given a group, and the name of the latter."""
 
 
 def be_patient() -> None:
@@ -34,6 +38,23 @@ def be_patient() -> None:
 
 def patient_group() -> ProcessGroup:
     return _patient[0] if _patient and world_size() > 1 else None
+
+
+def open_norm_group() -> None:
+    """Make a group for batch normalisation, once; every process must call this.
+
+    In the default group its messages, which the next layer waits for, would queue behind gradients.
+    """
+    if world_size() > 1 and not norm_group_name():
+        own: Any = dist.new_group()
+        _of_norms[:] = [(weakref.ref(dist.group.WORLD), own.group_name)]
+
+
+@torch.compiler.assume_constant_result
+def norm_group_name() -> str:
+    """Name of the group that `open_norm_group` has made; else empty, for the default group."""
+    alive = world_size() > 1 and _of_norms and _of_norms[0][0]() is dist.group.WORLD
+    return _of_norms[0][1] if alive else ""
 
 
 def wait_for_all() -> None:
@@ -187,6 +208,63 @@ def gather_rows(x: Tensor, group: ProcessGroup = None) -> Tensor:
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     gather(rows, x.contiguous(), group=group)
     return rows
+
+
+def share_out(count: int, block: int) -> list[range]:
+    """Rows of each process: successive whole blocks, so that each block is computed as by one."""
+    size, blocks = world_size(), -(-count // block)
+    edges = [min(count, blocks * part // size * block) for part in range(size + 1)]
+    return [range(*pair) for pair in pairwise(edges)]
+
+
+def gather_shares(x: Tensor, shares: Sequence[range]) -> Tensor:
+    """Concatenate the rows of all processes, of which each has as many as its share.
+
+    Args:
+        x: (rows, ...), of one shape in every process but for the number of rows.
+        shares: as `share_out` gives them.
+    """
+    if world_size() == 1:
+        return x
+    most = max(map(len, shares))
+    padded = x.new_zeros(most, *x.shape[1:])
+    padded[: len(x)] = x
+    parts = gather_rows(padded).split(most)
+    return torch.cat([part[: len(own)] for part, own in zip(parts, shares, strict=True)])
+
+
+def _gather_in(x: Tensor, group_name: str) -> Tensor:
+    rows = gather_rows(x, find_group(group_name))
+    return rows.clone() if rows is x else rows
+
+
+def _sum_in(x: Tensor, group_name: str) -> Tensor:
+    return sum_over_processes(x.clone(), find_group(group_name))
+
+
+# torch.compile takes each as one node of a graph, which does not end there.
+_gather_op = torch.library.custom_op("vicreg_hf::gather_in", _gather_in, mutates_args=())
+_sum_op = torch.library.custom_op("vicreg_hf::sum_in", _sum_in, mutates_args=())
+
+
+@_gather_op.register_fake
+def _(x: Tensor, group_name: str) -> Tensor:
+    return x.new_empty(world_size(find_group(group_name)) * len(x), *x.shape[1:])
+
+
+@_sum_op.register_fake
+def _(x: Tensor, _: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+def gather_in(x: Tensor, group_name: str) -> Tensor:
+    """`gather_rows` in the group of a name, also inside compiled graphs."""
+    return (_gather_op if torch.compiler.is_compiling() else _gather_in)(x, group_name)
+
+
+def sum_in(x: Tensor, group_name: str) -> Tensor:
+    """`sum_over_processes` of a copy in the group of a name, also inside compiled graphs."""
+    return (_sum_op if torch.compiler.is_compiling() else _sum_in)(x, group_name)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -84,7 +84,7 @@ def backward_in_chunks(
                 roots, grads = [], []
                 for name, parts, state, whole in zip(names, chunks, states, y, strict=True):
                     _set_random_state(state[number], device)
-                    again = run(**{name: parts[number]}).pooler_output
+                    again = run(**{name: parts[number]}, return_features=False).pooler_output
                     if again.requires_grad:  # not so of precomputed embeddings
                         roots.append(again)
                         grads.append(whole.grad.split(chunk_size)[number])
@@ -116,7 +116,7 @@ def _represent(
     states, representations = [], []
     for chunk in chunks:
         states.append(_random_state(device))
-        representations.append(run(**{name: chunk}).pooler_output)
+        representations.append(run(**{name: chunk}, return_features=False).pooler_output)
     torch.clear_autocast_cache()  # weights that were cast here have no gradient
     return states, torch.cat(representations).requires_grad_()
 

@@ -260,15 +260,13 @@ def measure_untrained(run: Run, signals: Signals) -> None:
     """
     if run.step > 0:
         return
-    row = _measurements(run, signals, may_stop=True)
-    if row:
-        device, monitor = run.accelerator.device, run.monitor
-        pixels = None if monitor is None else monitor.pixels(device)
-        run.log.add(_step_and_epoch(run) | row | ({} if pixels is None else {"knn_pixels": pixels}))
+    row, device = _measurements(run, signals, may_stop=True), run.accelerator.device
     stopped = run.accelerator.is_main_process and not row
-    if any_process([stopped], run.accelerator.device)[0]:
+    if any_process([stopped], device)[0]:
         save(run)
         stop(run, signals)
+    pixels = None if run.monitor is None else run.monitor.pixels(device)
+    run.log.add(_step_and_epoch(run) | row | ({} if pixels is None else {"knn_pixels": pixels}))
     if remember_best(run, row):
         save(run)
 
@@ -312,7 +310,9 @@ def _metrics(run: Run, step: Step, clock: Clock) -> dict[str, Any]:
 def _measurements(
     run: Run, signals: Signals | None, *, may_stop: bool | None = None
 ) -> dict[str, Any]:
-    """The encoder with labels and without, measured by the main process while the others wait.
+    """The encoder with labels, measured by all processes, and without, by the main one.
+
+    Only that one has the result.
 
     Args:
         signals: a request to stop ends the measurement, which may take minutes, with no result.
@@ -322,7 +322,7 @@ def _measurements(
     row: dict[str, Any] = {}
     if may_stop is None:
         may_stop = run.args.keep_best == "none"
-    if run.accelerator.is_main_process and run.sample is not None:
+    if run.sample is not None:
         classify = run.probe.predict if run.probe is not None and run.probe.steps > 0 else None
         autocast = partial(_autocast_unless_stopped, run, signals if may_stop else None)
         device = run.accelerator.device
@@ -332,7 +332,8 @@ def _measurements(
                 found |= run.monitor.measure(
                     run.published.encoder, device, classify, autocast=autocast
                 ) | {"knn_images": run.monitor.subject}
-            row = found | run.sample.measure(run.published, device, autocast=autocast)
+            if run.accelerator.is_main_process:
+                row = found | run.sample.measure(run.published, device, autocast=autocast)
     wait_for_all()
     return row
 

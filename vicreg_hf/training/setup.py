@@ -123,8 +123,8 @@ def setup(
     resume(run, before=before)
     for sentence in new if run.step == 0 else ():
         accelerator.print(sentence)
-    if _compiles_model(args, accelerator, model, run.total_steps - run.step):
-        model.compile_branches(expanders=accelerator.num_processes == 1)
+    if _compiles_model(args, accelerator, run.total_steps - run.step):
+        model.compile_branches()
     run.wrapped, run.optimizer = accelerator.prepare(model, optimizer)
     return run
 
@@ -149,7 +149,7 @@ def _create_model(
     if accelerator.is_main_process:
         check_exportable(model, column=data.pairs.column if data.pairs else None)
     if accelerator.num_processes > 1:
-        synchronize(model, accelerator.device)
+        synchronize(model)
     freeze(model, args.freeze)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -273,20 +273,16 @@ def _check_keep_best(
         )
 
 
-def _compiles_model(
-    args: PretrainingArguments, accelerator: Accelerator, model: VICRegModel, steps_left: int
-) -> bool:
+def _compiles_model(args: PretrainingArguments, accelerator: Accelerator, steps_left: int) -> bool:
     """Whether backbone and expander are compiled: as the settings say, or where it pays.
 
-    torch's synchronised batch normalisation would cut a ResNet into scores of compiled graphs.
     Either all processes compile or none.
     """
     if args.gradient_checkpointing:  # with compile_model the settings are refused
         return False
     if args.compile_model is None:
         on_gpu = accelerator.device.type == "cuda"
-        in_pieces = accelerator.num_processes > 1 and _normalises_batches(model)
-        if not on_gpu or in_pieces or steps_left < WORTH_COMPILING:
+        if not on_gpu or steps_left < WORTH_COMPILING:
             return False
     elif not args.compile_model:
         return False

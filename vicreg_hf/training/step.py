@@ -71,8 +71,6 @@ def take_gradients(run: Run, views: tuple[Any, ...]) -> Step:
         else:
             output = run.wrapped(x, x_prime, **more)
             run.accelerator.backward(output.loss)
-            # last_hidden_state is large, and of no use here
-            output = VICRegOutput(**{**output, "last_hidden_state": None})
     run.shapes_compared = True
     if run.accelerator.scaler is not None:
         run.accelerator.unscale_gradients(run.optimizer)
@@ -127,8 +125,8 @@ skipped, and the scale halved."""
 STEPS_BEHIND = {"cuda": 1}
 """How many steps the finite-or-stop check may lag behind, by device; 0 on devices not listed.
 
-A GPU would otherwise wait for the answer in every step. It still does in each one where torch's
-synchronised batch normalisation does, and under fp16, whose loss scale is looked at."""
+A GPU would otherwise wait for the answer in every step. It still does under fp16, whose loss scale
+is looked at."""
 
 
 class CheckResult(NamedTuple):

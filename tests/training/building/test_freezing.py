@@ -47,6 +47,8 @@ def test_patterns_freeze_parameters_and_whole_normalisations(
     assert not any(model.get_submodule(f"backbone.{n}").training for n in still - {"prime.bn1"})
 
 
+# dynamo hides it itself, but not from those who make errors of warnings
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
     ("how", "synchronised"),
     [

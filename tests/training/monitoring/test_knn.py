@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, DatasetDict
+from gloo import GlooPool
 from pictures import photographs, png, table_of
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ from vicreg_hf.data.memory import load_in_memory
 from vicreg_hf.data.splits import ImageSplit, image_split
 from vicreg_hf.features.encode import extract_features
 from vicreg_hf.metrics.knn import knn_accuracy
+from vicreg_hf.runtime.distributed import rank
+from vicreg_hf.runtime.signals import Stopped
 from vicreg_hf.training.monitoring import knn
 from vicreg_hf.training.monitoring.knn import KNNMonitor, missing_for_knn
 
@@ -231,6 +234,48 @@ def test_small_held_out_images_are_decoded_once_and_all_are_seen_as_before(
         assert torch.equal(seen[-1], expected)
     assert accuracies[0] == accuracies[1]
     assert isinstance(monitor.held_out.source, Tensor) == once
+
+
+def measured_together(batch: int, *, raising: bool = False) -> tuple[dict[str, float], list[int]]:
+    """The accuracies, and how many images this process has encoded at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knn, "AT_ONCE", batch)
+        patch.setattr(knn, "QUERIES_AT_ONCE", batch)
+        split = labelled(photographs(40, 32, 32), "train")
+        monitor = monitor_of(split, labelled(photographs(70, 32, 32)[40:], "test", BAD))
+        encoder = Small()
+
+        def autocast() -> Any:
+            if raising and rank() == 1:
+                raise Stopped("asked")
+            return nullcontext()
+
+        found = monitor.measure(encoder, CPU, lambda y: y.argmax(1), autocast=autocast)
+        return found, [len(y) for y in encoder.given]
+
+
+def test_processes_share_images_and_queries_and_find_what_one_finds(gloo: GlooPool) -> None:
+    """Images of both splits, 30 and 40, are encoded in batches that are those of one process."""
+    alone, batches = measured_together(8)
+    assert batches == [8, 8, 8, 6, 8, 8, 8, 8, 8]
+    assert 0.5 < alone["knn"] < 1
+    (first, own), (second, others) = gloo.run(2, measured_together, 8)
+    assert first == second == alone
+    assert (own, others) == ([8, 8, 8, 8], [8, 6, 8, 8, 8])
+    # fewer batches than processes
+    (first, own), (second, others) = gloo.run(2, measured_together, 100)
+    assert first == second
+    assert (own, others) == ([], [30, 40])
+
+
+def stopped_together() -> str:
+    with pytest.raises(Stopped) as error:
+        measured_together(8, raising=True)
+    return str(error.value)
+
+
+def test_a_request_to_stop_one_process_ends_the_measurement_in_all(gloo: GlooPool) -> None:
+    assert gloo.run(2, stopped_together) == ["The measurement was not finished.", "asked"]
 
 
 def test_encoders_are_measured_in_the_precision_given(

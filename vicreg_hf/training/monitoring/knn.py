@@ -27,9 +27,21 @@ from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.features.encode import extract_features
 from vicreg_hf.metrics.knn import vote
+from vicreg_hf.metrics.retrieval import QUERIES_AT_ONCE
+from vicreg_hf.runtime.distributed import (
+    agree,
+    failing_together,
+    gather_objects,
+    gather_shares,
+    rank,
+    share_out,
+)
 from vicreg_hf.runtime.randomness import Stream, permutation
+from vicreg_hf.runtime.signals import Stopped
 
 K = 20
+AT_ONCE = 512
+"""Images that are encoded together."""
 MAX_TRAIN, MAX_TEST = 50_000, 10_000
 """Images the monitor uses at most; of larger splits it takes a fixed random part."""
 
@@ -73,17 +85,37 @@ class LabelledImages:
     ) -> tuple[Tensor, Tensor]:
         """Representations (N, F) and classes (N,) of the images that can be used.
 
+        Every process must call this. Each encodes a share of the batches, and all get the same.
+
         Args:
             views: further arguments of `evaluation_batches`; likewise settings, of
                 `extract_features`.
+
+        Raises:
+            Stopped: settings raise it, in this process or in another one.
         """
         if self.budget > 0 and common_side(self.split) is not None:
             images = load_in_memory(self.split, self.budget, self.bad, rows=self.rows)
             if images is not None:
                 self.source, self.source_rows = images, np.arange(len(images))
         self.budget = 0
-        batches = evaluation_batches(self.source, self.source_rows, bad=self.bad, **views)
-        y = extract_features(encoder, batches, **settings)
+        shares, device = share_out(len(self.rows), AT_ONCE), torch.device(settings["device"])
+        own, stopped = shares[rank()], None
+        y = torch.empty(0, 0, device=device)
+        with failing_together(device):
+            rows = self.source_rows[own.start : own.stop]
+            views = views | {"bad": self.bad, "batch_size": AT_ONCE}
+            try:
+                if len(own):
+                    batches = evaluation_batches(self.source, rows, **views)
+                    y = extract_features(encoder, batches, **settings)
+            except Stopped as error:
+                stopped = error
+        if agree(stopped is not None)[0]:
+            raise stopped or Stopped("The measurement was not finished.")
+        self.bad.agree(gather_objects, say=lambda _: None)
+        width = max(gather_objects([y.shape[1]]))
+        y = gather_shares(y if len(own) else y.new_empty(0, width), shares)
         usable = torch.from_numpy(self.usable())
         labels = self.labels[usable].to(y.device)
         return (y if len(usable) == len(y) else y[usable.to(y.device)]), labels
@@ -219,6 +251,8 @@ class KNNMonitor:
     ) -> dict[str, float]:
         """Share of the queries, 0 to 1, that are classified rightly.
 
+        Every process must call this: each encodes and classifies a part, and all get the result.
+
         Args:
             classify: gives classes (N,) for representations (N, F), as the online probe does.
             autocast: the context that encoders compute in, to measure in the precision of the run;
@@ -226,6 +260,9 @@ class KNNMonitor:
 
         Returns:
             `knn`, by their neighbours, and `probe`, by `classify` if there is one.
+
+        Raises:
+            Stopped: autocast raises it, in this process or in another one.
         """
         settings: dict[str, Any] = self.normalisation | {"device": device, "autocast": autocast}
         y, labels = self.held_out.features(encoder, self.views, **settings)
@@ -235,8 +272,12 @@ class KNNMonitor:
         else:
             x, train_labels = self.train.features(encoder, self.views, **settings)
             own_rows, most = None, len(x)
+        shares = share_out(len(y), QUERIES_AT_ONCE)
+        own = slice(shares[rank()].start, shares[rank()].stop)
+        own_rows = None if own_rows is None else own_rows[own]
         # `vote`, as `knn_predict` would end the run over a feature that is not finite
-        predicted = {"knn": vote(x, train_labels, y, k=min(K, most), own_rows=own_rows)}
+        found = vote(x, train_labels, y[own], k=min(K, most), own_rows=own_rows)
+        predicted = {"knn": gather_shares(found, shares)}
         if classify is not None:
             predicted["probe"] = classify(y)
         return {name: (p == labels).float().mean().item() for name, p in predicted.items()}
