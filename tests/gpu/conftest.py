@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.pool import Pool
 
 import pytest
 import torch
@@ -11,8 +13,15 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import patch_environment
 
 
-@pytest.fixture(scope="session")
-def device(pytestconfig: pytest.Config) -> torch.device:
+@pytest.fixture(scope="session", autouse=True)
+def pair() -> Iterator[Pool]:
+    """Two processes, which begin before this one uses a GPU: a fork could not use it any more."""
+    with get_context("fork").Pool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device(pytestconfig: pytest.Config, pair: Pool) -> torch.device:  # noqa: ARG001 - which comes first
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
     if not pytestconfig.option.rehearse:

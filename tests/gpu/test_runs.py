@@ -6,16 +6,19 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import islice
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import AutoModel
-from warm import run_script
 from workflow import SMALL, flags_of, metrics, write_images
 
 from vicreg_hf import Callback, VICRegModel, pretrain
@@ -43,17 +46,9 @@ pytestmark = [
 
 AT_THE_END = ["--logging_steps=100", "--save_steps=100", "--warmup_epochs=0", "--image_size=32"]
 """Settings of a run that logs and saves at its end alone."""
+SECONDS = 100
+"""After which two processes count as hung."""
 TERMS = ("loss", "invariance", "variance", "covariance", "embedding_std")
-OVER_GLOO = """
-import runpy, sys
-import torch
-from accelerate import PartialState
-torch.backends.cudnn.allow_tf32 = False
-PartialState(cpu=not torch.cuda.is_available(), backend="gloo")
-sys.argv[:] = ["scripts/pretrain.py", *sys.argv[1:]]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-"""pretrain.py, whose processes may share one GPU, as NCCL's may not."""
 
 
 class At(Callback):
@@ -193,12 +188,12 @@ def test_every_precision_begins_as_float64_and_learns(
     run = begun(images, tmp_path, "--max_steps=6")
     assert run.accelerator.device.type == device.type
     batches = list(views_from_here(run))
-    exact = VICRegModel(run.model.config).to(device).double().train()
-    exact.load_state_dict(run.model.state_dict())
-    loss: Any = exact(*(x.double() for x in batches[0])).loss
+    exact: Any = VICRegModel(run.model.config).double().train()
+    exact.to(device).load_state_dict(run.model.state_dict())
+    loss = exact(*(x.double() for x in batches[0])).loss
     losses = [take(run, views) for views in batches]
-    # twenty layers round to 2^-8 in bfloat16, and statistics average over the batch
-    assert losses[0] == pytest.approx(loss.item(), rel=1e-3 if precision == "no" else 0.03)
+    # twenty layers round to 2^-8 in bfloat16, and on a GPU convolutions in float32 to 2^-11
+    assert losses[0] == pytest.approx(loss.item(), rel=0.01 if precision == "no" else 0.05)
     assert all(map(math.isfinite, losses))
     assert weights(run).isfinite().all()
     assert run.model.backbone.training
@@ -220,33 +215,51 @@ def test_steps_that_overflow_in_float16_are_left_out_until_the_scale_fits(
     assert tiny or torch.equal(seen[1], seen[0])
     assert not torch.equal(seen[-1], seen[-2])
     assert all(each.isfinite().all() for each in seen)
-    assert tiny or 1 < scaler.get_scale() < 2.0**40
+    if scaler is not None:
+        assert 1 < scaler.get_scale() < 2.0**40
 
 
 # Several processes
 
 
-def test_two_processes_on_one_gpu_begin_as_one(images: Path, tmp_path: Path) -> None:
+def fit_as(rank: int, port: int, flags: Sequence[str]) -> None:
+    """Train as one of two processes, as on two machines of one GPU each: both take the first.
+
+    NCCL refuses that, and gloo does not.
+    """
+    group = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}  # fmt: skip
+    os.environ.update({name: str(value) for name, value in group.items()})
+    torch.backends.cudnn.allow_tf32 = False
+    PartialState(cpu=not torch.cuda.is_available(), backend="gloo")
+    fitted(*flags)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_on_one_gpu_begin_as_one(
+    images: Path, tmp_path: Path, pair: Pool, tiny: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = ["--max_steps=2", "--micro_batch_size=8", "--image_size=32", "--compile=false"]
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        alone = fitted(*flags_of(images, tmp_path / "one", *flags))
-    script = tmp_path / "over_gloo.py"
-    script.write_text(OVER_GLOO)
-    # as two machines of one GPU each, so that both processes take the first
-    result = run_script(
-        str(script), *flags_of(images, tmp_path / "two", *flags), processes=2,
-        ACCELERATE_USE_CPU="false", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    path = tmp_path / "two" / "checkpoints" / f"step-{newest_step(tmp_path / 'two')}"
-    assert read_manifest(path)["world_size"] == 2
-    rows = metrics(tmp_path / "two")[1:]
+    two = tmp_path / "two"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [(rank, port, flags_of(images, two, *flags)) for rank in range(2)]
+    pair.starmap_async(fit_as, words, chunksize=1).get(timeout=SECONDS)
+    assert read_manifest(two / "checkpoints" / f"step-{newest_step(two)}")["world_size"] == 2
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    alone = fitted(*flags_of(images, tmp_path / "one", *flags))
+    rows = metrics(two)
     assert [row["step"] for row in rows] == [row["step"] for row in alone]
     for term in TERMS:  # of the first step, as one rounding may switch a ReLU in the next
-        assert rows[0][term] == pytest.approx(alone[0][term], rel=1e-5), term
+        assert rows[0][term] == pytest.approx(alone[0][term], rel=1e-5 if tiny else 1e-4), term
 
 
 # Faults
+
+
+HELD: list[torch.Tensor] = []
+"""What leaves no memory to others."""
 
 
 def use_up_memory(run: Run) -> None:
@@ -255,6 +268,10 @@ def use_up_memory(run: Run) -> None:
         torch.empty(2**60, dtype=torch.uint8)
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-6)
+    for size in (2**20, 2**14, 2**9):  # of what is reserved already, too
+        with suppress(torch.OutOfMemoryError):
+            while True:
+                HELD.append(torch.empty(size, dtype=torch.uint8, device=run.accelerator.device))
 
 
 def test_want_of_memory_is_told_with_what_helps_and_the_run_goes_on(
@@ -265,6 +282,7 @@ def test_want_of_memory_is_told_with_what_helps_and_the_run_goes_on(
     try:
         train_until(OutOfMemory, words, At(3, use_up_memory), *flags)
     finally:
+        HELD.clear()
         if not tiny:
             torch.cuda.set_per_process_memory_fraction(1.0)
     assert newest_step(tmp_path) >= 2

@@ -128,7 +128,7 @@ def ranks(words: Sequence[str], processes: int, **variables: str) -> list[Script
         "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
-    return [Script(words, **group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | variables)
+    return [Script(words, **group, RANK=str(rank), LOCAL_RANK=str(rank), **variables)
             for rank in range(processes)]  # fmt: skip
 
 
