@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vicreg_hf.benchmarks.data import MADE
 from vicreg_hf.benchmarks.measuring import table
 from vicreg_hf.runtime.files import replacing, writing
 
@@ -67,11 +68,14 @@ PARTS = {
     ),
     "resnet18": Part(45, ("train", "--config=cifar10-r18", *_EAGER), _TINY_TRAINING),
     "input": Part(
-        30, ("data", "--config=imagenet-r50-100ep", "--batch_size=256", "--dataset_name=made"),
+        30,
+        ("data", "--config=imagenet-r50-100ep", "--batch_size=256", "--compile_model=false",
+         f"--dataset_name={MADE}"),
         (*_TINY_RUN, "--image_size=72"),
     ),
     "checkpoints": Part(
-        40, ("checkpoint", "--rounds=2"), (*_TINY_MODEL, "--image_size=32", "--expander_dims=8-8")
+        40, ("checkpoint", "--rounds=3", "--expander_dims=2048-2048-2048"),
+        (*_TINY_MODEL, "--image_size=32", "--expander_dims=8-8")
     ),
     "extraction": Part(
         30, ("features", "--num_images=4096", "--batch_size=256"),
@@ -190,7 +194,6 @@ def _begin(words: list[str], measure: Measure, log: Path, *, hidden: bool) -> No
     for number in (1, 2):
         os.dup2(opened, number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    os.environ["HF_HUB_OFFLINE"] = "1"
     if hidden:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if words[0][0] == "-":
