@@ -6,8 +6,6 @@ import gc
 import io
 import os
 
-# Tests compare bits and two processes with one, as a CPU gives them: also where there is a GPU.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Threads that wait do not keep a core, which another test can use.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
@@ -34,6 +32,19 @@ hypothesis.settings.load_profile("vicreg")
 
 # Models here are tiny: threads would spend their time waiting for each other on a busy machine.
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rehearse", action="store_true", help="run `-m gpu` on the CPU, tiny")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide a GPU, of which nothing that is imported takes notice, from all but the checks of it.
+
+    Other tests compare bits, and two processes with one, as a CPU gives them.
+    """
+    if config.option.markexpr != "gpu" or config.option.rehearse:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,15 @@ def checkpoints(
     image_size: int,
     expander_dims: str,
     save_steps: int,
+    rounds: int = 4,
 ) -> str:
     """Seconds that a save adds to a run, and their share of it at one save in `save_steps` steps.
 
     Steps without a save and steps with one beginning are taken in turn; in either case as many as
     a save in the background lasts, so that what it takes from later steps counts.
+
+    Args:
+        rounds: at least 2, as the first is not counted.
     """
     on = torch.device(device)
     widths = read_widths("expander_dims", expander_dims)
@@ -60,7 +65,7 @@ def checkpoints(
         writer = CheckpointWriter(Path(folder) / "background")
         foreground, added, plain = [], [], []
         size = 0
-        for number in range(4):
+        for number in range(max(2, rounds)):
             waited_for = CheckpointWriter(Path(folder) / "foreground")
             foreground.append(seconds_of(partial(save, waited_for, number, 0), on))
             files = (waited_for.folder / f"step-{number}").iterdir()
@@ -69,6 +74,8 @@ def checkpoints(
             without = seconds(steps)
             added.append(seconds_of(partial(save, writer, number, steps), on) - without)
             plain.append(without / steps)
+            shown = f"{foreground[-1]:.2f} s in the foreground, {added[-1]:.2f} s in the background"
+            print(shown, file=sys.stderr, flush=True)
     a_step = statistics.median(plain[1:])  # the first save takes memory that later ones use again
     lines = [
         [name, f"{cost:.2f}", f"{100 * cost / (cost + save_steps * a_step):.2f} %"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ import torch
 from vicreg_hf.benchmarks.checkpoints import checkpoints
 from vicreg_hf.benchmarks.data import views
 from vicreg_hf.benchmarks.features import extraction
+from vicreg_hf.benchmarks.gpu import PARTS, gpu
 from vicreg_hf.benchmarks.loss import losses_compared
-from vicreg_hf.benchmarks.scale import Machine, scale
+from vicreg_hf.benchmarks.scale import scale
 from vicreg_hf.benchmarks.train import NAMES, training
 from vicreg_hf.settings.parser import FlagsParser
 
@@ -32,6 +33,8 @@ def measure(words: Sequence[str], description: str | None = None) -> str:
     if others and not takes_more:
         own.refuse(others)
     del flags["command"]
+    if flags.get("device", "") is None:  # only now, as `gpu` and `scale` leave it to others
+        flags["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return run(others, **flags) if takes_more else run(**flags)
 
 
@@ -48,7 +51,7 @@ def _add_commands(parsers: Any) -> None:
         own.set_defaults(own=own, run=run, takes_more=takes_more)
         return own.add_argument
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Any = {"help": "torch's name of it; cuda where there is a GPU"}
     several: Any = {"type": int, "nargs": "+"}
 
     flag = add("loss", losses_compared, "the loss against the authors' formula and lightly's")
@@ -56,7 +59,8 @@ def _add_commands(parsers: Any) -> None:
     flag("--dims", default=[2048, 8192, 16384], **several)
     flag("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     flag("--processes", help="instead, over so many processes on CPU", **several)
-    flag("--device", default=device)
+    flag("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure it too")
+    flag("--device", **device)
 
     summary = (
         "the views against the authors' pipeline; with flags of pretrain.py, such as --config or "
@@ -69,7 +73,7 @@ def _add_commands(parsers: Any) -> None:
     flag("--num_images", type=int, default=512)
     flag("--batch_size", type=int, default=64)
     flag("--side", type=int, help="of square images; 500 x 375 without")
-    flag("--device", default=device)
+    flag("--device", **device)
 
     flag = add("checkpoint", checkpoints, "what saving adds to a run")
     flag("--architecture", default="resnet50")
@@ -77,7 +81,8 @@ def _add_commands(parsers: Any) -> None:
     flag("--image_size", type=int, default=224)
     flag("--expander_dims", default="8192-8192-8192")
     flag("--save_steps", type=int, default=500)
-    flag("--device", default=device)
+    flag("--rounds", type=int, default=4, help="of which the first is not counted")
+    flag("--device", **device)
 
     summary = (
         "training against the bare backbone, the authors' recipe and lightly's example; takes "
@@ -90,22 +95,20 @@ def _add_commands(parsers: Any) -> None:
     flag("--channels_last", action=argparse.BooleanOptionalAction, default=True, help=layout)
     flag("--steps", type=int, help="measured in a turn")
     flag("--rounds", type=int, default=5)
-    flag("--device", default=device)
+    flag("--device", **device)
 
-    flag = add("scale", _scale, "step time on many GPUs, predicted from assumptions that are flags")
-    flag("--architecture", default="resnet50")
-    flag("--image_size", type=int, default=224)
-    flag("--batch_size", type=int, default=2048, help="global")
-    flag("--expander_dims", default="8192-8192-8192")
-    flag("--gpus", default=[1, 8, 32, 128, 512, 1024], **several)
-    kept = "keep the images of each GPU, those of the first --gpus"
-    flag("--weak", action="store_true", help=kept)
-    for each in fields(Machine):
-        unit, source = each.metadata["unit"], each.metadata["source"]
-        text = f"{unit} (default {each.default}: {source})".replace("%", "%%")
-        flag(f"--{each.name}", default=each.default, type=type(each.default), help=text)
+    summary = (
+        "training on 1 process and on several of this machine, which share the batch; takes flags "
+        "of pretrain.py"
+    )
+    flag = add("scale", scale, summary, takes_more=True)
+    flag("--processes", default=[1, 2], **several)
+    flag("--steps", type=int, default=20, help="measured in a round")
+    flag("--rounds", type=int, default=3)
 
-
-def _scale(**flags: Any) -> str:
-    machine = Machine(**{each.name: flags.pop(each.name) for each in fields(Machine)})
-    return scale(machine, **flags)
+    summary = "all checks and measurements of one GPU; what it has found is written at once"
+    flag = add("gpu", partial(gpu, measure), summary)
+    flag("--minutes", type=float, default=9.0, help="for everything together")
+    flag("--output_dir", default="runs/gpu", help="for results.md, results.json and log.txt")
+    flag("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    flag("--rehearse", action="store_true", help="on the CPU at tiny size, without a GPU")

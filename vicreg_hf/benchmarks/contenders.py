@@ -7,7 +7,7 @@ Shapes: B images, C channels, S side of a view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, RandomSampler, default_collate
 
-from vicreg_hf.benchmarks.data import Views, opened, pil_view
+from vicreg_hf.benchmarks.data import WITHOUT_END, Pictures, Views, opened, pil_view
 from vicreg_hf.benchmarks.loss import authors_loss
 from vicreg_hf.models.compiling import Compiled, call_directly
 from vicreg_hf.models.expander import expander
@@ -30,10 +30,7 @@ from vicreg_hf.training.run import Run
 from vicreg_hf.training.step import StepChecks, take_gradients, take_step, views_from_here
 
 Pair = tuple[Tensor, Tensor]
-Pictures = Sequence[Image.Image | bytes]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WITHOUT_END = 10**6
-"""Steps of a run that is never finished."""
 
 
 @dataclass

@@ -9,7 +9,8 @@ import dataclasses
 import io
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from vicreg_hf.benchmarks.measuring import median_seconds, surroundings, table
 from vicreg_hf.data.batches import channels_last
 from vicreg_hf.data.columns.image_files import decode_image
 from vicreg_hf.data.columns.images import ImageColumn
+from vicreg_hf.data.memory import SMALL_IMAGE
 from vicreg_hf.data.pairs import PairedSplit
 from vicreg_hf.runtime.machine import available_cores
 from vicreg_hf.settings.command_line import parse_arguments
@@ -39,6 +41,13 @@ from vicreg_hf.views.two_views import TwoViews
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")
 Runs = dict[str, Callable[[], object]]
+Pictures = Sequence[Image.Image | bytes]
+MADE = "made"
+"""The name of a data set of images that are made."""
+PICTURES = 256
+"""Different images at most; larger data sets repeat them."""
+WITHOUT_END = 10**6
+"""Steps of a run that is never finished."""
 
 
 def photographs(count: int, width: int, height: int) -> list[Image.Image]:
@@ -60,13 +69,33 @@ def jpeg(image: Image.Image, orientation: int = 1) -> bytes:
     return buffer.getvalue()
 
 
+@contextmanager
+def made_images(args: PretrainingArguments) -> Iterator[tuple[PretrainingArguments, Pictures]]:
+    """Settings of a run without end on images that are made for it, and these images.
+
+    They have the views' own side where that is small; else they are JPEGs of 500 x 375.
+    """
+    side, count = args.image_size or 224, max(args.batch_size, PICTURES)
+    if side <= SMALL_IMAGE:
+        different: Any = photographs(PICTURES, side, side)
+    else:
+        different = [jpeg(image) for image in photographs(PICTURES, 500, 375)]
+    pictures = [different[k % PICTURES] for k in range(count)]
+    with tempfile.TemporaryDirectory() as folder:
+        data_set(pictures).save_to_disk(f"{folder}/images")
+        yield dataclasses.replace(
+            args, dataset_name=f"{folder}/images", image_size=side, max_steps=WITHOUT_END,
+            output_dir=f"{folder}/run", resume="never", online_probe=False,
+        ), pictures  # fmt: skip
+
+
 def opened(picture: Image.Image | bytes) -> Image.Image:
     """A picture, or the file of one, in RGB."""
     image = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
     return image.convert("RGB")
 
 
-def data_set(pictures: Sequence[Image.Image | bytes]) -> datasets.Dataset:
+def data_set(pictures: Pictures) -> datasets.Dataset:
     """Pictures, or the files of them, as a column of images."""
     features = datasets.Features({"image": datasets.Image()})
     return datasets.Dataset.from_dict({"image": list(pictures)}, features=features)
@@ -140,12 +169,16 @@ def kornia_runs(recipes: Sequence[ViewRecipe], crops: Sequence[Tensor]) -> Runs:
 
 
 def views(flags: Sequence[str]) -> str:
-    """The bottleneck of a run with flags of pretrain.py.
+    """The bottleneck of a run with flags of pretrain.py, on made images if asked for `MADE`.
 
     Without flags, tables for large and for small images, on one core.
     """
     if flags:
-        return bottleneck(parse_arguments(flags))
+        args = parse_arguments(flags)
+        if args.dataset_name != MADE:
+            return bottleneck(args)
+        with made_images(args) as (made, _):
+            return bottleneck(made)
     torch.set_num_threads(1)
     parts = [
         surroundings(CPU),
@@ -288,6 +321,8 @@ def _stages(run: Run) -> str:
         run.optimizer.step()
         run.optimizer.zero_grad()
 
+    torch.backends.cudnn.benchmark = pinned  # as in training
+    step()  # compiles and tunes
     times |= {stage: colour, "model": step}
     rates = {
         name: len(made) * len(rows) / seconds * (workers if "workers" in name else 1)

@@ -108,29 +108,43 @@ def losses_compared(
     dtype: str,
     device: str,
     processes: Sequence[int] | None,
+    memory: bool = True,
 ) -> str:
-    """A table over the grid, in one process or over several on CPU; dtype is torch's name."""
+    """A table over the grid, in one process or over several on CPU; dtype is torch's name.
+
+    Args:
+        memory: measure it too, of one process.
+    """
     place, kind = torch.device("cpu" if processes else device), getattr(torch, dtype)
     if processes:
         lines = _several_processes(processes, rows, dims, kind)
     else:
-        lines = _one_process(rows, dims, place, kind)
+        lines = _one_process(rows, dims, place, kind, memory=memory)
     return f"{surroundings(place)}\n{lines}"
 
 
 def _one_process(
-    rows: Sequence[int], dims: Sequence[int], device: torch.device, dtype: torch.dtype
+    rows: Sequence[int],
+    dims: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    memory: bool,
 ) -> str:
     """A table over the grid: time and peak memory of forward and backward."""
     alternatives, lines = losses(), []
-    with memory_process() as pool:
+    apart = memory and device.type == "cpu"  # torch counts by itself what lies on a GPU
+    with memory_process() if apart else contextlib.nullcontext() as pool:
         for n, dim in itertools.product(rows, dims):
             inputs = embeddings(n, dim, device, dtype)
             runs = {name: forward_backward(loss, inputs) for name, loss in alternatives.items()}
             seconds = median_seconds(runs, device)
             settings = (n, dim, device, dtype)
-            memory = {name: pool.submit(_memory, name, *settings).result() for name in runs}
-            lines.append([str(n), str(dim), *_figures(seconds, memory)])
+            extra: dict[str, float | None] = dict.fromkeys(runs)
+            for name in runs if memory else ():
+                given = (name, *settings)
+                extra[name] = pool.submit(_memory, *given).result() if pool else _memory(*given)
+            lines.append([str(n), str(dim), *_figures(seconds, extra)])
             print(" ".join(lines[-1]), file=sys.stderr, flush=True)
     others = list(alternatives)[1:]
     ratios = [f"{name} / ours" for name in others]

@@ -7,29 +7,17 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import tempfile
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
-from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
 from torch import Tensor
 
-from vicreg_hf.benchmarks.contenders import (
-    WITHOUT_END,
-    Contender,
-    Pair,
-    Pictures,
-    authors,
-    bare,
-    lightly,
-    ours,
-)
-from vicreg_hf.benchmarks.data import data_set, jpeg, photographs
+from vicreg_hf.benchmarks.contenders import Contender, Pair, authors, bare, lightly, ours
+from vicreg_hf.benchmarks.data import MADE, made_images
 from vicreg_hf.benchmarks.measuring import MIB, peak_extra_mib, seconds_of, surroundings, table
-from vicreg_hf.data.memory import SMALL_IMAGE
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.training.setup import setup
 
@@ -39,8 +27,6 @@ NAMES = ("bare", "vicreg_hf", "authors", "lightly")
 LABELS = {"bare": "bare backbone"}
 WARM_UP = 3
 """Steps of a turn that are not measured, at least."""
-PICTURES = 256
-"""Different images at most; larger data sets repeat them."""
 ACCELERATE = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -75,24 +61,16 @@ def training(
     if any(word.startswith("--dataset_name") for word in flags):
         raise ValueError("train makes its own images, got --dataset_name; leave it out.")
     defaults = () if any(word.startswith("--config") for word in flags) else DEFAULTS
-    args = parse_arguments([*defaults, *flags, "--dataset_name=made"])
+    args = parse_arguments([*defaults, *flags, f"--dataset_name={MADE}"])
     kind = torch.device(device).type
     on_gpu = kind == "cuda"
     precision, steps = precision or ("bf16" if on_gpu else "fp32"), steps or (50 if on_gpu else 8)
-    side = args.image_size or 224
-    pictures = _pictures(side, max(args.batch_size, PICTURES))
     # as `accelerate launch` would with these
     launched = patch_environment(
         ACCELERATE_MIXED_PRECISION=ACCELERATE[precision], ACCELERATE_USE_CPU=kind == "cpu"
     )
-    with tempfile.TemporaryDirectory() as folder, launched:
-        data_set(pictures).save_to_disk(f"{folder}/images")
-        run = setup(
-            replace(
-                args, dataset_name=f"{folder}/images", image_size=side, max_steps=WITHOUT_END,
-                output_dir=f"{folder}/run", resume="never", online_probe=False,
-            )
-        )  # fmt: skip
+    with made_images(args) as (made, pictures), launched:
+        run = setup(made)
         on = run.accelerator.device
         builders = {
             "bare": lambda: bare(run, precision, channels_last),
@@ -101,8 +79,8 @@ def training(
             "lightly": lambda: lightly(run, pictures, precision),
         }
         contenders = {name: builders[name]() for name in NAMES if name in only}
-        _take_turns([c for c in contenders.values() if c is not None], steps, rounds, on)
-    shape = f"{args.architecture}, {args.batch_size} images of {side} pixels"
+        _take_turns(contenders, steps, rounds, on)
+    shape = f"{args.architecture}, {args.batch_size} images of {run.views.image_sizes[0]} pixels"
     origin = "in memory" if isinstance(run.inputs.images, Tensor) else "from JPEGs of 500 x 375"
     compiled = "compiled" if run.model.branches_compiled else "not compiled"
     layout = "channels last" if channels_last else "channels first"
@@ -118,13 +96,17 @@ def training(
 
 # Measuring
 def _take_turns(
-    contenders: Sequence[Contender], steps: int, rounds: int, device: torch.device
+    contenders: dict[str, Contender | None], steps: int, rounds: int, device: torch.device
 ) -> None:
-    for contender in contenders:  # compiles, tunes and allocates
+    """Measure each in turn, and say on stderr what each turn took."""
+    there = {name: each for name, each in contenders.items() if each is not None}
+    for contender in there.values():  # compiles, tunes and allocates
         _turn(contender, 1, device)
         contender.peak = 0.0
-    for _, contender in itertools.product(range(rounds), contenders):
+    for _, (name, contender) in itertools.product(range(rounds), there.items()):
         contender.seconds.append(_turn(contender, steps, device))
+        took = 1000 * contender.seconds[-1]
+        print(f"{name}: {took:.2f} ms a step", file=sys.stderr, flush=True)
 
 
 def _turn(contender: Contender, steps: int, device: torch.device) -> float:
@@ -175,13 +157,3 @@ def _rows(
         lines.append([*line, *([f"{contender.peak:.0f}"] if on_gpu else [])])
     header = ["", "precision", "ms a step", "views/s", "share of the bare backbone"]
     return table([*header, "authors / this", *(["peak MiB"] if on_gpu else [])], lines)
-
-
-# The images
-def _pictures(side: int, count: int) -> Pictures:
-    """Images of the views' own side where that is small; else JPEGs of 500 x 375."""
-    if side <= SMALL_IMAGE:
-        different: Any = photographs(PICTURES, side, side)
-    else:
-        different = [jpeg(image) for image in photographs(PICTURES, 500, 375)]
-    return [different[k % PICTURES] for k in range(count)]
