@@ -1,6 +1,6 @@
 """The feature map of a timm backbone: one vector for each cell of a grid over the image.
 
-Shapes: B images, C channels of the map, h x w cells, P tokens.
+Shapes: B images, C channels of the map, h x w cells, P tokens, D embedding of a cell.
 """
 
 from __future__ import annotations
@@ -8,7 +8,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class NoFeatureMap(ValueError):  # noqa: N818
+    """A backbone has no feature map."""
 
 
 def feature_map(backbone: Any, features: Any, image_size: tuple[int, int]) -> Tensor:
@@ -23,7 +27,7 @@ def feature_map(backbone: Any, features: Any, image_size: tuple[int, int]) -> Te
         image_size: height and width of its images in pixels.
 
     Raises:
-        ValueError: a backbone without a map, as one that returns a class token alone.
+        NoFeatureMap: the backbone returns something else, such as a class token alone.
     """
     channels = backbone.num_features
     if isinstance(features, Tensor):
@@ -39,7 +43,7 @@ def feature_map(backbone: Any, features: Any, image_size: tuple[int, int]) -> Te
     found = type(features).__name__
     if isinstance(features, Tensor):
         found = f"shape {tuple(features.shape)}"
-    raise ValueError(
+    raise NoFeatureMap(
         f"the backbone must have a feature map of {channels} channels, but {name} returns {found} "
         f"for images of {image_size[0]} x {image_size[1]}; take one such as resnet50, "
         "convnext_tiny or vit_small_patch16_224."
@@ -62,3 +66,13 @@ def _grid(backbone: Any, tokens: int, image_size: tuple[int, int]) -> tuple[int,
         if rows * columns and (before in (0, 1) if prefix is None else before == prefix):
             return rows, columns
     return None
+
+
+def embed_cells(expander: nn.Module, features: Tensor) -> Tensor:
+    """Embed each cell of maps (B, C, h, w) by itself: (B, h, w, D).
+
+    Args:
+        expander: from rows (B * h * w, C) to rows of D; its batch normalisation counts all of them.
+    """
+    rows = features.permute(0, 2, 3, 1)
+    return expander(rows.flatten(0, 2)).unflatten(0, rows.shape[:3])

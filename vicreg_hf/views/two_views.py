@@ -91,9 +91,8 @@ class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
                 f"call model.set_image_size({image_size}) first, so that the published encoder "
                 "asks for it too."
             )
-        if places is None:
-            places = getattr(model.config, "local_weight", 0) > 0
+        has_local_loss = getattr(model.config, "local_weight", 0) > 0
         return cls(
             size, preset, mean=cfg["mean"], std=cfg["std"], seed=seed, in_chans=channels,
-            compile=compile, places=places,
+            compile=compile, places=has_local_loss if places is None else places,
         )  # fmt: skip
