@@ -16,6 +16,7 @@ from vicreg_hf import (
     TwoViews,
     VICRegConfig,
     VICRegModel,
+    ViewCollator,
     local_loss,
     multi_view_loss,
     vicreg_loss,
@@ -110,6 +111,15 @@ def test_the_local_expander_stands_beside_the_expander_and_not_in_a_published_en
     assert not any("local" in key for key in configs[0]["vicreg"])
     assert AutoModel.from_pretrained(tmp_path / "whole") is not None
     assert VICRegModel.from_pretrained(tmp_path / "whole").local_expander is None
+
+
+def test_a_collator_of_transformers_trainer_gives_what_the_model_takes() -> None:
+    made = model()
+    made.set_image_size(64)
+    samples = [{"image": torch.full((3, 70, 80), 9 * row).byte(), "row": row} for row in range(4)]
+    batch = ViewCollator(TwoViews.for_model(made))(samples)
+    assert batch.keys() == {"pixel_values", "pixel_values_prime", "places"}
+    assert made(**batch).scalars["local_location"] > 0
 
 
 @pytest.mark.parametrize(("settings", "sentence"), [
