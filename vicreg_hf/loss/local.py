@@ -285,9 +285,8 @@ def _criterion(
         part, pair_grads = _pairs(pairs, by, group, gradient=bool(grads))
         value += part / count
         for grad, own, new in zip(grads, indices, pair_grads, strict=False):
-            for k in range(
-                own.shape[1]
-            ):  # one cell of each image, so that no two are added at once
+            for k in range(own.shape[1]):
+                # one cell of each image at a time, as several may be matched with the same one
                 grad.scatter_add_(1, own[:, k : k + 1], new[:, k : k + 1] / count)
     return value
 
