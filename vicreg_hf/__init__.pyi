@@ -2,6 +2,7 @@ from .configuration_vicreg import VICRegConfig
 from .evaluation.evaluate import evaluate
 from .evaluation.finetuning import finetune
 from .hub.export import export_encoder
+from .loss.local import local_loss
 from .loss.multi_view import multi_view_loss
 from .loss.regularizers import covariance_term, variance_term
 from .loss.vicreg import VICRegLoss, vicreg_loss
@@ -50,6 +51,7 @@ __all__ = [
     "gather_with_gradient",
     "knn_accuracy",
     "linear_probe",
+    "local_loss",
     "multi_view_loss",
     "pretrain",
     "publish",

@@ -13,12 +13,14 @@ from transformers import PreTrainedConfig
 from vicreg_hf.loss.checks import check_coefficients
 from vicreg_hf.models import MODALITIES
 from vicreg_hf.models.resnets import published_name
-from vicreg_hf.runtime.checks import check_number, read_range, read_widths
+from vicreg_hf.runtime.checks import check_number, is_whole, read_range, read_widths
 
 INDEX_FILE = "vicreg.safetensors.index.json"
 NESTED_KEY = "vicreg"
 LOSS_FIELDS = ("sim_coeff", "std_coeff", "cov_coeff", "gamma", "eps", "variance_reduction")
 METHOD_FIELDS = ("expander_dims", *LOSS_FIELDS, "spectrogram", "value_range")
+LOCAL_FIELDS = ("local_weight", "local_matches", "local_view_matches", "local_expander_dims")
+"""Fields that config.json holds only where the weights of a local expander stand beside it."""
 PRIME_FIELDS = ("weights", "prime")
 """Fields that config.json holds only where the weights of a second branch stand beside it."""
 PRIME_KEYS = (
@@ -27,7 +29,8 @@ PRIME_KEYS = (
 )  # fmt: skip
 """The fields of `VICRegConfig.prime`, see `complete_prime`."""
 OWN_FIELDS = (
-    "architecture", "model_args", "pretrained_cfg", *METHOD_FIELDS, "weights", "prime",
+    "architecture", "model_args", "pretrained_cfg", *METHOD_FIELDS, *LOCAL_FIELDS, "weights",
+    "prime",
 )  # fmt: skip
 """Our fields of a configuration; transformers adds its own."""
 
@@ -114,6 +117,11 @@ class VICRegConfig(PreTrainedConfig):
         gamma: standard deviation below which an embedding dimension is penalised.
         eps: added to the variance before the root.
         variance_reduction: "mean" (the authors' code) or "sum" (the paper) over the branches.
+        local_weight: share of the local loss in the whole loss, VICRegL's 1 - alpha, from 0 to
+            below 1; 0 is VICReg alone.
+        local_matches: pairs of cells that the local loss keeps of two global views of an image.
+        local_view_matches: those that it keeps of a global and a local view.
+        local_expander_dims: widths of the expander of the feature map's cells.
         spectrogram: how sound becomes the backbone's images, if it does: fields of
             `SpectrogramSettings`.
         value_range: of images with more than 8 bits, the two values that become black and white.
@@ -137,6 +145,10 @@ class VICRegConfig(PreTrainedConfig):
     gamma: float | int = 1.0
     eps: float = 1e-4
     variance_reduction: str = "mean"
+    local_weight: float | int = 0.0
+    local_matches: int = 20
+    local_view_matches: int = 4
+    local_expander_dims: list[int] | tuple[int, ...] = (512, 512, 512)
     spectrogram: dict[str, Any] | None = None
     value_range: list[float] | tuple[float, ...] | None = None
     weights: str = "shared"
@@ -164,9 +176,21 @@ class VICRegConfig(PreTrainedConfig):
         read_range("value_range", self.value_range)
         if self.weights not in ("shared", "separate"):
             raise ValueError(f"weights must be shared or separate, got {self.weights!r}.")
-        widths = read_widths("expander_dims", self.expander_dims)
-        if not isinstance(self.expander_dims, (list, tuple)):
-            self.expander_dims = widths
+        for name in ("expander_dims", "local_expander_dims"):
+            widths = read_widths(name, getattr(self, name))
+            if not isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, widths)
+        check_number("local_weight", self.local_weight)
+        if self.local_weight >= 1:
+            raise ValueError(f"local_weight must be below 1, got {self.local_weight}.")
+        for name in ("local_matches", "local_view_matches"):
+            if not is_whole(count := getattr(self, name)) or count < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
+        if self.local_weight and (self.prime is not None or self.weights == "separate"):
+            raise ValueError(
+                "local_weight must be 0 with a second branch, as the local loss compares maps of "
+                f"one encoder, got {self.local_weight}."
+            )
 
     @property
     def loss_settings(self) -> dict[str, Any]:
@@ -217,6 +241,8 @@ class VICRegConfig(PreTrainedConfig):
             method["transformers_weights"] = INDEX_FILE
             if self.prime is not None:
                 method |= {key: getattr(self, key) for key in PRIME_FIELDS}
+            if self.local_weight:
+                method |= {key: getattr(self, key) for key in LOCAL_FIELDS}
         return {
             "architecture": published_name(self.architecture),
             "num_classes": 0,

@@ -22,6 +22,7 @@ from vicreg_hf.configuration_vicreg import METHOD_FIELDS, VICRegConfig, without_
 from vicreg_hf.hub.layout import trainers_checkpoint, write_layout
 from vicreg_hf.hub.source import directory_of, split_address
 from vicreg_hf.loss.autograd import VICRegTerms
+from vicreg_hf.loss.local import local_loss
 from vicreg_hf.loss.multi_view import multi_view_loss
 from vicreg_hf.loss.own import Loss, own_terms
 from vicreg_hf.loss.vicreg import vicreg_loss
@@ -29,6 +30,7 @@ from vicreg_hf.models.batch_norm import count_once
 from vicreg_hf.models.branch import Branch, BranchInput
 from vicreg_hf.models.compiling import Compiled, call_directly
 from vicreg_hf.models.expander import expander
+from vicreg_hf.models.feature_map import embed_cells, feature_map
 from vicreg_hf.models.timm_models import (
     check_architecture,
     create_backbone,
@@ -38,6 +40,8 @@ from vicreg_hf.models.timm_models import (
     width_of,
 )
 
+LOCAL_TERMS = ("local_location", "local_feature")
+"""Names of the two parts of the local loss."""
 _WITHOUT_EFFECT = ("max_shard_size", "save_function", "safe_serialization")
 """Arguments of transformers' save_pretrained that change nothing where there is one file."""
 
@@ -59,7 +63,10 @@ class VICRegOutput(ModelOutput):
     pooler_output: Tensor | None = None
     """(B, F): the representations of the first views."""
     terms: dict[str, Tensor] | None = None
-    """Scalars of a loss of one's own by their names, in place of VICReg's three; its "loss" too."""
+    """Detached scalars by their names, "loss" first: those of a loss of one's own, in place of
+    VICReg's three; or with a local loss these and its two parts."""
+    feature_map: Tensor | None = None
+    """(B, C, h, w) of one batch of views, where the model has a local loss."""
 
     @property
     def scalars(self) -> dict[str, Tensor]:
@@ -81,7 +88,12 @@ class VICRegModel(PreTrainedModel):
     Raises:
         ValueError: an architecture that timm does not have, or arguments it refuses.
 
-    Source: Bardes et al. 2022, arXiv:2105.04906, figure 1, and tables 3, 5 and 6.
+    Where config.local_weight is above 0, `local_expander` embeds each cell of the backbone's
+    feature map, and the loss also has VICRegL's local one; see `vicreg_hf.local_loss`. Of more than
+    two views it is the mean over the pairs that the invariance term compares.
+
+    Source: Bardes et al. 2022, arXiv:2105.04906, figure 1, and tables 3, 5 and 6; the local loss
+    arXiv:2210.01571.
     """
 
     config: VICRegConfig
@@ -108,6 +120,10 @@ class VICRegModel(PreTrainedModel):
         self.num_features = width_of(backbone)
         self.expander = expander(self.num_features, config.expander_dims)
         self.prime = None if config.prime is None else Branch(config.prime, backbone_prime)
+        self.local_expander: nn.Module | None = None
+        if config.local_weight:  # the last, so that all else begins as without it
+            channels: Any = backbone.num_features
+            self.local_expander = expander(channels, config.local_expander_dims)
         self.loss: Loss | None = None
         """In place of VICReg's: from (B, D) embeddings of two views to a scalar, or to named ones
         with "loss"."""
@@ -205,6 +221,11 @@ class VICRegModel(PreTrainedModel):
         return [self] if self.prime is None else [self, self.prime]
 
     @property
+    def term_names(self) -> tuple[str, ...]:
+        """Names of the loss and of its terms, as `VICRegOutput.scalars` has them."""
+        return VICRegTerms._fields + (LOCAL_TERMS if self.local_expander is not None else ())
+
+    @property
     def branches_compiled(self) -> bool:
         """True once `compile_branches` was called."""
         return self._call is not call_directly
@@ -238,12 +259,14 @@ class VICRegModel(PreTrainedModel):
         self,
         pixel_values: Tensor | None = None,
         pixel_values_prime: BranchInput | None = None,
+        places: Tensor | None = None,
         *,
         further_views: Sequence[Tensor] = (),
         local_views: Sequence[Tensor] = (),
         return_loss: bool = True,
         return_features: bool | None = None,
         encoded: bool = False,
+        maps: Sequence[Tensor] = (),
     ) -> VICRegOutput:
         """Encode one batch of views, or two and more and compute the loss.
 
@@ -252,6 +275,8 @@ class VICRegModel(PreTrainedModel):
             pixel_values_prime: (B, C, S, S): the second view of each image, in the same order; for
                 a second branch of another modality, what its encoder takes. Alone it is encoded by
                 the second branch.
+            places: (B, V, 5), where the V views lie in their images, which a local loss needs; see
+                `vicreg_hf.views.random_views.PLACE`.
             further_views: global ones beyond these two, each (B, C, S, S).
             local_views: small crops, each (B, C, S', S').
             return_loss: False leaves out the loss of two views, and their embeddings. `Trainer`
@@ -261,6 +286,8 @@ class VICRegModel(PreTrainedModel):
                 under mixed precision, and the output is held through the backward pass.
             encoded: whether all views are representations (B, F) already, so that only expanders
                 and loss are left to compute; there is no last_hidden_state then.
+            maps: with encoded, where there is a local loss: the feature map (B, C, h, w) of every
+                view.
 
         Returns:
             last_hidden_state and pooler_output of the first views; with second views also loss,
@@ -268,7 +295,8 @@ class VICRegModel(PreTrainedModel):
             With return_dict=False, a tuple of what there is, in the order of `VICRegOutput`.
 
         Raises:
-            ValueError: no views, or further and local ones without the second.
+            ValueError: no views, or further and local ones without the second; for a local loss no
+                places of every view, a loss of one's own, or a backbone without a feature map.
         """
         if pixel_values_prime is None and (len(further_views) or len(local_views)):
             raise ValueError(
@@ -278,22 +306,26 @@ class VICRegModel(PreTrainedModel):
         if pixel_values is None:
             if pixel_values_prime is None:
                 raise ValueError("a model needs pixel_values or pixel_values_prime, got neither.")
-            return VICRegOutput(pooler_output=self._represent_prime(pixel_values_prime))
+            return VICRegOutput(pooler_output=self._represent_prime(pixel_values_prime, []))
         others = [*further_views, *local_views]
+        maps = list(maps)
+        if pixel_values_prime is not None and return_loss:
+            self._check_local_loss(places, 2 + len(others))
         if encoded:
             features, y, y_prime = None, pixel_values, pixel_values_prime
         else:
-            features, y = self._call(pooled, self.backbone, pixel_values)
-            alone = pixel_values_prime is None or not return_loss
+            features, y = self._encode(pixel_values, maps)
             if return_features is None:
-                return_features = alone or not self.training
+                return_features = pixel_values_prime is None or not (return_loss and self.training)
             if not return_features:
                 features = None
             if pixel_values_prime is None or not return_loss:
-                return VICRegOutput(last_hidden_state=features, pooler_output=y)
+                return VICRegOutput(
+                    last_hidden_state=features, pooler_output=y, feature_map=next(iter(maps), None)
+                )
             # Each view passes by itself, so that batch statistics are its own, as the authors'.
-            y_prime = self._represent_prime(pixel_values_prime)
-            others = [self._call(pooled, self.backbone, view)[1] for view in others]
+            y_prime = self._represent_prime(pixel_values_prime, maps)
+            others = [self._encode(view, maps)[1] for view in others]
         # The second view alone goes to the second branch.
         z = [self._call(_embed, self.expander, y)]
         z += [self._call(_embed, self.branches[-1].expander, y_prime)]
@@ -308,14 +340,62 @@ class VICRegModel(PreTrainedModel):
             terms = found._asdict()
         else:
             terms = vicreg_loss(*z, **self.config.loss_settings)._asdict()
+        if self.local_expander is not None and places is not None:
+            terms |= self._with_local_loss(terms, maps, places, num_global)
         return VICRegOutput(
             **terms, embeddings=tuple(z), last_hidden_state=features, pooler_output=y
         )
 
-    def _represent_prime(self, inputs: BranchInput) -> Tensor:
+    def _encode(self, view: Tensor, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute features and representations; for a local loss the map is appended to `maps`."""
+        features, y = self._call(pooled, self.backbone, view)
+        if self.local_expander is not None:
+            height, width = view.shape[-2:]
+            maps.append(feature_map(self.backbone, features, (height, width)))
+        return features, y
+
+    def _represent_prime(self, inputs: BranchInput, maps: list[Tensor]) -> Tensor:
+        if isinstance(inputs, Tensor) and self.prime is None:
+            return self._encode(inputs, maps)[1]
         if self.prime is not None and not is_timm(self.prime.backbone):
             return self.prime.represent(inputs)  # texts come in many lengths
         return self._call(pooled, self.branches[-1].backbone, inputs)[1]
+
+    def _check_local_loss(self, places: Tensor | None, num_views: int) -> None:
+        if self.local_expander is None:
+            return
+        if places is None or tuple(places.shape[1:]) != (num_views, 5):
+            found = "none" if places is None else f"shape {tuple(places.shape)}"
+            raise ValueError(
+                f"places must be (images, {num_views} views, 5) where local_weight is above 0, got "
+                f"{found}; TwoViews.for_model(model) gives them with the views."
+            )
+        if self.loss is not None:
+            raise ValueError(
+                "loss must be VICReg's own where local_weight is above 0, got another."
+            )
+
+    def _with_local_loss(
+        self, terms: Mapping[str, Tensor], maps: Sequence[Tensor], places: Tensor, num_global: int
+    ) -> dict[str, Any]:
+        """The loss and the detached terms by name, with the local loss of all maps.
+
+        Args:
+            terms: VICReg's, by name.
+            maps: (B, C, h, w) of every view, the global ones first.
+        """
+        config, found = self.config, []
+        z = [self._call(embed_cells, self.local_expander, own) for own in maps]
+        for i, j in itertools.combinations(range(len(z)), 2):
+            if i < num_global:  # two local views are never compared
+                matches = config.local_matches if j < num_global else config.local_view_matches
+                found.append(local_loss(
+                    z[i], z[j], places[:, i], places[:, j], matches=matches, **config.loss_settings
+                ))  # fmt: skip
+        local, *parts = (torch.stack(values).mean() for values in zip(*found, strict=True))
+        loss = (1 - config.local_weight) * terms["loss"] + config.local_weight * local
+        named = {**terms, "loss": loss.detach(), **dict(zip(LOCAL_TERMS, parts, strict=True))}
+        return {"loss": loss, "terms": named}
 
     def load_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -181,6 +181,24 @@ def test_memory_workers_and_processes_give_the_same_views(
         assert apart.max() < 12
 
 
+def test_memory_workers_and_processes_give_the_same_places(
+    images: Tensor, split: ImageSplit
+) -> None:
+    views = TwoViews(image_size=24, preset="paper", seed=1, places=True)
+    found = []
+    for source, num_workers, world_size in ((images, 0, 1), (images, 0, 2), (split, 2, 2)):
+        ranks = [
+            training_views(
+                source, GlobalBatches(20, 8, seed=2, rank=rank, world_size=world_size), views,
+                steps=range(1, 4), device=CPU, num_workers=num_workers,
+            ) for rank in range(world_size)
+        ]  # fmt: skip
+        found.append([torch.cat([part[2] for part in parts]) for parts in zip(*ranks, strict=True)])
+    assert all(places.shape == (8, 2, 5) for places in found[0])
+    for others in found[1:]:
+        assert all(map(torch.equal, others, found[0]))
+
+
 def test_images_are_cropped_in_parts_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     table = table_of([*map(png, photographs(20)), b"", b"<html>"])
     split = image_split(DatasetDict({"train": table}), "train", dataset_name="photographs")

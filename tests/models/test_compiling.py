@@ -125,11 +125,18 @@ def test_machine_code_computes_drops_and_counts_as_a_plain_module() -> None:
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
-    ("weights", "settings"),
-    [("separate", {"local_views": views(1, side=16)}), ("shared", {"chunk_size": 4})],
+    ("config", "settings"),
+    [
+        ({"weights": "separate"}, {"local_views": views(1, side=16)}),
+        ({}, {"chunk_size": 4}),
+        (
+            {"local_weight": 0.25, "local_expander_dims": [8, 8]},
+            {"places": 20 * torch.rand(8, 2, 5)},
+        ),
+    ],
 )
-def test_a_compiled_step_is_the_plain_one(weights: str, settings: dict[str, Any]) -> None:
-    assert_same_step(*twins(weights=weights, model_args=DROPPING), **settings)
+def test_a_compiled_step_is_the_plain_one(config: dict[str, Any], settings: dict[str, Any]) -> None:
+    assert_same_step(*twins(**config, model_args=DROPPING), **settings)
 
 
 @pytest.mark.usefixtures("backend")

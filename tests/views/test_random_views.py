@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ import torch
 from PIL import Image
 from seen import NOTHING
 from torch import Tensor
+from torch.nn import functional
 
 from vicreg_hf.data.columns.image_files import decode_image, decode_reduced
+from vicreg_hf.loss.local import cell_centres
 from vicreg_hf.views.presets import ViewRecipe, multi_crop_recipes
 from vicreg_hf.views.random_views import RandomViews
 from vicreg_hf.views.two_views import TwoViews
@@ -51,6 +54,31 @@ def test_a_view_is_the_same_whatever_other_views_there_are(photographs: Tensor) 
         assert torch.equal(last.transform_crops(own, indices, 3)[view], halves[view])
         assert torch.equal(last(photographs, indices, 3)[view], made[view])
         assert made[view].shape == crops[view].shape == (16, 3, side, side)
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
+def test_places_say_where_in_the_image_a_view_shows_what(flip: float) -> None:
+    rows, columns = torch.meshgrid(torch.arange(200), torch.arange(240), indexing="ij")
+    image = torch.stack([rows, columns, 0 * rows]).to(torch.uint8)  # its levels are places
+    recipes = (replace(NOTHING, scale=(0.2, 0.9), ratio=(0.7, 1.4), flip=flip),) * 3
+    plain = {"mean": [0.0] * 3, "std": [1 / 255] * 3, "seed": 1}
+    views = RandomViews[Any]([64, 64, 32], recipes, places=True, **plain)
+    indices = np.arange(6)
+    *made, places = views(image.expand(6, -1, -1, -1), indices, 2)
+    crops = views.crop([image] * 6, indices, 2)
+    assert [x.shape for x in crops] == [x.shape for x in views.empty_crops(6)]
+    assert torch.equal(views.transform_crops(crops, indices, 2)[-1], places)
+    assert places.shape == (6, 3, 5)
+    for view, shown in enumerate(made):
+        cells = functional.adaptive_avg_pool2d(shown[:, :2], (4, 8)).flatten(2).mT
+        found = cell_centres(places[:, view], 4, 8)
+        # a pixel's level is that of its upper left corner, and levels are whole
+        torch.testing.assert_close(cells + 0.5, found, rtol=0, atol=0.8)
+    others = RandomViews[Any]([64, 64, 32], recipes, **plain)(
+        image.expand(6, -1, -1, -1), indices, 2
+    )
+    assert len(others) == 3
+    assert all(map(torch.equal, others, made))
 
 
 UNLIKE = (

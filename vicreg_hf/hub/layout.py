@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vicreg_hf.configuration_vicreg import (
     INDEX_FILE,
+    LOCAL_FIELDS,
     NESTED_KEY,
     PRIME_FIELDS,
     VICRegConfig,
@@ -23,11 +24,15 @@ from vicreg_hf.configuration_vicreg import (
 CONFIG_FILE = "config.json"
 ENCODER_FILE = "model.safetensors"
 EXPANDER_FILE = "expander.safetensors"
+LOCAL_FILE = "local_expander.safetensors"
 PRIME_FILE = "prime.safetensors"
-BY_PREFIX = {"backbone.": ENCODER_FILE, "expander.": EXPANDER_FILE, "prime.": PRIME_FILE}
+BY_PREFIX = {
+    "backbone.": ENCODER_FILE, "expander.": EXPANDER_FILE, "local_expander.": LOCAL_FILE,
+    "prime.": PRIME_FILE,
+}  # fmt: skip
 """The file of a weight, by the prefix of its name; the encoder's bear timm's names there, without
 the prefix."""
-TRAINING_ONLY = (EXPANDER_FILE, PRIME_FILE, INDEX_FILE)
+TRAINING_ONLY = (EXPANDER_FILE, LOCAL_FILE, PRIME_FILE, INDEX_FILE)
 """Files beside the encoder that are needed only to go on training."""
 PRIME_DIRECTORY = "encoder_prime"
 """The second encoder's directory, beside `encoder` in the output_dir of a run."""
@@ -47,7 +52,8 @@ def write_layout(
         directory: made if absent; of earlier files only those of this layout are replaced.
         state: of a `VICRegModel`.
         num_features: F, width of the encoder's output.
-        include_expander: also write the expander, and the second branch if there is one.
+        include_expander: also write the expander, and the local expander and the second branch if
+            there are such.
     """
     directory.mkdir(parents=True, exist_ok=True)
     state = _apart(state)
@@ -128,7 +134,7 @@ def files_to_push(directory: Path, *, include_expander: bool) -> dict[str, Path 
     }
     if not include_expander:
         config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        for key in ("transformers_weights", *PRIME_FIELDS):
+        for key in ("transformers_weights", *PRIME_FIELDS, *LOCAL_FIELDS):
             config[NESTED_KEY].pop(key, None)
         files[CONFIG_FILE] = _json(config)
     return files

@@ -35,7 +35,13 @@ from vicreg_hf.checkpoints.reading import (
 )
 from vicreg_hf.configuration_vicreg import NESTED_KEY, VICRegConfig, without_classes
 from vicreg_hf.hub.api import check_repo_id, check_revision, without_tokens
-from vicreg_hf.hub.layout import CONFIG_FILE, ENCODER_FILE, EXPANDER_FILE, PRIME_DIRECTORY
+from vicreg_hf.hub.layout import (
+    CONFIG_FILE,
+    ENCODER_FILE,
+    EXPANDER_FILE,
+    LOCAL_FILE,
+    PRIME_DIRECTORY,
+)
 from vicreg_hf.hub.record import starting_terms
 from vicreg_hf.models.timm_models import check_architecture
 from vicreg_hf.runtime.checks import one_line
@@ -68,6 +74,10 @@ class Source:
     expander: dict[str, Tensor]
     """The expander's weights; empty where there are none."""
     expander_dims: list[int]
+    """The widths of that expander."""
+    local_expander: dict[str, Tensor]
+    """The weights of the local loss's expander; empty where there are none."""
+    local_expander_dims: list[int]
     """The widths of that expander."""
     facts: dict[str, Any]
     """The rest, as JSON: name, sha256 of the weights, base_model, license; architecture, model_args
@@ -193,6 +203,7 @@ def read_source(name: str, setting: str = "init_from", *, prime: bool = False) -
     config = _read_config(directory, where)
     weights = _read_weights(directory, published_weights(directory), where)
     expander: dict[str, Tensor] = {}
+    of_cells: dict[str, Tensor] = {}
     second: dict[str, Any] | None = None
     if config.get("model_type") == VICRegConfig.model_type:
         second = config.get("prime") if prime else None
@@ -200,13 +211,18 @@ def read_source(name: str, setting: str = "init_from", *, prime: bool = False) -
             raise ValueError(f"{where} has a second branch without an encoder of timm.")
         ahead = "" if second is None else "prime."
         expander = _below(weights, f"{ahead}expander.")
+        of_cells = _below(weights, "local_expander.")
+        local_dims = config.get("local_expander_dims") or []
         weights = _below(weights, f"{ahead}backbone.")
         dims = (second or config)["expander_dims"]
         cfg, architecture, args = (
             (second or config).get(key) for key in ("pretrained_cfg", "architecture", "model_args")
         )
     else:
-        dims = (config.get(NESTED_KEY) or {}).get("expander_dims") or []
+        ours = config.get(NESTED_KEY) or {}
+        dims, local_dims = (ours.get(f"{a}expander_dims") or [] for a in ("", "local_"))
+        if local_dims and (directory / LOCAL_FILE).is_file():
+            of_cells = _below(_read_weights(directory, LOCAL_FILE, where), "local_expander.")
         if dims and (directory / EXPANDER_FILE).is_file():
             expander = _below(_read_weights(directory, EXPANDER_FILE, where), "expander.")
         # timm's older files have its record at the top
@@ -234,16 +250,21 @@ def read_source(name: str, setting: str = "init_from", *, prime: bool = False) -
     if args.get("img_size"):
         side: Any = args["img_size"]
         cfg["input_size"] = (channels, *([side, side] if isinstance(side, int) else side))
+    heads = {f"expander.{key}": value for key, value in expander.items()}
+    heads |= {f"local_expander.{key}": value for key, value in of_cells.items()}
     facts = {
         "name": shown,
-        "sha256": _digest(weights | {f"expander.{key}": value for key, value in expander.items()}),
+        "sha256": _digest(weights | heads),
         "base_model": base,
         "license": licence,
         "architecture": architecture,
         "model_args": json.loads(json.dumps(args)),
         "input_size": list(cfg["input_size"] or (channels, 224, 224)),
     }
-    return Source(shown, architecture, args, cfg, weights, expander, list(dims), facts)
+    return Source(
+        shown, architecture, args, cfg, weights, expander, list(dims), of_cells, list(local_dims),
+        facts,
+    )  # fmt: skip
 
 
 def names_architecture(directory: Path) -> bool:

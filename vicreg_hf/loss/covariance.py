@@ -140,7 +140,7 @@ def differentiate(
     if len(stats.leading):
         _differentiate_gram(stats, x, x[_own(n, group)], grad, z, other, by)
     else:
-        for start in range(0, n, step := _block_length(x, dim)):
+        for start in range(0, n, step := block_length(x, dim)):
             part = slice(start, start + step)
             out = _local_part(x[part], z[part], other[part], by.columns, by)
             if stats.product.numel():
@@ -160,7 +160,7 @@ def _differentiate_gram(
     top_grad = _scaled(out.addmm_(own, cross.T, alpha=by.covariance), by.total, z.dtype)
     x.index_fill_(1, leading, 0)
     columns = by.columns - by.covariance * stats.variance
-    for start in range(0, z.shape[1], step := _block_length(x, len(z))):
+    for start in range(0, z.shape[1], step := block_length(x, len(z))):
         part = (slice(None), slice(start, start + step))
         out = _local_part(own[part], z[part], other[part], columns[part[1]], by)
         out.addmm_(stats.product, x[part], alpha=by.covariance)
@@ -206,10 +206,10 @@ def sum_of_squares(x: Tensor, dim: int | None = None) -> Tensor:
 
 def in_blocks(x: Tensor) -> tuple[Tensor, ...]:
     """Split x into blocks of successive rows, without a copy."""
-    return x.split(_block_length(x, x.shape[1]))
+    return x.split(block_length(x, x.shape[1]))
 
 
-def _block_length(x: Tensor, width: int) -> int:
+def block_length(x: Tensor, width: int) -> int:
     """Count the rows of this width that make a block on x's device."""
     return max(1, BLOCK_ELEMENTS.get(x.device.type, 2**21) // width)
 

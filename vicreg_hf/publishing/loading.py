@@ -25,7 +25,8 @@ def load_model(directory: Path) -> tuple[VICRegModel, bool]:
             f"{one_line(error)}"
         ) from error
     model, found = loaded
-    absent = sorted(name for name in found["missing_keys"] if not name.startswith("expander."))
+    heads = ("expander.", "local_expander.")
+    absent = sorted(name for name in found["missing_keys"] if not name.startswith(heads))
     if absent:
         raise ValueError(
             f"{directory} must hold every weight of {model.config.architecture}, and lacks "

@@ -185,6 +185,16 @@ class PretrainingArguments(Settings):
     """Weight of the covariance term."""
     variance_reduction: Annotated[str, one_of("mean", "sum")] = "mean"
     """mean (the authors' code) or sum (the paper) of the branches' variance terms."""
+    local_weight: Annotated[float, Limit("at least 0 and below 1", lambda x: 0 <= x < 1)] = 0.0
+    """Share of VICRegL's local loss in the whole loss, the paper's 1 - alpha: 0.1 or 0.25 for dense
+    tasks such as segmentation; 0 is VICReg alone."""
+    local_matches: Count = 20
+    """Pairs of cells of two feature maps that the local loss keeps of each image, the paper's
+    gamma."""
+    local_view_matches: Count = 4
+    """Those of a global and a local view, a smaller crop."""
+    local_expander_dims: str = "512-512-512"
+    """Widths of the layers of the local loss's own expander."""
     image_size: Count | None = None
     """Side of a view in pixels; by default 224, or the images' own if all are square, alike and at
     most 64, or that of init_from."""
@@ -284,7 +294,7 @@ class PretrainingArguments(Settings):
     from, and none if it starts from none."""
 
     def __post_init__(self) -> None:
-        for name in ("expander_dims", "prime_expander_dims"):
+        for name in ("expander_dims", "prime_expander_dims", "local_expander_dims"):
             widths: Any = getattr(self, name)
             if is_whole(widths) or isinstance(widths, (list, tuple)):
                 widths = [widths] if is_whole(widths) else widths
@@ -306,6 +316,7 @@ class PretrainingArguments(Settings):
         if self.init_from is None and self.architecture is None:
             self._fill(architecture=DEFAULT_ARCHITECTURE)
         self._check_second_branch()
+        self._check_local_loss()
         if self.expander_widths[-1] != self.prime_expander_widths[-1]:
             raise ValueError(
                 "both expanders must end in the same width, got "
@@ -326,6 +337,21 @@ class PretrainingArguments(Settings):
         if self.output_dir is None:
             # resolved, so that . and .. have names
             self._fill(output_dir=f"runs/{Path(self.dataset_name).resolve().name}")
+
+    def _check_local_loss(self) -> None:
+        read_widths("local_expander_dims", self.local_expander_dims)
+        if self.local_weight and self.prime_modality is not None:
+            raise ValueError(
+                "local_weight must be 0 with a second branch, as the local loss compares maps of "
+                f"one encoder, got {self.local_weight} and prime_modality={self.prime_modality}."
+            )
+        names = ("local_matches", "local_view_matches", "local_expander_dims")
+        given = [name for name in names if getattr(self, name) != getattr(type(self), name)]
+        if given and not self.local_weight:
+            raise ValueError(
+                f"local_weight must be above 0 with {', '.join(given)}, which the local loss alone "
+                "takes; VICRegL's is 0.1 or 0.25."
+            )
 
     def _check_measuring(self) -> None:
         """Refuse measures that cannot be, and measure often enough to choose among steps."""
@@ -439,6 +465,11 @@ class PretrainingArguments(Settings):
     def expander_widths(self) -> list[int]:
         """`expander_dims` as integers."""
         return read_widths("expander_dims", self.expander_dims)
+
+    @property
+    def local_expander_widths(self) -> list[int]:
+        """`local_expander_dims` as integers."""
+        return read_widths("local_expander_dims", self.local_expander_dims)
 
     @property
     def prime_expander_widths(self) -> list[int]:

@@ -6,7 +6,9 @@ The loss is of a batch's statistics, so gradients of its parts do not add up to 
     2. expander and loss see the whole batch, and give the gradient of its representations
     3. each chunk passes the backbone again, and takes its part of that gradient further back
 
-Shapes: B images per process, F representation, S side in pixels.
+A local loss needs the feature maps too: they are kept and given their gradient in the same way.
+
+Shapes: B images per process, F representation, S side in pixels, V views.
 
 Source: Gao et al. 2021, arXiv:2101.06983.
 """
@@ -31,6 +33,7 @@ def backward_in_chunks(
     model: VICRegModel,
     pixel_values: Tensor,
     pixel_values_prime: BranchInput,
+    places: Tensor | None = None,
     *,
     chunk_size: int,
     further_views: Sequence[Tensor] = (),
@@ -44,11 +47,12 @@ def backward_in_chunks(
     Loss and gradients are those of the model called with the same views, but for batch
     normalisation in the backbone, which normalises each chunk by itself. Running statistics are
     updated once a chunk and view, and dropout takes the same random numbers both times. The
-    backbone is run forward twice: at most half as much work again.
+    backbone is run forward twice: at most half as much work again. With a local loss the feature
+    maps of all views, and what the local expander makes of them, are in memory together.
 
     Args:
-        pixel_values: as the model takes them; likewise pixel_values_prime, further_views and
-            local_views.
+        pixel_values: as the model takes them; likewise pixel_values_prime, places, further_views
+            and local_views.
         chunk_size: images of which the backbone holds activations at once, of each view.
         wrapped: what runs the model, if not it itself: DistributedDataParallel reduces gradients
             with the last chunk alone.
@@ -65,29 +69,37 @@ def backward_in_chunks(
         raise ValueError(f"chunk_size must be a whole number of at least 1, got {chunk_size!r}.")
     run = model if wrapped is None else wrapped
     views = [pixel_values, pixel_values_prime, *further_views, *local_views]
-    names = [
-        "pixel_values_prime" if number == 1 else "pixel_values" for number in range(len(views))
-    ]
+    # with shared weights the model gives the feature map of what it takes as the first view
+    second = "pixel_values" if model.local_expander is not None else "pixel_values_prime"
+    names = [second if number == 1 else "pixel_values" for number in range(len(views))]
     chunks = [_split(view, chunk_size) for view in views]
     device, num_global = pixel_values.device, 2 + len(further_views)
-    states, y = zip(*map(partial(_represent, run, device), names, chunks), strict=True)
+    states, y, maps = zip(*map(partial(_represent, run, device), names, chunks), strict=True)
     with autocast():
         output = model(
-            *y[:2], further_views=y[2:num_global], local_views=y[num_global:], encoded=True
-        )
-    expanders = [p for b in model.branches for p in b.expander.parameters() if p.requires_grad]
+            *y[:2], places, further_views=y[2:num_global], local_views=y[num_global:], encoded=True,
+            maps=[own for own in maps if own is not None],
+        )  # fmt: skip
+    heads = nn.ModuleList([b.expander for b in model.branches])
+    if model.local_expander is not None:
+        heads.append(model.local_expander)
+    expanders = [p for p in heads.parameters() if p.requires_grad]
     expander_grads = _separately(expanders, lambda: backward(output.loss))
     with _unchanged(nn.ModuleList([b.backbone for b in model.branches]), device):
         for number in range(len(chunks[0])):
             last = number == len(chunks[0]) - 1
             with nullcontext() if last else getattr(run, "no_sync", nullcontext)():
                 roots, grads = [], []
-                for name, parts, state, whole in zip(names, chunks, states, y, strict=True):
+                for name, parts, state, *wholes in zip(names, chunks, states, y, maps, strict=True):
                     _set_random_state(state[number], device)
-                    again = run(**{name: parts[number]}, return_features=False).pooler_output
-                    if again.requires_grad:  # not so of precomputed embeddings
-                        roots.append(again)
-                        grads.append(whole.grad.split(chunk_size)[number])
+                    found = run(**{name: parts[number]}, return_features=False)
+                    for again, whole in zip(
+                        (found.pooler_output, found.feature_map), wholes, strict=True
+                    ):
+                        # precomputed embeddings have no gradient
+                        if whole is not None and again.requires_grad:
+                            roots.append(again)
+                            grads.append(whole.grad.split(chunk_size)[number])
                 if last:  # the expanders' gradients are reduced in this pass too
                     roots, grads = roots + expanders, grads + expander_grads
                 torch.autograd.backward(roots, grads)
@@ -111,14 +123,21 @@ def _split(view: BranchInput, size: int) -> list[Any]:
 @torch.no_grad()
 def _represent(
     run: nn.Module, device: torch.device, name: str, chunks: Sequence[Any]
-) -> tuple[list[Any], Tensor]:
-    """Encode all chunks, and keep the state of the random numbers before each."""
-    states, representations = [], []
+) -> tuple[list[Any], Tensor, Tensor | None]:
+    """Encode all chunks, and keep the state of the random numbers before each.
+
+    Returns:
+        The states, the representations, and the feature maps where there is a local loss.
+    """
+    states, representations, maps = [], [], []
     for chunk in chunks:
         states.append(_random_state(device))
-        representations.append(run(**{name: chunk}, return_features=False).pooler_output)
+        found = run(**{name: chunk}, return_features=False)
+        representations.append(found.pooler_output)
+        maps += [] if found.feature_map is None else [found.feature_map]
     torch.clear_autocast_cache()  # weights that were cast here have no gradient
-    return states, torch.cat(representations).requires_grad_()
+    whole = torch.cat(maps).requires_grad_() if maps else None
+    return states, torch.cat(representations).requires_grad_(), whole
 
 
 def _separately(parameters: Sequence[nn.Parameter], backward: Callable[[], Any]) -> list[Tensor]:

@@ -42,8 +42,8 @@ MUST_STAY = {
     "prime_modality", "prime_column", "prime_architecture", "prime_model_args", "prime_pretrained",
     "prime_tokenizer", "prime_max_length", "prime_expander_dims", "audio_seconds",
     "sampling_rate", "num_global_views", "num_local_views",
-    "variance_reduction", "lars_clip", "optimizer_args", "layer_decay", "freeze", "ema_decay",
-    "loss",
+    "variance_reduction", "local_weight", "local_expander_dims", "lars_clip", "optimizer_args",
+    "layer_decay", "freeze", "ema_decay", "loss",
 }  # fmt: skip
 """Settings that make it another run; any other may change, and the run says so."""
 LENGTH = {"num_train_epochs", "max_steps"}

@@ -20,7 +20,6 @@ from vicreg_hf.hub.api import check_licence_at_hub, open_repository
 from vicreg_hf.hub.card import PRIME_SUFFIX
 from vicreg_hf.hub.layout import PRIME_DIRECTORY
 from vicreg_hf.hub.push import describe_run_push
-from vicreg_hf.loss.autograd import VICRegTerms
 from vicreg_hf.loss.own import name_of_loss
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.models.batch_norm import synchronize
@@ -114,7 +113,7 @@ def setup(
         starts={setting: start.facts for setting, start in starts.items()} | given,
         loss_name=name_of_loss(own.loss),
         terms=try_loss(own.loss, model, accelerator, data.batches.rows_per_process)
-        or VICRegTerms._fields,
+        or model.term_names,
     )  # fmt: skip
     assert args.augmentation is not None
     run.sample = FixedSample(

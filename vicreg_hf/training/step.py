@@ -58,18 +58,19 @@ def take_gradients(run: Run, views: tuple[Any, ...]) -> Step:
     seed = derive_seed(run.args.seed, epoch=run.step, index=rank, stream=Stream.DROPOUT)
     torch.manual_seed(seed)
     x, x_prime, *others = views
+    places = others.pop() if run.views.places else None
     num_further, batches = run.args.num_global_views - 2, run.batches
     more: Any = {"further_views": others[:num_further], "local_views": others[num_further:]}
     with shapes_compared(run.shapes_compared):
         if batches.micro_batch_size < batches.batch_size:
             output = backward_in_chunks(
-                run.model, x, x_prime, **more,
+                run.model, x, x_prime, places, **more,
                 chunk_size=batches.micro_batch_size // run.accelerator.num_processes,
                 wrapped=run.wrapped, backward=run.accelerator.backward,
                 autocast=run.accelerator.autocast,
             )  # fmt: skip
         else:
-            output = run.wrapped(x, x_prime, **more)
+            output = run.wrapped(x, x_prime, places, **more)
             run.accelerator.backward(output.loss)
     run.shapes_compared = True
     if run.accelerator.scaler is not None:

@@ -46,14 +46,16 @@ class ViewCollator(TrainerCallback):
     def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
         """The views of B samples, each (B, C, S, S), by the names that the model takes.
 
+        Where views say where they lie, as a local loss needs it, these are `places`.
+
         Raises:
             ValueError: samples without an image, or as for `TwoViews`.
         """
         images = [image_of(sample, self.image) for sample in samples]
         keyed = all(isinstance(sample, Mapping) and self.row in sample for sample in samples)
         rows = [int(sample[self.row]) for sample in samples] if keyed else None
-        x, x_prime = self.views(images, rows, self.epoch)
-        return {"pixel_values": x, "pixel_values_prime": x_prime}
+        names = ("pixel_values", "pixel_values_prime", "places")
+        return dict(zip(names, self.views(images, rows, self.epoch), strict=False))
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -5,8 +5,8 @@ resized crop) and `RandomViews.transform_crops` (flip, colour jitter, grayscale,
 normalisation). Calling the object does both. Between operations pixels are uint8, as they are in
 PIL, which the authors use.
 
-Shapes: B images, C channels, H x W source pixels, S side of a view (each may have its own), K
-uniforms per view.
+Shapes: B images, V views, C channels, H x W source pixels, S side of a view (each may have its
+own), K uniforms per view.
 """
 
 from __future__ import annotations
@@ -49,7 +49,11 @@ PerChannel = Sequence[float] | Sequence[Sequence[float]]
 """A number for each channel, or such numbers for each view."""
 
 Views = TypeVar("Views", bound=tuple[Tensor, ...])
-"""A tensor for each view."""
+"""A tensor for each view, and one of their places where these are asked for."""
+
+PLACE = ("top", "left", "height", "width", "mirrored")
+"""Columns of a view's place: its crop in pixels of the whole image, and 1 where the view is
+mirrored left to right, otherwise 0."""
 
 
 class RandomViews(Generic[Views]):
@@ -71,6 +75,8 @@ class RandomViews(Generic[Views]):
             at the start. Without a C++ compiler it says so and goes on without.
         numbers: which of a sample's views these are, counted from 0, where others are made
             elsewhere; by default the first ones.
+        places: also give where the views lie in their images, as one more tensor after the views:
+            (B, V, 5) float32, whose columns `PLACE` names.
 
     Raises:
         ValueError: no recipe or something else, no channels, a side that is no whole number or
@@ -95,6 +101,7 @@ class RandomViews(Generic[Views]):
         in_chans: int = 3,
         compile: bool = False,  # noqa: A002 - torch's word
         numbers: Sequence[int] | None = None,
+        places: bool = False,
     ) -> None:
         if in_chans < 1:
             raise ValueError(f"in_chans must be at least 1, got {in_chans}.")
@@ -109,7 +116,7 @@ class RandomViews(Generic[Views]):
             raise ValueError(
                 f"image_size must be a whole number of at least 1 pixel, got {image_size!r}."
             )
-        self.seed, self.in_chans, self.recipes = seed, in_chans, recipes
+        self.seed, self.in_chans, self.recipes, self.places = seed, in_chans, recipes, places
         self.numbers = tuple(range(len(recipes)) if numbers is None else numbers)
         self.kernels = Kernels(compiled=compile)
         means = _per_channel("mean", mean, IMAGENET_DEFAULT_MEAN, len(recipes), in_chans)
@@ -146,7 +153,7 @@ class RandomViews(Generic[Views]):
             epoch: scalar or (B,), which must be given with indices.
 
         Returns:
-            A (B, C, S, S) float32 tensor for each view, normalised.
+            A (B, C, S, S) float32 tensor for each view, normalised; with `places` also these.
 
         Raises:
             ValueError: images of another dtype or shape, or none; indices that are not one for each
@@ -175,7 +182,7 @@ class RandomViews(Generic[Views]):
             self.kernels(resized_crop, images, own, shared=(side,))
             for own, side in zip(send_together(boxes, images.device), self.image_sizes, strict=True)
         ]
-        return self._transform(cast(Views, tuple(crops)), drawn)
+        return self._transform(cast(Views, (*crops, *self._places(boxes))), drawn)
 
     def _of_list(
         self, images: list[Tensor], indices: ArrayLike | None, epoch: ArrayLike | None
@@ -198,11 +205,21 @@ class RandomViews(Generic[Views]):
         return by
 
     def empty_crops(self, count: int, *, pinned: bool = False) -> Views:
-        """Room for the crops of so many images, as `crop` gives them."""
-        return cast(Views, tuple(
+        """Room for what `crop` gives of so many images."""
+        room = [
             torch.empty(count, self.in_chans, side, side, dtype=torch.uint8, pin_memory=pinned)
             for side in self.image_sizes
-        ))  # fmt: skip
+        ]
+        if self.places:
+            room.append(torch.empty(count, len(self.recipes), len(PLACE), pin_memory=pinned))
+        return cast(Views, tuple(room))
+
+    def _places(self, boxes: Sequence[NDArray[np.int64]]) -> list[Tensor]:
+        """The places of crops that are not mirrored yet, where places are asked for."""
+        if not self.places:
+            return []
+        columns = np.stack(boxes, 1).astype(np.float32)
+        return [torch.from_numpy(np.pad(columns, ((0, 0), (0, 0), (0, 1))))]
 
     def crop(
         self, images: Sequence[Tensor | ReducedImage], indices: ArrayLike, epoch: ArrayLike = 0
@@ -215,7 +232,7 @@ class RandomViews(Generic[Views]):
             epoch: scalar or (B,).
 
         Returns:
-            A (B, C, S, S) uint8 tensor for each view.
+            A (B, C, S, S) uint8 tensor for each view; with `places` also these, not yet mirrored.
 
         Raises:
             ValueError: no images, or indices that are not one for each, from 0.
@@ -224,22 +241,24 @@ class RandomViews(Generic[Views]):
             raise ValueError("images must be at least 1, got none.")
         drawn = self._all_uniforms(_one_each(indices, len(images)), epoch)
         heights, widths = np.array([image.shape[-2:] for image in images]).T
-        views = self.empty_crops(len(images))
-        for u, recipe, side, out in zip(drawn, self.recipes, self.image_sizes, views, strict=True):
-            boxes = draw_crops(u, heights, widths, recipe)
+        all_boxes = [
+            draw_crops(u, heights, widths, own) for u, own in zip(drawn, self.recipes, strict=True)
+        ]
+        room = self.empty_crops(len(images))
+        for boxes, side, out in zip(all_boxes, self.image_sizes, room, strict=False):
             for image, box, into in zip(images, boxes.tolist(), out, strict=True):
                 into.copy_(_resized(image, box, side))
-        return views
+        return cast(Views, (*room[: len(all_boxes)], *self._places(all_boxes)))
 
     def transform_crops(self, crops: Views, indices: ArrayLike, epoch: ArrayLike = 0) -> Views:
         """Flip, jitter, blur, solarise and normalise crops, on their own device.
 
         Args:
-            crops: (B, C, S, S) uint8 tensors, as `crop` gives them.
+            crops: what `crop` gives: (B, C, S, S) uint8 tensors, and with `places` those.
             indices: (B,) as given to `crop`; likewise epoch.
 
         Returns:
-            A (B, C, S, S) float32 tensor for each view, normalised.
+            A (B, C, S, S) float32 tensor for each view, normalised; with `places` also these.
 
         Raises:
             ValueError: indices that are not one for each crop, from 0.
@@ -252,8 +271,8 @@ class RandomViews(Generic[Views]):
     @torch.no_grad()
     def _transform(self, crops: Views, uniforms: list[NDArray[np.float32]]) -> Views:
         drawn = [draw_transforms(u, r) for u, r in zip(uniforms, self.recipes, strict=True)]
-        made: list[list[Tensor]] = [[] for _ in crops]
-        for parts in self._parts_at_once(crops):
+        made: list[list[Tensor]] = [[] for _ in drawn]
+        for parts in self._parts_at_once(crops[: len(drawn)]):
             x = torch.cat([crops[view][rows] for view, rows in parts]).contiguous()
             transforms = plan_transforms(
                 np.concatenate([drawn[view][rows] for view, rows in parts]),
@@ -265,10 +284,14 @@ class RandomViews(Generic[Views]):
             sizes = [len(crops[view][rows]) for view, rows in parts]
             for (view, _), part in zip(parts, finished.split(sizes), strict=True):
                 made[view].append(part)
-        whole = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in made)
+        whole = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in made]
+        if self.places:
+            mirrored = np.stack([own["flip"] for own in drawn], 1)[..., None].astype(np.float32)
+            (flips,) = send_together([mirrored], whole[0].device)
+            whole.append(torch.cat([crops[-1][..., :-1].to(flips.device), flips], -1))
         return cast(Views, tuple(whole))
 
-    def _parts_at_once(self, crops: Views) -> list[list[tuple[int, slice]]]:
+    def _parts_at_once(self, crops: Sequence[Tensor]) -> list[list[tuple[int, slice]]]:
         """Rows of views that are transformed together, being of one side and normalisation."""
         groups: dict[Any, list[list[tuple[int, slice]]]] = {}
         room: dict[Any, int] = {}

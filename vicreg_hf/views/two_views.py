@@ -26,7 +26,7 @@ class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
         image_size: S, the side of a view in pixels; one for both, or one for each.
         preset: one of `PRESETS`, a YAML file or its content as `find_recipes` takes it, what that
             gives, or the recipes of the first and the second view.
-        mean: as for `RandomViews`; likewise the others.
+        mean: as for `RandomViews`; likewise the others. With `places` there are three tensors.
 
     Raises:
         ValueError: unknown preset, or as for `RandomViews`.
@@ -46,6 +46,7 @@ class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
         seed: int = 0,
         in_chans: int = 3,
         compile: bool = False,  # noqa: A002 - torch's word
+        places: bool = False,
     ) -> None:
         recipes = preset if isinstance(preset, tuple) else find_recipes(preset, name="preset")
         if isinstance(recipes, Recipes):
@@ -55,8 +56,9 @@ class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
                 f"preset must be a name or a ViewRecipe for each of 2 views, got {preset!r}."
             )
         super().__init__(
-            image_size, recipes, mean=mean, std=std, seed=seed, in_chans=in_chans, compile=compile
-        )
+            image_size, recipes, mean=mean, std=std, seed=seed, in_chans=in_chans, compile=compile,
+            places=places,
+        )  # fmt: skip
 
     @classmethod
     def for_model(
@@ -67,6 +69,7 @@ class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
         image_size: int | None = None,
         seed: int = 0,
         compile: bool = False,  # noqa: A002 - torch's word
+        places: bool | None = None,
     ) -> TwoViews:
         """Views of the size and normalisation that the published encoder asks of its images.
 
@@ -74,6 +77,8 @@ class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
             model: its `config.pretrained_cfg` has both; `model.set_image_size` changes the size.
             preset: as for `TwoViews`; likewise seed and compile.
             image_size: S, for a check that the model is set to it.
+            places: as for `RandomViews`; by default where the model has a local loss, which takes
+                them.
 
         Raises:
             ValueError: the model is set to another size, or as for `TwoViews`.
@@ -86,7 +91,8 @@ class TwoViews(RandomViews[tuple[Tensor, Tensor]]):
                 f"call model.set_image_size({image_size}) first, so that the published encoder "
                 "asks for it too."
             )
+        has_local_loss = getattr(model.config, "local_weight", 0) > 0
         return cls(
             size, preset, mean=cfg["mean"], std=cfg["std"], seed=seed, in_chans=channels,
-            compile=compile,
+            compile=compile, places=has_local_loss if places is None else places,
         )  # fmt: skip

@@ -23,6 +23,7 @@ from vicreg_hf.data.columns.waveforms import WaveformColumn
 from vicreg_hf.data.memory import SMALL_IMAGE
 from vicreg_hf.data.pairs import PairedSplit
 from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.models.feature_map import NoFeatureMap
 from vicreg_hf.models.text_encoder import TextEncoder
 from vicreg_hf.models.timm_models import check_architecture, create_backbone, encoder_pretrained_cfg
 from vicreg_hf.models.tokenizers import check_tokenizer
@@ -30,7 +31,7 @@ from vicreg_hf.models.waveform_encoder import WaveformEncoder
 from vicreg_hf.runtime.checks import one_line, read_range
 from vicreg_hf.runtime.randomness import Stream, derive_seed
 from vicreg_hf.settings.pretraining import PretrainingArguments
-from vicreg_hf.training.building.own_parts import COEFFICIENTS
+from vicreg_hf.training.building.own_parts import COEFFICIENTS, LOCAL_SETTINGS
 from vicreg_hf.training.building.starts import INIT, PRIME, Start, Starts
 
 
@@ -68,6 +69,8 @@ def build_model(
         architecture=architecture, model_args=own, pretrained_cfg=cfg,
         expander_dims=args.expander_widths, sim_coeff=args.sim_coeff, std_coeff=args.std_coeff,
         cov_coeff=args.cov_coeff, variance_reduction=args.variance_reduction, prime=prime,
+        local_weight=args.local_weight, local_matches=args.local_matches,
+        local_view_matches=args.local_view_matches, local_expander_dims=args.local_expander_widths,
         spectrogram=None if sound is None else sound.to_dict(),
         value_range=read_range("value_range", args.value_range),
     )  # fmt: skip
@@ -109,7 +112,7 @@ def adopt_model(
     config.pretrained_cfg |= evaluation_crop(size, whole=sound is not None)
     config.spectrogram = None if sound is None else sound.to_dict()
     config.value_range = read_range("value_range", args.value_range)
-    for name in COEFFICIENTS:
+    for name in COEFFICIENTS + LOCAL_SETTINGS:
         setattr(config, name, getattr(args, name))
     for parameter in model.parameters():
         parameter.grad = None
@@ -221,7 +224,8 @@ def _try_inputs(model: VICRegModel, args: PretrainingArguments, pairs: PairedSpl
     """Encode one of each kind of input, so that an encoder that refuses it fails before training.
 
     Raises:
-        ValueError: says which encoder does not take which input.
+        ValueError: says which encoder does not take which input, or has no feature map where the
+            local loss needs one.
     """
     model.eval()
     first, second = model.config, model.config.prime
@@ -230,7 +234,13 @@ def _try_inputs(model: VICRegModel, args: PretrainingArguments, pairs: PairedSpl
         local = " Local views need model_args with dynamic_img_size, where the model has it."
         with _refusals(first.architecture, first.model_args, shape,
                        "" if side == args.image_size else local):  # fmt: skip
-            model(torch.zeros(1, *shape))
+            found = model(torch.zeros(1, *shape)).feature_map
+        if found is not None and side == args.image_size and found[0, 0].numel() == 1:
+            raise ValueError(
+                f"the feature map of {first.architecture} must have several cells to match where "
+                f"local_weight is above 0, got one for images of {side} x {side}; take a larger "
+                "image_size, or a backbone that reduces images less."
+            )
     if second is not None:
         shape = None if second["pretrained_cfg"] is None else second["pretrained_cfg"]["input_size"]
         with _refusals(second["architecture"], second["model_args"], shape):
@@ -250,6 +260,8 @@ def _refusals(
     """Say in one sentence that an encoder refuses an input, whatever it raises."""
     try:
         yield
+    except NoFeatureMap as error:
+        raise ValueError(f"local_weight must be 0, or {error}") from error
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         inputs = "the samples of its column"
         if shape is not None:

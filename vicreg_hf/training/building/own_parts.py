@@ -19,6 +19,7 @@ from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.settings.pretraining import DEFAULT_ARCHITECTURE, PretrainingArguments
 
 COEFFICIENTS = ("sim_coeff", "std_coeff", "cov_coeff", "variance_reduction")
+LOCAL_SETTINGS = ("local_weight", "local_matches", "local_view_matches")
 RESERVED = {
     "step", "epoch", "lr", "grad_norm", "views_per_second", "embedding_std", "effective_rank",
     "alignment", "uniformity", "bad_images", "embedding_std_prime", "effective_rank_prime",
@@ -48,6 +49,11 @@ class OwnParts:
             )
         if self.loss is None:
             return
+        if self.model is not None and self.model.local_expander is not None:
+            raise ValueError(
+                "loss must be left out with a model that has a local loss, or local_weight of its "
+                f"configuration be 0, got {self.model.config.local_weight}."
+            )
         if not isinstance(self.loss, Callable) or isinstance(self.loss, type):
             raise ValueError(
                 "loss must be a function of two tensors (rows, dimensions) or a module, got "
@@ -87,7 +93,8 @@ class OwnParts:
 
 
 def _refuse_coefficients(args: PretrainingArguments) -> None:
-    given = [name for name in COEFFICIENTS if getattr(args, name) != getattr(type(args), name)]
+    own = COEFFICIENTS + LOCAL_SETTINGS
+    given = [name for name in own if getattr(args, name) != getattr(type(args), name)]
     if given:
         raise ValueError(
             f"{', '.join(given)} must be left out with loss, which weights its own terms, got "
@@ -114,9 +121,17 @@ def settings_of_model(args: PretrainingArguments, model: VICRegModel) -> Pretrai
             f"model must hold float32 weights, got {', '.join(map(str, kinds))}; call "
             "model.float(), and choose the precision with accelerate's --mixed_precision."
         )
-    widths = "-".join(map(str, config.expander_dims))
-    found = {"architecture": config.architecture, "model_args": config.model_args or None,
-             "expander_dims": widths}  # fmt: skip
+    found = {
+        "architecture": config.architecture, "model_args": config.model_args or None,
+        "expander_dims": "-".join(map(str, config.expander_dims)),
+    }  # fmt: skip
+    if model.local_expander is not None:
+        found["local_expander_dims"] = "-".join(map(str, config.local_expander_dims))
+    elif args.local_weight:
+        raise ValueError(
+            "local_weight must be 0 with a model that has no local expander, got "
+            f"{args.local_weight}; make one with VICRegConfig(local_weight={args.local_weight})."
+        )
     for name, own in found.items():
         asked = getattr(args, name)
         same = asked.partition(".")[0] == own if name == "architecture" else (asked or None) == own
@@ -125,7 +140,7 @@ def settings_of_model(args: PretrainingArguments, model: VICRegModel) -> Pretrai
             raise ValueError(
                 f"{name} must be left out with model, or be the model's, {own}, got {asked}."
             )
-    for name in COEFFICIENTS:
+    for name in COEFFICIENTS + LOCAL_SETTINGS:
         own, asked, usual = (getattr(each, name) for each in (config, args, default))
         if usual not in (own, asked) and own != asked:
             raise ValueError(f"{name} must be the model's, {own}, or left out, got {asked}.")

@@ -29,7 +29,10 @@ def layer_groups(
     """
     groups: list[dict[str, Any]] = []
     for branch in model.branches:
-        layers: Any = _Layers(branch.backbone, branch.expander)
+        heads: dict[str, nn.Module] = {"expander": branch.expander}
+        if branch is model and model.local_expander is not None:
+            heads["local_expander"] = model.local_expander
+        layers: Any = _Layers(branch.backbone, heads)
         if any(True for _ in branch.backbone.parameters()):
             groups += param_groups_layer_decay(
                 layers, weight_decay=weight_decay, layer_decay=layer_decay
@@ -40,14 +43,15 @@ def layer_groups(
 
 
 class _Layers:
-    """An encoder and its expander as timm looks through a model with a classifier."""
+    """An encoder and its expanders as timm looks through a model with a classifier."""
 
-    def __init__(self, encoder: Any, expander: nn.Module) -> None:
-        self.encoder, self.expander = encoder, expander
+    def __init__(self, encoder: Any, heads: Mapping[str, nn.Module]) -> None:
+        self.encoder, self.heads = encoder, heads
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.encoder.named_parameters()
-        yield from self.expander.named_parameters("expander")
+        for name, head in self.heads.items():
+            yield from head.named_parameters(name)
 
     def group_matcher(self, coarse: bool = False) -> Any:
         """Say how names become ordinals of layers; those of no layer are above all others."""

@@ -68,7 +68,9 @@ def create_views(
     """
     first, second = config.pretrained_cfg, (config.prime or {}).get("pretrained_cfg")
     assert first is not None
-    views = _image_views(args, pairs, first, second or first, compiled=compiled)
+    views = _image_views(
+        args, pairs, first, second or first, compiled=compiled, places=args.local_weight > 0
+    )
     if pairs is None:
         return views, None
     if not isinstance(pairs.column, (ImageColumn, SpectrogramColumn)):
@@ -99,12 +101,14 @@ def _image_views(
     second: Mapping[str, Any],
     *,
     compiled: bool = False,
+    places: bool = False,
 ) -> RandomViews:
     """The views of the images; in pairs all but the second view, which another column gives.
 
     Args:
         first: pretrained_cfg of the encoder of the first view.
         second: pretrained_cfg of the encoder of the second view.
+        places: whether to say where in their images they lie.
     """
     assert args.augmentation is not None
     recipes = multi_crop_recipes(
@@ -119,5 +123,5 @@ def _image_views(
     return RandomViews(
         [sides[view] for view in kept], tuple(recipes[view] for view in kept),
         mean=[cfgs[view]["mean"] for view in kept], std=[cfgs[view]["std"] for view in kept],
-        seed=args.seed, in_chans=args.in_chans, compile=compiled, numbers=kept,
+        seed=args.seed, in_chans=args.in_chans, compile=compiled, numbers=kept, places=places,
     )  # fmt: skip

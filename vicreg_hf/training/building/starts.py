@@ -194,23 +194,28 @@ def load_expanders(model: VICRegModel, starts: Starts) -> list[str]:
             continue
         branch: VICRegModel | Branch | None = model if setting == INIT else model.prime
         assert branch is not None
-        second = "" if setting == INIT else "second "
         prime = model.config.prime or {}
-        widths = list(model.config.expander_dims if setting == INIT else prime["expander_dims"])
-        shown = "-".join(map(str, widths))
-        if not source.expander:
-            said.append(f"The {second}expander, {shown}, is new: {source.name} holds none.")
-        elif source.expander_dims != widths:
-            theirs = "-".join(map(str, source.expander_dims))
-            said.append(
-                f"The {second}expander, {shown}, is new: that of {source.name} is {theirs}."
-            )
-        else:
-            try:
-                branch.expander.load_state_dict(source.expander)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"the expander of {source.name} must have the widths {shown} that its "
-                    f"{CONFIG_FILE} says: {one_line(error)[:400]}"
-                ) from error
+        widths = model.config.expander_dims if setting == INIT else prime["expander_dims"]
+        heads: list[Any] = [("" if setting == INIT else "second ", branch.expander, widths,
+                             source.expander, source.expander_dims)]  # fmt: skip
+        if branch is model and model.local_expander is not None:
+            heads.append(("local ", model.local_expander, model.config.local_expander_dims,
+                          source.local_expander, source.local_expander_dims))  # fmt: skip
+        for which, head, own, state, theirs in heads:
+            shown = "-".join(map(str, own))
+            if not state:
+                said.append(f"The {which}expander, {shown}, is new: {source.name} holds none.")
+            elif theirs != list(own):
+                said.append(
+                    f"The {which}expander, {shown}, is new: that of {source.name} is "
+                    f"{'-'.join(map(str, theirs))}."
+                )
+            else:
+                try:
+                    head.load_state_dict(state)
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"the {which}expander of {source.name} must have the widths {shown} that "
+                        f"its {CONFIG_FILE} says: {one_line(error)[:400]}"
+                    ) from error
     return said

@@ -57,7 +57,7 @@ class FixedSample:
     ) -> None:
         cfg: Any = model.config.pretrained_cfg
         self.data, self.seed, self.num_workers = data, seed, num_workers
-        self.views = TwoViews.for_model(model, preset, seed=seed)
+        self.views = TwoViews.for_model(model, preset, seed=seed, places=False)
         self.side, self.crop_pct = cfg["input_size"][-1], cfg["crop_pct"]
         self.normalisation = {"mean": cfg["mean"], "std": cfg["std"]}
         pixels = cfg["input_size"][0] * self.side**2
