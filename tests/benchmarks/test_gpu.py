@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 from warm import run_script
 
-from vicreg_hf.benchmarks.gpu import DONE, PARTS, gpu
+from vicreg_hf.benchmarks.gpu import DONE, PARTS, STOPPED, gpu
 from vicreg_hf.benchmarks.measuring import table
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
@@ -63,7 +66,7 @@ def test_what_fails_or_is_cut_is_told_and_the_rest_goes_on(
 ) -> None:
     only = ["loss", "input", "extraction"]
     with pytest.raises(SystemExit):
-        gpu(disturbed, minutes=0.05, output_dir=str(tmp_path), only=only, rehearse=True)
+        gpu(disturbed, minutes=0.15, output_dir=str(tmp_path), only=only, rehearse=True)
     loss, inputs, extraction = json.loads((tmp_path / "results.json").read_text())
     assert loss["status"] == "failed with status 1"
     assert "ValueError: it cannot be measured" in loss["printed"]
@@ -73,6 +76,29 @@ def test_what_fails_or_is_cut_is_told_and_the_rest_goes_on(
     printed = capsys.readouterr().out
     for part in (loss, inputs, extraction):
         assert f"| {part['part']} | {part['status']} |" in printed
+
+
+def test_a_scheduler_that_ends_it_leaves_results_and_no_process(tmp_path: Path) -> None:
+    only, pids = ["loss", "input", "extraction"], tmp_path / "pids"
+
+    def measure(words: Sequence[str]) -> str:
+        pids.write_text(str(os.getpid()))
+        return disturbed(["features" if words[0] == "loss" else words[0]])
+
+    settings = {"minutes": 9, "output_dir": str(tmp_path), "only": only, "rehearse": True}
+    command = get_context("fork").Process(target=gpu, args=(measure,), kwargs=settings)
+    command.start()
+    log = tmp_path / "log.txt"
+    while not (log.is_file() and "| data | 1 |" in log.read_text()):
+        time.sleep(0.05)
+    os.kill(command.pid or 0, signal.SIGTERM)
+    command.join()
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [each["status"] for each in found] == [DONE, STOPPED]
+    assert found[1]["tables"][0]["rows"] == [["data", "1"]]
+    assert command.exitcode == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pids.read_text()), 0)
 
 
 def test_without_a_gpu_it_says_how_to_rehearse(tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def test_two_processes_on_one_gpu_begin_as_one(
 
 
 HELD: list[torch.Tensor] = []
-"""What leaves no memory to others."""
+"""Tensors that fill the memory of the GPU."""
 
 
 def use_up_memory(run: Run) -> None:

@@ -9,9 +9,9 @@ import torch
 from authors_loss import SHAPES, authors_loss, embeddings, gradients, plain_loss, views_of
 from hypothesis import given
 from hypothesis import strategies as st
+from largest_output import LargestOutput
 from scipy.linalg import hadamard
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vicreg_hf import covariance_term, multi_view_loss, variance_term, vicreg_loss
 from vicreg_hf.loss import covariance
@@ -88,18 +88,6 @@ def test_degenerate_embeddings_give_the_authors_loss_and_gradients(
     rows: int, dim: int, kind: str
 ) -> None:
     assert_same_loss_and_gradients(*map(DEGENERATE[kind], embeddings(rows, dim)))
-
-
-class LargestOutput(TorchDispatchMode):
-    """Remembers how many elements the largest tensor has that an operator returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, list | tuple) else [result]:
-            self.elements = max(self.elements, x.numel() if isinstance(x, Tensor) else 0)
-        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from largest_output import LargestOutput
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vicreg_hf.metrics.linear_probe import _moments, linear_probe
 from vicreg_hf.metrics.subsets import balanced_subset
@@ -159,25 +158,12 @@ def test_what_cannot_be_learned_is_refused(change: dict[str, Any], message: str)
         linear_probe(**given)
 
 
-class Largest(TorchDispatchMode):
-    """Remembers how many values the largest tensor of single precision has."""
-
-    values = 0
-
-    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for each in pytree.tree_leaves(made):
-            if isinstance(each, Tensor) and each.dtype == torch.float32:
-                self.values = max(self.values, each.numel())
-        return made
-
-
 def test_features_of_other_precisions_are_not_copied_as_a_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x = torch.randn(3_000, 50, dtype=torch.float64)
     monkeypatch.setattr("vicreg_hf.metrics.linear_probe.VALUES_AT_ONCE", 15_000)
-    with Largest() as largest:
+    with LargestOutput() as largest:
         found = _moments(x)
-    assert largest.values == 15_000
+    assert largest.elements == 15_000
     torch.testing.assert_close(found, (x.float().mean(0), x.float().std(0)))

@@ -1,4 +1,4 @@
-"""All checks and measurements of one GPU within minutes, of which being cut short loses none."""
+"""All checks and measurements of one GPU within minutes; whoever stops them keeps what is done."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from multiprocessing import get_context
@@ -27,7 +27,7 @@ FORK = get_context("fork")
 MARK = "== result =="
 LAST_LINES = 30
 """Lines that are shown of a part without a result."""
-DONE = "done"
+DONE, STOPPED = "done", "stopped"
 MOST_MINUTES = 60
 
 Measure = Callable[[Sequence[str]], str]
@@ -105,7 +105,7 @@ def gpu(
 
     Raises:
         ValueError: there is no GPU to use, no clone with tests, no time, or nowhere to write.
-        SystemExit: a part has failed or was cut; all are printed.
+        SystemExit: a part has failed, or was cut or stopped; all are printed.
     """
     if not (ROOT / "tests" / "gpu").is_dir():
         raise ValueError(
@@ -122,7 +122,7 @@ def gpu(
     folder, results = Path(output_dir).absolute(), []
     left = {name: part for name, part in PARTS.items() if name in only}
     end = time.monotonic() + 60 * minutes
-    with writing(folder):
+    with writing(folder), _interrupted_by_sigterm():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "log.txt").write_text("")
         while left:
@@ -138,10 +138,22 @@ def gpu(
                 aside.write_text(json.dumps(results, indent=1) + "\n")
             with replacing(folder / "results.md") as aside:
                 aside.write_text("\n".join([_summary(results), *map(_described, results)]))
+            if results[-1]["status"] == STOPPED:
+                break
     if any(result["status"] != DONE for result in results):
         print(_summary(results), flush=True)
         raise SystemExit(1)
     return _summary(results)
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Take a scheduler's signal as Ctrl-C, so that the part that runs does not outlive this."""
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _sees_gpu() -> bool:
@@ -159,10 +171,13 @@ def _run(
     before, begun = log.stat().st_size, time.monotonic()
     process = FORK.Process(target=begin)
     process.start()
+    stopped = False
     try:
         process.join(limit)
-        cut = process.exitcode is None
+    except KeyboardInterrupt:
+        stopped = True
     finally:
+        cut = process.exitcode is None
         for kill in (lambda: os.killpg(process.pid or 0, signal.SIGKILL), process.kill):
             with suppress(ProcessLookupError, PermissionError):
                 kill()  # also what it has started and left
@@ -171,10 +186,12 @@ def _run(
         file.seek(before)
         text = file.read().decode(errors="replace")
     status = f"failed with status {process.exitcode}" if process.exitcode else DONE
+    if cut:
+        status = STOPPED if stopped else f"cut after {limit:.0f} s"
     printed, mark, result = text.rpartition(f"{MARK}\n")
     return {
         "command": " ".join(["pytest -m gpu" if words[0][0] == "-" else "benchmark.py", *words]),
-        "status": f"cut after {limit:.0f} s" if cut else status,
+        "status": status,
         "seconds": round(time.monotonic() - begun, 1),
         "limit": round(limit, 1),
         "tables": _tables(text),
@@ -190,6 +207,7 @@ def _begin(words: list[str], measure: Measure, log: Path, *, hidden: bool) -> No
         hidden: keep GPUs from it.
     """
     os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     opened = os.open(log, os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):
         os.dup2(opened, number)

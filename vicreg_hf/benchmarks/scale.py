@@ -51,6 +51,7 @@ def scale(flags: Sequence[str], *, processes: Sequence[int], steps: int, rounds:
     seconds: dict[int, list[float]] = {world: [] for world in processes}
     where = ""
     with made_images(args) as (run_args, _):
+        side = run_args.image_size
         found = Path(str(run_args.output_dir)).with_name("found.json")
         for _ in range(rounds):
             for world in seconds:
@@ -66,7 +67,7 @@ def scale(flags: Sequence[str], *, processes: Sequence[int], steps: int, rounds:
         for world, took in medians.items()
     ]  # fmt: skip
     settings = (
-        f"{args.architecture}, {args.batch_size} images of {args.image_size} pixels in all, "
+        f"{args.architecture}, {args.batch_size} images of {side} pixels in all, "
         f"expander {args.expander_dims}, {args.optimizer}; on CPU {threads} threads a process; "
         f"medians of {rounds} rounds of {steps} steps"
     )
