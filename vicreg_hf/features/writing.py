@@ -5,6 +5,7 @@ Shapes: B images, C channels, S side in pixels, F features.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +27,13 @@ from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.workers import loading_errors
 from vicreg_hf.features.encode import check_finite_features, encode_with, encoding_precision
 from vicreg_hf.features.encoders import Encoder
-from vicreg_hf.features.parts import Part, PartError, read_part, write_part
+from vicreg_hf.features.parts import EMBEDDING, MAP, Part, PartError, read_part, write_part
 from vicreg_hf.runtime.distributed import failing_together, gather_objects, wait_for_all
 from vicreg_hf.runtime.files import writing
 from vicreg_hf.runtime.machine import default_num_workers, local_processes
+
+MAP_SIZE = b"vicreg_hf.map_size"
+"""Key in a file's metadata of height and width of its feature maps, as [h, w]."""
 
 
 def complete_parts(
@@ -166,8 +170,10 @@ def write_parts(
                 features.append(encode_with(encoder, batch.images, device))
             bar.update(len(rows))
             if rows[-1] == part.rows[-1]:
-                found = check_finite_features(torch.cat(features)).cpu().numpy().astype(dtype)
-                _write(part, splits[part.split], prepared, found, root)
+                found = check_finite_features(torch.cat(features).to(getattr(torch, dtype)))
+                _write(
+                    part, splits[part.split], prepared, found.cpu().numpy(), encoder.map_size, root
+                )
                 prepared, features = [], [empty]
     return left_out
 
@@ -211,25 +217,36 @@ def _write(
     split: ImageSplit,
     batches: list[PreparedRows],
     features: NDArray[np.floating[Any]],
+    map_size: tuple[int, int] | None,
     root: str,
 ) -> None:
     rows = [row for batch in batches for row in batch.rows]
     paths = [path for batch in batches for path in batch.paths]
     ids = [_image_id(row, path, root) for row, path in zip(rows, paths, strict=True)]
-    width = features.shape[1]
+    kind: Any = datasets.Value(str(features.dtype))
     # from_dict would take each number by itself
-    embedding = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), width)
-    arrays = [pa.array(rows, pa.int64()), pa.array(ids, pa.string()), embedding]
+    column, lengths = pa.array(features.reshape(-1)), [features.shape[1]]
+    if map_size is not None:
+        positions = map_size[0] * map_size[1]
+        lengths = [features.shape[1] // positions, positions]
+    for length in lengths:
+        column = pa.FixedSizeListArray.from_arrays(column, length)
+        kind = datasets.List(kind, length=length)
+    arrays = [pa.array(rows, pa.int64()), pa.array(ids, pa.string()), column]
     kinds: dict[str, Any] = {
         "row": datasets.Value("int64"),
         "image_id": datasets.Value("string"),
-        "embedding": datasets.List(datasets.Value(str(features.dtype)), length=width),
+        EMBEDDING if map_size is None else MAP: kind,
     }
     if split.labels is not None:
         arrays.append(pa.array(split.labels[torch.tensor(rows, dtype=torch.long)].numpy()))
         names = list(split.label_names)
         kinds["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
-    table = pa.Table.from_arrays(arrays, schema=datasets.Features(kinds).arrow_schema)
+    schema = datasets.Features(kinds).arrow_schema
+    if map_size is not None:
+        size = json.dumps(map_size)
+        schema = schema.with_metadata({**(schema.metadata or {}), MAP_SIZE: size.encode()})
+    table = pa.Table.from_arrays(arrays, schema=schema)
     write_part(part.file, table)
 
 

@@ -66,11 +66,15 @@ class Inline:
     height: int
 
 
-def thumbnail(image: Tensor) -> Inline:
-    """A small picture of an image (C, H, W) uint8 of any size."""
+def thumbnail(image: Tensor, side: int = THUMBNAIL) -> Inline:
+    """A small picture of an image (C, H, W) uint8 of any size.
+
+    Args:
+        side: pixels of its longer side, at most.
+    """
     shown = (image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)).permute(1, 2, 0)
     picture = Image.fromarray(shown.cpu().contiguous().numpy())
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     inline = encoded(picture, "png", optimize=True)
     if len(inline.uri) * 3 // 4 <= LOSSLESS_BYTES:
         return inline
