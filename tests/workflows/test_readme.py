@@ -19,6 +19,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from datasets import Dataset
 from hub import connected, running_hub
 from paired import write_captions, write_text_encoder
+from scenes import write_scenes
 from warm import run_script
 from workflow import ROOT, run, write_images
 
@@ -78,9 +79,11 @@ def replaced(text: str, others: dict[str, Any]) -> str:
 def filled(command: str, folder: Path) -> list[str]:
     """The words of a command, on what is in the folder."""
     paired = "prime" in command or "cross-retrieval" in command
+    data = "scenes" if "segmentation" in command else "pairs" if paired else "images"
     return shlex.split(replaced(command, {
-        "path/or/hub-id": folder / ("pairs" if paired else "images"), "runs/": f"{folder}/runs/",
+        "path/or/hub-id": folder / data, "runs/": f"{folder}/runs/",
         "../shared/data/cifar10": folder / "images", "distilbert-base-uncased": folder / "bert",
+        "names.txt": folder / "names.txt", "image_size 512": "image_size 64",
         "views.png": folder / "views.png", "resnet50.pth": folder / "weights.pth",
         "converted/": folder / "converted", "exported/": folder / "exported",
         "--features feats": f"--features {folder}", "new.jpg": folder / "new.png",
@@ -109,6 +112,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder / "images", rows=220)
     write_captions(folder / "pairs")
     write_text_encoder(folder / "bert")
+    write_scenes(folder / "scenes", {"train": 8, "test": 4})
+    (folder / "names.txt").write_text("\n".join(f"class {k}" for k in range(8)))
     torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), folder / "weights.pth")
     for command in TRAININGS:
         assert "The encoder is in" in run_words(filled(command, folder), *SHORT)

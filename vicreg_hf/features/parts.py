@@ -23,6 +23,8 @@ from vicreg_hf.runtime.files import replacing
 
 EMBEDDING, MAP = "embedding", "feature_map"
 """The column of pooled features (F,), and that of feature maps (h w, width)."""
+HEIGHT, WIDTH = "map_height", "map_width"
+"""Columns of a map's h and w, which readers of parquet would not find in the metadata."""
 CHECKSUM = b"vicreg_hf.sha256"
 """Key in a file's metadata of the SHA-256 of its rows."""
 

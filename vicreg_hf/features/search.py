@@ -87,6 +87,11 @@ def nearest_images(
     record = read_record(directory / RECORD)
     if record is None:
         raise ValueError(f"features must be a directory that extract wrote, got {directory}.")
+    if record.get("features") == "map":
+        raise ValueError(
+            f"search compares pooled features, and {directory} holds feature maps; extract without "
+            "--features map into another output_dir."
+        )
     if k < 1:
         raise ValueError(f"k must be positive, got {k}.")
     parts = _parts(directory, split)

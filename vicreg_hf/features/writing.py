@@ -5,7 +5,6 @@ Shapes: B images, C channels, S side in pixels, F features.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,13 +26,19 @@ from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.workers import loading_errors
 from vicreg_hf.features.encode import check_finite_features, encode_with, encoding_precision
 from vicreg_hf.features.encoders import Encoder
-from vicreg_hf.features.parts import EMBEDDING, MAP, Part, PartError, read_part, write_part
+from vicreg_hf.features.parts import (
+    EMBEDDING,
+    HEIGHT,
+    MAP,
+    WIDTH,
+    Part,
+    PartError,
+    read_part,
+    write_part,
+)
 from vicreg_hf.runtime.distributed import failing_together, gather_objects, wait_for_all
 from vicreg_hf.runtime.files import writing
 from vicreg_hf.runtime.machine import default_num_workers, local_processes
-
-MAP_SIZE = b"vicreg_hf.map_size"
-"""Key in a file's metadata of height and width of its feature maps, as [h, w]."""
 
 
 def complete_parts(
@@ -238,15 +243,15 @@ def _write(
         "image_id": datasets.Value("string"),
         EMBEDDING if map_size is None else MAP: kind,
     }
+    if map_size is not None:
+        for name, side in zip((HEIGHT, WIDTH), map_size, strict=True):
+            arrays.append(pa.array([side] * len(rows), pa.int32()))
+            kinds[name] = datasets.Value("int32")
     if split.labels is not None:
         arrays.append(pa.array(split.labels[torch.tensor(rows, dtype=torch.long)].numpy()))
         names = list(split.label_names)
         kinds["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
-    schema = datasets.Features(kinds).arrow_schema
-    if map_size is not None:
-        size = json.dumps(map_size)
-        schema = schema.with_metadata({**(schema.metadata or {}), MAP_SIZE: size.encode()})
-    table = pa.Table.from_arrays(arrays, schema=schema)
+    table = pa.Table.from_arrays(arrays, schema=datasets.Features(kinds).arrow_schema)
     write_part(part.file, table)
 
 
