@@ -20,6 +20,7 @@ from vicreg_hf.data.opening.slicing import add_parts
 from vicreg_hf.evaluation.baselines import measure_baselines
 from vicreg_hf.evaluation.card import add_evaluation
 from vicreg_hf.evaluation.classifier import check_savable
+from vicreg_hf.evaluation.dense.looking import maps_of_task
 from vicreg_hf.evaluation.dense.masks import Masks, find_mask_column, open_masks
 from vicreg_hf.evaluation.dense.segmentation import input_size
 from vicreg_hf.evaluation.pair_embeddings import Pairs, open_pairs
@@ -211,7 +212,7 @@ def _write(tasks: Sequence[Task], output_dir: Path, say: Say) -> dict[str, Any]:
     """Write what was measured, and return the contents of results.json."""
     models = [
         Evaluated(name, task.measurements, task.predictions, _gallery(task, "train"),
-                  _gallery(task, "test"), task.baselines, task.segmented)
+                  _gallery(task, "test"), task.baselines, task.segmented, maps_of_task(task))
         for name, task in zip(display_names([t.args.model for t in tasks]), tasks, strict=True)
     ]  # fmt: skip
     sentences = verdict(models, seed=tasks[0].args.seed, resamples=tasks[0].args.num_resamples)

@@ -5,23 +5,32 @@ Shapes: B images, C channels, H x W pixels, h x w positions, F features.
 
 from __future__ import annotations
 
+import colorsys
 import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from vicreg_hf.features.encode import Autocast, encode
 from vicreg_hf.features.encoders import Encoder
 from vicreg_hf.models.feature_map import feature_map
 from vicreg_hf.models.timm_models import is_timm
 from vicreg_hf.runtime.checks import one_line
 
+FEWEST = 16
+"""Positions of a map below which a picture of it shows nothing."""
+DRAWN, GAP, MATCHES = 240, 8, 10
+"""Side of a view beside another and the gap between them, in pixels; pairs that are joined."""
 DARKEST, BRIGHTEST = 0.01, 0.99
 """Quantiles of a component that become the levels 0 and 255."""
 
@@ -148,6 +157,43 @@ def principal_components(x: Tensor) -> Tensor:
     return (levels * 255).round().byte().view(*x.shape[:3], 3)
 
 
+def maps_of(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    autocast: Autocast = nullcontext,
+) -> Tensor:
+    """The feature maps (B, h, w, F) of images, float32 on the CPU.
+
+    Args:
+        model: of timm, of transformers, or the module of `map_encoder`; on the device.
+        images: (B, C, H, W) uint8.
+        mean: per channel, of the encoder's preprocessing; likewise std.
+
+    Raises:
+        ValueError: the model has no feature map.
+    """
+    training, module = model.training, model if isinstance(model, _Mapped) else _Mapped(model)
+    module.eval()
+    try:
+        found = encode(
+            module.map_of, images, mean=mean, std=std, device=device, autocast=autocast,
+            memory_format=torch.channels_last,
+        )  # fmt: skip
+    finally:
+        model.train(training)
+    return found.permute(0, 2, 3, 1).cpu()
+
+
+def colours_of_maps(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """The principal components of maps (B, h, w, F) as pictures (B, 3, H, W) uint8 of a size."""
+    colours = principal_components(x).permute(0, 3, 1, 2)
+    return tv.resize(colours, list(size), InterpolationMode.NEAREST)
+
+
 class Matches(NamedTuple):
     """Positions of two maps that are each other's nearest, the most similar first."""
 
@@ -168,3 +214,40 @@ def mutual_matches(first: Tensor, second: Tensor, most: int) -> Matches:
     rows = own[back[nearest] == own]
     rows = rows[best[rows].argsort(descending=True, stable=True)][:most]
     return Matches(rows.cpu(), nearest[rows].cpu(), best[rows].cpu())
+
+
+def picture_of_matches(first: Tensor, second: Tensor, map_first: Tensor, map_second: Tensor) -> Any:
+    """Two views (C, S, S) uint8 side by side, and lines between the most similar positions.
+
+    Args:
+        map_first: (h, w, F), of the first view; likewise map_second.
+
+    Returns:
+        A picture of PIL.
+    """
+    matches = mutual_matches(map_first, map_second, MATCHES)
+    pictures = [picture_of(view).resize((DRAWN, DRAWN)) for view in (first, second)]
+    sheet = Image.new("RGB", (2 * DRAWN + GAP, DRAWN), "white")
+    for place, picture in enumerate(pictures):
+        sheet.paste(picture, (place * (DRAWN + GAP), 0))
+    draw = ImageDraw.Draw(sheet)
+    for number, pair in enumerate(
+        zip(matches.first.tolist(), matches.second.tolist(), strict=True)
+    ):
+        hue = colorsys.hsv_to_rgb(number / MATCHES, 0.9, 1.0)
+        colour = tuple(round(255 * part) for part in hue)
+        ends = []
+        for place, (position, own) in enumerate(zip(pair, (map_first, map_second), strict=True)):
+            row, column = divmod(position, own.shape[1])
+            x = place * (DRAWN + GAP) + (column + 0.5) / own.shape[1] * DRAWN
+            ends.append((x, (row + 0.5) / own.shape[0] * DRAWN))
+        draw.line([*ends], fill=colour, width=2)
+        for x, y in ends:
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), outline="white", fill=colour)
+    return sheet
+
+
+def picture_of(image: Tensor) -> Any:
+    """An image (C, H, W) uint8 as a picture of PIL in RGB: the first three bands, or gray."""
+    shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    return Image.fromarray(shown.permute(1, 2, 0).cpu().contiguous().numpy())

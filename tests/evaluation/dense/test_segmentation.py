@@ -68,7 +68,10 @@ def test_overlap_is_that_of_the_predicted_masks_and_stands_in_results_and_report
     assert stored["verdict"].startswith("untrained: segmentation mIoU ")
     page = Page(tmp_path / "out" / "report.html")
     assert all(word in page.text for word in ("Segmentation", "sky", "ground", "house", "worst"))
-    assert sum("Predicted classes" in alt for alt in page.values("img", "alt")) == 4
+    pictures = page.values("img", "alt")
+    assert sum("Predicted classes" in alt for alt in pictures) == 4
+    assert pictures.count("Its feature map in colours") == 4
+    assert sum("lines between positions" in alt for alt in pictures) == 4
 
 
 def test_the_same_seed_gives_the_same_bits_and_folders_the_same_as_columns(

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vicreg_hf.evaluation.report.charts import COLOURS, MARKERS, feature_map, spectrum
 from vicreg_hf.evaluation.report.classes import BEST, WORST, classes
+from vicreg_hf.evaluation.report.maps import pictures_of_maps
 from vicreg_hf.evaluation.report.neighbours import neighbours
 from vicreg_hf.evaluation.report.segmentation import segmentation
 from vicreg_hf.evaluation.report.verdict import (
@@ -22,13 +23,14 @@ from vicreg_hf.evaluation.report.verdict import (
     right_answers,
     verdict,
 )
+from vicreg_hf.features.maps import MATCHES
 from vicreg_hf.metrics.intervals import RESAMPLES
 from vicreg_hf.runtime.console import optional
 
 TEMPLATE = "report.html.jinja"
 RESAMPLED = {"svm": "the SVM", "segmentation": "segmentation"}
 """Protocols whose intervals are over resampled images, in the words of the page."""
-SECTIONS = ("neighbours", "map", "classes", "segmentation", "spectrum")
+SECTIONS = ("neighbours", "map", "classes", "segmentation", "maps", "spectrum")
 """Parts of the page that there are of each encoder."""
 
 
@@ -91,6 +93,8 @@ def _sections(
         makers["classes"] = lambda: classes(predicted, truth, names)
     if (segmented := model.segmented) is not None:
         makers["segmentation"] = lambda: segmentation(segmented)
+    if (shown := model.maps) is not None:
+        makers["maps"] = lambda: pictures_of_maps(shown)
     found: dict[str, Any] = {"name": model.name} | dict.fromkeys(SECTIONS)
     for section, make in makers.items():
         with optional(f"the report is without its section {section}"):
@@ -138,6 +142,6 @@ def _template() -> Any:
     )  # fmt: skip
     environment.globals.update(
         colours=COLOURS, resampled=RESAMPLED, num_markers=len(MARKERS), num_worst=WORST,
-        num_best=BEST,
+        num_best=BEST, num_matches=MATCHES,
     )  # fmt: skip
     return environment.get_template(TEMPLATE)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vicreg_hf.evaluation.measurements import Baseline, Measurement, Segmented
 from vicreg_hf.evaluation.report.gallery import Gallery
+from vicreg_hf.evaluation.report.maps import Maps
 from vicreg_hf.metrics.intervals import RESAMPLES, bootstrap_interval
 
 PREFERRED = (
@@ -44,6 +45,8 @@ class Evaluated:
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
     segmented: Segmented | None = None
     """Per class and image, what segmentation has found."""
+    maps: Maps | None = None
+    """Feature maps of some test images, if the encoder has any."""
 
     @property
     def headline(self) -> Measurement | None:
