@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features
+from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from encoders import vicreg
 from numpy.typing import NDArray
@@ -72,3 +72,25 @@ def write_map_encoder(directory: Path, **model_args: Any) -> Path:
     model.config.pretrained_cfg |= {"input_size": [3, side, side], "crop_pct": 1.0}
     model.save_pretrained(directory, include_expander=False)
     return directory
+
+
+def write_boxes(folder: Path) -> Path:
+    """A parquet data set of scenes whose house is an object with a box (x, y, width, height)."""
+    kinds = {
+        "bbox": List(List(Value("float32"))),
+        "category": List(ClassLabel(names=["house", "tree"])),
+    }
+    for split, numbers in {"train": range(6), "test": range(6, 10)}.items():
+        rows = []
+        for k in numbers:
+            image, classes = scene(k)
+            y, x = np.nonzero(classes == 2)
+            box = [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
+            objects = {"bbox": [[float(side) for side in box]], "category": [k % 2]}
+            rows.append({"image": {"bytes": png(image), "path": None}, "objects": objects})
+        table = Dataset.from_list(
+            rows, features=Features({"image": ImageFeature(), "objects": kinds})
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(str(folder / f"{split}.parquet"))
+    return folder

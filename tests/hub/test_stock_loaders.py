@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from families import FAMILIES, FIXED_SIZES, config, photograph, pixels, same_state, trained
 from hub import READER, Hub, connected, online, running_hub
 from safetensors.torch import load_file, save_file
@@ -161,6 +162,17 @@ def test_an_encoder_that_stock_transformers_has_saved_loads_again(tmp_path: Path
     assert again(pixels(), pixels(seed=1)).embeddings[0].shape == (2, 5)
     loaded = timm.create_model(f"local-dir:{tmp_path / 'stock'}", pretrained=True)
     assert same_state(loaded, model.encoder)
+
+
+def test_torchvisions_resnet_takes_the_weights(tmp_path: Path) -> None:
+    model = trained("resnet18")
+    model.save_pretrained(tmp_path, include_expander=False)
+    bare: Any = torchvision.models.resnet18(weights=None).eval()
+    keys = bare.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert (keys.missing_keys, keys.unexpected_keys) == (["fc.weight", "fc.bias"], [])
+    bare.fc = torch.nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(bare(pixels()), model(pixels()).pooler_output)
 
 
 MAPS = """

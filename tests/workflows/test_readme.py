@@ -19,7 +19,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from datasets import Dataset
 from hub import connected, running_hub
 from paired import write_captions, write_text_encoder
-from scenes import write_scenes
+from scenes import write_boxes, write_scenes
 from warm import run_script
 from workflow import ROOT, run, write_images
 
@@ -206,7 +206,8 @@ STANDALONE = [
     block for block in blocks("python")
     if not any(word in block for word in ("runs/r50", "NearestNeighbors"))
 ]  # fmt: skip
-ON_A_RUN = "".join(block for block in blocks("python") if "runs/r50" in block)
+(DETECTION,) = (block for block in blocks("python") if "COCOeval" in block)
+ON_A_RUN = "".join(b for b in blocks("python") if "runs/r50" in b and b != DETECTION)
 
 
 @pytest.mark.parametrize("number", range(len(STANDALONE) + 1))
@@ -220,6 +221,27 @@ def test_python_runs_as_shown(number: int, folder: Path, tmp_path: Path) -> None
     script = replaced(given, SMALLER | few)
     assert script != given or "linear_probe" in script
     run_python(script.replace('"runs/', f'"{tmp_path}/'), tmp_path)
+
+
+BLOOD = ROOT.parent / "shared" / "data" / "bccd"
+
+
+@pytest.mark.parametrize("data", ["boxes", pytest.param(BLOOD, marks=pytest.mark.slow)])
+def test_boxes_are_found_by_a_script_of_at_most_80_lines(
+    data: str | Path, folder: Path, tmp_path: Path
+) -> None:
+    if data == BLOOD and not BLOOD.is_dir():
+        pytest.skip("needs ../shared/data/bccd, which is not here")
+    assert len(DETECTION.splitlines()) <= 80
+    place = BLOOD if data == BLOOD else write_boxes(tmp_path / "boxes")
+    few = {
+        "runs/r50": f"{folder}/runs/r50", "../shared/data/bccd": place, "20, 480, 4": "1, 64, 2",
+        "data = load_dataset(DATA)":
+            "data = {k: t.select(range(4)) for k, t in load_dataset(DATA).items()}",
+    }  # fmt: skip
+    printed = run_python(replaced(DETECTION, few), tmp_path)
+    assert re.search(r"epoch 1: loss \d", printed)
+    assert re.search(r"AP \d+\.\d %, AP50 \d+\.\d %", printed)
 
 
 def test_the_recipe_of_views_is_one() -> None:
