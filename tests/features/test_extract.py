@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 from extracting import extract, files, load, write_encoder, write_folder
 from pictures import photographs, png, table_of
@@ -24,6 +25,7 @@ from workflow import small_files
 
 from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.features.parts import write_part
+from vicreg_hf.features.search import nearest_images
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -70,6 +72,42 @@ def test_features_are_those_of_transformers(
     assert sorted(set(range(37)) - set(table["row"])) == [36]
     (line,) = (extracted / "bad_images.jsonl").read_text().splitlines()
     assert json.loads(line)["row"] == 36
+
+
+def test_maps_are_those_of_timm_and_go_on_where_they_stopped(
+    encoder: Path, again: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = again(tmp_path / "maps", features="map")
+    table = load(output, tmp_path)["train"]
+    assert table.column_names == [
+        "row", "image_id", "feature_map", "map_height", "map_width", "label"
+    ]  # fmt: skip
+    kind = table.features["feature_map"]
+    assert (kind.length, kind.feature.length, kind.feature.feature.dtype) == (4, 96, "float16")
+    backbone: Any = timm.create_model(
+        f"local-dir:{encoder}", pretrained=True, features_only=True, out_indices=[-1]
+    )
+    processor = AutoImageProcessor.from_pretrained(encoder)
+    for row in (0, 7, 35):
+        (at,) = np.flatnonzero(np.array(table["row"]) == row)
+        cells = table[int(at)]
+        assert (cells["map_height"], cells["map_width"]) == (2, 2)
+        picture = Image.open(again.args[1] / cells["image_id"]).convert("RGB")
+        with torch.no_grad():
+            (expected,) = backbone.eval()(processor(picture, return_tensors="pt")["pixel_values"])
+        found = torch.tensor(cells["feature_map"]).unflatten(0, (2, 2)).permute(2, 0, 1)
+        torch.testing.assert_close(found, expected[0], rtol=2e-3, atol=2e-3)
+    whole = files(output)
+    names = sorted(name for name in whole if name.startswith("train"))
+    (output / "data" / names[1]).unlink()
+    (output / "data" / names[2]).write_bytes(whole[names[2]][:-100])
+    again(output, features="map")
+    assert files(output) == whole
+    assert "is damaged and is made again" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"holds others \(encoder, dtype differ\)"):
+        again(output)
+    with pytest.raises(ValueError, match="search compares pooled features"):
+        nearest_images(output, [again.args[1] / "train" / "dog" / "00.png"])
 
 
 def test_features_of_one_name_are_not_taken_for_each_other(extracted: Path, tmp_path: Path) -> None:

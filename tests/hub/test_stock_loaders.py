@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from families import FAMILIES, FIXED_SIZES, config, photograph, pixels, same_state, trained
 from hub import READER, Hub, connected, online, running_hub
 from safetensors.torch import load_file, save_file
@@ -161,3 +162,54 @@ def test_an_encoder_that_stock_transformers_has_saved_loads_again(tmp_path: Path
     assert again(pixels(), pixels(seed=1)).embeddings[0].shape == (2, 5)
     loaded = timm.create_model(f"local-dir:{tmp_path / 'stock'}", pretrained=True)
     assert same_state(loaded, model.encoder)
+
+
+def test_torchvisions_resnet_takes_the_weights(tmp_path: Path) -> None:
+    model = trained("resnet18")
+    model.save_pretrained(tmp_path, include_expander=False)
+    bare: Any = torchvision.models.resnet18(weights=None).eval()
+    keys = bare.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert (keys.missing_keys, keys.unexpected_keys) == (["fc.weight", "fc.bias"], [])
+    bare.fc = torch.nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(bare(pixels()), model(pixels()).pooler_output)
+
+
+MAPS = """
+import sys
+sys.modules["vicreg_hf"] = None
+import timm, torch
+from safetensors.torch import load_file, save_file
+from transformers import TimmBackbone
+root, *names = sys.argv[1:]
+x, maps = load_file(f"{root}/x.safetensors")["x"], {}
+with torch.no_grad():
+    for name in names:
+        place = f"local-dir:{root}/{name}"
+        pyramid = timm.create_model(place, pretrained=True, features_only=True).eval()
+        maps[f"{name} timm"] = pyramid(x)[-1]
+        backbone = TimmBackbone.from_pretrained(place).eval()
+        weights = load_file(f"{root}/{name}/model.safetensors")
+        backbone._backbone.load_state_dict(weights, strict=False)
+        maps[f"{name} transformers"] = backbone(x).feature_maps[-1]
+save_file({name: each.contiguous() for name, each in maps.items()}, f"{root}/maps.safetensors")
+"""
+
+
+def test_feature_maps_are_those_of_the_model_where_vicreg_hf_is_not_installed(
+    tmp_path: Path,
+) -> None:
+    names, expected = ("test_resnet", "test_convnext"), {}
+    save_file({"x": pixels()}, tmp_path / "x.safetensors")
+    for name in names:
+        model = trained(name)
+        model.save_pretrained(tmp_path / name, include_expander=False)
+        with torch.no_grad():
+            expected[name] = model(pixels()).last_hidden_state
+    done = subprocess.run(
+        [sys.executable, "-c", MAPS, str(tmp_path), *names], capture_output=True, text=True,
+        check=False, env=environment(), timeout=LIMIT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name, found in load_file(tmp_path / "maps.safetensors").items():
+        torch.testing.assert_close(found, expected[name.split()[0]])

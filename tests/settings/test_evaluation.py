@@ -51,7 +51,7 @@ def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
     path.write_text("neighbours: 3\n")
     with pytest.raises(ValueError, match=r"settings of vicreg-hf evaluate, got neighbours in"):
         parse("--config", str(path))
-    with pytest.raises(ValueError, match=r"config must be a recipe \(linear-authors, paper, semi-"):
+    with pytest.raises(ValueError, match=r"config must be a recipe \(linear-authors, paper, seg"):
         parse("--config=absent")
 
 

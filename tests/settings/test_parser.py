@@ -158,7 +158,7 @@ def test_help_has_the_settings_in_their_order_under_headings(
 
 def test_every_setting_has_a_sentence_and_those_of_choices_name_them_all() -> None:
     sentences: dict[str, str] = {}
-    for settings in (PretrainingArguments, EvaluationArguments, ExtractionArguments):
+    for settings in (EvaluationArguments, ExtractionArguments, PretrainingArguments):
         found = descriptions(settings)
         assert all(found[f.name].endswith(".") for f in fields(settings))
         sentences |= found

@@ -23,7 +23,7 @@ WANTED = {
     "cifar10-r18", "cifar100-r18", "imagenette-r18", "vit-small-224", "small-data", "tiny-cpu",
     "demo",
 }  # fmt: skip
-EVALUATION = {"linear-authors", "paper", "semi-supervised-authors"}
+EVALUATION = {"linear-authors", "paper", "segmentation", "semi-supervised-authors"}
 
 
 def test_the_recipes_wanted_are_there_and_listed(capsys: pytest.CaptureFixture[str]) -> None:

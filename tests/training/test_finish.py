@@ -125,17 +125,18 @@ def test_a_run_ends_well_without_the_pictures_and_cards_that_cannot_be_made(
     def fails(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
+    flags = ["--max_steps=2", '--model_args={"output_stride": 8}']  # whose feature map is drawn
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fails)
     with monkeypatch.context() as patch:
         patch.setattr("vicreg_hf.training.finish.model_card", fails)
-        train(images, tmp_path, "--max_steps=2")
+        train(images, tmp_path, *flags)
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
     for name, warning in zip((*PICTURES, f"{tmp_path}: OSError: "), warnings, strict=True):
         assert name in warning
     encoder = tmp_path / "encoder"
     assert (encoder / "model.safetensors").is_file()
     assert not any((encoder / "pictures").iterdir())
-    train(images, tmp_path, "--max_steps=2")  # what was left out is made up for
+    train(images, tmp_path, *flags)  # what was left out is made up for
     assert "pictures/" not in (encoder / "README.md").read_text()
 
 

@@ -19,6 +19,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from datasets import Dataset
 from hub import connected, running_hub
 from paired import write_captions, write_text_encoder
+from scenes import write_boxes, write_scenes
 from warm import run_script
 from workflow import ROOT, run, write_images
 
@@ -81,9 +82,11 @@ def replaced(text: str, others: dict[str, Any]) -> str:
 def filled(command: str, folder: Path) -> list[str]:
     """The words of a command, on what is in the folder."""
     paired = "prime" in command or "cross-retrieval" in command
+    data = "scenes" if "segmentation" in command else "pairs" if paired else "images"
     return shlex.split(replaced(command, {
-        "path/or/hub-id": folder / ("pairs" if paired else "images"), "runs/": f"{folder}/runs/",
+        "path/or/hub-id": folder / data, "runs/": f"{folder}/runs/",
         "../shared/data/cifar10": folder / "images", "distilbert-base-uncased": folder / "bert",
+        "names.txt": folder / "names.txt", "image_size 512": "image_size 64",
         "views.png": folder / "views.png", "resnet50.pth": folder / "weights.pth",
         "converted/": folder / "converted", "exported/": folder / "exported",
         "--features feats": f"--features {folder}", "new.jpg": folder / "new.png",
@@ -113,6 +116,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder / "images", rows=220)
     write_captions(folder / "pairs")
     write_text_encoder(folder / "bert")
+    write_scenes(folder / "scenes", {"train": 8, "test": 4})
+    (folder / "names.txt").write_text("\n".join(f"class {k}" for k in range(8)))
     torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), folder / "weights.pth")
     for command in TRAININGS:
         assert "The encoder is in" in run_words(filled(command, folder), *SHORT)
@@ -209,7 +214,8 @@ STANDALONE = [
     block for block in blocks("python")
     if not any(word in block for word in ("runs/r50", "NearestNeighbors"))
 ]  # fmt: skip
-ON_A_RUN = "".join(block for block in blocks("python") if "runs/r50" in block)
+(DETECTION,) = (block for block in blocks("python") if "COCOeval" in block)
+ON_A_RUN = "".join(b for b in blocks("python") if "runs/r50" in b and b != DETECTION)
 
 
 @pytest.mark.parametrize("number", range(len(STANDALONE) + 1))
@@ -223,6 +229,27 @@ def test_python_runs_as_shown(number: int, folder: Path, tmp_path: Path) -> None
     script = replaced(given, SMALLER | few)
     assert script != given or "linear_probe" in script
     run_python(script.replace('"runs/', f'"{tmp_path}/'), tmp_path)
+
+
+BLOOD = ROOT.parent / "shared" / "data" / "bccd"
+
+
+@pytest.mark.parametrize("data", ["boxes", pytest.param(BLOOD, marks=pytest.mark.slow)])
+def test_boxes_are_found_by_a_script_of_at_most_80_lines(
+    data: str | Path, folder: Path, tmp_path: Path
+) -> None:
+    if data == BLOOD and not BLOOD.is_dir():
+        pytest.skip("needs ../shared/data/bccd, which is not here")
+    assert len(DETECTION.splitlines()) <= 80
+    place = BLOOD if data == BLOOD else write_boxes(tmp_path / "boxes")
+    few = {
+        "runs/r50": f"{folder}/runs/r50", "../shared/data/bccd": place, "20, 480, 4": "1, 64, 2",
+        "data = load_dataset(DATA)":
+            "data = {k: t.select(range(4)) for k, t in load_dataset(DATA).items()}",
+    }  # fmt: skip
+    printed = run_python(replaced(DETECTION, few), tmp_path)
+    assert re.search(r"epoch 1: loss \d", printed)
+    assert re.search(r"AP \d+\.\d %, AP50 \d+\.\d %", printed)
 
 
 def test_the_recipe_of_views_is_one() -> None:

@@ -1,4 +1,4 @@
-"""Others in an encoder's place, with which its kNN accuracy is compared: pixels, random weights.
+"""Others in an encoder's place, with which it is compared: pixels, and random weights.
 
 Shapes: B images, C channels, S side in pixels, M test images.
 """
@@ -17,6 +17,12 @@ import yaml
 from torch import Tensor, nn
 
 from vicreg_hf.data.memory import SMALL_IMAGE
+from vicreg_hf.evaluation.dense.segmentation import (
+    MEAN_IOU,
+    input_size,
+    measure_maps,
+    pixels_of_cells,
+)
 from vicreg_hf.evaluation.measurements import Baseline, Measurement, scored
 from vicreg_hf.evaluation.report.verdict import PIXELS, UNTRAINED
 from vicreg_hf.evaluation.task import Task
@@ -28,6 +34,8 @@ from vicreg_hf.runtime.distributed import failing_together
 
 FEW_IMAGES = 5000
 """Images of both splits up to which baselines are measured unasked, as that takes little."""
+FEW_MAPS = 1000
+"""The same of segmentation, which takes longer."""
 PIXEL_SIDE = 32
 """Larger views are shrunk to this side before their pixels are compared."""
 RUNS_K, RUNS_IMAGES = 20, (50_000, 10_000)
@@ -35,7 +43,9 @@ RUNS_K, RUNS_IMAGES = 20, (50_000, 10_000)
 
 
 def measure_baselines(task: Task, others: Sequence[Task] = ()) -> None:
-    """Measure by kNN what an encoder must beat, as `--baselines` asks; every process must call it.
+    """Measure what an encoder must beat, as `--baselines` asks; every process must call it.
+
+    They are measured by kNN, or without it by segmentation, whichever stands in the first line.
 
     By default raw pixels are measured where views are small or images few, and the untrained
     encoder where images are few; what the encoder's own run has measured on these images is taken
@@ -45,13 +55,16 @@ def measure_baselines(task: Task, others: Sequence[Task] = ()) -> None:
         others: measured before, whose pixels need not be measured again if views are the same.
     """
     args, encoder = task.args, task.encoder
-    if "knn" not in args.protocol_names or args.baselines is False:
+    if args.baselines is False:
+        return
+    if "knn" not in args.protocol_names:
+        if "segmentation" in args.protocol_names:
+            _measure_maps(task)
         return
     few = len(task.data.train.split) + len(task.data.test.split) <= FEW_IMAGES
     wanted = bool(args.baselines or few)  # measured, they are compared on the same images
     task.baselines |= {} if wanted else _measured_by_the_run(task)
-    same = (other.baselines for other in others if other.encoder.data_config == encoder.data_config)
-    if (shared := next((found[PIXELS] for found in same if PIXELS in found), None)) is not None:
+    if (shared := _pixels_of_another(task, others)) is not None:
         task.baselines.setdefault(PIXELS, shared)
     small = encoder.image_size <= SMALL_IMAGE
     if (wanted or small) and PIXELS not in task.baselines:
@@ -59,6 +72,30 @@ def measure_baselines(task: Task, others: Sequence[Task] = ()) -> None:
     other = untrained_like(encoder, seed=args.seed) if wanted else None
     if other is not None:
         _measure(task, UNTRAINED, other)
+
+
+def _pixels_of_another(task: Task, others: Sequence[Task]) -> Baseline | None:
+    """The pixels that another task has measured, if its views are the same."""
+    same = (o.baselines for o in others if o.encoder.data_config == task.encoder.data_config)
+    return next((found[PIXELS] for found in same if PIXELS in found), None)
+
+
+def _measure_maps(task: Task) -> None:
+    """Measure by segmentation the pixels below each position, and the untrained encoder."""
+    images = len(task.data.train.split) + len(task.data.test.split)
+    if not task.args.baselines and images > FEW_MAPS:
+        return
+    encoders: dict[str, Encoder | None] = {
+        PIXELS: pixels_of_cells(task.encoder, input_size(task)),
+        UNTRAINED: untrained_like(task.encoder, seed=task.args.seed),
+    }
+    for name, encoder in encoders.items():
+        if encoder is None:
+            continue
+        encoder = replace(encoder, module=encoder.module.to(task.device))
+        found = measure_maps(task, encoder, f"{MEAN_IOU}, {name}")
+        if found is not None:
+            task.baselines[name] = Baseline(found.measurement)
 
 
 def pixels_of(encoder: Encoder) -> Encoder:

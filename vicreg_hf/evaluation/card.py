@@ -11,6 +11,9 @@ from huggingface_hub import EvalResult, ModelCard
 from vicreg_hf.evaluation.measurements import Measurement
 from vicreg_hf.hub.card import write_card
 
+TASKS = {"segmentation": "image-segmentation"}
+"""What the Hub calls the task of a protocol, where it is not classification."""
+
 
 def add_evaluation(
     path: Path, measurements: Sequence[Measurement], *, dataset: str, split: str
@@ -35,9 +38,9 @@ def add_evaluation(
         card.data.model_name = card.data.model_name or path.resolve().parent.name
         card.data.eval_results = kept + [
             EvalResult(
-                task_type="image-classification", dataset_type=dataset, dataset_name=dataset,
-                dataset_split=split, metric_type=_metric_type(m.name), metric_name=m.name,
-                metric_value=round(100 * m.value, 2),
+                task_type=TASKS.get(m.protocol, "image-classification"), dataset_type=dataset,
+                dataset_name=dataset, dataset_split=split, metric_type=_metric_type(m.name),
+                metric_name=m.name, metric_value=round(100 * m.value, 2),
             )
             for m in shares
         ]  # fmt: skip
@@ -48,7 +51,7 @@ def add_evaluation(
 
 
 def _metric_type(name: str) -> str:
-    kinds = {"recall": "recall", "precision": "mean_average_precision"}
+    kinds = {"recall": "recall", "precision": "mean_average_precision", "mIoU": "mean_iou"}
     return next((kind for word, kind in kinds.items() if word in name), "accuracy")
 
 

@@ -20,14 +20,18 @@ from vicreg_hf.data.opening.slicing import add_parts
 from vicreg_hf.evaluation.baselines import measure_baselines
 from vicreg_hf.evaluation.card import add_evaluation
 from vicreg_hf.evaluation.classifier import check_savable
+from vicreg_hf.evaluation.dense.looking import maps_of_task
+from vicreg_hf.evaluation.dense.masks import Masks, find_mask_column, open_masks
+from vicreg_hf.evaluation.dense.segmentation import input_size
 from vicreg_hf.evaluation.pair_embeddings import Pairs, open_pairs
-from vicreg_hf.evaluation.protocols import RUNNERS
+from vicreg_hf.evaluation.protocols import RUNNERS, TOGETHER
 from vicreg_hf.evaluation.report.gallery import Gallery
 from vicreg_hf.evaluation.report.verdict import Evaluated, differences, right_answers, verdict
 from vicreg_hf.evaluation.requirements import require_labels, require_neighbours
 from vicreg_hf.evaluation.task import Task
 from vicreg_hf.features.cache import Features, cached_features
 from vicreg_hf.features.encoders import Encoder, open_encoder
+from vicreg_hf.features.maps import map_encoder
 from vicreg_hf.hub.card import CARD_FILE
 from vicreg_hf.hub.record import impersonal
 from vicreg_hf.runtime.checks import read_range
@@ -36,7 +40,7 @@ from vicreg_hf.runtime.distributed import failing_together
 from vicreg_hf.runtime.files import clear_leftovers, replacing, writing
 from vicreg_hf.runtime.machine import hardware, software, start_accelerator
 from vicreg_hf.runtime.output_dir import set_aside
-from vicreg_hf.settings.evaluation import TRAINED, EvaluationArguments, run_name
+from vicreg_hf.settings.evaluation import EvaluationArguments, run_name
 
 RESULTS, REPORT = "results.json", "report.html"
 SAME_FACTS = ("encoder_sha256", "dataset", "train_split", "eval_split", "preprocessing", "bf16")
@@ -97,14 +101,21 @@ def evaluate(args: EvaluationArguments, *, say: Say = print) -> dict[str, Any]:
 def _open_task(args: EvaluationArguments, accelerator: Accelerator) -> Task:
     """An encoder and the data it is measured on, with labels that suffice."""
     encoder = open_encoder(args.model, args.revision)
-    opened: list[tuple[LabelledData, Pairs | None]] = []
+    opened: list[tuple[LabelledData, Pairs | None, Masks | None]] = []
     for main_first in (True, False):
         with failing_together(accelerator.device):
             if accelerator.is_main_process == main_first:
                 opened.append(_open_data(args, encoder))
-    ((data, pairs),) = opened
+    ((data, pairs, masks),) = opened
     require_labels(args, data, num_processes=accelerator.num_processes)
-    return Task(args, accelerator, encoder, data, pairs)
+    task = Task(args, accelerator, encoder, data, pairs, masks)
+    with failing_together(accelerator.device):
+        if masks is not None:
+            _ = map_encoder(encoder, input_size(task))  # which refuses one without a map
+            if accelerator.is_main_process:
+                images = {part: task.part(part).split for part in masks.samples}
+                masks.read(images, seed=args.seed, max_bad_fraction=args.max_bad_fraction)
+    return task
 
 
 def _encode(task: Task, say: Say | None) -> None:
@@ -133,7 +144,7 @@ def _keep_common_images(found: Sequence[dict[str, Features]]) -> None:
 def _measure(task: Task, tasks: Sequence[Task], tell: Say) -> None:
     for protocol in task.args.protocol_names:
         before = len(task.measurements)
-        if protocol in TRAINED:
+        if protocol in TOGETHER:
             RUNNERS[protocol](task)
         else:
             with failing_together(task.device):
@@ -146,21 +157,32 @@ def _measure(task: Task, tasks: Sequence[Task], tell: Say) -> None:
         tell(f"{baseline.measurement.name}: {baseline.measurement.shown}")
 
 
-def _open_data(args: EvaluationArguments, encoder: Encoder) -> tuple[LabelledData, Pairs | None]:
+def _open_data(
+    args: EvaluationArguments, encoder: Encoder
+) -> tuple[LabelledData, Pairs | None, Masks | None]:
+    splits, image_column, mask_column = {}, args.image_column, None
+    if {"segmentation", "cross-retrieval"} & set(args.protocol_names):
+        splits = open_dataset(args.dataset_name, args.dataset_config_name)
+    if "segmentation" in args.protocol_names and args.mask_dir is None:
+        features = next(iter(splits.values())).features
+        image_column, mask_column = find_mask_column(features, image_column, args.mask_column)
     data = open_labelled(
         args.dataset_name, train_split=args.train_split, eval_split=args.eval_split,
-        config_name=args.dataset_config_name, image_column=args.image_column,
+        config_name=args.dataset_config_name, image_column=image_column,
         label_column=args.label_column, channels=encoder.in_chans, sound=encoder.sound,
         value_range=read_range("value_range", args.value_range) or encoder.value_range,
     )  # fmt: skip
-    if "cross-retrieval" not in args.protocol_names:
-        return data, None
-    splits = open_dataset(args.dataset_name, args.dataset_config_name)
-    splits = add_parts(splits, eval_split=data.test_name)
-    return data, open_pairs(
-        args.model, splits[data.test_name], data.test.split, column=args.prime_column,
-        tokenizer=args.prime_tokenizer,
-    )  # fmt: skip
+    pairs = masks = None
+    if splits:
+        splits = add_parts(splits, train_split=data.train_name, eval_split=data.test_name)
+    if "cross-retrieval" in args.protocol_names:
+        pairs = open_pairs(
+            args.model, splits[data.test_name], data.test.split, column=args.prime_column,
+            tokenizer=args.prime_tokenizer,
+        )  # fmt: skip
+    if "segmentation" in args.protocol_names:
+        masks = open_masks(args, splits, data, mask_column)
+    return data, pairs, masks
 
 
 def _with_class(part: Labelled, features: Features, tell: Say) -> Features:
@@ -190,7 +212,7 @@ def _write(tasks: Sequence[Task], output_dir: Path, say: Say) -> dict[str, Any]:
     """Write what was measured, and return the contents of results.json."""
     models = [
         Evaluated(name, task.measurements, task.predictions, _gallery(task, "train"),
-                  _gallery(task, "test"), task.baselines)
+                  _gallery(task, "test"), task.baselines, task.segmented, maps_of_task(task))
         for name, task in zip(display_names([t.args.model for t in tasks]), tasks, strict=True)
     ]  # fmt: skip
     sentences = verdict(models, seed=tasks[0].args.seed, resamples=tasks[0].args.num_resamples)

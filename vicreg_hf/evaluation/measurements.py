@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -44,6 +44,32 @@ class Measurement:
     def to_dict(self) -> dict[str, Any]:
         """The entry in results.json."""
         return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A test image, and the class of each of its pixels."""
+
+    row: int
+    score: float
+    """Mean IoU of this image alone."""
+    image: Tensor = field(repr=False)
+    """(C, H, W) uint8."""
+    truth: Tensor = field(repr=False)
+    """(H, W) classes from 0, -1 where they count for nothing; likewise predicted, without -1."""
+    predicted: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Segmented:
+    """How the pixels of test images were told apart."""
+
+    names: Sequence[str]
+    """Of the classes."""
+    classes: Mapping[str, Mapping[str, Any]]
+    """IoU, interval and number of images of each class by its name."""
+    cases: Sequence[Case]
+    """The worst images first, then as many of the best."""
 
 
 @dataclass(frozen=True)

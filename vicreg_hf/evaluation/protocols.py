@@ -20,6 +20,7 @@ from vicreg_hf.data.columns.image_files import ImageError
 from vicreg_hf.data.memory import SMALL_IMAGE, common_side, load_in_memory
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.evaluation.classifier import Classifier, save_classifier
+from vicreg_hf.evaluation.dense.segmentation import segment
 from vicreg_hf.evaluation.finetuning import finetune
 from vicreg_hf.evaluation.measurements import Measurement
 from vicreg_hf.evaluation.pair_embeddings import embed_pairs
@@ -244,6 +245,8 @@ NAMES = {
     "linear-sgd": "linear, authors' protocol", "finetune-1": "fine-tuning, 1 % of the labels",
     "finetune-10": "fine-tuning, 10 % of the labels", "finetune": "fine-tuning",
 }  # fmt: skip
+TOGETHER = (*TRAINED, "segmentation")
+"""Protocols that every process takes part in; the main process measures by the others."""
 RUNNERS: dict[str, Callable[[Task], None]] = {
     "knn": _knn,
     "linear": _linear,
@@ -252,5 +255,6 @@ RUNNERS: dict[str, Callable[[Task], None]] = {
     "cross-retrieval": _cross_retrieval,
     "collapse": _collapse,
     **{name: partial(_trained, name) for name in TRAINED},
+    "segmentation": segment,
 }
 """The function that measures by each of `PROTOCOLS`."""

@@ -11,7 +11,7 @@ from vicreg_hf.evaluation.label_lists import listed_subset, paths_of_images
 from vicreg_hf.metrics.subsets import balanced_subset
 from vicreg_hf.settings.evaluation import TRAINED, EvaluationArguments
 
-NO_LABELS = ("collapse", "cross-retrieval")
+NO_LABELS = ("collapse", "cross-retrieval", "segmentation")
 MULTI_LABEL = ("svm",)
 
 

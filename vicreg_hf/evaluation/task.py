@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from vicreg_hf.data.labelled import Labelled, LabelledData
-from vicreg_hf.evaluation.measurements import Baseline, Measurement, scored
+from vicreg_hf.evaluation.dense.masks import Masks
+from vicreg_hf.evaluation.measurements import Baseline, Measurement, Segmented, scored
 from vicreg_hf.evaluation.pair_embeddings import Pairs
 from vicreg_hf.features.cache import Features
 from vicreg_hf.features.encoders import Encoder
@@ -31,6 +32,8 @@ class Task:
     data: LabelledData
     pairs: Pairs | None = None
     """Both branches and the test pairs, for cross-retrieval."""
+    masks: Masks | None = None
+    """Those of both splits, for segmentation."""
     usable: dict[str, Features] = field(default_factory=dict)
     """Features of "train" and "test", of all images that can be used."""
     features: dict[str, Features] = field(default_factory=dict)
@@ -40,6 +43,8 @@ class Task:
     """(M,) classes on the CPU by the name of the classifier."""
     baselines: dict[str, Baseline] = field(default_factory=dict)
     """Others in the encoder's place, by name, such as "raw pixels"."""
+    segmented: Segmented | None = None
+    """Per class and image, what segmentation has found."""
 
     @property
     def device(self) -> torch.device:

@@ -54,6 +54,9 @@ class Encoder:
     """How sounds become its images, if it was trained on sounds."""
     value_range: tuple[float, float] | None = None
     """The values that become black and white, if it was trained on images of more than 8 bits."""
+    map_size: tuple[int, int] | None = None
+    """h and w of a feature map that takes the place of pooled features, flattened to F = h w width
+    numbers; None where features are pooled."""
 
     @property
     def in_chans(self) -> int:

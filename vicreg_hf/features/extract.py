@@ -19,7 +19,16 @@ from vicreg_hf.data.classes import renumber_classes
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.splits import ImageSplit, image_split
 from vicreg_hf.features.encoders import Encoder, open_encoder
-from vicreg_hf.features.parts import parts_of, read_table, write_part
+from vicreg_hf.features.maps import map_encoder
+from vicreg_hf.features.parts import (
+    EMBEDDING,
+    HEIGHT,
+    MAP,
+    WIDTH,
+    parts_of,
+    read_table,
+    write_part,
+)
 from vicreg_hf.features.writing import complete_parts
 from vicreg_hf.hub.api import HubError, open_repository, push_files, visible_files
 from vicreg_hf.hub.push import describe_push
@@ -65,6 +74,8 @@ def _extract(args: ExtractionArguments) -> Path:
         )
     encoder = open_encoder(args.model, args.revision)
     encoder.module.to(accelerator.device)
+    if args.features == "map":
+        encoder = map_encoder(encoder)
     with main_process_first():
         splits = _open_splits(args, encoder)
     _check_record(args, encoder, splits, output_dir, write=main)
@@ -72,17 +83,18 @@ def _extract(args: ExtractionArguments) -> Path:
         for left in (output_dir / "data").glob(".*.partial"):  # by a process that was killed
             left.unlink()
     wait_for_all()
+    assert args.rows_per_file is not None
     parts = parts_of(splits, output_dir / "data", args.rows_per_file)
     complete_parts(
         encoder, splits, parts, accelerator, directory=output_dir, remedy=REMEDY,
         max_bad_fraction=args.max_bad_fraction, listed_in=output_dir / BAD_IMAGES,
         batch_size=args.batch_size, num_workers=args.num_workers, bf16=args.bf16,
-        dtype=args.dtype, root=args.dataset_name,
+        dtype=str(args.dtype), root=args.dataset_name,
     )  # fmt: skip
     if main:
         card = output_dir / CARD
         with optional(f"{card} is left out"), replacing(card) as aside:
-            aside.write_text(_card(args, splits), encoding="utf-8")
+            aside.write_text(_card(args, splits, encoder), encoding="utf-8")
         if args.push_to_hub:
             _push(args, splits, output_dir)
     wait_for_all()
@@ -141,7 +153,7 @@ def _check_record(
     places = {
         "model": _place(args.model), "revision": args.revision,
         "dataset_name": _place(args.dataset_name), "image_column": args.image_column,
-        "dataset_config_name": args.dataset_config_name,
+        "dataset_config_name": args.dataset_config_name, "features": args.features,
     }  # fmt: skip
     path = output_dir / RECORD
     recorded = read_record(path)
@@ -179,16 +191,21 @@ def read_record(path: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def _card(args: ExtractionArguments, splits: dict[str, ImageSplit]) -> str:
+def _card(args: ExtractionArguments, splits: dict[str, ImageSplit], encoder: Encoder) -> str:
     # No `configs`: `datasets` finds splits by the names of files, and where a card lists these it
     # takes what it has cached of any folder of that name, whatever the files hold by now.
     metadata = yaml.safe_dump({"tags": ["embeddings"]})
     counts = ", ".join(f"{len(split):,} of {name}" for name, split in splits.items())
+    kind, column = "Pooled features", EMBEDDING
+    if encoder.map_size is not None:
+        height, width = encoder.map_size
+        kind = f"Feature maps of {height} x {width} positions, row by row, of the encoder's view,"
+        column = f"{MAP}` (positions, features), `{HEIGHT}`, `{WIDTH}"
     return (
         f"---\n{metadata}---\n\n# Features of `{impersonal(args.dataset_name)}` by "
-        f"`{impersonal(args.model)}`\n\nPooled features in {args.dtype}, one row for each image "
+        f"`{impersonal(args.model)}`\n\n{kind} in {args.dtype}, one row for each image "
         f"({counts}), less those that cannot be decoded: `row`, `image_id`, `label` if there is "
-        "any, `embedding`. Written by `vicreg-hf extract` of vicreg_hf.\n"
+        f"any, `{column}`. Written by `vicreg-hf extract` of vicreg_hf.\n"
     )
 
 

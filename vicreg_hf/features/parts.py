@@ -22,6 +22,10 @@ from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.runtime.checks import one_line
 from vicreg_hf.runtime.files import replacing
 
+EMBEDDING, MAP = "embedding", "feature_map"
+"""The column of pooled features (F,), and that of feature maps (h w, width)."""
+HEIGHT, WIDTH = "map_height", "map_width"
+"""Columns of a map's h and w, which readers of parquet would not find in the metadata."""
 CHECKSUM = b"vicreg_hf.sha256"
 """Key in a file's metadata of the SHA-256 of its rows."""
 NAME = "{split}-{number:05d}-of-{of:05d}.parquet"
@@ -132,8 +136,10 @@ def read_part(part: Part, num_features: int, *, with_features: bool = True) -> C
 
 
 def features_of(table: pa.Table) -> NDArray[np.floating[Any]]:
-    """The features of the rows of a part, (N, F)."""
-    flat = table["embedding"].combine_chunks().flatten().to_numpy()
+    """The features of the rows of a part, (N, F); a map's positions follow each other."""
+    (name,) = {MAP, EMBEDDING} & set(table.column_names)
+    flat = table[name].combine_chunks().flatten()
+    flat = (flat.flatten() if name == MAP else flat).to_numpy()
     return flat.reshape(len(table), -1) if len(table) else flat.reshape(0, 0)
 
 

@@ -178,6 +178,11 @@ def open_search(
     record = read_record(directory / RECORD)
     if record is None:
         raise ValueError(f"features must be a directory that extract wrote, got {directory}.")
+    if record.get("features") == "map":
+        raise ValueError(
+            f"search compares pooled features, and {directory} holds feature maps; extract without "
+            "--features map into another output_dir."
+        )
     files = _files(directory, split)
     encoder = _encoder(record, directory, model)
     encoder.module.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -26,7 +26,16 @@ from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.workers import loading_errors
 from vicreg_hf.features.encode import check_finite_features, encode_with, encoding_precision
 from vicreg_hf.features.encoders import Encoder
-from vicreg_hf.features.parts import Part, PartError, read_part, write_part
+from vicreg_hf.features.parts import (
+    EMBEDDING,
+    HEIGHT,
+    MAP,
+    WIDTH,
+    Part,
+    PartError,
+    read_part,
+    write_part,
+)
 from vicreg_hf.runtime.distributed import failing_together, gather_objects, wait_for_all
 from vicreg_hf.runtime.files import writing
 from vicreg_hf.runtime.machine import default_num_workers, local_processes
@@ -166,8 +175,10 @@ def write_parts(
                 features.append(encode_with(encoder, batch.images, device))
             bar.update(len(rows))
             if rows[-1] == part.rows[-1]:
-                found = check_finite_features(torch.cat(features)).cpu().numpy().astype(dtype)
-                _write(part, splits[part.split], prepared, found, root)
+                found = check_finite_features(torch.cat(features).to(getattr(torch, dtype)))
+                _write(
+                    part, splits[part.split], prepared, found.cpu().numpy(), encoder.map_size, root
+                )
                 prepared, features = [], [empty]
     return left_out
 
@@ -211,20 +222,31 @@ def _write(
     split: ImageSplit,
     batches: list[PreparedRows],
     features: NDArray[np.floating[Any]],
+    map_size: tuple[int, int] | None,
     root: str,
 ) -> None:
     rows = [row for batch in batches for row in batch.rows]
     paths = [path for batch in batches for path in batch.paths]
     ids = [_image_id(row, path, root) for row, path in zip(rows, paths, strict=True)]
-    width = features.shape[1]
+    kind: Any = datasets.Value(str(features.dtype))
     # from_dict would take each number by itself
-    embedding = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), width)
-    arrays = [pa.array(rows, pa.int64()), pa.array(ids, pa.string()), embedding]
+    column, lengths = pa.array(features.reshape(-1)), [features.shape[1]]
+    if map_size is not None:
+        positions = map_size[0] * map_size[1]
+        lengths = [features.shape[1] // positions, positions]
+    for length in lengths:
+        column = pa.FixedSizeListArray.from_arrays(column, length)
+        kind = datasets.List(kind, length=length)
+    arrays = [pa.array(rows, pa.int64()), pa.array(ids, pa.string()), column]
     kinds: dict[str, Any] = {
         "row": datasets.Value("int64"),
         "image_id": datasets.Value("string"),
-        "embedding": datasets.List(datasets.Value(str(features.dtype)), length=width),
+        EMBEDDING if map_size is None else MAP: kind,
     }
+    if map_size is not None:
+        for name, side in zip((HEIGHT, WIDTH), map_size, strict=True):
+            arrays.append(pa.array([side] * len(rows), pa.int32()))
+            kinds[name] = datasets.Value("int32")
     if split.labels is not None:
         arrays.append(pa.array(split.labels[torch.tensor(rows, dtype=torch.long)].numpy()))
         names = list(split.label_names)

@@ -21,8 +21,9 @@ CARD_FILE = "README.md"
 LOSS_PICTURE = "pictures/loss_terms.png"
 SPECTRUM_PICTURE = "pictures/singular_values.png"
 RETRIEVAL_PICTURE = "pictures/retrievals.png"
-PICTURES = (LOSS_PICTURE, SPECTRUM_PICTURE, RETRIEVAL_PICTURE)
-PHOTOGRAPHS = (RETRIEVAL_PICTURE,)
+MAPS_PICTURE = "pictures/feature_maps.png"
+PICTURES = (LOSS_PICTURE, SPECTRUM_PICTURE, RETRIEVAL_PICTURE, MAPS_PICTURE)
+PHOTOGRAPHS = (RETRIEVAL_PICTURE, MAPS_PICTURE)
 """Pictures that show images of the data, which are published on request alone."""
 MODEL_ID = "org/name"
 """The placeholder in a card for its repository, until the encoder is pushed to one."""

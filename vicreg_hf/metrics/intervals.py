@@ -87,6 +87,47 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def ratio_intervals(
+    parts: NDArray[np.integer],
+    wholes: NDArray[np.integer],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """95 % percentile intervals of ratios of sums over resampled test images, and of their mean.
+
+    A class that no resampled image has counts for nothing in that resample.
+
+    Args:
+        parts: (M, K), such as an image's pixels of each class that are found.
+        wholes: (M, K), such as those that are of the class or are taken for it.
+
+    Returns:
+        Lower and upper ends, (K + 1,) each; the last is that of the mean of the K ratios. NaN for
+        a column without any whole.
+
+    Raises:
+        ValueError: no images, or shapes that differ.
+    """
+    if parts.shape != wholes.shape or parts.ndim != 2 or len(parts) == 0:
+        raise ValueError(
+            "parts and wholes must be one row an image, got shapes "
+            f"{parts.shape} and {wholes.shape}."
+        )
+    random, number = np.random.default_rng(seed), len(parts)
+    ratios = np.full((resamples, parts.shape[1] + 1), np.nan)
+    for row in ratios:
+        times = np.bincount(random.integers(number, size=number), minlength=number)
+        part, whole = times @ parts, times @ wholes
+        if (some := whole > 0).any():
+            row[:-1][some] = part[some] / whole[some]
+            row[-1] = row[:-1][some].mean()
+    ends = np.full((2, ratios.shape[1]), np.nan)
+    known = ~np.isnan(ratios).all(0)
+    ends[:, known] = np.nanquantile(ratios[:, known], [0.025, 0.975], axis=0)
+    return ends[0], ends[1]
+
+
 def _one_each(scores: ArrayLike) -> NDArray[np.float64]:
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 1 or len(scores) == 0:

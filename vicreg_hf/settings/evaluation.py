@@ -19,7 +19,12 @@ TRAINED: dict[str, tuple[FinetuneSettings, float]] = {
     "finetune": (TEN_PERCENT, 1.0),
 }
 """Protocols that train with the images: how, and on which fraction of the labels."""
-PROTOCOLS = ("knn", "linear", *TRAINED, "svm", "retrieval", "cross-retrieval", "collapse")
+PROTOCOLS = (
+    "knn", "linear", *TRAINED, "svm", "retrieval", "cross-retrieval", "segmentation", "collapse",
+)  # fmt: skip
+OF_SEGMENTATION = ("image_size", "mask_column", "mask_dir", "mask_names", "save_masks")
+"""Settings that say nothing without the protocol segmentation."""
+NO_VOID, USUAL_VOID = "none", "255"
 USUAL_NEIGHBOURS = {"knn_k": [20, 200], "retrieval_k": [1, 5, 10, 100]}
 """Numbers of neighbours where none are given, by setting."""
 
@@ -36,7 +41,8 @@ class EvaluationArguments(EncodingSettings):
     )  # fmt: skip
     headings: ClassVar[dict[str, str]] = EncodingSettings.headings | {
         "protocols": "what is measured", "knn_k": "protocols on features",
-        "epochs": "training a classifier with the images", "num_resamples": "results",
+        "image_size": "segmentation", "epochs": "training a classifier with the images",
+        "num_resamples": "results",
     }  # fmt: skip
 
     several: ClassVar[tuple[str, ...]] = ("model",)
@@ -46,7 +52,7 @@ class EvaluationArguments(EncodingSettings):
     the same images."""
     protocols: str = "knn,linear"
     """Protocols to measure by, joined by commas: any of knn, linear, linear-sgd, finetune-1,
-    finetune-10, finetune, svm, retrieval, cross-retrieval, collapse."""
+    finetune-10, finetune, svm, retrieval, cross-retrieval, segmentation, collapse."""
     output_dir: str | None = None
     """Directory of results.json and report.html; by default evaluations/MODEL-on-DATA."""
     train_split: str = "train"
@@ -78,16 +84,37 @@ class EvaluationArguments(EncodingSettings):
     """Passes of linear over the features."""
     labels_per_class: Count | None = None
     """Labels of each class that linear learns from, chosen by seed; by default all."""
+    image_size: str | None = None
+    """Pixels to which segmentation resizes whole images, as 480, or as 360x480 for height x width;
+    by default the encoder's own size. A larger one gives a finer feature map."""
+    mask_column: str | None = None
+    """Column of masks, images whose pixels are numbers of classes; by default the only one."""
+    mask_dir: str | None = None
+    """Folder of masks, instead of a column: they have the names of the images, in the same folders,
+    but for the ending."""
+    mask_names: str | None = None
+    """Names of the masks' classes: a text file with one in each line from number 0 on, a JSON file
+    such as id2label.json, or a column of the data that declares classes."""
+    save_masks: str | None = None
+    """Directory for what segmentation predicts: a PNG of class numbers for each test image, called
+    after its row."""
+    ignore_index: str = USUAL_VOID
+    """Numbers in masks that are no class and count for nothing, joined by commas, beside 255; none
+    makes 255 a class too."""
     epochs: Count | None = None
-    """Epochs of linear-sgd and finetune; by default the authors' number."""
+    """Epochs of linear-sgd and finetune, by default the authors' number, and of segmentation, by
+    default 50."""
     train_batch_size: Count | None = None
-    """Images per step of linear-sgd and finetune over all processes."""
+    """Images per step of linear-sgd and finetune over all processes, and of segmentation, by
+    default 16."""
     lr_head: Positive | None = None
-    """Learning rate of the classifier; by default the authors'."""
+    """Learning rate of the classifier; by default the authors', and of segmentation the best of
+    some on a tenth of the training images."""
     lr_backbone: NotNegative | None = None
     """Learning rate of the encoder in finetune; by default the authors' rate."""
     weight_decay: NotNegative | None = None
-    """Weight decay of linear-sgd and finetune; by default the authors'."""
+    """Weight decay of linear-sgd and finetune, by default the authors', and of segmentation, by
+    default 1e-4."""
     crop_scale: PositiveShare | None = None
     """Least area of the random crops of linear-sgd and finetune, as a fraction; by default 0.08."""
     label_fraction: PositiveShare | None = None
@@ -121,6 +148,18 @@ class EvaluationArguments(EncodingSettings):
                 "labels_per_class is a setting of the protocol linear, got "
                 f"protocols={self.protocols}; add linear, or leave it out."
             )
+        given = [name for name in OF_SEGMENTATION if getattr(self, name) is not None]
+        given += ["ignore_index"] if self.ignore_index != USUAL_VOID else []
+        if given and "segmentation" not in self.protocol_names:
+            raise ValueError(
+                f"{given[0]} is a setting of the protocol segmentation, got "
+                f"protocols={self.protocols}; add segmentation, or leave it out."
+            )
+        if self.save_masks is not None and len(self.model_names) > 1:
+            raise ValueError(f"save_masks keeps the masks of one encoder, got model={self.model}.")
+        if self.mask_column is not None and self.mask_dir is not None:
+            raise ValueError("mask_column and mask_dir exclude each other, got both.")
+        _ = self.map_input, self.void
         tuned = [name for name in self.protocol_names if name.startswith("finetune")]
         if self.save_classifier is not None and (len(tuned) != 1 or len(self.model_names) > 1):
             raise ValueError(
@@ -169,6 +208,32 @@ class EvaluationArguments(EncodingSettings):
                 f"{name} must be positive whole numbers joined by commas, got {text!r}."
             )
         return sorted(set(found))
+
+    @property
+    def map_input(self) -> tuple[int, int] | None:
+        """Height and width in pixels of the images that segmentation encodes; None if not given."""
+        if self.image_size is None:
+            return None
+        sides = str(self.image_size).lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+            raise ValueError(
+                "image_size must be a side in pixels, as 480, or height x width, as 360x480, got "
+                f"{self.image_size!r}."
+            )
+        return int(sides[0]), int(sides[-1])
+
+    @property
+    def void(self) -> frozenset[int]:
+        """Numbers in masks that count for nothing."""
+        if self.ignore_index == NO_VOID:
+            return frozenset()
+        numbers = str(self.ignore_index).split(",")
+        if not all(number.strip().isdecimal() for number in numbers):
+            raise ValueError(
+                "ignore_index must be numbers from 0 joined by commas, as 11,255, or none, got "
+                f"{self.ignore_index!r}."
+            )
+        return frozenset({int(USUAL_VOID), *map(int, numbers)})
 
     def training(self, protocol: str) -> tuple[FinetuneSettings, float]:
         """How one of `TRAINED` trains, and on which fraction of the labels."""

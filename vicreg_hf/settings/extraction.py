@@ -51,7 +51,7 @@ class ExtractionArguments(EncodingSettings):
 
     usual: ClassVar[tuple[str, ...]] = (
         "model", "dataset_name", "output_dir", "split", "batch_size", "bf16", "num_workers",
-        "dtype", "push_to_hub", "hub_dataset_id",
+        "features", "dtype", "push_to_hub", "hub_dataset_id",
     )  # fmt: skip
     headings: ClassVar[dict[str, str]] = EncodingSettings.headings | {
         "output_dir": "features", "push_to_hub": "Hub",
@@ -63,10 +63,13 @@ class ExtractionArguments(EncodingSettings):
     """Name of one split; by default all are encoded."""
     label_column: str | None = None
     """Column of classes to copy; by default the only one, or the one called label."""
-    dtype: Annotated[str, one_of("float32", "float16")] = "float32"
-    """float32 or float16: the type of the features that are written."""
-    rows_per_file: Count = 10_000
-    """Rows of each parquet file; a stop loses at most these."""
+    features: Annotated[str, one_of("pooled", "map")] = "pooled"
+    """pooled for one vector of an image, map for one of each position of the feature map."""
+    dtype: Annotated[str, one_of("float32", "float16")] | None = None
+    """float32 or float16: the type of the features that are written; by default float32, and for
+    maps float16."""
+    rows_per_file: Count | None = None
+    """Rows of each parquet file, by default 10,000, and 500 of maps; a stop loses at most these."""
     push_to_hub: bool = False
     """Push the features to the Hub as a data set; access is checked at the start."""
     hub_dataset_id: str | None = None
@@ -79,6 +82,11 @@ class ExtractionArguments(EncodingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        pooled = self.features == "pooled"
+        self._fill(
+            dtype=self.dtype or ("float32" if pooled else "float16"),
+            rows_per_file=self.rows_per_file or (10_000 if pooled else 500),
+        )
         if self.hub_dataset_id is not None:
             check_repo_id(self.hub_dataset_id, "hub_dataset_id")
         elif self.push_to_hub:

@@ -78,10 +78,13 @@ def test_neighbours_say_how_near_they_are_and_of_which_class(tmp_path: Path) -> 
 @pytest.mark.parametrize(("steps", "every"), [(1, 1), (45, 2)])
 def test_short_runs_log_enough_rows_for_a_curve(steps: int, every: int, tmp_path: Path) -> None:
     data, run = write_images(tmp_path / "images", rows=32), tmp_path / "run"
-    flags = flags_of(data, run, f"--max_steps={steps}", "--batch_size=32")
+    fine = '--model_args={"output_stride": 8}'  # a map that shows something
+    flags = flags_of(data, run, f"--max_steps={steps}", "--batch_size=32", fine)
     args = parse_arguments([flag for flag in flags if not flag.startswith("--logging_steps")])
     pretrain(args)
     logged = [row["step"] for row in metrics(run) if "loss" in row]
     assert logged == [n for n in range(1, steps + 1) if n % every == 0 or n == steps]
     card = (run / "encoder" / "README.md").read_text()
     assert ("loss_terms.png" in card) is (steps > 1)  # one point is no curve
+    assert "pictures/feature_maps.png" in card
+    assert inked(run / "encoder" / "pictures" / "feature_maps.png") > 500

@@ -175,7 +175,11 @@ def test_photographs_are_sent_only_where_they_may_be(publish_images: bool, tmp_p
         trackers.start(log, SETTINGS, step=0)
         trackers.show([tmp_path / each for each in PICTURES], step=1, publish_images=publish_images)
     sent = (tmp_path / "diary.txt").read_text().splitlines()[2:]
-    assert sent == ["loss_terms", "singular_values", *["retrievals"] * publish_images]
+    assert sent == [
+        "loss_terms",
+        "singular_values",
+        *["retrievals", "feature_maps"] * publish_images,
+    ]
     assert "retrievals" in events(tmp_path).Tags()["images"]  # which stays on this machine
 
 

@@ -172,6 +172,16 @@ def _read(data: bytes, channels: int) -> NDArray[Any]:
             return _turn(image).pixels(pixels)
 
 
+def upright_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width in pixels of an image, upright, by its file's header; None if unreadable."""
+    with warnings.catch_warnings(), suppress(Exception):  # PIL raises whatever its parsing meets
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            return (width, height) if _turn(image).transposed else (height, width)
+    return None
+
+
 _TURNS: dict[Any, Turn] = {
     2: Turn(columns=True),
     3: Turn(rows=True, columns=True),

@@ -60,14 +60,21 @@ def _accuracies(
     right = np.bincount(truth[predicted == truth], minlength=len(names))
     tested = np.flatnonzero(images)
     order = tested[np.argsort(right[tested] / images[tested], kind="stable")].tolist()
-    left_out = len(order) - WORST - BEST if len(order) > MAX_BARS else 0
+    shown, left_out = few_of(order)
     bars = []
-    for index in order[:WORST] + order[-BEST:] if left_out else order:
+    for index in shown:
         low, high = wilson_interval(int(right[index]), int(images[index]))
         share = float(right[index] / images[index])
         bar = {"images": int(images[index]), "share": share, "low": low, "high": high}
         bars.append({"name": names[index], **bar})
     return {"bars": bars, "left_out": left_out, "untested": len(names) - len(tested)}
+
+
+def few_of(bars: list[Any]) -> tuple[list[Any], int]:
+    """All of some bars, the worst first, or of many the worst and the best; and how many not."""
+    if len(bars) <= MAX_BARS:
+        return bars, 0
+    return bars[:WORST] + bars[-BEST:], len(bars) - WORST - BEST
 
 
 def _confused_pairs(

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from vicreg_hf.features.maps import picture_of
+
 THUMBNAIL = 96
 """Pixels of a thumbnail's longer side, at most."""
 LOSSLESS_BYTES = 4096
@@ -75,8 +77,7 @@ class Inline:
 
 def thumbnail(image: Tensor, side: int = THUMBNAIL) -> Inline:
     """A small picture of an image (C, H, W) uint8 of any size, its longer side at most `side`."""
-    shown = (image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)).permute(1, 2, 0)
-    picture = Image.fromarray(shown.cpu().contiguous().numpy())
+    picture = picture_of(image)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     inline = encoded(picture, "png", optimize=True)
     if len(inline.data) <= LOSSLESS_BYTES:

@@ -13,7 +13,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vicreg_hf.evaluation.report.charts import COLOURS, MARKERS, feature_map, spectrum
 from vicreg_hf.evaluation.report.classes import BEST, WORST, classes
+from vicreg_hf.evaluation.report.maps import pictures_of_maps
 from vicreg_hf.evaluation.report.neighbours import neighbours
+from vicreg_hf.evaluation.report.segmentation import segmentation
 from vicreg_hf.evaluation.report.verdict import (
     UNTRAINED,
     Evaluated,
@@ -21,11 +23,14 @@ from vicreg_hf.evaluation.report.verdict import (
     right_answers,
     verdict,
 )
+from vicreg_hf.features.maps import MATCHES
 from vicreg_hf.metrics.intervals import RESAMPLES
 from vicreg_hf.runtime.console import optional
 
 TEMPLATE = "report.html.jinja"
-SECTIONS = ("neighbours", "map", "classes", "spectrum")
+RESAMPLED = {"svm": "the SVM", "segmentation": "segmentation"}
+"""Protocols whose intervals are over resampled images, in the words of the page."""
+SECTIONS = ("neighbours", "map", "classes", "segmentation", "maps", "spectrum")
 """Parts of the page that there are of each encoder."""
 
 
@@ -86,6 +91,10 @@ def _sections(
     if test.labels is not None:
         truth = test.labels.numpy()
         makers["classes"] = lambda: classes(predicted, truth, names)
+    if (segmented := model.segmented) is not None:
+        makers["segmentation"] = lambda: segmentation(segmented)
+    if (shown := model.maps) is not None:
+        makers["maps"] = lambda: pictures_of_maps(shown)
     found: dict[str, Any] = {"name": model.name} | dict.fromkeys(SECTIONS)
     for section, make in makers.items():
         with optional(f"the report is without its section {section}"):
@@ -109,6 +118,7 @@ def _standing(models: Sequence[Evaluated]) -> list[dict[str, Any]]:
                 {
                     "name": name, "images": m.num_images, "share": m.value, "low": m.low,
                     "high": m.high, "baseline": place > 0, "measure": head.name,
+                    "resampled": head.protocol in RESAMPLED,
                 }
             )  # fmt: skip
     return bars
@@ -131,6 +141,7 @@ def _template() -> Any:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.globals.update(
-        colours=COLOURS, num_markers=len(MARKERS), num_worst=WORST, num_best=BEST
-    )
+        colours=COLOURS, resampled=RESAMPLED, num_markers=len(MARKERS), num_worst=WORST,
+        num_best=BEST, num_matches=MATCHES,
+    )  # fmt: skip
     return environment.get_template(TEMPLATE)

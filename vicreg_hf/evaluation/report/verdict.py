@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vicreg_hf.evaluation.measurements import Baseline, Measurement
+from vicreg_hf.evaluation.measurements import Baseline, Measurement, Segmented
 from vicreg_hf.evaluation.report.gallery import Gallery
+from vicreg_hf.evaluation.report.maps import Maps
 from vicreg_hf.metrics.intervals import RESAMPLES, bootstrap_interval
 
 PREFERRED = (
-    "knn", "linear", "linear-sgd", "finetune", "finetune-10", "finetune-1", "svm",
+    "knn", "segmentation", "linear", "linear-sgd", "finetune", "finetune-10", "finetune-1", "svm",
     "cross-retrieval", "retrieval",
 )  # fmt: skip
 """Protocols whose number stands in the first line; the first of them that was measured."""
@@ -42,6 +43,10 @@ class Evaluated:
     test: Gallery
     """Images that are mapped and looked up."""
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
+    segmented: Segmented | None = None
+    """Per class and image, what segmentation has found."""
+    maps: Maps | None = None
+    """Feature maps of some test images, if the encoder has any."""
 
     @property
     def headline(self) -> Measurement | None:

@@ -17,20 +17,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from vicreg_hf.data.bad_images import BadImages
 from vicreg_hf.data.batches import evaluation_batches
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.data.streams import ImageStream
 from vicreg_hf.features.encode import extract_features
-from vicreg_hf.hub.card import LOSS_PICTURE, RETRIEVAL_PICTURE, SPECTRUM_PICTURE
+from vicreg_hf.features.maps import FEWEST, colours_of_maps, maps_of, picture_of
+from vicreg_hf.hub.card import LOSS_PICTURE, MAPS_PICTURE, RETRIEVAL_PICTURE, SPECTRUM_PICTURE
 from vicreg_hf.hub.record import Picture
 from vicreg_hf.metrics.retrieval import most_similar
 from vicreg_hf.runtime.console import optional
 from vicreg_hf.runtime.files import replacing
 from vicreg_hf.runtime.randomness import Stream, permutation
-from vicreg_hf.training.monitoring.preview import picture_of
 from vicreg_hf.training.run import Run
 
 MAX_BANK = 2000
@@ -128,6 +128,26 @@ def draw_pictures(run: Run, directory: Path) -> Iterator[Picture]:
             f"{len(bank.images):,} images of {train.name}."
         )
         yield Picture(RETRIEVAL_PICTURE, told + (f" {MARKS}" if marked else ""))
+    with optional(LEFT_OUT.format(MAPS_PICTURE)):
+        path = directory / MAPS_PICTURE
+        path.unlink(missing_ok=True)
+        shown = read_and_encode(held_out or train, queried).images
+        if (maps := _maps(model.encoder, shown, settings)) is not None:
+            draw_maps(shown, maps, path)
+            told = (
+                f"Above, {source}; below, the first three principal components of the features at "
+                "each position of the encoder's last map, as red, green and blue."
+            )
+            yield Picture(MAPS_PICTURE, told)
+
+
+def _maps(encoder: nn.Module, images: Tensor, settings: Any) -> Tensor | None:
+    """The maps (N, h, w, F) of images; None where there are none, or of few positions."""
+    try:
+        found = maps_of(encoder, images, **settings)
+    except ValueError:
+        return None
+    return found if found.shape[1] * found.shape[2] >= FEWEST else None
 
 
 def _class_names(split: ImageSplit, rows: NDArray[np.int64]) -> list[str | None]:
@@ -230,6 +250,17 @@ def draw_retrievals(queries: Shown, bank: Shown, path: Path) -> bool:
     grid[0][1].set_title("nearest", fontsize=9, loc="left")
     _save(figure, path)
     return marked
+
+
+def draw_maps(images: Tensor, maps: Tensor, path: Path) -> None:
+    """Draw images (N, C, S, S) uint8 above the principal components of their maps (N, h, w, F)."""
+    colours = colours_of_maps(maps, (images.shape[2], images.shape[3]))
+    figure = Figure(figsize=(len(images) * 1.25, 2.6), layout="constrained")
+    grid = figure.subplots(2, len(images), squeeze=False)
+    for column, pair in enumerate(zip(images, colours, strict=True)):
+        for axes, shown in zip(grid[:, column], pair, strict=True):
+            _show(axes, shown, "", PLAIN)
+    _save(figure, path)
 
 
 def below_neighbour(similarity: float, own: str | None, other: str | None) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vicreg_hf.data.columns.base import BadImage
 from vicreg_hf.data.streams import ImageStream
+from vicreg_hf.features.maps import picture_of
 from vicreg_hf.runtime.console import warn
 from vicreg_hf.runtime.randomness import Stream, permutation
 from vicreg_hf.settings.pretraining import PretrainingArguments
@@ -190,9 +191,3 @@ def picture_of_views(images: Sequence[Tensor], views: Sequence[Tensor]) -> Image
             margin = GAP + (tile - large.width) // 2
             sheet.paste(large, (margin + column * step, margin + row * step))
     return sheet
-
-
-def picture_of(pixels: Tensor) -> Image.Image:
-    """RGB of (C, H, W) uint8; grey where there are fewer than three channels."""
-    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1].expand(3, -1, -1)
-    return Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
