@@ -51,7 +51,7 @@ class ExtractionArguments(EncodingSettings):
 
     usual: ClassVar[tuple[str, ...]] = (
         "model", "dataset_name", "output_dir", "split", "batch_size", "bf16", "num_workers",
-        "features", "dtype", "push_to_hub", "hub_dataset_id",
+        "features", "push_to_hub", "hub_dataset_id",
     )  # fmt: skip
     headings: ClassVar[dict[str, str]] = EncodingSettings.headings | {
         "output_dir": "features", "push_to_hub": "Hub",
