@@ -20,8 +20,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
+from vicreg_hf.data import memory
 from vicreg_hf.data.bad_images import BadImages
 from vicreg_hf.data.batches import centre_crop, evaluation_batches, training_views
+from vicreg_hf.data.columns.base import ImageError
 from vicreg_hf.data.crops import StepCrops
 from vicreg_hf.data.memory import common_side, load_in_memory
 from vicreg_hf.data.sampler import GlobalBatches
@@ -141,6 +143,39 @@ def test_each_process_has_its_own_copy_where_memory_cannot_be_shared(gloo: GlooP
     assert first.bad == second.bad == [3]
     assert first.told == b"hello" != second.told
     assert (first.said, second.said.count("keeps its own copy of 0 MiB: this system")) == ("", 1)
+
+
+def look_where_one_machine_cannot_read(side: int) -> tuple[int | None, bool]:
+    """What two machines find, of which the second cannot read the images of a side."""
+    split = split_of([*photographs(8, 20, 20), *photographs(8, 24, 24)])
+    decode = ImageSplit.decode
+
+    def decode_some(*args: Any) -> Any:
+        image = decode(*args)
+        if image.shape[-1] == side and rank() == 1:
+            raise ImageError("the connection was lost")
+        return image
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "_machine", lambda: str(rank()))
+        patch.setattr(ImageSplit, "decode", decode_some)
+        found = common_side(split)
+        images = None if found is None else load_in_memory(split)
+    return found, images is None
+
+
+@pytest.mark.parametrize("side", [20, 24])
+def test_an_image_that_one_machine_cannot_read_divides_no_processes(
+    gloo: GlooPool, side: int
+) -> None:
+    """The second sees images of one size alone, in the place of those that it cannot read."""
+    assert gloo.run(2, look_where_one_machine_cannot_read, side) == [(20, True)] * 2
+
+
+def test_a_file_of_another_identity_is_not_opened(tmp_path: Path) -> None:
+    offer = memory._Offer((1, 3, 2, 2), [], str(tmp_path), (0, 0))
+    with pytest.raises(OSError, match="is another file in this process"):
+        offer.map()
 
 
 # --- views of training

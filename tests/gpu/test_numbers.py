@@ -1,4 +1,4 @@
-"""Loss, views, micro-batches and snapshots on a GPU against what they must be."""
+"""Loss, batch norms, views, micro-batches and snapshots on a GPU against what they must be."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pytest
 import torch
 from authors_loss import LOSSES, assert_exact, views_of
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from workflow import SMALL
 
 from vicreg_hf import TwoViews, VICRegConfig, VICRegModel, vicreg_loss
+from vicreg_hf.models.batch_norm import SyncBatchNorm
 from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.training.gradcache import backward_in_chunks
 from vicreg_hf.training.resuming import save, wait_until_saved
@@ -39,6 +40,66 @@ def test_loss_and_gradient_are_those_of_float64(
     views = [z.detach().to(device).requires_grad_() for z in made]
     definition = LOSSES["two views"][2]
     assert_exact(vicreg_loss(*views).loss, views, definition)
+
+
+# Batch normalisation
+
+
+def norms(device: torch.device) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    made: dict[str, nn.Module] = {
+        "plain": nn.BatchNorm2d(16),
+        "frozen": nn.BatchNorm2d(16),
+        "without weights": nn.BatchNorm2d(16, affine=False),
+        "without running statistics": nn.BatchNorm2d(16, track_running_stats=False),
+    }
+    for norm in made.values():
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
+    made["frozen"].eval().requires_grad_(False)
+    return nn.ModuleDict(made).to(device)
+
+
+def normalised_by_each(made: nn.ModuleDict, xs: list[Tensor]) -> list[Tensor]:
+    return [norm(x) for norm, x in zip(made.values(), xs, strict=True)]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_synchronised_batch_norm_is_torchs_on_one_process(
+    dtype: torch.dtype, layout: Any, compiled: bool, device: torch.device, tiny: bool
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shape = (2, 4, 16, 3, 2) if tiny else (2, 64, 16, 9, 7)
+    made = torch.randn(shape, generator=generator).to(device)
+    x, slope = (y.to(dtype).contiguous(memory_format=layout) for y in (made[0] * 3 + 2, made[1]))
+    compiled = compiled and not tiny  # a CPU's compiled ones: `tests/models/test_batch_norm.py`
+
+    def results_of(norms: Any, call: Any) -> dict[str, Tensor]:
+        xs = [x.clone().requires_grad_() for _ in norms]
+        ys = call(norms, xs)
+        torch.autograd.backward(ys, [slope] * len(ys))
+        found: dict[str, Any] = {}
+        for kind, given, y in zip(norms, xs, ys, strict=True):
+            found |= {f"{kind}: output": y.detach(), f"{kind}: gradient": given.grad}
+        gradients = {f"{name}.grad": p.grad for name, p in norms.named_parameters()}
+        return found | norms.state_dict() | {k: g for k, g in gradients.items() if g is not None}
+
+    expected = results_of(norms(device), normalised_by_each)
+    call: Any = normalised_by_each
+    if compiled:
+        call = torch.compile(call, fullgraph=True, dynamic=False)
+    found = results_of(SyncBatchNorm.convert(norms(device)), call)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        wanted = expected[name]
+        assert value.dtype == wanted.dtype, name
+        # what is of half precision was rounded once, on either side
+        close = max(1e-4, 2 * torch.finfo(value.dtype).eps if value.is_floating_point() else 0)
+        torch.testing.assert_close(
+            value, wanted, rtol=close, atol=close, msg=lambda said, name=name: f"{name}: {said}"
+        )
 
 
 # Views

@@ -98,7 +98,10 @@ def test_batch_norm_over_processes_equals_torchs_on_all_rows(
     sizes, found = split_sizes(world), gloo.run(world, normalise_own_rows, kinds)
     for kind in kinds:
         norm = batch_norm(kind)
-        whole = normalise(norm, norm_inputs(kind, sum(sizes)))
+        batches = norm_inputs(kind, sum(sizes))
+        whole = normalise(norm, batches)
+        # in eval mode each normalises by itself, which shows without running statistics
+        whole["eval"] = torch.cat([norm(x).detach() for x in batches[0].split(sizes)])
         state = {name for name, _ in norm.named_buffers()}
         for number, results in enumerate(found):
             actual, summed = results[kind]
@@ -112,6 +115,21 @@ def test_without_a_process_group_batch_norm_is_torchs(kind: str) -> None:
     batches = norm_inputs(kind, 6)
     expected = normalise(batch_norm(kind), batches)
     assert_all_close(normalise(SyncBatchNorm.convert(batch_norm(kind)), batches), expected)
+
+
+def evaluate_unequally_often(kind: str) -> list[Tensor]:
+    norm, batches = SyncBatchNorm.convert(batch_norm(kind)).eval(), norm_inputs(kind, 6)
+    return [norm(x).detach() for x in batches[: 1 + rank()]]
+
+
+@pytest.mark.parametrize("kind", ["1d", "no running statistics"])
+def test_processes_may_evaluate_unequally_often(gloo: GlooPool, kind: str) -> None:
+    norm = batch_norm(kind).eval()
+    expected = [norm(x).detach() for x in norm_inputs(kind, 6)]
+    for number, found in enumerate(gloo.run(2, evaluate_unequally_often, kind)):
+        assert len(found) == 1 + number
+        for actual, wanted in zip(found, expected, strict=False):
+            torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-11)
 
 
 def normalise_in_half_precision(dtype: torch.dtype) -> Tensor:
@@ -265,6 +283,11 @@ def test_operators_of_cuda_take_the_arguments_of_their_stand_ins(
             def call(*args: Any) -> Any:
                 with pytest.raises(NotImplementedError, match="'CPU' backend"):
                     getattr(torch, name)(*args)
+                if name == "batch_norm_gather_stats_with_counts":
+                    first, *_, counts = args
+                    running = args[3]
+                    # CUDA's accesses counts as of this type, and fails if they are of another
+                    assert counts.dtype == (first if running is None else running).dtype
                 called.add(name)
                 return getattr(own, name)(*args)
 
@@ -272,5 +295,7 @@ def test_operators_of_cuda_take_the_arguments_of_their_stand_ins(
 
     monkeypatch.setattr(module_under_test, "_Portable", Both())
     for kind in NORMS:
-        normalise(SyncBatchNorm.convert(batch_norm(kind)), norm_inputs(kind, 6))
+        for of_norm, of_x in ((torch.float64,) * 2, (torch.float32, torch.bfloat16)):
+            norm = SyncBatchNorm.convert(batch_norm(kind).to(of_norm))
+            normalise(norm, [x.to(of_x) for x in norm_inputs(kind, 6)])
     assert called == {name for name in vars(own) if name.startswith("batch_norm_")}

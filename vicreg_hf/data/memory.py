@@ -20,12 +20,19 @@ from vicreg_hf.data.bad_images import BadImages
 from vicreg_hf.data.columns.base import BadImage
 from vicreg_hf.data.splits import ImageSplit
 from vicreg_hf.runtime.console import warn
-from vicreg_hf.runtime.distributed import failing_together, gather_objects, rank, world_size
+from vicreg_hf.runtime.distributed import (
+    agree,
+    failing_together,
+    gather_objects,
+    rank,
+    world_size,
+)
 
 SMALL_IMAGE = 64
 """Side in pixels up to which images are taken at their own size, with the `cifar` views."""
 MEMORY_BUDGET = 4 * 2**30
-"""Bytes of decoded pixels that the processes of a machine keep in memory at most."""
+"""Bytes of decoded pixels that the processes of a machine keep in memory at most; where they cannot
+share memory, that each of them keeps."""
 
 
 def load_in_memory(
@@ -41,7 +48,8 @@ def load_in_memory(
     has no name and is freed with the last of them, however they end.
 
     Returns:
-        (N, C, H, W) uint8, or None where sizes differ or the pixels exceed the budget in bytes.
+        (N, C, H, W) uint8, or in every process None, where sizes differ or the pixels exceed the
+        budget in bytes.
     """
     chosen = range(len(split)) if rows is None else rows.tolist()
     decode = _decode if world_size() == 1 else _decode_once
@@ -87,8 +95,8 @@ class _Offer(NamedTuple):
     unusable: list[BadImage]
     file: str | None
     """Where the pixels are mapped from, or None where they cannot be shared."""
-    inode: int
-    """Of that file."""
+    identity: tuple[int, int]
+    """Device and inode of that file."""
 
     def map(self) -> Tensor:
         """The pixels, in the memory of the process that has decoded.
@@ -98,10 +106,11 @@ class _Offer(NamedTuple):
         """
         if self.file is None or self.shape is None:
             raise OSError("this system has no memory that is shared without a name")
+        # first, as to open a file that is not ours, such as a device, may have effects
+        if _identity(os.stat(self.file)) != self.identity:
+            raise OSError(f"{self.file} is another file in this process")
         opened = os.open(self.file, os.O_RDWR)
         try:
-            if os.fstat(opened).st_ino != self.inode:
-                raise OSError(f"{self.file} is another file in this process")
             return _mapped(opened, math.prod(self.shape)).view(self.shape)
         finally:
             os.close(opened)
@@ -122,8 +131,8 @@ def _decode_once(
                 for file in files:
                     until_mapped.callback(os.close, file)
                 shape = None if images is None else tuple(images.shape)
-                where = [(f"/proc/{os.getpid()}/fd/{f}", os.fstat(f).st_ino) for f in files]
-                offer = _Offer(shape, unusable, *(where[0] if where else (None, 0)))
+                where = [(f"/proc/{os.getpid()}/fd/{f}", _identity(os.fstat(f))) for f in files]
+                offer = _Offer(shape, unusable, *(where[0] if where else (None, (0, 0))))
         offer = gather_objects([offer])[leader]
         assert offer is not None
         with failing_together(cpu):  # and wait for all
@@ -138,7 +147,12 @@ def _decode_once(
                         f"its own copy of {math.prod(offer.shape) / 2**20:.0f} MiB: {error}.",
                         everywhere=True,
                     )
-    return images, unusable
+    # on another machine, or in a copy of its own, a file may have failed to be read
+    return (None, []) if agree(images is None)[0] else (images, unusable)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _machine() -> str:
@@ -176,8 +190,15 @@ def _mapped(file: int, size: int) -> Tensor:
 
 
 def common_side(split: ImageSplit) -> int | None:
-    """The side of the images if they look small, square and alike; else None."""
-    images, _ = split.read_or_replace(range(min(8, len(split))))
-    height, width = images[0].shape[-2:]
-    alike = all(image.shape == images[0].shape for image in images)
-    return height if alike and height == width <= SMALL_IMAGE else None
+    """The side of the images if they look small, square and alike; else None.
+
+    Every process must call this. The main one looks, so that all get the same.
+    """
+    side = None
+    with failing_together(torch.device("cpu")):
+        if rank() == 0:
+            images, _ = split.read_or_replace(range(min(8, len(split))))
+            height, width = images[0].shape[-2:]
+            alike = all(image.shape == images[0].shape for image in images)
+            side = height if alike and height == width <= SMALL_IMAGE else None
+    return gather_objects([side])[0]

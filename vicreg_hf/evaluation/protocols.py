@@ -33,7 +33,7 @@ from vicreg_hf.metrics.knn import knn_predict
 from vicreg_hf.metrics.linear_probe import linear_probe
 from vicreg_hf.metrics.retrieval import average_precision_at_k, nearest_neighbours, recall_at_k
 from vicreg_hf.metrics.subsets import balanced_subset
-from vicreg_hf.runtime.distributed import failing_together
+from vicreg_hf.runtime.distributed import failing_together, gather_objects
 from vicreg_hf.runtime.machine import default_num_workers, local_processes
 from vicreg_hf.settings.evaluation import TRAINED
 from vicreg_hf.views.two_views import TwoViews
@@ -237,7 +237,7 @@ def _in_memory(split: ImageSplit, in_chans: int) -> ImageSplit | Tensor:
         return split
     bad = BadImages(len(split), 1.0, None)
     images = load_in_memory(split, bad=bad)
-    bad.agree(say=lambda _: None)
+    bad.agree(gather_objects, say=lambda _: None)
     return split if images is None or len(bad) or images.shape[1] != in_chans else images
 
 

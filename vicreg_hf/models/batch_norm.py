@@ -166,7 +166,7 @@ def _dense(x: Tensor) -> Tensor:
 class _Normalize(torch.autograd.Function):
     """Normalise by statistics of all processes' rows, through which the gradient goes too.
 
-    It sends one message, backward. Nothing waits for a GPU.
+    It sends one message, backward, and never waits for a GPU.
     """
 
     @staticmethod
@@ -211,17 +211,19 @@ class _Normalize(torch.autograd.Function):
 class SyncBatchNorm(_BatchNorm):
     """Batch normalisation over the rows of all processes, on any device.
 
-    torch's own raises on CPU, waits for a GPU three times a call, and ends compiled graphs.
-    Statistics and gradients equal those of one process that holds every row; every process must
-    hold at least one. It also calls the dropout and activation that timm fuses into its
-    BatchNormAct2d.
+    torch's own raises on CPU, waits for a GPU three times a call, and ends compiled graphs; this
+    one waits once a call, and ends graphs, only where momentum is None, for a cumulative average.
+    In training, statistics and gradients equal those of one process that holds every row; every
+    process must hold at least one. It also calls the dropout and activation that timm fuses into
+    its BatchNormAct2d.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training and self.running_mean is not None:
+        if not self.training:  # each process by itself, as they may evaluate unequally often
             normal = F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
+                x, self.running_mean, self.running_var, self.weight, self.bias,
+                training=self.running_mean is None, eps=self.eps,
+            )  # fmt: skip
         else:
             x, group_name = _dense(x), norm_group_name()
             statistics = self._statistics(x, group_name)
@@ -253,8 +255,10 @@ class SyncBatchNorm(_BatchNorm):
         means, invstds, counts = parts.split([len(mean), len(mean), 1], dim=1)
         running = self.running_mean, self.running_var
         kind = counts.dtype if running[0] is None else running[0].dtype
+        # CUDA's operator takes the type of counts from its first argument where nothing is running:
+        # `means`, as x may be in half precision (pytorch issues 96203 and 98332)
         mean, invstd = operators.batch_norm_gather_stats_with_counts(
-            x, means, invstds, *running, momentum or 0.0, self.eps, counts.flatten().to(kind)
+            means, means, invstds, *running, momentum or 0.0, self.eps, counts.flatten().to(kind)
         )
         return mean, invstd, counts.flatten().to(torch.int32)
 

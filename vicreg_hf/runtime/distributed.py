@@ -26,7 +26,8 @@ Within a step they wait as long as their backend does by default, ten minutes wi
 _patient: list[Any] = []
 """The group over which long work is waited for, if there is one; else the default group."""
 _of_norms: list[tuple[weakref.ref[Any], str]] = []
-"""The default group for which batch normalisation was given a group, and the name of the latter."""
+"""At most one pair: a default group, and the name of the group that batch normalisation has beside
+it. The name is of no use once another group is the default one."""
 
 
 def be_patient() -> None:
@@ -233,18 +234,19 @@ def gather_shares(x: Tensor, shares: Sequence[range]) -> Tensor:
     return torch.cat([part[: len(own)] for part, own in zip(parts, shares, strict=True)])
 
 
-def _gather_in(x: Tensor, group_name: str) -> Tensor:
+# torch.compile takes each of these as one node of a graph, which does not end there; what such a
+# node returns must not be what it was given.
+
+
+@torch.library.custom_op("vicreg_hf::gather_in", mutates_args=())
+def _gather_op(x: Tensor, group_name: str) -> Tensor:
     rows = gather_rows(x, find_group(group_name))
     return rows.clone() if rows is x else rows
 
 
-def _sum_in(x: Tensor, group_name: str) -> Tensor:
+@torch.library.custom_op("vicreg_hf::sum_in", mutates_args=())
+def _sum_op(x: Tensor, group_name: str) -> Tensor:
     return sum_over_processes(x.clone(), find_group(group_name))
-
-
-# torch.compile takes each as one node of a graph, which does not end there.
-_gather_op = torch.library.custom_op("vicreg_hf::gather_in", _gather_in, mutates_args=())
-_sum_op = torch.library.custom_op("vicreg_hf::sum_in", _sum_in, mutates_args=())
 
 
 @_gather_op.register_fake
@@ -259,12 +261,19 @@ def _(x: Tensor, _: str) -> Tensor:
 
 def gather_in(x: Tensor, group_name: str) -> Tensor:
     """`gather_rows` in the group of a name, also inside compiled graphs."""
-    return (_gather_op if torch.compiler.is_compiling() else _gather_in)(x, group_name)
+    if torch.compiler.is_compiling():
+        return _gather_op(x, group_name)
+    return gather_rows(x, find_group(group_name))
 
 
 def sum_in(x: Tensor, group_name: str) -> Tensor:
-    """`sum_over_processes` of a copy in the group of a name, also inside compiled graphs."""
-    return (_sum_op if torch.compiler.is_compiling() else _sum_in)(x, group_name)
+    """`sum_over_processes` in the group of a name, also inside compiled graphs.
+
+    Use only the sum that is returned: x becomes it too, but in compiled graphs it stays as it was.
+    """
+    if torch.compiler.is_compiling():
+        return _sum_op(x, group_name)
+    return sum_over_processes(x, find_group(group_name))
 
 
 class _GatherRows(torch.autograd.Function):

@@ -236,7 +236,9 @@ def test_small_held_out_images_are_decoded_once_and_all_are_seen_as_before(
     assert isinstance(monitor.held_out.source, Tensor) == once
 
 
-def measured_together(batch: int, *, raising: bool = False) -> tuple[dict[str, float], list[int]]:
+def measured_together(
+    batch: int, *, raising: bool = False, classify: Any = lambda y: y.argmax(1)
+) -> tuple[dict[str, float], list[int]]:
     """The accuracies, and how many images this process has encoded at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(knn, "AT_ONCE", batch)
@@ -250,7 +252,7 @@ def measured_together(batch: int, *, raising: bool = False) -> tuple[dict[str, f
                 raise Stopped("asked")
             return nullcontext()
 
-        found = monitor.measure(encoder, CPU, lambda y: y.argmax(1), autocast=autocast)
+        found = monitor.measure(encoder, CPU, classify, autocast=autocast)
         return found, [len(y) for y in encoder.given]
 
 
@@ -276,6 +278,22 @@ def stopped_together() -> str:
 
 def test_a_request_to_stop_one_process_ends_the_measurement_in_all(gloo: GlooPool) -> None:
     assert gloo.run(2, stopped_together) == ["The measurement was not finished.", "asked"]
+
+
+def failed_together() -> str:
+    def classify(y: Tensor) -> Tensor:
+        if rank() == 1:
+            raise RuntimeError("out of memory")
+        return y.argmax(1)
+
+    with pytest.raises(RuntimeError) as error:
+        measured_together(8, classify=classify)
+    return str(error.value)
+
+
+def test_a_process_that_cannot_classify_ends_the_measurement_in_all(gloo: GlooPool) -> None:
+    said = "another process has failed; its own message says why."
+    assert gloo.run(2, failed_together) == [said, "out of memory"]
 
 
 def test_encoders_are_measured_in_the_precision_given(

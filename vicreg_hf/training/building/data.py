@@ -25,6 +25,7 @@ from vicreg_hf.data.samples import Reductions
 from vicreg_hf.data.splits import ImageSplit, held_out_split, image_split
 from vicreg_hf.data.streams import ImageStream, features_of, image_stream
 from vicreg_hf.runtime.checks import range_text, read_range
+from vicreg_hf.runtime.distributed import agree
 from vicreg_hf.runtime.machine import default_num_workers
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.second_branch import open_run_column, takes_waveforms
@@ -120,8 +121,10 @@ def open_training_data(
         loaded = load_in_memory(train, bad=bad)
         if loaded is not None:
             images = loaded
-        elif train.read_or_replace([0])[0][0].numel() * len(train) <= MEMORY_BUDGET:
-            side = None  # the first images are alike, but not all
+        else:
+            fit = train.read_or_replace([0])[0][0].numel() * len(train) <= MEMORY_BUDGET
+            if agree(fit)[0]:
+                side = None  # the first images are alike, but not all
     data = TrainingData(train, images, held_out, batches, total_steps, bad)
     workers = default_num_workers(local_processes)
     filled = _filled_in(

@@ -254,7 +254,8 @@ class KNNMonitor:
         Every process must call this: each encodes and classifies a part, and all get the result.
 
         Args:
-            classify: gives classes (N,) for representations (N, F), as the online probe does.
+            classify: gives classes (N,) for representations (N, F), as the online probe does; it
+                must not wait for other processes.
             autocast: the context that encoders compute in, to measure in the precision of the run;
                 neighbours and classes are found in single precision.
 
@@ -275,11 +276,13 @@ class KNNMonitor:
         shares = share_out(len(y), QUERIES_AT_ONCE)
         own = slice(shares[rank()].start, shares[rank()].stop)
         own_rows = None if own_rows is None else own_rows[own]
-        # `vote`, as `knn_predict` would end the run over a feature that is not finite
-        found = vote(x, train_labels, y[own], k=min(K, most), own_rows=own_rows)
-        predicted = {"knn": gather_shares(found, shares)}
-        if classify is not None:
-            predicted["probe"] = classify(y)
+        predicted = {}
+        with failing_together(device):
+            # `vote`, as `knn_predict` would end the run over a feature that is not finite
+            found = vote(x, train_labels, y[own], k=min(K, most), own_rows=own_rows)
+            if classify is not None:
+                predicted["probe"] = classify(y)
+        predicted["knn"] = gather_shares(found, shares)
         return {name: (p == labels).float().mean().item() for name, p in predicted.items()}
 
     def pixels(self, device: torch.device) -> float | None:
