@@ -30,12 +30,19 @@ from PIL import Image, ImageOps
 SETTINGS, CSS, TEMPLATE = "search.json", "cases.css", "cases.html.jinja"
 FEATURES, THUMBNAILS = "features", "thumbnails"
 """Folders of a Space, in which files of the same name belong together."""
+with suppress(ImportError):  # PIL's plugin for what telephones write, where it is installed
+    from pi_heif import register_heif_opener
+
+    register_heif_opener()
 Image.init()
 FORMATS = tuple(
     name
-    for name in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "MPO", "AVIF", "JPEG2000", "PPM")
+    for name in (
+        "JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "PPM", "DIB", "ICO", "QOI",
+        "PSD", "PCX", "SGI", "DDS", "TGA", "HEIF",
+    )
     if name in Image.OPEN
-)
+)  # fmt: skip
 MAX_PIXELS = 89_000_000
 """Largest size that the header of an upload may claim."""
 MAX_UPLOAD = "100mb"
@@ -161,7 +168,7 @@ def launch(blocks: Any, **where: Any) -> str:
     return address
 
 
-# What follows is of Spaces alone.
+# Only a Space uses the rest of this file; `search --serve` reads and encodes images otherwise.
 
 
 def read_image(path: str, channels: int, limits: Sequence[float] | None) -> Image.Image:
