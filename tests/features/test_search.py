@@ -91,7 +91,11 @@ def test_what_cannot_be_searched_is_said(
     refused("k must be positive, got 0", k=0)
     refused(r"of which .* holds features \(test, train\), got 'val'", split="val")
     refused("query must be files of images, got '.*absent", tmp_path / "absent")
-    refused("query must be images, and .*99.png cannot be used: ", photo, page)
+    refused("got '.*photos', which is a folder; give its files", place / "photos")
+    refused("query must be images, and .*99.png cannot be used: .*; leave it out", photo, page)
+    text = tmp_path / "text.jpg"
+    text.write_text("text")
+    refused("99.png cannot be used: .*; .*text.jpg .*; leave them out", page, photo, text)
     other = trained("test_vit")
     other.save_pretrained(tmp_path / "other", include_expander=False)
     refused("model must be the encoder of the features", model=str(tmp_path / "other"))

@@ -71,6 +71,7 @@ def test_a_private_space_finds_what_search_finds(
     assert "spaces/org/find (private: only its members see it): README.md, app.py" in said
     assert "It shows no image of the data, but holds features of 38 images, the classes cat" in said
     assert "Licence: none; --license chooses one." in said
+    assert 'Whoever sees it reads there: "Most similar images in photos. By cosine' in said
     assert "Published: " in said
     assert hub.repositories["spaces/org/find"].private
     assert pushed(hub).keys() == PAGES | FEATURES | WEIGHTS
@@ -150,6 +151,8 @@ def test_an_encoder_on_the_hub_is_loaded_from_there(
         publish_space(place / "features", "org/find", model="org/other")
     publish_space(place / "features", "org/find", model="org/encoder", private=False)
     assert not hub.repositories["spaces/org/find"].private
+    with pytest.raises(ValueError, match="private must be false for a Space that is public"):
+        publish_space(place / "features", "org/find", model="org/encoder", private=True)
     assert "org/encoder is private: give the Space a token" in capsys.readouterr().out
     assert pushed(hub).keys() == PAGES | FEATURES
     assert "models:\n- org/encoder\n" in pushed(hub)["README.md"].decode()
@@ -202,8 +205,8 @@ def test_what_cannot_be_a_space_is_refused_and_another_app_is_left_alone(
         refused(f"got {theirs['repo_id']}, which holds another app", name=theirs["repo_id"])
         assert pushed(hub, theirs["repo_id"]) == held
     for words, sentence in {
-        (): "one of repo_id, for an encoder, and space",
-        ("--space=org/find", "--repo_id=org/a"): "one of repo_id, for an encoder, and space",
+        (): "one of repo_id, for an encoder, and space, for a page, must be given, got none",
+        ("--space=org/find", "--repo_id=org/a"): "must be given, got both org/a and org/find",
         ("--space=org/find", "--onnx"): "onnx belongs to repo_id; leave it out",
         ("--repo_id=org/a", "--model=org/b"): "model belongs to space; leave it out",
     }.items():

@@ -71,11 +71,14 @@ class Neighbours(NamedTuple):
 
 
 class QueryError(ValueError):
-    """A new image that cannot be used."""
+    """New images that cannot be used."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"query must be images, and {path} cannot be used: {reason}")
-        self.reason = reason
+    def __init__(self, bad: Sequence[BadImage]) -> None:
+        named = "; ".join(f"{one.path} cannot be used: {one.reason.rstrip('.')}" for one in bad)
+        left = "it" if len(bad) == 1 else "them"
+        super().__init__(f"query must be images, and {named}; leave {left} out.")
+        self.reason = bad[0].reason
+        """Why the first cannot."""
 
 
 class SearchedPart:
@@ -159,7 +162,8 @@ class Search:
         """
         absent = [path for path in paths if not Path(path).is_file()]
         if absent:
-            raise ValueError(f"query must be files of images, got {absent[0]!r}, which is none.")
+            what = "a folder; give its files" if Path(absent[0]).is_dir() else "none"
+            raise ValueError(f"query must be files of images, got {absent[0]!r}, which is {what}.")
         kind = datasets.Image() if self.encoder.sound is None else datasets.Audio(decode=False)
         features = datasets.Features({"query": kind})
         table = datasets.Dataset.from_dict({"query": list(paths)}, features=features)
@@ -178,18 +182,24 @@ class Search:
         """Features (Q, F) of new images, which are prepared and encoded as extraction does.
 
         Raises:
-            QueryError: one is no image.
+            QueryError: some are no images.
         """
         device = next(self.encoder.module.parameters()).device
-        features = []
+        features: list[torch.Tensor] = []
+        bad: list[BadImage] = []
         for start in range(0, len(queries), AT_ONCE):
             images = []
             for sample in queries.try_each(range(start, min(start + AT_ONCE, len(queries)))):
                 if isinstance(sample, BadImage):
-                    raise QueryError(str(sample.path), sample.reason)
-                images.append(self.encoder.prepare(sample.content))
+                    bad.append(sample)
+                else:
+                    images.append(self.encoder.prepare(sample.content))
+            if bad:  # the others are still looked at, to name all that cannot be used
+                continue
             with torch.autocast(device.type, torch.bfloat16, enabled=self.record["bf16"]):
                 features.append(encode_with(self.encoder, torch.stack(images), device).cpu())
+        if bad:
+            raise QueryError(bad)
         return torch.cat(features).numpy()
 
     def find(self, paths: Sequence[str], k: int) -> list[Neighbours]:

@@ -139,20 +139,20 @@ def page(find: Callable[[str], Case], *, title: str, about: str, css: str) -> An
 
     template = environment().get_template(TEMPLATE)
 
-    def answer(path: str | None) -> str:
-        if path is None:
-            return ""
+    def answer(path: str) -> tuple[str, None]:
+        """HTML, and no file, so that the box is empty for the next one."""
         try:
             case = find(path)
         except ValueError as error:
-            return f'<p class="refused" role="alert">{html.escape(str(error))}</p>'
-        return f'{COLOURS}{css}</style><div class="found">{template.render(cases=[case])}</div>'
+            return f'<p class="refused" role="alert">{html.escape(str(error))}</p>', None
+        shown = template.render(cases=[case])
+        return f'{COLOURS}{css}</style><div class="found">{shown}</div>', None
 
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 600)) as blocks:
         gr.HTML(f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>")
         dropped = gr.File(label="Drop an image here", type="filepath", elem_id="query")
         found = gr.HTML(elem_id="answer")
-        dropped.change(answer, dropped, found, api_name="find")
+        dropped.upload(answer, dropped, [found, dropped], api_name="find")
     return blocks
 
 

@@ -109,7 +109,8 @@ def publish_space(
 
     Raises:
         ValueError: no features there, an encoder that stock transformers does not load as the same,
-            images that are asked for and cannot be opened, or a Space that is another app.
+            images that are asked for and cannot be opened, or a Space that is another app, or
+            public where it is to be private.
         HubError: the Hub refuses, or cannot be reached; the earlier revision is as it was.
     """
     check_repo_id(space_id, "space")
@@ -122,7 +123,13 @@ def publish_space(
         _check_stock(search, place)
         target: Any = {"token": token, "repo_type": "space"}
         space_id = open_repository(space_id, private=private is not False, **target)
-        there = look_at(space_id, **target).files
+        known = look_at(space_id, **target)
+        if private and not known.private:
+            raise ValueError(
+                f"private must be false for a Space that is public, got true for {space_id}; make "
+                "it private on the Hub, or choose another name."
+            )
+        there = known.files
         if there - NEW and not {app.SETTINGS, app.TEMPLATE} <= there:
             raise ValueError(
                 f"space must be new or a page that this command has pushed, got {space_id}, which "
@@ -305,6 +312,8 @@ def _shown(search: Search, place: Place, images: Mapping[str, ImageSplit]) -> st
     shows = f"It shows no image of the data, but holds {holds}; --publish_images true adds them."
     if images:
         shows = f"It shows every image of the data as a thumbnail, and holds {holds}."
+    title, about = describe(search)
+    shows += f' Whoever sees it reads there: "{title}. {about}"'
     if place.private:
         shows += (
             f" {place.name} is private: give the Space a token that may read it, as the secret "
