@@ -24,7 +24,9 @@ from transformers import AutoImageProcessor, AutoModel
 from workflow import small_files
 
 from vicreg_hf.data.columns.image_files import ImageError
+from vicreg_hf.features.encoders import open_encoder
 from vicreg_hf.features.parts import write_part
+from vicreg_hf.features.pictures import open_pictures
 from vicreg_hf.features.search import nearest_images
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -200,6 +202,23 @@ def test_a_damaged_record_hinders_or_is_said(
     with pytest.raises(ValueError, match=rf"{record} must say which .* damaged \(.*; delete it if"):
         again(tmp_path)
     assert files(tmp_path) == files(extracted)
+
+
+def test_the_record_says_where_encoder_and_images_are_by_now(
+    extracted: Path, encoder: Path, folder: Path, tmp_path: Path
+) -> None:
+    features = shutil.copytree(extracted, tmp_path / "features")
+    path = features / "extraction.json"
+    record = json.loads(path.read_text())
+    del record["image_column"], record["dataset_config_name"]  # as an earlier version wrote it
+    path.write_text(json.dumps(record))
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    extract(encoder, moved, features, image_column="image")
+    record = json.loads(path.read_text())
+    assert (record["dataset_name"], record["image_column"]) == (str(moved), "image")
+    assert record["dataset_config_name"] is None
+    assert files(features) == files(extracted)
+    assert open_pictures(record, open_encoder(str(encoder))).keys() == {"train", "test"}
 
 
 def test_other_settings_are_not_mixed_in(extracted: Path, again: Callable[..., Path]) -> None:

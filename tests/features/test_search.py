@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from extracting import extract, load, write_encoder, write_folder
 from families import trained
-from sklearn.neighbors import NearestNeighbors
 
-from vicreg_hf.features.search import nearest_images, nearest_rows
+from vicreg_hf.features.search import exact_search, nearest_images
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -49,11 +48,11 @@ def test_neighbours_are_those_of_a_product_of_all_features(place: Path, tmp_path
     assert [n.split for n in few.nearest] == ["test", "test"]  # which has no more
 
 
-@pytest.mark.parametrize("package", ["faiss", "torch"])
-def test_the_rows_found_are_those_of_scikit_learn(
+@pytest.mark.parametrize("package", ["faiss", "scikit-learn"])
+def test_the_rows_found_are_those_of_a_product_in_double_precision(
     package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if package == "torch":
+    if package == "scikit-learn":
         monkeypatch.setattr("vicreg_hf.features.search.find_spec", lambda _: None)
     elif find_spec("faiss") is None:
         pytest.skip("faiss is not installed: pip install faiss-cpu")
@@ -61,13 +60,18 @@ def test_the_rows_found_are_those_of_scikit_learn(
     bank, wanted = rng.normal(size=(500, 24)), rng.normal(size=(7, 24))
     bank[40] = 3 * wanted[2]  # its length does not matter
     bank[0], bank[1] = 0, wanted[5]
-    similarity, rows = nearest_rows(bank.astype(np.float16), wanted.astype(np.float32), 20)
-    search = NearestNeighbors(n_neighbors=20, metric="cosine").fit(bank.astype(np.float16))
-    distances, expected = search.kneighbors(wanted)
-    np.testing.assert_allclose(similarity, 1 - distances, atol=1e-4)
+    bank = bank.astype(np.float16)
+    search = exact_search(bank)
+    similarity, rows = search(wanted.astype(np.float32), 500)
+    lengths = np.linalg.norm(bank.astype(np.float64), axis=1)
+    product = bank / np.maximum(lengths, 1e-12)[:, None] @ wanted.T
+    product = (product / np.linalg.norm(wanted, axis=1)).T
+    expected = np.argsort(-product, axis=1)
+    ordered = np.take_along_axis(product, expected, 1)
+    np.testing.assert_allclose(similarity, ordered, atol=1e-5)  # 0 to the row of zeros
     # but for those whose similarities are alike to rounding
-    apart = np.diff(distances, append=3) > 1e-4
-    apart &= np.diff(distances, prepend=-1) > 1e-4
+    apart = -np.diff(ordered, append=-3) > 1e-5
+    apart &= -np.diff(ordered, prepend=3) > 1e-5
     assert (rows == expected)[apart].all()
     assert apart.mean() > 0.8
     assert (rows[2, 0], rows[5, 0]) == (40, 1)
@@ -87,7 +91,11 @@ def test_what_cannot_be_searched_is_said(
     refused("k must be positive, got 0", k=0)
     refused(r"of which .* holds features \(test, train\), got 'val'", split="val")
     refused("query must be files of images, got '.*absent", tmp_path / "absent")
-    refused("query must be images, and .*99.png cannot be used: ", photo, page)
+    refused("got '.*photos', which is a folder; give its files", place / "photos")
+    refused("query must be images, and .*99.png cannot be used: .*; leave it out", photo, page)
+    text = tmp_path / "text.jpg"
+    text.write_text("text")
+    refused("99.png cannot be used: .*; .*text.jpg .*; leave them out", page, photo, text)
     other = trained("test_vit")
     other.save_pretrained(tmp_path / "other", include_expander=False)
     refused("model must be the encoder of the features", model=str(tmp_path / "other"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from hub import READER, Hub, connected, running_hub
 from huggingface_hub import HfApi, snapshot_download
 from PIL import Image
 from uploads import UNUSABLE, USABLE, write_uploads
+from workflow import ROOT
 
 from vicreg_hf.commands.publish import main
+from vicreg_hf.data.columns import image_files
 from vicreg_hf.features.search import nearest_images
 from vicreg_hf.hub.api import HubError
+from vicreg_hf.search_pages import app
 from vicreg_hf.search_pages.app import Space, UnusableError
-from vicreg_hf.search_pages.space import publish_space
+from vicreg_hf.search_pages.space import GRADIO, publish_space
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 PAGES = {"README.md", "app.py", "cases.css", "cases.html.jinja", "requirements.txt", "search.json"}
@@ -67,6 +71,7 @@ def test_a_private_space_finds_what_search_finds(
     assert "spaces/org/find (private: only its members see it): README.md, app.py" in said
     assert "It shows no image of the data, but holds features of 38 images, the classes cat" in said
     assert "Licence: none; --license chooses one." in said
+    assert 'Whoever sees it reads there: "Most similar images in photos. By cosine' in said
     assert "Published: " in said
     assert hub.repositories["spaces/org/find"].private
     assert pushed(hub).keys() == PAGES | FEATURES | WEIGHTS
@@ -82,6 +87,15 @@ def test_a_private_space_finds_what_search_finds(
         assert hit.picture is None
     rows = {(hit.split, hit.row, hit.label) for hit in case.hits}
     assert len(rows & {(near.split, near.row, near.label) for near in expected.nearest}) >= 7
+
+
+def test_a_space_has_the_gradio_that_tests_have() -> None:
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert f"gradio=={GRADIO}" in extra["test"]
+
+
+def test_a_space_reads_what_the_package_reads() -> None:
+    assert (app.FORMATS, app.MAX_PIXELS) == (image_files.FORMATS, image_files.MAX_PIXELS)
 
 
 def test_unusual_uploads_are_searched_and_unusable_ones_refused(
@@ -137,6 +151,8 @@ def test_an_encoder_on_the_hub_is_loaded_from_there(
         publish_space(place / "features", "org/find", model="org/other")
     publish_space(place / "features", "org/find", model="org/encoder", private=False)
     assert not hub.repositories["spaces/org/find"].private
+    with pytest.raises(ValueError, match="private must be false for a Space that is public"):
+        publish_space(place / "features", "org/find", model="org/encoder", private=True)
     assert "org/encoder is private: give the Space a token" in capsys.readouterr().out
     assert pushed(hub).keys() == PAGES | FEATURES
     assert "models:\n- org/encoder\n" in pushed(hub)["README.md"].decode()
@@ -180,14 +196,17 @@ def test_what_cannot_be_a_space_is_refused_and_another_app_is_left_alone(
     ours.save_pretrained(tmp_path / "ours", include_expander=False)
     extract(tmp_path / "ours", place / "photos", tmp_path / "features")
     refused("must have an encoder that stock timm knows, got resnet18_cifar", tmp_path / "features")
-    HfApi().create_repo("org/theirs", repo_type="space", space_sdk="gradio")
-    files: Any = {"path_in_repo": "app.py", "repo_id": "org/theirs", "repo_type": "space"}
-    HfApi().upload_file(path_or_fileobj=b"print()", **files)
-    refused("got org/theirs, which holds another app", name="org/theirs")
-    assert pushed(hub, "org/theirs").keys() == {"app.py"}
+    for names in (["index.html"], ["app.py", "search.json"]):
+        theirs: Any = {"repo_id": f"org/{names[0]}", "repo_type": "space"}
+        HfApi().create_repo(**theirs, space_sdk="gradio")
+        held = {"README.md": b"---\nsdk: static\n---\n"} | dict.fromkeys(names, b"{}")
+        for path, content in held.items():
+            HfApi().upload_file(path_in_repo=path, path_or_fileobj=content, **theirs)
+        refused(f"got {theirs['repo_id']}, which holds another app", name=theirs["repo_id"])
+        assert pushed(hub, theirs["repo_id"]) == held
     for words, sentence in {
-        (): "one of repo_id, for an encoder, and space",
-        ("--space=org/find", "--repo_id=org/a"): "one of repo_id, for an encoder, and space",
+        (): "one of repo_id, for an encoder, and space, for a page, must be given, got none",
+        ("--space=org/find", "--repo_id=org/a"): "must be given, got both org/a and org/find",
         ("--space=org/find", "--onnx"): "onnx belongs to repo_id; leave it out",
         ("--repo_id=org/a", "--model=org/b"): "model belongs to space; leave it out",
     }.items():

@@ -49,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with script(ValueError, OSError, RuntimeError, SafetensorError, YAMLError):
         if (args.repo_id is None) == (args.space is None):
+            given = f"both {args.repo_id} and {args.space}" if args.space else "none"
             raise ValueError(
-                "one of repo_id, for an encoder, and space, for a page, must be given."
+                "one of repo_id, for an encoder, and space, for a page, must be given, got "
+                f"{given}."
             )
         not_its_own = ("include_expander", "onnx", "revision") if args.space else ("model",)
         if wrong := [name for name in not_its_own if getattr(args, name)]:

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit("error: serve needs the package gradio; pip install 'vicreg-hf[demo]'.")
 
     from vicreg_hf.features.search import check_k, open_search
+    from vicreg_hf.runtime.console import warn
     from vicreg_hf.search_pages.hits import check_page, pictures_of, write_hits
     from vicreg_hf.search_pages.serve import check_port, serve
 
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         path = None if args.html is None else check_page(args.html)
         search = open_search(args.features, split=args.split, model=args.model)
+        if args.k > search.num_rows:
+            warn(f"k is {args.k}, and only {search.num_rows} images are searched; all are named.")
         found = search.find(args.query, args.k)
         print("\n\n".join(map(str, found)))
         if path is not None:

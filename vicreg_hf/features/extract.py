@@ -149,7 +149,8 @@ def _check_record(
         "splits": {name: split.fingerprint() for name, split in splits.items()},
         "classes": list(next(iter(splits.values())).label_names),  # alike in all
     }  # fmt: skip
-    # where these are does not change the features; `search` opens encoder and images again
+    # Where these are does not change the features, but `search` opens encoder and images again. So
+    # the record says where they were at the newest start.
     places = {
         "model": _place(args.model), "revision": args.revision,
         "dataset_name": _place(args.dataset_name), "image_column": args.image_column,
@@ -165,10 +166,11 @@ def _check_record(
             f"output_dir must hold features of the same model, data and settings, and "
             f"{output_dir} holds others ({', '.join(different)} differ); choose another."
         )
-    if write and "model" not in recorded:
+    renewed = recorded | record | places
+    if write and renewed != recorded:
         with writing(output_dir), replacing(path) as aside:
             output_dir.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(record | places, indent=2) + "\n")
+            aside.write_text(json.dumps(renewed, indent=2) + "\n")
 
 
 def _place(name: str) -> str:

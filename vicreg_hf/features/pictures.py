@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,11 @@ def open_pictures(record: Mapping[str, Any], encoder: Encoder) -> dict[str, Imag
         raise ValueError(
             "the features must name their data set, and an earlier version extracted them, which "
             "did not note it; extract them anew."
+        )
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise ValueError(
+            "the data set must be where it was when its features were extracted, and there is no "
+            f"file or folder {name}; move it back, or extract it anew into the same output_dir."
         )
     tables = open_dataset(name, record.get("dataset_config_name"))
     splits = {}

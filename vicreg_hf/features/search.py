@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from heapq import nlargest
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import normalize
+from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import normalize
 
 from vicreg_hf.data.columns.base import BadImage
 from vicreg_hf.data.splits import ImageSplit, image_split
@@ -28,10 +30,13 @@ from vicreg_hf.features.encode import encode_with
 from vicreg_hf.features.encoders import Encoder, open_encoder
 from vicreg_hf.features.extract import RECORD, read_record
 from vicreg_hf.features.parts import PartError, PartFile, features_of, part_files, read_table
-from vicreg_hf.metrics.retrieval import most_similar
 from vicreg_hf.runtime.checks import read_range
 from vicreg_hf.runtime.console import warn
 
+ExactSearch = Callable[
+    [NDArray[np.floating[Any]], int], tuple[NDArray[np.floating[Any]], NDArray[np.integer[Any]]]
+]
+"""What `exact_search` returns."""
 AT_ONCE = 64
 """New images that are encoded together."""
 
@@ -65,8 +70,53 @@ class Neighbours(NamedTuple):
         return "\n".join([self.query, *rows])
 
 
+class QueryError(ValueError):
+    """New images that cannot be used."""
+
+    def __init__(self, bad: Sequence[BadImage]) -> None:
+        named = "; ".join(f"{one.path} cannot be used: {one.reason.rstrip('.')}" for one in bad)
+        left = "it" if len(bad) == 1 else "them"
+        super().__init__(f"query must be images, and {named}; leave {left} out.")
+        self.reason = bad[0].reason
+        """Why the first cannot."""
+
+
+class SearchedPart:
+    """The rows of a part, and the search in them, which is prepared when it is first needed."""
+
+    def __init__(self, split: str, table: pa.Table) -> None:
+        self.split, self.table = split, table
+
+    @cached_property
+    def _search(self) -> ExactSearch:
+        return exact_search(features_of(self.table))
+
+    def nearest(self, wanted: NDArray[np.floating[Any]], k: int) -> list[list[Neighbour]]:
+        """At most k rows nearest to each of some features (Q, F), the nearest first."""
+        if not len(self.table):  # all of its images were bad
+            return [[] for _ in wanted]
+        similarity, places = self._search(wanted, min(k, len(self.table)))
+        return [
+            [self._neighbour(float(value), int(place)) for value, place in zip(*near, strict=True)]
+            for near in zip(similarity.clip(-1, 1), places, strict=True)
+        ]
+
+    @cached_property
+    def _label(self) -> Any:
+        """The type of the classes; None where there are none."""
+        return datasets.Features.from_arrow_schema(self.table.schema).get("label")
+
+    def _neighbour(self, similarity: float, place: int) -> Neighbour:
+        (found,) = self.table.drop_columns("embedding").slice(place, 1).to_pylist()
+        label = found.get("label")
+        if label is not None:
+            named = isinstance(self._label, datasets.ClassLabel)
+            label = None if label < 0 else str(self._label.int2str(label) if named else label)
+        return Neighbour(similarity, self.split, found["row"], found["image_id"], label)
+
+
 class Parts:
-    """The split and the rows of each part, which is read whenever it is the turn of it.
+    """The parts of files, each of which is read whenever it is the turn of it.
 
     Iterating raises a ValueError where a part is damaged.
     """
@@ -74,10 +124,10 @@ class Parts:
     def __init__(self, files: Sequence[PartFile]) -> None:
         self.files = files
 
-    def __iter__(self) -> Iterator[tuple[str, pa.Table]]:
+    def __iter__(self) -> Iterator[SearchedPart]:
         for part in self.files:
             try:
-                yield part.split, read_table(part.file)
+                yield SearchedPart(part.split, read_table(part.file))
             except PartError as error:
                 raise ValueError(
                     f"{part.file} must be whole, and is damaged: {error}; extract, started again, "
@@ -91,13 +141,13 @@ class Search:
 
     directory: Path
     record: Mapping[str, Any]
-    """Of the extraction."""
+    """The record of the extraction."""
     encoder: Encoder
-    """On the device that encodes."""
+    """It is on the device that encodes."""
     files: list[PartFile]
     """The parts that are searched."""
-    parts: Iterable[tuple[str, pa.Table]]
-    """The split and the rows of each; `Parts`, of which one is in memory at a time, or a list."""
+    parts: Iterable[SearchedPart]
+    """What these hold: `Parts`, of which one is in memory at a time, or a list."""
 
     @property
     def num_rows(self) -> int:
@@ -112,7 +162,8 @@ class Search:
         """
         absent = [path for path in paths if not Path(path).is_file()]
         if absent:
-            raise ValueError(f"query must be files of images, got {absent[0]!r}, which is none.")
+            what = "a folder; give its files" if Path(absent[0]).is_dir() else "none"
+            raise ValueError(f"query must be files of images, got {absent[0]!r}, which is {what}.")
         kind = datasets.Image() if self.encoder.sound is None else datasets.Audio(decode=False)
         features = datasets.Features({"query": kind})
         table = datasets.Dataset.from_dict({"query": list(paths)}, features=features)
@@ -131,20 +182,24 @@ class Search:
         """Features (Q, F) of new images, which are prepared and encoded as extraction does.
 
         Raises:
-            ValueError: one is no image.
+            QueryError: some are no images.
         """
         device = next(self.encoder.module.parameters()).device
-        features = []
+        features: list[torch.Tensor] = []
+        bad: list[BadImage] = []
         for start in range(0, len(queries), AT_ONCE):
             images = []
             for sample in queries.try_each(range(start, min(start + AT_ONCE, len(queries)))):
                 if isinstance(sample, BadImage):
-                    raise ValueError(
-                        f"query must be images, and {sample.path} cannot be used: {sample.reason}"
-                    )
-                images.append(self.encoder.prepare(sample.content))
+                    bad.append(sample)
+                else:
+                    images.append(self.encoder.prepare(sample.content))
+            if bad:  # the others are still looked at, to name all that cannot be used
+                continue
             with torch.autocast(device.type, torch.bfloat16, enabled=self.record["bf16"]):
                 features.append(encode_with(self.encoder, torch.stack(images), device).cpu())
+        if bad:
+            raise QueryError(bad)
         return torch.cat(features).numpy()
 
     def find(self, paths: Sequence[str], k: int) -> list[Neighbours]:
@@ -155,8 +210,8 @@ class Search:
     def nearest(self, wanted: NDArray[np.floating[Any]], k: int) -> list[list[Neighbour]]:
         """The k rows nearest to each of some features (Q, F), the nearest first."""
         found: list[list[Neighbour]] = [[] for _ in wanted]
-        for name, table in self.parts:
-            for kept, nearest in zip(found, _nearest_of(table, name, wanted, k), strict=True):
+        for part in self.parts:
+            for kept, nearest in zip(found, part.nearest(wanted, k), strict=True):
                 kept[:] = nlargest(k, [*kept, *nearest], key=lambda one: one.similarity)
         return found
 
@@ -270,52 +325,28 @@ def _encoder(record: Mapping[str, Any], directory: Path, model: str | None) -> E
     return encoder
 
 
-def nearest_rows(
-    bank: NDArray[np.floating[Any]], wanted: NDArray[np.floating[Any]], k: int
-) -> tuple[NDArray[np.floating[Any]], NDArray[np.integer[Any]]]:
-    """The rows of largest cosine similarity, exactly: by faiss where it is installed.
+def exact_search(bank: NDArray[np.floating[Any]]) -> ExactSearch:
+    """Prepare the search for rows of largest cosine similarity: by faiss where it is installed.
 
     Args:
         bank: (N, F).
-        wanted: (Q, F).
-        k: at most N.
 
     Returns:
-        (Q, k) similarities, the largest first, and (Q, k) row numbers.
+        A function of features (Q, F) and k, at most N, that gives (Q, k) similarities, the largest
+        first, and (Q, k) row numbers.
     """
-    rows, queries = (torch.tensor(each).float() for each in (bank, wanted))
+    bank = bank.astype(np.float32, copy=False)
     if find_spec("faiss") is None:
-        similarity, places = most_similar(rows, queries, k)
-        return similarity.numpy(), places.numpy()
+        neighbours = NearestNeighbors(algorithm="brute", metric="cosine").fit(bank)
+
+        def nearest(wanted: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[Any]]:
+            distances, rows = neighbours.kneighbors(wanted, k)
+            return 1 - distances, rows
+
+        return nearest
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns about its own bindings
         import faiss  # pyright: ignore[reportMissingImports]
-    index: Any = faiss.IndexFlatIP(rows.shape[1])
-    index.add(normalize(rows).numpy())
-    return index.search(normalize(queries).numpy(), k)
-
-
-def _nearest_of(
-    table: pa.Table, split: str, wanted: NDArray[np.floating[Any]], k: int
-) -> Iterator[list[Neighbour]]:
-    """For each of the features wanted, (Q, F), the nearest rows of a part."""
-    if not len(table):  # all of its images were bad
-        return iter([[] for _ in wanted])
-    names = datasets.Features.from_arrow_schema(table.schema).get("label")
-    labels = table["label"].to_pylist() if names is not None else [None] * len(table)
-    rows, ids = table["row"].to_pylist(), table["image_id"].to_pylist()
-    similarity, places = nearest_rows(features_of(table), wanted, min(k, len(table)))
-
-    def label_of(at: int) -> str | None:
-        label = labels[at]
-        if label is None or label < 0:
-            return None
-        return str(names.int2str(label) if isinstance(names, datasets.ClassLabel) else label)
-
-    return (
-        [
-            Neighbour(float(value), split, rows[at], ids[at], label_of(int(at)))
-            for value, at in zip(*near, strict=True)
-        ]
-        for near in zip(similarity.clip(-1, 1), places, strict=True)
-    )
+    index: Any = faiss.IndexFlatIP(bank.shape[1])
+    index.add(normalize(bank))
+    return lambda wanted, k: index.search(normalize(wanted), k)

@@ -60,13 +60,13 @@ class HubError(RuntimeError):
     """The Hub refused, or could not be reached."""
 
 
-class Looked(NamedTuple):
+class RepositoryInfo(NamedTuple):
     """What the Hub tells of a repository."""
 
     private: bool
     files: set[str]
     commit: str | None
-    """The newest of the revision."""
+    """The newest commit of the revision."""
 
 
 def check_repo_id(repo_id: str, name: str = "repo_id") -> str:
@@ -184,20 +184,20 @@ def look_at(
     token: str | bool | None = None,
     revision: str | None = None,
     repo_type: str | None = None,
-) -> Looked:
+) -> RepositoryInfo:
     """Look whether a repository is private, and which files it has.
 
     Raises:
         HubError: the Hub refuses, or cannot be reached.
     """
 
-    def looked(api: HfApi) -> Looked:
+    def read_info(api: HfApi) -> RepositoryInfo:
         target: Any = {"repo_type": repo_type, "revision": revision, "timeout": TIMEOUT}
         info: Any = api.repo_info(repo_id, **target)
         files = {file.rfilename for file in info.siblings or ()}
-        return Looked(bool(info.private), files, info.sha)
+        return RepositoryInfo(bool(info.private), files, info.sha)
 
-    return _request(looked, repo_id, token)
+    return _request(read_info, repo_id, token)
 
 
 def visible_files(folder: Path, *, ignore: Collection[str] = ()) -> dict[str, Path]:

@@ -30,12 +30,19 @@ from PIL import Image, ImageOps
 SETTINGS, CSS, TEMPLATE = "search.json", "cases.css", "cases.html.jinja"
 FEATURES, THUMBNAILS = "features", "thumbnails"
 """Folders of a Space, in which files of the same name belong together."""
+with suppress(ImportError):  # PIL's plugin for what telephones write, where it is installed
+    from pi_heif import register_heif_opener
+
+    register_heif_opener()
 Image.init()
 FORMATS = tuple(
     name
-    for name in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "MPO", "AVIF", "JPEG2000", "PPM")
+    for name in (
+        "JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "PPM", "DIB", "ICO", "QOI",
+        "PSD", "PCX", "SGI", "DDS", "TGA", "HEIF",
+    )
     if name in Image.OPEN
-)
+)  # fmt: skip
 MAX_PIXELS = 89_000_000
 """Largest size that the header of an upload may claim."""
 MAX_UPLOAD = "100mb"
@@ -132,20 +139,20 @@ def page(find: Callable[[str], Case], *, title: str, about: str, css: str) -> An
 
     template = environment().get_template(TEMPLATE)
 
-    def answer(path: str | None) -> str:
-        if path is None:
-            return ""
+    def answer(path: str) -> tuple[str, None]:
+        """HTML, and no file, so that the box is empty for the next one."""
         try:
             case = find(path)
         except ValueError as error:
-            return f'<p class="refused" role="alert">{html.escape(str(error))}</p>'
-        return f'{COLOURS}{css}</style><div class="found">{template.render(cases=[case])}</div>'
+            return f'<p class="refused" role="alert">{html.escape(str(error))}</p>', None
+        shown = template.render(cases=[case])
+        return f'{COLOURS}{css}</style><div class="found">{shown}</div>', None
 
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 600)) as blocks:
         gr.HTML(f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>")
         dropped = gr.File(label="Drop an image here", type="filepath", elem_id="query")
         found = gr.HTML(elem_id="answer")
-        dropped.change(answer, dropped, found, api_name="find")
+        dropped.upload(answer, dropped, [found, dropped], api_name="find")
     return blocks
 
 
@@ -161,7 +168,7 @@ def launch(blocks: Any, **where: Any) -> str:
     return address
 
 
-# What follows is of Spaces alone.
+# Only a Space uses the rest of this file; `search --serve` reads and encodes images otherwise.
 
 
 def read_image(path: str, channels: int, limits: Sequence[float] | None) -> Image.Image:

@@ -7,16 +7,13 @@ from pathlib import Path
 
 from vicreg_hf.data.columns.base import BadImage
 from vicreg_hf.data.splits import ImageSplit
-from vicreg_hf.evaluation.report.gallery import Inline, thumbnail
+from vicreg_hf.evaluation.report.gallery import STYLES, Inline, thumbnail
 from vicreg_hf.features.pictures import open_pictures, picture
 from vicreg_hf.features.search import Neighbour, Neighbours, Search
 from vicreg_hf.hub.record import impersonal
 from vicreg_hf.runtime.console import warn
 from vicreg_hf.runtime.files import replacing
 from vicreg_hf.search_pages.app import THUMBNAIL, Case, Hit, environment, note_on
-
-REPORT = Path(__file__).parents[1] / "evaluation" / "report"
-"""The folder of the styles that these pages share with reports."""
 
 
 def check_page(path: str | Path) -> Path:
@@ -101,7 +98,7 @@ def write_hits(
     """
     title, about = describe(search)
     shown = cases(search, found, pictures)
-    page = environment(REPORT).get_template("hits.html.jinja").render(
+    page = environment(STYLES).get_template("hits.html.jinja").render(
         title=title, about=about, cases=shown, pictures=bool(pictures),
         labelled=any(case.classes for case in shown),
     )  # fmt: skip

@@ -8,11 +8,11 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 
-from vicreg_hf.data.columns.base import BadImage
-from vicreg_hf.features.search import Search, open_search
+from vicreg_hf.evaluation.report.gallery import STYLES
+from vicreg_hf.features.search import QueryError, Search, open_search
 from vicreg_hf.runtime.files import temporary_folder
 from vicreg_hf.search_pages.app import CSS, Case, UnusableError, launch, page
-from vicreg_hf.search_pages.hits import REPORT, cases, describe, pictures_of
+from vicreg_hf.search_pages.hits import cases, describe, pictures_of
 
 HOST = "127.0.0.1"
 
@@ -42,10 +42,11 @@ def finder(search: Search, k: int) -> Callable[[str], Case]:
     pictures = pictures_of(search)
 
     def find(path: str) -> Case:
-        (query,) = search.queries([path]).try_read([0])
-        if isinstance(query, BadImage):
-            raise UnusableError(f"This file cannot be used: {query.reason}")
-        (case,) = cases(search, search.find([path], k), pictures)
+        try:
+            found = search.find([path], k)
+        except QueryError as error:
+            raise UnusableError(f"This file cannot be used: {error.reason}") from error
+        (case,) = cases(search, found, pictures)
         return case
 
     return find
@@ -72,7 +73,7 @@ def serve(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with temporary_folder() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = str(uploads)
-        css = (REPORT / CSS).read_text(encoding="utf-8")
+        css = (STYLES / CSS).read_text(encoding="utf-8")
         blocks = page(find, title=title, about=about, css=css)
         address = launch(blocks, server_name=HOST, server_port=port)
         print(f"Open {address} in a browser on this machine; Ctrl-C ends it.", flush=True)

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from vicreg_hf.data.opening import DEMO
 from vicreg_hf.data.splits import ImageSplit
-from vicreg_hf.evaluation.report.gallery import thumbnail
+from vicreg_hf.evaluation.report.gallery import STYLES, thumbnail
 from vicreg_hf.features.encode import encode_with
 from vicreg_hf.features.encoders import encoder_directory
 from vicreg_hf.features.parts import features_of
@@ -47,7 +47,7 @@ from vicreg_hf.publishing.loading import load_model
 from vicreg_hf.runtime.checks import one_line
 from vicreg_hf.runtime.files import temporary_folder
 from vicreg_hf.search_pages import app
-from vicreg_hf.search_pages.hits import REPORT, describe
+from vicreg_hf.search_pages.hits import describe
 
 GRADIO = "6.31.0"
 """The version of gradio that the page was tested with."""
@@ -56,6 +56,8 @@ K = 8
 """Images that the page shows for each query."""
 ENCODER = "encoder"
 """The folder of the encoder's files, where they are in the Space."""
+NEW = {"README.md", ".gitattributes"}
+"""Files that the Hub itself puts into a new Space."""
 REQUIRED = ("torch", "torchvision", "transformers", "timm", "safetensors")
 ALIKE = 0.999
 """Least cosine similarity of an image's features as the Space makes them and as extraction did."""
@@ -107,7 +109,8 @@ def publish_space(
 
     Raises:
         ValueError: no features there, an encoder that stock transformers does not load as the same,
-            images that are asked for and cannot be opened, or a Space that is another app.
+            images that are asked for and cannot be opened, or a Space that is another app, or
+            public where it is to be private.
         HubError: the Hub refuses, or cannot be reached; the earlier revision is as it was.
     """
     check_repo_id(space_id, "space")
@@ -120,7 +123,14 @@ def publish_space(
         _check_stock(search, place)
         target: Any = {"token": token, "repo_type": "space"}
         space_id = open_repository(space_id, private=private is not False, **target)
-        if {"app.py"} <= (there := look_at(space_id, **target).files) and app.SETTINGS not in there:
+        known = look_at(space_id, **target)
+        if private and not known.private:
+            raise ValueError(
+                f"private must be false for a Space that is public, got true for {space_id}; make "
+                "it private on the Hub, or choose another name."
+            )
+        there = known.files
+        if there - NEW and not {app.SETTINGS, app.TEMPLATE} <= there:
             raise ValueError(
                 f"space must be new or a page that this command has pushed, got {space_id}, which "
                 "holds another app; choose another name."
@@ -229,11 +239,11 @@ def _write_pages(search: Search, place: Place, folder: Path, licence: str | None
     folder.mkdir()
     settings = _settings(search, place)
     own = Path(app.__file__).parent
-    for file in (own / "app.py", own / app.TEMPLATE, REPORT / app.CSS):
+    for file in (own / "app.py", own / app.TEMPLATE, STYLES / app.CSS):
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / app.SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     lines = [f"{name}=={version(name).partition('+')[0]}" for name in REQUIRED]
-    (folder / "requirements.txt").write_text("\n".join([*lines, "jinja2", "pillow", ""]))
+    (folder / "requirements.txt").write_text("\n".join([*lines, "jinja2", "pi-heif", "pillow", ""]))
     data = search.record.get("dataset_name") or DEMO
     card: dict[str, Any] = {
         "title": settings["title"][:60], "emoji": "🔎", "colorFrom": "blue", "colorTo": "gray",
@@ -257,10 +267,11 @@ def _write_rows(search: Search, images: Mapping[str, ImageSplit], folder: Path) 
     for kind in (app.FEATURES, app.THUMBNAILS) if images else (app.FEATURES,):
         (folder / kind).mkdir()
     with tqdm(total=search.num_rows, unit="image", disable=not images) as bar:
-        for part, (split, table) in zip(search.files, search.parts, strict=True):
+        for part_file, part in zip(search.files, search.parts, strict=True):
+            table = part.table
             if not len(table):  # all of its images were bad
                 continue
-            name = f"{part.file.stem}.safetensors"
+            name = f"{part_file.file.stem}.safetensors"
             rows = table["row"].to_numpy()
             labels = np.full(len(rows), -1)
             if "label" in table.column_names:
@@ -271,7 +282,7 @@ def _write_rows(search: Search, images: Mapping[str, ImageSplit], folder: Path) 
                 folder / app.FEATURES / name,
             )  # fmt: skip
             if images:
-                held = _thumbnails(images, split, table, bar)
+                held = _thumbnails(images, part.split, table, bar)
                 save_file(held, folder / app.THUMBNAILS / name)
 
 
@@ -301,6 +312,8 @@ def _shown(search: Search, place: Place, images: Mapping[str, ImageSplit]) -> st
     shows = f"It shows no image of the data, but holds {holds}; --publish_images true adds them."
     if images:
         shows = f"It shows every image of the data as a thumbnail, and holds {holds}."
+    title, about = describe(search)
+    shows += f' Whoever sees it reads there: "{title}. {about}"'
     if place.private:
         shows += (
             f" {place.name} is private: give the Space a token that may read it, as the secret "

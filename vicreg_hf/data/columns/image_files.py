@@ -40,8 +40,8 @@ Image.init()
 FORMATS = tuple(
     name
     for name in (
-        "JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "MPO", "AVIF", "JPEG2000", "PPM", "DIB", "ICO",
-        "QOI", "PSD", "PCX", "SGI", "DDS", "TGA", "HEIF",
+        "JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "PPM", "DIB", "ICO", "QOI",
+        "PSD", "PCX", "SGI", "DDS", "TGA", "HEIF",
     )
     if name in Image.OPEN
 )  # fmt: skip
@@ -103,7 +103,7 @@ def decode_reduced(data: bytes, channels: int, reduction: Reduction) -> ReducedI
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "MPO"))
+            image = Image.open(io.BytesIO(data), formats=("JPEG",))
         except Exception:  # PIL raises whatever its parsing meets
             return None
         width, height = image.size

@@ -9,6 +9,7 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from vicreg_hf.features.maps import picture_of
 
+STYLES = Path(__file__).parent
+"""The folder of the styles of reports, page.css and cases.css, which other pages use, too."""
 THUMBNAIL = 96
 """Pixels of a thumbnail's longer side, at most."""
 LOSSLESS_BYTES = 4096

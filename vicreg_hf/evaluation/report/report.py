@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vicreg_hf.evaluation.report.charts import COLOURS, MARKERS, feature_map, spectrum
 from vicreg_hf.evaluation.report.classes import BEST, WORST, classes
+from vicreg_hf.evaluation.report.gallery import STYLES
 from vicreg_hf.evaluation.report.maps import pictures_of_maps
 from vicreg_hf.evaluation.report.neighbours import neighbours
 from vicreg_hf.evaluation.report.segmentation import segmentation
@@ -137,7 +138,7 @@ def _side_by_side(models: Sequence[Evaluated]) -> list[dict[str, Any]]:
 
 def _template() -> Any:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        loader=FileSystemLoader(STYLES), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.globals.update(
