@@ -138,7 +138,7 @@ def test_other_settings_are_refused(settings: dict[str, Any], sentence: str) -> 
 
 def test_a_call_that_cannot_have_a_local_loss_is_refused() -> None:
     made, ((x, x_prime), places) = model(), views([64, 64])
-    with pytest.raises(ValueError, match=r"places must be \(images, 2 views, 5\) .* got none"):
+    with pytest.raises(ValueError, match=r"places must be \(images, 2 views, 5\) .* got NoneType"):
         made(x, x_prime)
     with pytest.raises(ValueError, match=r"places must be .* got shape \(4, 1, 5\)"):
         made(x, x_prime, places[:, :1])

@@ -120,7 +120,7 @@ class VICRegConfig(PreTrainedConfig):
         local_weight: share of the local loss in the whole loss, VICRegL's 1 - alpha, from 0 to
             below 1; 0 is VICReg alone.
         local_matches: pairs of cells that the local loss keeps of two global views of an image.
-        local_view_matches: those that it keeps of a global and a local view.
+        local_view_matches: pairs of cells that it keeps of a global and a local view.
         local_expander_dims: widths of the expander of the feature map's cells.
         spectrogram: how sound becomes the backbone's images, if it does: fields of
             `SpectrogramSettings`.

@@ -364,8 +364,9 @@ class VICRegModel(PreTrainedModel):
     def _check_local_loss(self, places: Tensor | None, num_views: int) -> None:
         if self.local_expander is None:
             return
-        if places is None or tuple(places.shape[1:]) != (num_views, 5):
-            found = "none" if places is None else f"shape {tuple(places.shape)}"
+        shape = tuple(places.shape) if isinstance(places, Tensor) else None
+        if shape is None or shape[1:] != (num_views, 5):
+            found = f"shape {shape}" if shape else type(places).__name__
             raise ValueError(
                 f"places must be (images, {num_views} views, 5) where local_weight is above 0, got "
                 f"{found}; TwoViews.for_model(model) gives them with the views."

@@ -131,7 +131,7 @@ def test_machine_code_computes_drops_and_counts_as_a_plain_module() -> None:
         ({}, {"chunk_size": 4}),
         (
             {"local_weight": 0.25, "local_expander_dims": [8, 8]},
-            {"places": 20 * torch.rand(8, 2, 5)},
+            {"places": torch.tensor([[0.0, 5, 20, 20, 0], [3, 0, 16, 24, 1]]).repeat(8, 1, 1)},
         ),
     ],
 )

@@ -40,7 +40,7 @@ class Part(NamedTuple):
     seconds: int
     """Its share of the time: these add up to nine minutes, and what one leaves goes to others."""
     words: tuple[str, ...] = ("-n", "4", "--dist=worksteal")
-    """Of benchmark.py; those of `pytest -m gpu` begin with a flag."""
+    """The words of its command, benchmark.py; those of `pytest -m gpu` begin with a flag."""
     tiny: tuple[str, ...] = ("--rehearse", "-n", "0")
     """Further words of a rehearsal."""
 

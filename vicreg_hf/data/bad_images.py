@@ -88,7 +88,7 @@ class BadImages:
                 file.writelines(json.dumps(image._asdict()) + "\n" for image in fresh)
         first = fresh[0]
         listed = f" They are listed in {self.path}." if self.path else ""
-        latest = f"; the latest: {first.place}: {first.reason}{listed}"
+        latest = f"; the latest: {first.place}: {first.reason.removesuffix('.')}.{listed}"
         say(f"warning: {len(self)} images could not be used and were {self.fate}{latest}")
         length = self.num_images or max(seen, LEAST_SEEN)
         total = min(max(seen, LEAST_SEEN), length)

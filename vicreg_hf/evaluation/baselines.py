@@ -35,7 +35,8 @@ from vicreg_hf.runtime.distributed import failing_together
 FEW_IMAGES = 5000
 """Images of both splits up to which baselines are measured unasked, as that takes little."""
 FEW_MAPS = 1000
-"""The same of segmentation, which takes longer."""
+"""Images of both splits up to which baselines of segmentation, which takes longer, are measured
+unasked."""
 PIXEL_SIDE = 32
 """Larger views are shrunk to this side before their pixels are compared."""
 RUNS_K, RUNS_IMAGES = 20, (50_000, 10_000)

@@ -65,7 +65,7 @@ class Segmented:
     """How the pixels of test images were told apart."""
 
     names: Sequence[str]
-    """Of the classes."""
+    """The measures of each class."""
     classes: Mapping[str, Mapping[str, Any]]
     """IoU, interval and number of images of each class by its name."""
     cases: Sequence[Case]

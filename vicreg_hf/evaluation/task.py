@@ -44,7 +44,7 @@ class Task:
     baselines: dict[str, Baseline] = field(default_factory=dict)
     """Others in the encoder's place, by name, such as "raw pixels"."""
     segmented: Segmented | None = None
-    """Per class and image, what segmentation has found."""
+    """What segmentation has found in each class and image."""
 
     @property
     def device(self) -> torch.device:

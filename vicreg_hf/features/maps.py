@@ -60,11 +60,11 @@ def map_encoder(encoder: Encoder, size: tuple[int, int] | None = None) -> Encode
             model.set_input_size(img_size=wanted)
         with torch.inference_mode():
             found = module.map_of(torch.zeros(1, channels, *wanted, device=device))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, AttributeError, KeyError) as error:
         raise ValueError(
             f"the encoder must take images of {wanted[0]} x {wanted[1]} pixels for a feature map, "
-            f"and does not: {one_line(error)[:300]}; choose another image_size, such as a multiple "
-            "of 32, or its own."
+            f"and does not: {one_line(error)[:300]}; most take the size that they were trained "
+            "with, or multiples of 32."
         ) from error
     identity: dict[str, Any] = {"map": list(wanted), "of": encoder.identity}
     prepare = encoder.prepare

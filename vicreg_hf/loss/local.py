@@ -73,9 +73,10 @@ def local_loss(
     computed with the loss, and is scaled for an average over processes as that of `vicreg_loss`.
     The choice of pairs has none, and there is no second derivative: create_graph=True raises.
 
-    Peak memory of forward and backward, gradients included: two float32 copies of both maps; and
-    in turn, in numbers of float32, distances, 3 `covariance.BLOCK_ELEMENTS` or those of one image's
-    P x P', and pairs, 6 `PAIR_ELEMENTS` or those of one pair of each image, 2 D^2 + 10 n D.
+    Peak memory of forward and backward, gradients included: two float32 copies of both maps, three
+    of maps of lower precision; and in turn, in numbers of float32, distances and copies of points,
+    3 `covariance.BLOCK_ELEMENTS` or those of one image, P x P' and (P + P') D, and pairs,
+    6 `PAIR_ELEMENTS` or those of one pair of each image, 2 D^2 + 10 n D.
 
     Args:
         z: (n, h, w, D) embeddings of the cells of the first views, the same shape in every process.
@@ -247,7 +248,9 @@ def _nearest(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
     plane = x.shape[2] == 2
     mode = "donot_use_mm_for_euclid_dist" if plane else "use_mm_for_euclid_dist_if_necessary"
     found: tuple[list[Any], list[Any]] = ([], [])
-    at_once = covariance.block_length(x, x.shape[1] * y.shape[1])
+    cells, others = x.shape[1], y.shape[1]
+    # beside the distances, cdist keeps copies of the points
+    at_once = covariance.block_length(x, max(cells * others, (cells + others) * (x.shape[2] + 2)))
     for own, other in zip(x.split(at_once), y.split(at_once), strict=True):
         distances = torch.cdist(own, other, compute_mode=mode)
         found[0].append(distances.min(2))

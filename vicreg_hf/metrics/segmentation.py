@@ -5,6 +5,7 @@ Shapes: M images, K classes, H x W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,10 +46,10 @@ class Overlaps:
     """(M, K) pixels that are taken for a class, without those whose true class is void."""
 
     @classmethod
-    def of(cls, confusions: Tensor) -> Overlaps:
-        """The overlaps of images, from their confusions (M, K, K)."""
-        counts = (confusions.diagonal(dim1=1, dim2=2), confusions.sum(2), confusions.sum(1))
-        return cls(*(count.cpu().numpy() for count in counts))
+    def of(cls, confusions: Iterable[Tensor]) -> Overlaps:
+        """The overlaps of images, from the confusion (K, K) of each, of which none is kept."""
+        counts = [(each.diagonal().clone(), each.sum(1), each.sum(0)) for each in confusions]
+        return cls(*(torch.stack(parts).cpu().numpy() for parts in zip(*counts, strict=True)))
 
     @property
     def union(self) -> NDArray[np.int64]:
@@ -68,7 +69,7 @@ class Overlaps:
         return float(np.nanmean(found)) if not np.isnan(found).all() else float("nan")
 
     def image_iou(self) -> NDArray[np.float64]:
-        """(M,) the same of each image alone; NaN where an image is all void."""
+        """(M,) mean of the classes of each image alone; NaN where an image is all void."""
         each = _ratios(self.right, self.union)
         counted = (~np.isnan(each)).sum(1)
         return _ratios(np.nansum(each, 1), counted)
@@ -80,7 +81,7 @@ class Overlaps:
     def accuracy_interval(
         self, *, seed: int = 0, resamples: int = RESAMPLES
     ) -> tuple[float, float]:
-        """Its 95 % interval over resampled images."""
+        """The 95 % interval of `accuracy`, over resampled images."""
         sums = self.right.sum(1, keepdims=True), self.true.sum(1, keepdims=True)
         low, high = ratio_intervals(*sums, seed=seed, resamples=resamples)
         return float(low[0]), float(high[0])

@@ -192,7 +192,8 @@ class PretrainingArguments(Settings):
     """Pairs of cells of two feature maps that the local loss keeps of each image, the paper's
     gamma."""
     local_view_matches: Count = 4
-    """Those of a global and a local view, a smaller crop."""
+    """Pairs of cells that the local loss keeps of each global and local view; a local view is a
+    smaller crop."""
     local_expander_dims: str = "512-512-512"
     """Widths of the layers of the local loss's own expander."""
     image_size: Count | None = None

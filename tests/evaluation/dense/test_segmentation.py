@@ -115,6 +115,14 @@ def one_class(masks: list[bytes]) -> None:
     masks[:] = [png(np.full((32, 48), 255 * (k % 2), np.uint8)) for k in range(len(masks))]
 
 
+def no_class(masks: list[bytes]) -> None:
+    masks[:] = [png(np.full((32, 48), 255, np.uint8))] * len(masks)
+
+
+def half_void(masks: list[bytes]) -> None:
+    masks[2:] = [png(np.full((32, 48), 255, np.uint8))] * 2
+
+
 def unknown(masks: list[bytes]) -> None:
     masks[3] = png(np.full((32, 48), 9, np.uint8))
 
@@ -126,7 +134,14 @@ def unknown(masks: list[bytes]) -> None:
         (jpeg, {}, "row 3 of bad (train), column mask is a JPEG, whose compression"),
         (small, {}, "has 16 x 24, its image 32 x 48; resize it by nearest neighbour."),
         (one_class, {}, "needs at least two classes in the masks of bad (train)"),
+        (no_class, {}, "needs at least two classes in the masks of bad (train)"),
+        (
+            half_void,
+            {"train_split": "train[:2]", "eval_split": "train[2:]"},
+            "needs a class in the masks of bad (train[2:]), got none besides void (7, 255)",
+        ),
         (unknown, {"mask_names": "names.json"}, "or void (7, 255), got 9 in row 3 of bad (train)"),
+        (None, {"mask_names": "twice.txt"}, "must name each class once, got 'sky' for 0 and 2"),
         (None, {"mask_names": "absent.txt"}, "mask_names must be a text file"),
         (None, {"image_column": "mask", "mask_column": "mask"}, "mask_column must be another"),
         (None, {"mask_column": "masks"}, "mask_column must name a column of images, got 'masks'"),
@@ -141,6 +156,7 @@ def test_masks_that_cannot_be_are_refused(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     Path("names.json").write_text('{"0": "sky", "1": "ground", "2": "house"}')
+    Path("twice.txt").write_text("sky\nground\nsky")
     bad = write_scenes(Path("bad"), {"train": 4, "test": 2}, spoil)
     with pytest.raises(ValueError) as error:  # noqa: PT011
         run(encoder, bad, tmp_path, **given)

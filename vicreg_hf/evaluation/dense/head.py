@@ -27,6 +27,8 @@ VALIDATION = 0.1
 MOMENTUM = 0.9
 AT_ONCE = 64
 """Maps that are brought to the device together."""
+VALUES_AT_ONCE = 2**26
+"""Values of classes at pixels that are computed together."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,23 @@ class LinearHead:
         return (x - self.mean) / self.std @ self.weight + self.bias
 
     def predict(self, x: Tensor, size: tuple[int, int], pixels: Sequence[int]) -> Tensor:
-        """(H, W) classes of one image's map (h w, F) of a size, on as many pixels as asked for."""
+        """(H, W) classes of one image's map (h w, F) of a size, on as many pixels as asked for.
+
+        As many classes are enlarged together as have `VALUES_AT_ONCE` values, but at least one.
+        """
         small = self.logits(x[None]).transpose(1, 2).unflatten(2, size)
-        large = F.interpolate(small, list(pixels), mode="bilinear", align_corners=False)
-        return large[0].argmax(0)
+        at_once = max(1, VALUES_AT_ONCE // math.prod(pixels))
+        best = classes = torch.empty(0)
+        for start in range(0, small.shape[1], at_once):
+            part = small[:, start : start + at_once]
+            large = F.interpolate(part, list(pixels), mode="bilinear", align_corners=False)
+            most, found = large[0].max(0)
+            if start == 0:
+                best, classes = most, found
+            else:
+                classes = torch.where(most > best, found + start, classes)
+                best = torch.maximum(best, most)
+        return classes
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,16 @@ def maps_of_task(task: Task) -> Maps | None:
     """The maps of some test images, chosen by the seed; None for an encoder without a map, or with
     one of few positions.
     """
-    try:
-        whole = map_encoder(task.encoder, input_size(task))
-        side = min(input_size(task))
-        views = map_encoder(task.encoder, (side, side))
-    except ValueError:  # it has none
-        return None
-    assert whole.map_size is not None
-    if whole.map_size[0] * whole.map_size[1] < FEWEST:
-        return None
     with optional("the report is without its section maps"):
-        return _maps(task, whole, views)
+        try:
+            whole = map_encoder(task.encoder, input_size(task))
+            side = min(input_size(task))
+            views = map_encoder(task.encoder, (side, side))
+        except ValueError:  # it has none
+            return None
+        assert whole.map_size is not None
+        if whole.map_size[0] * whole.map_size[1] >= FEWEST:
+            return _maps(task, whole, views)
     return None
 
 

@@ -139,12 +139,14 @@ class Masks:
             ImageError: too many cannot be used.
         """
         first: dict[int, str] = {}
+        shown: dict[str, set[int]] = {part: set() for part in self.samples}
         chosen = len(images["train"]), PIXELS
         places, numbers = np.zeros((*chosen, 2), np.float32), np.full(chosen, -1, np.int64)
         for part, samples in self.samples.items():
             self.left_out[part] = []
             for row, mask in self._each(part, images[part]):
                 for value in np.unique(mask).tolist():
+                    shown[part].add(value)
                     first.setdefault(value, samples.place(row))
                 if part == "train":
                     found = _chosen_pixels(mask, self.void, seed=seed, row=row)
@@ -154,13 +156,19 @@ class Masks:
         self._check_classes(first)
         total = sum(map(len, images.values()))
         check_share(sum(map(len, self.left_out.values())), total, max_bad_fraction)
-        learned = self._numbered(numbers)
-        if len(np.unique(learned[learned != VOID])) < 2 or len(images["train"]) < 2:
+        known = [value for value in np.unique(numbers).tolist() if value in self.values]
+        if len(known) < 2 or len(images["train"]) < 2:
             raise ValueError(
                 f"protocol segmentation needs at least two classes in the masks of "
                 f"{images['train'].name}, and two images, besides {self._void_text}; other numbers "
                 "are void by --ignore_index, none makes 255 a class."
             )
+        if not shown["test"] - self.void:
+            raise ValueError(
+                f"protocol segmentation needs a class in the masks of {images['test'].name}, got "
+                f"none besides {self._void_text}; give another --eval_split."
+            )
+        learned = self._numbered(numbers)
         self.learned = PixelSample(torch.from_numpy(places), torch.from_numpy(learned))
 
     def _each(self, part: str, images: ImageSplit) -> Any:
@@ -190,8 +198,20 @@ class Masks:
                 f"masks must hold at most {MOST_CLASSES} numbers of classes, got "
                 f"{len(self.values)}; numbers of single objects must be made those of classes."
             )
+        if beyond := [value for value in self.values.tolist() if not 0 <= value < 2**16]:
+            raise ValueError(
+                f"masks must hold numbers of classes from 0 to 65535, got {beyond[0]} in "
+                f"{first[beyond[0]]}; number the classes anew, or give it to --ignore_index."
+            )
         if self.declared is None:
             return
+        numbers: dict[str, int] = {}
+        for number, name in self.declared.items():
+            if numbers.setdefault(name, number) != number:
+                raise ValueError(
+                    f"mask_names must name each class once, got {name!r} for {numbers[name]} and "
+                    f"{number}; give the numbers of one class the same value in the masks."
+                )
         if unknown := [value for value in self.values.tolist() if value not in self.declared]:
             raise ValueError(
                 f"masks must hold the {len(self.declared)} numbers that have a name, or "

@@ -43,7 +43,7 @@ class Found:
 
     trained: TrainedHead
     maps: FeatureMaps
-    """Of the M test images."""
+    """The overlaps of the M test images."""
     rows: Tensor
     """(M,) their rows."""
     overlaps: Overlaps
@@ -88,7 +88,9 @@ def measure_maps(task: Task, encoder: Encoder, name: str = MEAN_IOU) -> Found | 
     encoder = map_encoder(encoder, input_size(task))
     assert encoder.map_size is not None
     at_once = args.batch_size * pixels_of_view // math.prod(input_size(task))
-    _check_memory(task, encoder)
+    with failing_together(task.device):
+        if task.accelerator.is_main_process:  # which alone keeps the maps
+            _check_memory(task, encoder)
     features = cached_features(
         encoder, {part: task.part(part).split for part in masks.samples}, Path(args.cache_dir),
         task.accelerator, batch_size=max(1, at_once), num_workers=args.num_workers,
@@ -110,11 +112,11 @@ def measure_maps(task: Task, encoder: Encoder, name: str = MEAN_IOU) -> Found | 
             len(masks.names), learning_rates=rates, seed=args.seed, device=task.device, **chosen,
         )  # fmt: skip
         maps = FeatureMaps(test.x, encoder.map_size)
-        overlaps = Overlaps.of(torch.stack([
+        overlaps = Overlaps.of(
             pixel_confusion(_predict(trained, maps, place, truth.shape), truth, len(masks.names))
             for place, row in enumerate(test.rows.tolist())
             for truth in [masks.classes("test", row)]
-        ]))  # fmt: skip
+        )
         settings = chosen | {
             "image_size": "x".join(map(str, input_size(task))),
             "map": "x".join(map(str, encoder.map_size)), "learning_rate": trained.learning_rate,

@@ -44,7 +44,7 @@ class Evaluated:
     """Images that are mapped and looked up."""
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
     segmented: Segmented | None = None
-    """Per class and image, what segmentation has found."""
+    """What segmentation has found in each class and image."""
     maps: Maps | None = None
     """Feature maps of some test images, if the encoder has any."""
 
