@@ -59,6 +59,20 @@ def test_a_token_that_may_not_push_is_refused(token: str | None, sentence: str, 
     assert hub.count("POST", "/api/repos/create") == 1
 
 
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize("kind", [None, "dataset", "space"])
+def test_what_is_to_be_private_goes_to_no_public_repository(kind: str | None) -> None:
+    where: dict[str, Any] = {"token": WRITER, "repo_type": kind}
+    api.open_repository("org/seen", private=False, **where)
+    with pytest.raises(ValueError, match=r"private must be left out .* got true for org/seen"):
+        api.open_repository("org/seen", private=True, **where)
+    assert api.open_repository("org/seen", new_private=True, **where) == "org/seen"
+    for name, settings in (("org/a", {"private": True}), ("org/b", {"new_private": True})):
+        api.open_repository(name, **settings, **where)
+        assert api.look_at(name, **where).private
+        assert api.open_repository(name, **settings, **where) == name
+
+
 @pytest.mark.parametrize(
     ("status", "sentence"),
     [

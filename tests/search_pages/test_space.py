@@ -151,7 +151,7 @@ def test_an_encoder_on_the_hub_is_loaded_from_there(
         publish_space(place / "features", "org/find", model="org/other")
     publish_space(place / "features", "org/find", model="org/encoder", private=False)
     assert not hub.repositories["spaces/org/find"].private
-    with pytest.raises(ValueError, match="private must be false for a Space that is public"):
+    with pytest.raises(ValueError, match="private must be left out for a repository that"):
         publish_space(place / "features", "org/find", model="org/encoder", private=True)
     assert "org/encoder is private: give the Space a token" in capsys.readouterr().out
     assert pushed(hub).keys() == PAGES | FEATURES

@@ -122,6 +122,7 @@ def open_repository(
     repo_id: str,
     *,
     private: bool | None = None,
+    new_private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
@@ -131,7 +132,10 @@ def open_repository(
 
     Args:
         repo_id: `org/name`; `name` is the user's own.
-        private: whether a new repository is private; None takes the organisation's default.
+        private: True asks for a repository that only its members see, False for a public one if it
+            is new; None takes one that exists as it is.
+        new_private: whether a new repository is private where private is None; None takes the
+            organisation's default.
         token: None takes that of HF_TOKEN or `hf auth login`.
         revision: a branch, made if absent.
         create_pr: request only that pull requests may be opened, in a repository that exists.
@@ -141,24 +145,32 @@ def open_repository(
         The full id.
 
     Raises:
-        ValueError: an id or a revision has a form that the Hub does not take.
+        ValueError: an id or a revision has a form that the Hub does not take, or the repository is
+            public where it must be private.
         HubError: the Hub refuses, or cannot be reached.
     """
     check_repo_id(repo_id)
     if revision is not None:
         check_revision(revision)
+    visibility = new_private if private is None else private
 
     def opened(api: HfApi) -> str:
         kind: Any = {"repo_type": repo_type}
         sdk: Any = {"space_sdk": "gradio"} if repo_type == "space" else {}
-        full = api.create_repo(repo_id, private=private, exist_ok=True, **kind, **sdk).repo_id
+        full = api.create_repo(repo_id, private=visibility, exist_ok=True, **kind, **sdk).repo_id
         if revision is not None and not revision.startswith("refs/") and not create_pr:
             api.create_branch(full, branch=revision, exist_ok=True, **kind)
         probe = CommitOperationAdd("README.md", b"-")
         api.preupload_lfs_files(full, [probe], revision=revision, create_pr=create_pr, **kind)
         return full
 
-    return _request(opened, repo_id, token)
+    full = _request(opened, repo_id, token)
+    if private and not look_at(full, token=token, repo_type=repo_type).private:
+        raise ValueError(
+            f"private must be left out for a repository that everybody can see, got true for "
+            f"{full}; make it private on the Hub, or choose another name."
+        )
+    return full
 
 
 def check_licence_at_hub(licence: str, repo_id: str, token: str | bool | None = None) -> None:

@@ -122,14 +122,8 @@ def publish_space(
         place = _place(search, model, folder / "exported", token)
         _check_stock(search, place)
         target: Any = {"token": token, "repo_type": "space"}
-        space_id = open_repository(space_id, private=private is not False, **target)
-        known = look_at(space_id, **target)
-        if private and not known.private:
-            raise ValueError(
-                f"private must be false for a Space that is public, got true for {space_id}; make "
-                "it private on the Hub, or choose another name."
-            )
-        there = known.files
+        space_id = open_repository(space_id, private=private, new_private=True, **target)
+        there = look_at(space_id, **target).files
         if there - NEW and not {app.SETTINGS, app.TEMPLATE} <= there:
             raise ValueError(
                 f"space must be new or a page that this command has pushed, got {space_id}, which "
