@@ -259,6 +259,7 @@ def measure_untrained(run: Run, signals: Signals) -> None:
         Stopped: a signal came first; the next session, which begins at step 0 too, measures it.
     """
     if run.step > 0:
+        _measure_what_was_cut_short(run, signals)
         return
     row, device = _measurements(run, signals, may_stop=True), run.accelerator.device
     stopped = run.accelerator.is_main_process and not row
@@ -269,6 +270,26 @@ def measure_untrained(run: Run, signals: Signals) -> None:
     run.log.add(_step_and_epoch(run) | row | ({} if pixels is None else {"knn_pixels": pixels}))
     if remember_best(run, row):
         save(run)
+
+
+def _measure_what_was_cut_short(run: Run, signals: Signals) -> None:
+    """Measure the step that a run goes on from, if a stop has ended its measurement.
+
+    Raises:
+        Stopped: another one does so too.
+    """
+    every, device = run.args.knn_steps, run.accelerator.device
+    if run.sample is None or not every or run.step % every or run.step == run.total_steps:
+        return
+    last = run.log.rows()[-1:] if run.accelerator.is_main_process else []
+    cut = [row["step"] == run.step and "sample_effective_rank" not in row for row in last]
+    if not any_process([any(cut)], device)[0]:
+        return
+    row = _measurements(run, signals, may_stop=True)
+    if any_process([run.accelerator.is_main_process and not row], device)[0]:
+        stop(run, signals)
+    if row:
+        run.log.amend(_step_and_epoch(run) | row)
 
 
 def measure_end(run: Run) -> None:
