@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from warm import Script, has_steps, ranks, run_pretraining, wait_for
@@ -49,6 +50,7 @@ def ask_to_stop(signals: Signals, number: int) -> None:
 @pytest.mark.parametrize(("name", "in_step", "last"), [
     ("take_step", 3, 5),
     ("measure_untrained", 0, 0),  # it does not wait for that, and measures it again
+    ("_measurements", 3, 3),  # likewise
 ])  # fmt: skip
 def test_a_run_asked_to_stop_saves_and_goes_on_to_the_same_end(
     name: str, in_step: int, last: int, images: Path, whole_run: Path, tmp_path: Path,
@@ -56,10 +58,10 @@ def test_a_run_asked_to_stop_saves_and_goes_on_to_the_same_end(
 ) -> None:  # fmt: skip
     signals, function = Signals(), getattr(pretraining, name)
 
-    def ask_first(run: Run, *more: Signals) -> None:
+    def ask_first(run: Run, *more: Signals, **settings: Any) -> Any:
         if run.step == in_step:
             ask_to_stop(signals, signal.SIGTERM)
-        function(run, *more)
+        return function(run, *more, **settings)
 
     monkeypatch.setattr(pretraining, "Signals", lambda: signals)
     monkeypatch.setattr(pretraining, name, ask_first)

@@ -177,7 +177,9 @@ def fit(run: Run, signals: Signals) -> None:
             if logs or measures:
                 row = _metrics(run, step, clock) if logs else _step_and_epoch(run)
                 if measures:
-                    row |= _measurements(run, None if last else signals)
+                    found = _measurements(run, None if last else signals)
+                    stopping = _was_cut_short(run, found) or stopping
+                    row |= found
                 run.log.add(row)
                 callbacks.on_log(row)
                 if (warning := watch.warning_for(row)) and run.accelerator.is_main_process:
@@ -261,12 +263,11 @@ def measure_untrained(run: Run, signals: Signals) -> None:
     if run.step > 0:
         _measure_what_was_cut_short(run, signals)
         return
-    row, device = _measurements(run, signals, may_stop=True), run.accelerator.device
-    stopped = run.accelerator.is_main_process and not row
-    if any_process([stopped], device)[0]:
+    row = _measurements(run, signals, may_stop=True)
+    if _was_cut_short(run, row):
         save(run)
         stop(run, signals)
-    pixels = None if run.monitor is None else run.monitor.pixels(device)
+    pixels = None if run.monitor is None else run.monitor.pixels(run.accelerator.device)
     run.log.add(_step_and_epoch(run) | row | ({} if pixels is None else {"knn_pixels": pixels}))
     if remember_best(run, row):
         save(run)
@@ -278,18 +279,23 @@ def _measure_what_was_cut_short(run: Run, signals: Signals) -> None:
     Raises:
         Stopped: another one does so too.
     """
-    every, device = run.args.knn_steps, run.accelerator.device
-    if run.sample is None or not every or run.step % every or run.step == run.total_steps:
+    every = run.args.knn_steps
+    if not every or run.step % every or run.step == run.total_steps:
         return
     last = run.log.rows()[-1:] if run.accelerator.is_main_process else []
-    cut = [row["step"] == run.step and "sample_effective_rank" not in row for row in last]
-    if not any_process([any(cut)], device)[0]:
+    cut = any(row["step"] == run.step and "sample_effective_rank" not in row for row in last)
+    if not any_process([cut], run.accelerator.device)[0]:
         return
     row = _measurements(run, signals, may_stop=True)
-    if any_process([run.accelerator.is_main_process and not row], device)[0]:
+    if _was_cut_short(run, row):
         stop(run, signals)
-    if row:
-        run.log.amend(_step_and_epoch(run) | row)
+    run.log.amend(_step_and_epoch(run) | row)
+
+
+def _was_cut_short(run: Run, found: dict[str, Any]) -> bool:
+    """Whether a stop has ended a measurement, which then has no result in the main process."""
+    cut = run.accelerator.is_main_process and not found
+    return any_process([cut], run.accelerator.device)[0]
 
 
 def measure_end(run: Run) -> None:
