@@ -164,6 +164,8 @@ REFUSED = [
     ("--local_expander_dims=8-", "local_expander_dims must be positive widths"),
     ("--architecture=pit_ti_224 --image_size=224",
      "local_weight must be 0, or the backbone must have a feature map of 256 channels, but pit_ti"),
+    ("--architecture=test_vit --model_args={\"patch_drop_rate\":0.5}",
+     "patch_drop_rate of model_args must be 0 where local_weight is above 0, .* got 0.5"),
     ("--image_size=32", "must have several cells .* got one for images of 32 x 32"),
 ]  # fmt: skip
 

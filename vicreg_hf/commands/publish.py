@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--space", help="Space of the page, org/name; made if absent.")
     parser.add_argument(
         "--private", type=string_to_bool, nargs="?", const=True,
-        help="Make a new repository private; a Space is unless false is given.",
+        help="Push to a private repository alone; a new Space is private unless false is given.",
     )  # fmt: skip
     parser.add_argument(
         "--model", help="The encoder of a Space, if not where the features were extracted with it."

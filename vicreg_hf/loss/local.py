@@ -163,7 +163,7 @@ def _evaluate(
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         cells = [each.to(dtype).flatten(1, 2) for each in maps]
         centres = [
-            cell_centres(own.to(dtype), each.shape[1], each.shape[2])
+            cell_centres(own.to(each.device, dtype), each.shape[1], each.shape[2])
             for own, each in zip((places, places_prime), maps, strict=True)
         ]
         grads = [torch.zeros_like(each) for each in cells] if gradient else []

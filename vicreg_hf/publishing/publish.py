@@ -58,7 +58,7 @@ def publish(
     Args:
         source: output_dir of a run, or a directory that `VICRegModel.from_pretrained` loads.
         repo_id: `org/name`, made if absent.
-        private: whether a new repository is private; None takes the organisation's default.
+        private: as `open_repository` takes it.
         include_expander: also push the expander.
         revision: a branch, made if absent.
         onnx: also push onnx/model.onnx.

@@ -99,7 +99,7 @@ def publish_space(
         features: directory that `extract_dataset` wrote.
         space_id: `org/name`, made if absent.
         model: the encoder, by default where it was when the features were extracted.
-        private: whether a new Space is private; None makes it so.
+        private: as `open_repository` takes it; a new Space is private where it is None.
         license: of the Space; None takes that which the encoder's card states.
         publish_images: also push thumbnails of all images, without which rows are named alone.
         token: None takes that of HF_TOKEN or `hf auth login`.

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vicreg_hf.evaluation.dense.head import FeatureMaps, PixelSample, enlarge_at, train_head
+from vicreg_hf.evaluation.dense import head
+from vicreg_hf.evaluation.dense.head import (
+    FeatureMaps,
+    LinearHead,
+    PixelSample,
+    enlarge_at,
+    train_head,
+)
 from vicreg_hf.metrics.segmentation import VOID
 
 SIZE, PIXELS = (3, 4), (12, 20)
@@ -38,6 +45,19 @@ def test_values_between_positions_are_those_of_interpolate() -> None:
         x.transpose(1, 2).unflatten(2, SIZE), PIXELS, mode="bilinear", align_corners=False
     )
     torch.testing.assert_close(found, large.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 7])
+def test_classes_are_those_of_the_largest_logits_however_many_are_enlarged_together(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "VALUES_AT_ONCE", at_once * PIXELS[0] * PIXELS[1])
+    random = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(12, 6, generator=random), torch.randn(6, 5, generator=random)
+    weight[:, 4] = weight[:, 1]  # of equal classes the first is taken
+    found = LinearHead(weight, torch.zeros(5), torch.zeros(6), torch.ones(6))
+    logits = enlarge_at(found.logits(x[None]).double(), centres()[None], SIZE)[0, :, :4]
+    assert torch.equal(found.predict(x, SIZE, PIXELS).flatten(), logits.argmax(1))
 
 
 def test_a_head_learns_what_the_maps_say_and_is_the_same_in_each_run() -> None:

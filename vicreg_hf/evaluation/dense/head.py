@@ -86,16 +86,14 @@ class LinearHead:
         """
         small = self.logits(x[None]).transpose(1, 2).unflatten(2, size)
         at_once = max(1, VALUES_AT_ONCE // math.prod(pixels))
-        best = classes = torch.empty(0)
+        best = small.new_full(list(pixels), -torch.inf)
+        classes = torch.zeros_like(best, dtype=torch.long)
         for start in range(0, small.shape[1], at_once):
             part = small[:, start : start + at_once]
             large = F.interpolate(part, list(pixels), mode="bilinear", align_corners=False)
             most, found = large[0].max(0)
-            if start == 0:
-                best, classes = most, found
-            else:
-                classes = torch.where(most > best, found + start, classes)
-                best = torch.maximum(best, most)
+            classes = torch.where(most > best, found + start, classes)
+            best = torch.maximum(best, most)
         return classes
 
 

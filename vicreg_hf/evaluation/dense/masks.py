@@ -77,7 +77,7 @@ class MaskColumn(FileColumn):
 
 
 def _check_kind(image: Image.Image) -> None:
-    if image.format in ("JPEG", "MPO"):
+    if image.format == "JPEG":
         raise MaskError("is a JPEG, whose compression changes numbers; save masks as PNG")
     if not image.mode.startswith(NUMBERED) or image.mode in ("LA", "PA", "LAB"):
         raise MaskError(

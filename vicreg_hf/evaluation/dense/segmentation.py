@@ -43,7 +43,7 @@ class Found:
 
     trained: TrainedHead
     maps: FeatureMaps
-    """The overlaps of the M test images."""
+    """The maps of the M test images."""
     rows: Tensor
     """(M,) their rows."""
     overlaps: Overlaps

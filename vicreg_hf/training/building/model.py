@@ -229,6 +229,12 @@ def _try_inputs(model: VICRegModel, args: PretrainingArguments, pairs: PairedSpl
     """
     model.eval()
     first, second = model.config, model.config.prime
+    dropped = (first.model_args or {}).get("patch_drop_rate")
+    if dropped and model.local_expander is not None:
+        raise ValueError(
+            "patch_drop_rate of model_args must be 0 where local_weight is above 0, as a feature "
+            f"map needs every patch, got {dropped}."
+        )
     for side in [args.image_size, *([args.local_image_size] if args.num_local_views else [])]:
         shape: Any = (args.in_chans, side, side)
         local = " Local views need model_args with dynamic_img_size, where the model has it."
