@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -153,6 +154,21 @@ def test_what_an_interrupted_save_left_is_harmless_and_goes(step: int, tmp_path:
     path = save(tmp_path, 2)
     assert newest_checkpoint(tmp_path) == (path, [])
     assert not aside.exists()
+
+
+def test_a_step_that_is_saved_once_more_is_there_when_the_first_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, remove, removed = save(tmp_path, 1), shutil.rmtree, []
+
+    def remove_and_look(folder: Path) -> None:
+        remove(folder)
+        removed.append(newest_checkpoint(tmp_path))
+
+    monkeypatch.setattr(shutil, "rmtree", remove_and_look)
+    assert save(tmp_path, 1) == path
+    assert removed == [(path, [])]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "optimizer.safetensors"])

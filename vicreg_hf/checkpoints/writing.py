@@ -129,6 +129,7 @@ class CheckpointWriter:
     ) -> None:
         final = self.folder / f"{PREFIX}{step}"
         aside = self.folder / f".{PREFIX}{step}.partial"
+        replaced = self.folder / f".{PREFIX}{step}.replaced.partial"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(f".{PREFIX}*.partial"):  # by a process that was killed
@@ -153,9 +154,11 @@ class CheckpointWriter:
             (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
             for file in (*aside.iterdir(), aside):
                 sync(file)
-            _remove(final)
+            with suppress(FileNotFoundError):  # a run may stop where it has begun
+                final.rename(replaced)
             aside.rename(final)
             sync(self.folder)
+            _remove(replaced)
         # a full disk is an OSError from Python and a SafetensorError from safetensors
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
