@@ -41,7 +41,7 @@ def test_accuracy_and_confusions_of_each_class(tmp_path: Path) -> None:
     assert bars(page) == [row for _, row in expected]
     widths = re.findall(r'class="fill" style="width: ([\d.]+)%', section(page))
     assert [float(w) for w in widths] == pytest.approx([100 * s for s, _ in expected], abs=0.01)
-    assert "Of linear, the most accurate of 2 classifiers" in page.text
+    assert "The classifier is linear, the most accurate of 2 classifiers" in page.text
     pairs, images = Counter(zip(labels, predicted, strict=True)), Counter(labels)
     table = page.tables["matrix"]
     assert table[0][1:] == list(NAMES)
