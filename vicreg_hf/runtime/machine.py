@@ -106,7 +106,9 @@ def _check_fsdp() -> None:
     for name, remedy in NOT_WITH_FSDP.items():
         if parse_flag_from_env(name):
             setting = name.lower()
-            raise ValueError(f"{setting} must be false in accelerate's configuration; {remedy}.")
+            raise ValueError(
+                f"{setting} must be false in accelerate's configuration, got true; {remedy}."
+            )
     # by default transformers would leave weights out in all processes but one
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import convert_outputs_to_fp32
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -100,12 +101,13 @@ def setup(
     args, monitor_data = open_monitor_data(args, data, main_process_first)
     _check_keep_best(args, data, monitor_data)
     model, new = _create_model(args, data, accelerator, starts, own)
-    average = None if args.ema_decay is None else ModelEmaV3(model, decay=args.ema_decay)
-    twin = None
-    if shards_model(accelerator):
+    average, twin, sharded = None, None, shards_model(accelerator)
+    if args.ema_decay is not None:  # torch follows no sharded tensors together with others
+        average = ModelEmaV3(model, decay=args.ema_decay, foreach=not sharded)
+    if sharded:
         twin = without_weights(model if average is None else average.module)
         for each in [model] if average is None else [model, average.module]:
-            shard(each, accelerator)
+            shard(each, accelerator.device)
     probe = None
     if args.online_probe:
         probe = create_probe(data.train, data.held_out, model.num_features).to(accelerator.device)
@@ -144,6 +146,8 @@ def setup(
     if twin is None:
         run.wrapped, run.optimizer = accelerator.prepare(model, optimizer)
     else:
+        if accelerator.native_amp:
+            model.forward = convert_outputs_to_fp32(accelerator.autocast()(model.forward))
         run.optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
     return run
 

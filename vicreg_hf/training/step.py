@@ -109,12 +109,15 @@ def representations(run: Run, step: Step, views: tuple[Any, ...]) -> Tensor:
         assert step.output.pooler_output is not None
         return step.output.pooler_output
     size = run.batches.micro_batch_size // run.accelerator.num_processes
-    chunks = views[0].split(size)
-    if run.twin is not None:  # its weights are not there
-        found = [run.average.module(x, return_features=False).pooler_output for x in chunks]
-        return torch.cat(found)
+    average: Any = run.average.module
+
+    def encode(x: Tensor) -> Tensor:
+        if run.twin is None:
+            return run.published.encoder(x)
+        return average(x, return_features=False).pooler_output  # which makes its weights whole
+
     with run.accelerator.autocast():
-        return torch.cat([run.published.encoder(chunk) for chunk in chunks])
+        return torch.cat([encode(chunk) for chunk in views[0].split(size)])
 
 
 def loss_and_terms(run: Run, step: Step) -> dict[str, float]:

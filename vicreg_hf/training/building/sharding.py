@@ -7,40 +7,49 @@ this, as it shards nothing on CPU, and under mixed precision would round the los
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from vicreg_hf.modeling_vicreg import VICRegModel
+from vicreg_hf.runtime.distributed import world_size
 
 
-def shard(model: VICRegModel, accelerator: Accelerator) -> None:
-    """Leave each process its part of the parameters, those of the main process.
+def shard(model: VICRegModel, device: torch.device) -> None:
+    """Leave each process its rows of every parameter, of those that the main process has.
 
-    The blocks of an encoder are whole one after the other, and the rest of the model together. The
-    forward pass runs under autocast. Every process must call this.
+    The blocks of an encoder become whole one after the other, and the rest of the model together.
+    Every process must call this.
+
+    Args:
+        device: that of the model, which holds no compiled parts.
 
     Raises:
-        ValueError: a parameter is a single number, which cannot be shared out.
+        ValueError: a parameter has no rows.
     """
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    single = [name for name, p in model.named_parameters() if p.ndim == 0]
+    if single:
+        raise ValueError(
+            f"parameters must have a dimension that FSDP can divide, got the number {single[0]}; "
+            "train this architecture without FSDP."
+        )
+    mesh = init_device_mesh(device.type, (world_size(),))
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):  # as DDP begins
             dist.broadcast(tensor, src=0)
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    if accelerator.native_amp:
-        model.forward = convert_outputs_to_fp32(accelerator.autocast()(model.forward))
+    # nothing here writes into what the model returns
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
 
 def _blocks(model: VICRegModel) -> list[nn.Module]:
