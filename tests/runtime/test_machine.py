@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from vicreg_hf.runtime.distributed import rank
 from vicreg_hf.runtime.machine import _OwnBuffers, start_accelerator
 
-
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 

@@ -82,7 +82,8 @@ class CheckpointWriter:
         self.parts = world_size if sharded else 1
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._begun: Future[Listed] | None = None
-        self._begun_manifest: dict[str, Any] = {}
+        self._begun_step = 0
+        self._begun_state: Mapping[str, Any] = {}
         self._copies: Files = {}
         self._verified: set[Path] = set()
         installed_versions()  # those in use, whatever is installed meanwhile
@@ -126,16 +127,9 @@ class CheckpointWriter:
                 if rank() == 0:
                     self._make_aside(step)
         self._copies = _copy(files, self._copies)
-        self._begun_manifest = {
-            "step": step,
-            "world_size": self.world_size,
-            **({} if self.parts == 1 else {"parts": self.parts}),
-            "versions": installed_versions(),
-            "settings_sha256": digest(state.get("settings")),
-            "state": state,
-        }
+        self._begun_step, self._begun_state = step, state
         self._begun = self._thread.submit(
-            self._write, self._begun_manifest, model.config, self._copies, rest
+            self._write, step, model.config, self._copies, rest, state
         )
 
     def wait(self) -> None:
@@ -152,14 +146,14 @@ class CheckpointWriter:
         if self.parts == 1:
             begun.result()
             return
-        step = self._begun_manifest["step"]
+        step = self._begun_step
         try:
             with failing_together(CPU):
                 own = begun.result()
             files = dict(gather_objects(list(own.items())))
             with failing_together(CPU), self._explained(step):
                 if rank() == 0:
-                    self._finish(self._begun_manifest, files)
+                    self._finish(step, self._begun_state, files)
         except (CheckpointError, OtherProcessFailed):
             shutil.rmtree(self._aside(step), ignore_errors=True)
             raise
@@ -183,13 +177,13 @@ class CheckpointWriter:
 
     def _write(
         self,
-        manifest: dict[str, Any],
+        step: int,
         config: PretrainedConfig,
         tensors_of: Files,
         optimizer_rest: dict[str, Any],
+        state: Mapping[str, Any],
     ) -> Listed:
         """Write the files of this process, and the manifest if they are all."""
-        step = manifest["step"]
         with self._explained(step):
             if self.parts == 1:
                 self._make_aside(step)
@@ -206,7 +200,7 @@ class CheckpointWriter:
                 files[name] = {"size": size, "sha256": file_digest(aside / name)}
                 sync(aside / name)
             if self.parts == 1:
-                self._finish(manifest, files)
+                self._finish(step, state, files)
         return files
 
     def _make_aside(self, step: int) -> None:
@@ -215,12 +209,19 @@ class CheckpointWriter:
             _remove(left)
         self._aside(step).mkdir()
 
-    def _finish(self, manifest: dict[str, Any], files: Listed) -> None:
-        """Rename a folder that has all files."""
-        step = manifest["step"]
+    def _finish(self, step: int, state: Mapping[str, Any], files: Listed) -> None:
+        """Write the manifest to a folder that has all other files, and rename it."""
         final, aside = self.folder / f"{PREFIX}{step}", self._aside(step)
         replaced = self.folder / f".{PREFIX}{step}.replaced.partial"
-        manifest = manifest | {"files": files}
+        manifest = {
+            "step": step,
+            "world_size": self.world_size,
+            **({} if self.parts == 1 else {"parts": self.parts}),
+            "versions": installed_versions(),
+            "settings_sha256": digest(state.get("settings")),
+            "state": state,
+            "files": files,
+        }
         (aside / MANIFEST).write_text(json.dumps(manifest | {"sha256": digest(manifest)}, indent=2))
         sync(aside / MANIFEST)
         sync(aside)

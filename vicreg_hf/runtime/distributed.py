@@ -158,7 +158,7 @@ def norms_of(
     Args:
         sharded: the tensors are parts, each process's own; then every process must call this.
     """
-    norms = torch.stack(torch._foreach_norm(tensors, dtype=dtype))
+    norms = torch.stack(torch._foreach_norm(list(tensors), dtype=dtype))
     return sum_over_processes(norms.square()).sqrt() if sharded else norms
 
 

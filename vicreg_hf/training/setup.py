@@ -147,7 +147,8 @@ def setup(
         run.wrapped, run.optimizer = accelerator.prepare(model, optimizer)
     else:
         if accelerator.native_amp:
-            model.forward = convert_outputs_to_fp32(accelerator.autocast()(model.forward))
+            forward: Any = convert_outputs_to_fp32(accelerator.autocast()(model.forward))
+            model.forward = forward  # as accelerate prepares other models
         run.optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
     return run
 

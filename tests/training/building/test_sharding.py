@@ -39,13 +39,12 @@ def build(kind: str, *, seed: int = 0) -> VICRegModel:
     """A model whose first dimensions neither two nor three divide throughout."""
     torch.manual_seed(seed)
     name, args = KINDS[kind]
-    # float64, and smooth activations: nothing that one rounding switches; Adam divides gradients that
-    # are 0 but for rounding, as of the bias of keys, by its eps
+    # float64, and smooth activations: nothing that one rounding switches
     config = VICRegConfig(architecture=name, model_args=args, expander_dims=[13, 7])
     model = VICRegModel(config).double().train()
     synchronize(model)
     if kind == "frozen":
-        for parameter in model.backbone.patch_embed.parameters():
+        for parameter in model.backbone.get_submodule("patch_embed").parameters():
             parameter.requires_grad_(False)
     return model
 
@@ -69,7 +68,7 @@ def train(model: VICRegModel, optimizer: Any, steps: range, *, wrapped: Any = No
             output.loss.backward()
         else:
             output = backward_in_chunks(model, *views, chunk_size=chunk_size, wrapped=wrapped)
-        losses.append(output.loss.detach())
+        losses.append(output.scalars["loss"])
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         norms.append(norms_of([own_part(grad) for grad in grads], sharded=wrapped is None))
         optimizer.step()
@@ -121,6 +120,7 @@ def test_two_processes_with_half_of_the_weights_each_train_as_with_all(
     kind: str, optimizer: str, chunk_size: int | None, gloo: GlooPool
 ) -> None:
     for result in gloo.run(2, compare_with_ddp, kind, optimizer, chunk_size):
+        # Adam divides gradients that are 0 but for rounding, as of the bias of keys, by its eps
         torch.testing.assert_close(result["found"], result["expected"], rtol=1e-9, atol=1e-9)
         assert not result["whole"]
         assert 0.4 < result["share"] < 0.6
