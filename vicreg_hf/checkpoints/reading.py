@@ -317,10 +317,9 @@ def published_weights(directory: Path) -> str:
     """The file of a checkpoint, or of another directory, with the weights that are published."""
     if not (directory / MANIFEST).is_file():
         return MODEL
-    files = read_manifest(directory)["files"]
-    return (
-        AVERAGE if any(path.name in files for path in paths_of_parts(directory, AVERAGE)) else MODEL
-    )
+    manifest = read_manifest(directory)
+    first = names_of_parts(AVERAGE, manifest.get("parts", 1))[0]
+    return AVERAGE if first in manifest["files"] else MODEL
 
 
 def load_average(path: Path, model: nn.Module) -> bool:

@@ -111,6 +111,8 @@ def _check_fsdp() -> None:
             )
     # by default transformers would leave weights out in all processes but one
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # nothing to share out
+        os.environ[FSDP] = "false"
 
 
 class _OwnBuffers(DistributedDataParallelKwargs):
