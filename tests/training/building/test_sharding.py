@@ -188,6 +188,11 @@ def test_parts_are_saved_and_loaded_exactly_on_any_number_of_processes(
     optimizer = create_optimizer("adamw", model, lr=1e-2, weight_decay=1e-3)
     load_checkpoint(path, model, optimizer)
     assert_same_bits(everything(model, optimizer), saved)
+    writer = CheckpointWriter(tmp_path / "plain")
+    writer.save(1, model, optimizer, {})
+    writer.wait()
+    for state in gloo.run(2, load, tmp_path / "plain" / "step-1"):
+        assert_same_bits(state, saved)
     kept = VICRegModel.from_pretrained(path, dtype=torch.float64).state_dict()
     assert_same_bits(kept, {name: saved[name] for name in kept})
     for name in ("model.2-of-2.safetensors", "average.1-of-2.safetensors"):
