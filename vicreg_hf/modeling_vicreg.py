@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from vicreg_hf.checkpoints.reading import load_average
+from vicreg_hf.checkpoints.reading import MODEL, load_average, paths_of_parts, read_tensors
 from vicreg_hf.configuration_vicreg import METHOD_FIELDS, VICRegConfig, without_classes
 from vicreg_hf.hub.layout import trainers_checkpoint, write_layout
 from vicreg_hf.hub.source import directory_of, split_address
@@ -189,7 +189,11 @@ class VICRegModel(PreTrainedModel):
                 place = directory_of(Path(place)) or Path(place)
             if revision is not None:
                 kwargs.setdefault("revision", revision)
-        loaded = super().from_pretrained(place, *model_args, **kwargs)
+        source = place
+        if isinstance(place, Path) and len(paths_of_parts(place, MODEL)) > 1:
+            kwargs["state_dict"], source = read_tensors(place, MODEL), None
+            kwargs.setdefault("config", VICRegConfig.from_pretrained(place))
+        loaded = super().from_pretrained(source, *model_args, **kwargs)
         if isinstance(place, Path):  # a checkpoint has its moving average beside what is trained
             load_average(place, loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded

@@ -14,19 +14,30 @@ from torch.nn.parallel import DistributedDataParallel
 from vicreg_hf.runtime.distributed import rank
 from vicreg_hf.runtime.machine import _OwnBuffers, start_accelerator
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("asked", "said"),
     [
-        ("ACCELERATE_USE_FSDP", "true", "every process must hold the whole model, got FSDP"),
-        ("ACCELERATE_USE_DEEPSPEED", "1", "got DeepSpeed from accelerate's configuration"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps=4; set it"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP must be of version 2, got 1 from"),
+        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params must be false .*got true"),
+        (
+            FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "fsdp_activation_checkpointing must .*use --gradient_checkpointing true instead",
+        ),
+        ({"ACCELERATE_USE_DEEPSPEED": "1"}, "got DeepSpeed from accelerate's configuration"),
+        (
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            "gradient_accumulation_steps=4; set it",
+        ),
     ],
 )
-def test_what_would_change_the_gradient_or_split_the_model_is_refused(
-    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+def test_what_would_change_the_gradient_or_cannot_shard_the_model_is_refused(
+    asked: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(name, value)
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
     threads = torch.get_num_threads()
     try:
         with pytest.raises(ValueError, match=said):

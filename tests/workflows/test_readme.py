@@ -259,7 +259,7 @@ def test_the_recipe_of_views_is_one() -> None:
     assert x == replace(PRESETS["authors"][0], flip=0, scale=(0.3, 1.0))
 
 
-@pytest.mark.parametrize(("name", "machines"), [("8-gpus", 1), ("4x8-gpus", 4)])
+@pytest.mark.parametrize(("name", "machines"), [("8-gpus", 1), ("4x8-gpus", 4), ("fsdp", 1)])
 def test_accelerate_takes_its_configuration(name: str, machines: int) -> None:
     assert f"--config_file scripts/{name}.yaml" in DOCUMENTS["scripts/README.md"]
     config: Any = load_config_from_file(str(ROOT / "scripts" / f"{name}.yaml"))

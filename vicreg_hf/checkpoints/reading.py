@@ -11,11 +11,16 @@ A checkpoint is a directory `step-N`, where N optimiser steps were taken. Nothin
     manifest.json          all other values:
         step               N
         world_size         processes of the run
+        parts              processes that each wrote a part of the model, 1 if it is left out
         versions           versions of Python and of the packages that results depend on
         state              a `RunState`
         settings_sha256    SHA-256 of the state's settings
         files              size in bytes and SHA-256 of every other file, by its name
         sha256             SHA-256 of the values above
+
+Where FSDP sharded the model, `model.1-of-2.safetensors` and its like stand in for weights,
+optimiser state and average. Each holds a process's rows of every sharded tensor, perhaps none, and
+the first also every tensor that was whole.
 """
 
 from __future__ import annotations
@@ -23,14 +28,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypedDict
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -40,7 +48,7 @@ MANIFEST = "manifest.json"
 MODEL, OPTIMIZER, OPTIMIZER_REST = "model.safetensors", "optimizer.safetensors", "optimizer.json"
 PROBE, AVERAGE = "probe.safetensors", "average.safetensors"
 FILES = {"config.json", MODEL, OPTIMIZER, OPTIMIZER_REST}
-"""The files that every checkpoint has beside its manifest."""
+"""The files that every checkpoint has beside its manifest, if it has no parts."""
 PREFIX = "step-"
 GROUP = "group"
 """Tensors of a parameter group are named after it, as `group0.lr`; others after a parameter."""
@@ -119,7 +127,9 @@ def find_damage(path: Path) -> str | None:
             return f"{MANIFEST} has another checksum"
         if manifest["step"] != step_of(path):
             return f"{MANIFEST} is of step {manifest['step']}"
-        if manifest["files"].keys() - {PROBE, AVERAGE} != FILES:
+        parts, listed = manifest.get("parts", 1), manifest["files"].keys() - {PROBE}
+        wanted = {name for file in FILES for name in names_of_parts(file, parts)}
+        if listed not in (wanted, wanted | set(names_of_parts(AVERAGE, parts))):
             return f"{MANIFEST} lists other files"
         for name, expected in manifest["files"].items():
             if (path / name).stat().st_size != expected["size"]:
@@ -142,6 +152,64 @@ def digest(values: Any) -> str:
 def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def names_of_parts(file: str, parts: int) -> list[str]:
+    """The files of a checkpoint that stand in for one, in the order of the processes."""
+    stem, _, kind = file.partition(".")
+    if parts == 1 or kind != "safetensors":
+        return [file]
+    return [f"{stem}.{number + 1}-of-{parts}.{kind}" for number in range(parts)]
+
+
+def paths_of_parts(directory: Path, file: str) -> list[Path]:
+    """The paths of a checkpoint's file, or of any other directory's."""
+    whole = not (directory / MANIFEST).is_file()
+    parts = 1 if whole else read_manifest(directory).get("parts", 1)
+    return [directory / name for name in names_of_parts(file, parts)]
+
+
+def read_tensors(
+    directory: Path, file: str, like: Callable[[str], Any] = lambda _: None
+) -> dict[str, Tensor]:
+    """The tensors of a file, or of the parts that stand in for it.
+
+    Args:
+        like: gives the tensor that one is loaded into by its name. Where that is sharded, only the
+            rows of this process are read.
+    """
+    with ExitStack() as stack:
+        parts = [
+            stack.enter_context(safe_open(path, "pt")) for path in paths_of_parts(directory, file)
+        ]
+        names = [set(part.keys()) for part in parts]
+        return {
+            name: _read_rows(
+                [part for part, own in zip(parts, names, strict=True) if name in own],
+                name, like(name),
+            )
+            for name in parts[0].keys()  # noqa: SIM118 - no dict
+        }  # fmt: skip
+
+
+def _read_rows(parts: Sequence[Any], name: str, like: Any) -> Tensor:
+    """A tensor, of which each part holds some rows; see `read_tensors`."""
+    shape = parts[0].get_slice(name).get_shape()
+    lengths = [part.get_slice(name).get_shape()[0] for part in parts] if shape else []
+    if not isinstance(like, DTensor) or [sum(lengths), *shape[1:]] != list(like.shape):
+        found = [part.get_tensor(name) for part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+    # as torch.chunk divides rows among processes
+    most = -(-sum(lengths) // like.device_mesh.size())
+    first = like.device_mesh.get_local_rank() * most
+    rows = [
+        part.get_slice(name)[max(first - start, 0) : max(first + most - start, 0)]
+        for part, start in zip(parts, accumulate(lengths, initial=0), strict=False)
+    ]
+    return DTensor.from_local(
+        torch.cat(rows).to(like.device), like.device_mesh, like.placements, run_check=False,
+        shape=like.shape, stride=like.stride(),
+    )  # fmt: skip
 
 
 def split_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -210,9 +278,11 @@ def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: Optimizer) ->
     """
     with _misfits(path):
         rest = json.loads((path / OPTIMIZER_REST).read_text())
-        state = join_tensors(load_file(path / OPTIMIZER), rest)
-        model.load_state_dict(load_file(path / MODEL))
-        optimizer.load_state_dict(state)
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        by_index = {str(index): p for index, p in enumerate(params)}
+        tensors = read_tensors(path, OPTIMIZER, lambda key: by_index.get(key.partition(".")[0]))
+        model.load_state_dict(read_tensors(path, MODEL, model.state_dict().get))
+        optimizer.load_state_dict(join_tensors(tensors, rest))
 
 
 def load_weights(path: Path, model: nn.Module, *, averaged: bool = False) -> None:
@@ -225,7 +295,8 @@ def load_weights(path: Path, model: nn.Module, *, averaged: bool = False) -> Non
         CheckpointError: the checkpoint belongs to another model, or has no average.
     """
     with _misfits(path):
-        model.load_state_dict(load_file(path / (AVERAGE if averaged else MODEL)))
+        file = AVERAGE if averaged else MODEL
+        model.load_state_dict(read_tensors(path, file, model.state_dict().get))
 
 
 @contextmanager
@@ -244,8 +315,11 @@ def _misfits(path: Path) -> Iterator[None]:
 
 def published_weights(directory: Path) -> str:
     """The file of a checkpoint, or of another directory, with the weights that are published."""
-    averaged = (directory / MANIFEST).is_file() and AVERAGE in read_manifest(directory)["files"]
-    return AVERAGE if averaged else MODEL
+    if not (directory / MANIFEST).is_file():
+        return MODEL
+    manifest = read_manifest(directory)
+    first = names_of_parts(AVERAGE, manifest.get("parts", 1))[0]
+    return AVERAGE if first in manifest["files"] else MODEL
 
 
 def load_average(path: Path, model: nn.Module) -> bool:

@@ -1,16 +1,17 @@
 """Writing checkpoints beside training: each is whole or not there.
 
 What changes is copied first, and written by a thread while training goes on: into a folder aside,
-which is renamed once all of it is on the disk.
+which is renamed once all of it is on the disk. Of a sharded model each process writes its own part;
+threads do not wait for those of other processes, so the folder is renamed when the run next waits.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -34,10 +36,18 @@ from vicreg_hf.checkpoints.reading import (
     digest,
     file_digest,
     find_damage,
+    names_of_parts,
     newest_first,
     read_manifest,
     split_tensors,
     step_of,
+)
+from vicreg_hf.runtime.distributed import (
+    OtherProcessFailed,
+    failing_together,
+    gather_objects,
+    own_part,
+    rank,
 )
 from vicreg_hf.runtime.files import sync
 from vicreg_hf.runtime.machine import installed_versions
@@ -46,8 +56,11 @@ KEEP = 2
 """Newest checkpoints that remain; the older one is there in case the newer is damaged."""
 
 
+CPU = torch.device("cpu")
 Files = dict[str, dict[str, Tensor]]
 """Tensors by the file they are written to."""
+Listed = dict[str, dict[str, Any]]
+"""Size and SHA-256 of files by their names."""
 
 
 class CheckpointWriter:
@@ -60,12 +73,17 @@ class CheckpointWriter:
     Args:
         folder: made if absent.
         world_size: processes of the run.
+        sharded: each of them holds a part of the model. Then every process must have a writer and
+            make the same calls.
     """
 
-    def __init__(self, folder: Path, *, world_size: int = 1) -> None:
+    def __init__(self, folder: Path, *, world_size: int = 1, sharded: bool = False) -> None:
         self.folder, self.world_size = folder, world_size
+        self.parts = world_size if sharded else 1
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._begun: Future[None] | None = None
+        self._begun: Future[Listed] | None = None
+        self._begun_step = 0
+        self._begun_state: Mapping[str, Any] = {}
         self._copies: Files = {}
         self._verified: set[Path] = set()
         installed_versions()  # those in use, whatever is installed meanwhile
@@ -103,7 +121,13 @@ class CheckpointWriter:
         for file, more in ((PROBE, probe), (AVERAGE, average)):
             if more:
                 files[file] = dict(more)
+        if self.parts > 1:
+            files = _own_parts(files, self.parts)
+            with failing_together(CPU), self._explained(step):
+                if rank() == 0:
+                    self._make_aside(step)
         self._copies = _copy(files, self._copies)
+        self._begun_step, self._begun_state = step, state
         self._begun = self._thread.submit(
             self._write, step, model.config, self._copies, rest, state
         )
@@ -114,10 +138,42 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the disk is full or the folder cannot be written; checkpoints that
                 were there before are as they were.
+            OtherProcessFailed: that happened to another process's part.
         """
         begun, self._begun = self._begun, None
-        if begun is not None:
+        if begun is None:
+            return
+        if self.parts == 1:
             begun.result()
+            return
+        step = self._begun_step
+        try:
+            with failing_together(CPU):
+                own = begun.result()
+            files = dict(gather_objects(list(own.items())))
+            with failing_together(CPU), self._explained(step):
+                if rank() == 0:
+                    self._finish(step, self._begun_state, files)
+        except (CheckpointError, OtherProcessFailed):
+            shutil.rmtree(self._aside(step), ignore_errors=True)
+            raise
+
+    def _aside(self, step: int) -> Path:
+        return self.folder / f".{PREFIX}{step}.partial"
+
+    @contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        # a full disk is an OSError from Python and a SafetensorError from safetensors
+        except (OSError, SafetensorError) as error:
+            if self.parts == 1:  # else others may be writing to it
+                shutil.rmtree(self._aside(step), ignore_errors=True)
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self.folder / f'{PREFIX}{step}'}: {error}. "
+                "Earlier checkpoints are untouched; free some space or choose another output_dir, "
+                "and start again to resume."
+            ) from error
 
     def _write(
         self,
@@ -126,47 +182,54 @@ class CheckpointWriter:
         tensors_of: Files,
         optimizer_rest: dict[str, Any],
         state: Mapping[str, Any],
-    ) -> None:
-        final = self.folder / f"{PREFIX}{step}"
-        aside = self.folder / f".{PREFIX}{step}.partial"
-        replaced = self.folder / f".{PREFIX}{step}.replaced.partial"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(f".{PREFIX}*.partial"):  # by a process that was killed
-                _remove(left)
-            aside.mkdir()
-            config.save_pretrained(aside)
+    ) -> Listed:
+        """Write the files of this process, and the manifest if they are all."""
+        with self._explained(step):
+            if self.parts == 1:
+                self._make_aside(step)
+            aside, names = self._aside(step), list(tensors_of)
             for name, tensors in tensors_of.items():
                 save_file(tensors, aside / name, metadata={"format": "pt"})
-            (aside / OPTIMIZER_REST).write_text(json.dumps(optimizer_rest))
-            manifest = {
-                "step": step,
-                "world_size": self.world_size,
-                "versions": installed_versions(),
-                "settings_sha256": digest(state.get("settings")),
-                "state": state,
-                "files": {
-                    file.name: {"size": file.stat().st_size, "sha256": file_digest(file)}
-                    for file in aside.iterdir()
-                },
-            }
-            manifest["sha256"] = digest(manifest)
-            (aside / MANIFEST).write_text(json.dumps(manifest, indent=2))
-            for file in (*aside.iterdir(), aside):
-                sync(file)
-            with suppress(FileNotFoundError):  # a run may stop where it has begun
-                final.rename(replaced)
-            aside.rename(final)
-            sync(self.folder)
-            _remove(replaced)
-        # a full disk is an OSError from Python and a SafetensorError from safetensors
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise CheckpointError(
-                f"a checkpoint could not be written to {final}: {error}. Earlier checkpoints are "
-                "untouched; free some space or choose another output_dir, and start again to "
-                "resume."
-            ) from error
+            if self.parts == 1 or rank() == 0:
+                config.save_pretrained(aside)
+                (aside / OPTIMIZER_REST).write_text(json.dumps(optimizer_rest))
+                names += ["config.json", OPTIMIZER_REST]
+            files: Listed = {}
+            for name in names:
+                size = (aside / name).stat().st_size
+                files[name] = {"size": size, "sha256": file_digest(aside / name)}
+                sync(aside / name)
+            if self.parts == 1:
+                self._finish(step, state, files)
+        return files
+
+    def _make_aside(self, step: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(f".{PREFIX}*.partial"):  # by a process that was killed
+            _remove(left)
+        self._aside(step).mkdir()
+
+    def _finish(self, step: int, state: Mapping[str, Any], files: Listed) -> None:
+        """Write the manifest to a folder that has all other files, and rename it."""
+        final, aside = self.folder / f"{PREFIX}{step}", self._aside(step)
+        replaced = self.folder / f".{PREFIX}{step}.replaced.partial"
+        manifest = {
+            "step": step,
+            "world_size": self.world_size,
+            **({} if self.parts == 1 else {"parts": self.parts}),
+            "versions": installed_versions(),
+            "settings_sha256": digest(state.get("settings")),
+            "state": state,
+            "files": files,
+        }
+        (aside / MANIFEST).write_text(json.dumps(manifest | {"sha256": digest(manifest)}, indent=2))
+        sync(aside / MANIFEST)
+        sync(aside)
+        with suppress(FileNotFoundError):  # a run may stop where it has begun
+            final.rename(replaced)
+        aside.rename(final)
+        sync(self.folder)
+        _remove(replaced)
         self._verified.add(final)
         self._prune(step)
 
@@ -202,6 +265,20 @@ def _state_of(path: Path) -> dict[str, Any]:
     return {}
 
 
+def _own_parts(files: Files, parts: int) -> Files:
+    """What this process writes of the files: its rows, and the first also what is not sharded."""
+    found: Files = {}
+    for file, tensors in files.items():
+        name = file if file == PROBE else names_of_parts(file, parts)[rank()]
+        if rank() == 0 or file != PROBE:
+            found[name] = {
+                key: own_part(value)
+                for key, value in tensors.items()
+                if rank() == 0 or isinstance(value, DTensor)
+            }
+    return found
+
+
 def _copy(files: Files, reuse: Files) -> Files:
     """Copy tensors to the CPU, into the memory of earlier copies where shapes allow."""
     copies: Files = {}
@@ -212,7 +289,7 @@ def _copy(files: Files, reuse: Files) -> Files:
             if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
                 copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
             copies[file][name] = copy.copy_(value.detach(), non_blocking=value.is_cuda)
-    if any(value.is_cuda for value in files[MODEL].values()):
+    if any(value.is_cuda for tensors in files.values() for value in tensors.values()):
         torch.cuda.synchronize()
     return copies
 

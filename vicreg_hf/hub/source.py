@@ -22,7 +22,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm import is_model
 from timm.models import get_pretrained_cfg
 from torch import Tensor
@@ -30,8 +29,10 @@ from torch import Tensor
 from vicreg_hf.checkpoints.reading import (
     MANIFEST,
     newest_checkpoint,
+    paths_of_parts,
     published_weights,
     read_manifest,
+    read_tensors,
 )
 from vicreg_hf.configuration_vicreg import NESTED_KEY, VICRegConfig, without_classes
 from vicreg_hf.hub.api import check_repo_id, check_revision, without_tokens
@@ -102,7 +103,8 @@ def find_encoder(source: str | Path) -> Path:
 def directory_of(source: Path, first: str = "encoder") -> Path | None:
     """The directory that holds the weights of a run or is itself one; None if there is none."""
     for directory in (source / first, source / "encoder", source):
-        if (directory / CONFIG_FILE).is_file() and (directory / ENCODER_FILE).is_file():
+        files = [directory / CONFIG_FILE, *paths_of_parts(directory, ENCODER_FILE)]
+        if all(file.is_file() for file in files):
             return directory
     return newest_checkpoint(source / "checkpoints")[0]
 
@@ -298,8 +300,7 @@ def _read_config(directory: Path, where: str) -> dict[str, Any]:
 
 def _read_weights(directory: Path, file: str, where: str) -> dict[str, Tensor]:
     """The weights in a file, as float32 where they are of another precision."""
-    path = directory / file
-    if not path.is_file():
+    if not all(path.is_file() for path in paths_of_parts(directory, file)):
         found = sorted(entry.name for entry in directory.iterdir())
         got = "no weights"
         if f"{file}.index.json" in found:
@@ -311,7 +312,7 @@ def _read_weights(directory: Path, file: str, where: str) -> dict[str, Tensor]:
             )
         raise ValueError(f"{where} must hold its weights in one {file}, got {got}.")
     try:
-        state = load_file(path)
+        state = read_tensors(directory, file)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"{where} must hold weights that can be read, and its {file} is damaged: "

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 ProcessGroup = dist.ProcessGroup | None
 T = TypeVar("T")
@@ -142,6 +143,23 @@ def sum_over_processes(x: Tensor, group: ProcessGroup = None) -> Tensor:
     if world_size(group) > 1:
         dist.all_reduce(x, group=group)
     return x
+
+
+def own_part(x: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds; any other tensor itself."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def norms_of(
+    tensors: Sequence[Tensor], *, sharded: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The norm of each tensor: (tensors,).
+
+    Args:
+        sharded: the tensors are parts, each process's own; then every process must call this.
+    """
+    norms = torch.stack(torch._foreach_norm(list(tensors), dtype=dtype))
+    return sum_over_processes(norms.square()).sqrt() if sharded else norms
 
 
 class Vote:

@@ -21,11 +21,17 @@ from torch.nn.parallel import DistributedDataParallel
 from vicreg_hf.runtime.distributed import be_patient
 
 SHARDED = {
-    "FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
-    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
     "a parallelism config": "ACCELERATE_USE_PARALLELISM_CONFIG",
 }  # fmt: skip
-"""Ways to spread a model over processes, by what `accelerate launch` sets for each."""
+"""Ways to spread a model over processes that are refused, by what `accelerate launch` sets."""
+FSDP = "ACCELERATE_USE_FSDP"
+NOT_WITH_FSDP = {
+    "FSDP_OFFLOAD_PARAMS": "take more processes instead",
+    "FSDP_ACTIVATION_CHECKPOINTING": "use --gradient_checkpointing true instead",
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "use --gradient_checkpointing true instead",
+}
+"""Settings of accelerate's FSDP that are refused, and what to do, by the variable of each."""
 
 
 def available_cores() -> int:
@@ -45,15 +51,21 @@ def start_accelerator() -> Accelerator:
 
     Raises:
         ValueError: processes were started that accelerate does not count, or accelerate was asked
-            to spread the model over processes, or to accumulate gradients.
+            to spread the model over processes otherwise than by FSDP2, or to accumulate gradients.
     """
     if sharded := [name for name, flag in SHARDED.items() if parse_flag_from_env(flag)]:
         raise ValueError(
-            f"every process must hold the whole model, got {sharded[0]} from accelerate's "
-            "configuration; choose one of MULTI_GPU, MULTI_CPU or no distribution with "
-            "`accelerate config`, and micro_batch_size where memory is short."
+            f"a model must be whole in every process or sharded by FSDP2, got {sharded[0]} from "
+            "accelerate's configuration; choose one of MULTI_GPU, MULTI_CPU or no distribution "
+            "with `accelerate config`, and micro_batch_size or FSDP2 where memory is short."
         )
+    _check_fsdp()
     accelerator = Accelerator()
+    if shards_model(accelerator) and accelerator.scaler is not None:
+        raise ValueError(
+            "mixed precision must be bf16 or no with FSDP, got fp16, whose loss scale the "
+            "processes would not agree on; use --mixed_precision bf16."
+        )
     handler: Any = _OwnBuffers(gradient_as_bucket_view=True)
     accelerator.ddp_handler = handler
     if (accumulated := accelerator.gradient_accumulation_steps) != 1:
@@ -76,6 +88,31 @@ def start_accelerator() -> Accelerator:
         # accelerate launch sets OMP_NUM_THREADS=1, which leaves all cores but one idle
         torch.set_num_threads(max(1, available_cores() // local_processes(accelerator)))
     return accelerator
+
+
+def shards_model(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of every parameter, as FSDP2 has it."""
+    return accelerator.num_processes > 1 and parse_flag_from_env(FSDP)
+
+
+def _check_fsdp() -> None:
+    if not parse_flag_from_env(FSDP):
+        return
+    if (number := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise ValueError(
+            f"FSDP must be of version 2, got {number} from accelerate's configuration; use "
+            "`accelerate launch --use_fsdp --fsdp_version 2` or its fsdp_version."
+        )
+    for name, remedy in NOT_WITH_FSDP.items():
+        if parse_flag_from_env(name):
+            setting = name.lower()
+            raise ValueError(
+                f"{setting} must be false in accelerate's configuration, got true; {remedy}."
+            )
+    # by default transformers would leave weights out in all processes but one
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # nothing to share out
+        os.environ[FSDP] = "false"
 
 
 class _OwnBuffers(DistributedDataParallelKwargs):

@@ -16,7 +16,7 @@ from torch import Tensor
 from vicreg_hf.checkpoints.reading import CheckpointError, newest_checkpoint
 from vicreg_hf.data.opening.items import GIVEN
 from vicreg_hf.runtime.checks import one_line
-from vicreg_hf.runtime.distributed import any_process, wait_for_all
+from vicreg_hf.runtime.distributed import any_process, gather_objects, own_part, wait_for_all
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.run import Run
 from vicreg_hf.training.step import Step, loss_and_terms
@@ -124,11 +124,14 @@ def _not_finite_state(run: Run) -> list[str]:
     # the largest magnitude, as a sum of squares overflows
     largest = {
         name: x.abs().amax().float().to(run.accelerator.device)
-        for name, x in tensors.items()
+        for name, x in ((name, own_part(x)) for name, x in tensors.items())
         if isinstance(x, Tensor) and x.is_floating_point() and x.numel()
     }
     finite = torch.isfinite(torch.stack(list(largest.values()))).tolist()  # waits only once
-    return [name for name, fine in zip(largest, finite, strict=True) if not fine][:MOST_NAMES]
+    names = [name for name, fine in zip(largest, finite, strict=True) if not fine]
+    if run.twin is not None:
+        names = list(dict.fromkeys(gather_objects(names)))
+    return names[:MOST_NAMES]
 
 
 @contextmanager

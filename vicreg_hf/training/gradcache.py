@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from vicreg_hf.loss.autograd import VICRegTerms
 from vicreg_hf.modeling_vicreg import VICRegModel, VICRegOutput
@@ -55,7 +56,7 @@ def backward_in_chunks(
             and local_views.
         chunk_size: images of which the backbone holds activations at once, of each view.
         wrapped: what runs the model, if not it itself: DistributedDataParallel reduces gradients
-            with the last chunk alone.
+            with the last chunk alone, FSDP2 with each.
         backward: runs the backward pass of the loss; accelerate's scales it under float16.
         autocast: makes the context in which expander and loss run; `wrapped` sees to its own.
 
@@ -84,7 +85,11 @@ def backward_in_chunks(
     if model.local_expander is not None:
         heads.append(model.local_expander)
     expanders = [p for p in heads.parameters() if p.requires_grad]
-    expander_grads = _separately(expanders, lambda: backward(output.loss))
+    if isinstance(model, FSDPModule):  # which reduces and adds up gradients in each pass
+        expanders, expander_grads = [], []
+        backward(output.loss)
+    else:
+        expander_grads = _separately(expanders, lambda: backward(output.loss))
     with _unchanged(nn.ModuleList([b.backbone for b in model.branches]), device):
         for number in range(len(chunks[0])):
             last = number == len(chunks[0]) - 1

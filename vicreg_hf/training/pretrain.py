@@ -353,7 +353,7 @@ def _measurements(
         classify = run.probe.predict if run.probe is not None and run.probe.steps > 0 else None
         autocast = partial(_autocast_unless_stopped, run, signals if may_stop else None)
         device = run.accelerator.device
-        with suppress(Stopped), run.progress.measuring():
+        with run.whole_weights(), suppress(Stopped), run.progress.measuring():
             found: dict[str, Any] = {}
             if run.monitor is not None:
                 found |= run.monitor.measure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def resume(run: Run, *, before: int | None = None) -> None:
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     accelerator.print(f"Resuming from {path}.")
-    _report_causes_of_rounding(accelerator, manifest)
+    _report_causes_of_rounding(run, manifest)
     if probe is not None:
         saved = load_probe(path)
         if saved is None:
@@ -202,8 +203,9 @@ def _check_settings(
         )
 
 
-def _report_causes_of_rounding(accelerator: Accelerator, manifest: dict[str, Any]) -> None:
+def _report_causes_of_rounding(run: Run, manifest: dict[str, Any]) -> None:
     """Print what may change the last bits of a result: versions, precision, processes, threads."""
+    accelerator = run.accelerator
     state, versions, now = manifest["state"], manifest["versions"], installed_versions()
     pairs: list[tuple[str, str, Any, Any]] = [
         (f"{name} was", "is", versions.get(name), now[name]) for name in now
@@ -211,6 +213,7 @@ def _report_causes_of_rounding(accelerator: Accelerator, manifest: dict[str, Any
     pairs += [
         ("precision was", "is", state.get("precision"), accelerator.mixed_precision),
         ("processes were", "are", manifest["world_size"], accelerator.num_processes),
+        ("parts of the model were", "are", manifest.get("parts", 1), run.writer.parts),
     ]
     threads = state.get("threads"), _cpu_threads(accelerator)
     if None not in threads:  # earlier versions did not save it
@@ -228,8 +231,8 @@ def save(run: Run) -> None:
         OtherProcessFailed: that happened in the main process.
     """
     check_state_is_finite(run)
-    with failing_together(run.accelerator.device):
-        if run.accelerator.is_main_process:
+    with _main_process_fails_for_all(run):
+        if run.twin is not None or run.accelerator.is_main_process:
             run.writer.save(
                 run.step, run.model, run.inner_optimizer, _state_to_save(run),
                 probe=None if run.probe is None else run.probe.state_dict(),
@@ -244,8 +247,13 @@ def wait_until_saved(run: Run) -> None:
         CheckpointError: it could not be written.
         OtherProcessFailed: that happened in the main process.
     """
-    with failing_together(run.accelerator.device):
+    with _main_process_fails_for_all(run):
         run.writer.wait()
+
+
+def _main_process_fails_for_all(run: Run) -> AbstractContextManager[None]:
+    """Each process's writer waits for the others by itself where the model is sharded."""
+    return nullcontext() if run.twin is not None else failing_together(run.accelerator.device)
 
 
 def _state_to_save(run: Run) -> dict[str, Any]:

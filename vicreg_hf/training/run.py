@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from vicreg_hf.runtime.liveness import StepTimer
 from vicreg_hf.settings.learning_rate import learning_rate
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.data import TrainingData
+from vicreg_hf.training.building.sharding import filled
 from vicreg_hf.training.monitoring.knn import KNNMonitor
 from vicreg_hf.training.monitoring.label_free import FixedSample
 from vicreg_hf.training.monitoring.log import MetricsLog
@@ -40,7 +42,8 @@ class Run:
     accelerator: Accelerator
     model: VICRegModel
     wrapped: torch.nn.Module
-    """The model as accelerate prepared it: under autocast, and in DDP on several processes."""
+    """The model as accelerate prepared it: under autocast, and in DDP on several processes; where
+    FSDP shards it the model itself."""
     optimizer: Optimizer
     inputs: TrainingData
     views: RandomViews
@@ -50,6 +53,9 @@ class Run:
     probe: OnlineProbe | None
     average: ModelEmaV3 | None = None
     """The moving average of the model's weights and statistics, in eval mode."""
+    twin: VICRegModel | None = None
+    """Where FSDP shards the model and its average: what is published, a copy whose weights are
+    there inside `whole_weights` alone."""
     started: float = field(default_factory=time.perf_counter)
     starts: dict[str, Any] = field(default_factory=dict)
     """Facts of the encoders that the branches start from, by setting; see `Source.facts`."""
@@ -86,13 +92,25 @@ class Run:
         self.fingerprint = self.inputs.fingerprint()
         """Identifies the training data; a checkpoint remembers it."""
         self.writer = CheckpointWriter(
-            self.output_dir / "checkpoints", world_size=self.accelerator.num_processes
-        )
+            self.output_dir / "checkpoints", world_size=self.accelerator.num_processes,
+            sharded=self.twin is not None,
+        )  # fmt: skip
 
     @property
     def published(self) -> VICRegModel:
         """The model that is measured and published: the average if there is one."""
+        return self._followed if self.twin is None else self.twin
+
+    @property
+    def _followed(self) -> VICRegModel:
         return self.model if self.average is None else cast(VICRegModel, self.average.module)
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """The context in which `published` has its weights; every process must enter it.
+
+        It is needed where FSDP shards the model, and else changes nothing.
+        """
+        return nullcontext() if self.twin is None else filled(self.twin, self._followed)
 
     @property
     def batches(self) -> GlobalBatches:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import convert_outputs_to_fp32
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,7 +29,12 @@ from vicreg_hf.models.timm_models import check_architecture
 from vicreg_hf.publishing.publish import check_exportable
 from vicreg_hf.runtime.distributed import any_process, main_process_first
 from vicreg_hf.runtime.files import replacing, writing
-from vicreg_hf.runtime.machine import hardware, local_processes, start_accelerator
+from vicreg_hf.runtime.machine import (
+    hardware,
+    local_processes,
+    shards_model,
+    start_accelerator,
+)
 from vicreg_hf.runtime.output_dir import set_aside
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.data import TrainingData, open_training_data
@@ -42,6 +48,7 @@ from vicreg_hf.training.building.monitor_data import MonitorData, open_monitor_d
 from vicreg_hf.training.building.optimizers import create_optimizer
 from vicreg_hf.training.building.own_parts import OwnParts, try_loss
 from vicreg_hf.training.building.second_branch import create_views
+from vicreg_hf.training.building.sharding import shard, without_weights
 from vicreg_hf.training.building.starts import (
     Starts,
     default_side,
@@ -79,6 +86,11 @@ def setup(
     check_architecture(str(args.architecture))
     transformers.utils.logging.disable_progress_bar()
     accelerator = start_accelerator()
+    if shards_model(accelerator) and args.compile_model:
+        raise ValueError(
+            "compile_model must be false or left out where FSDP shards the model, got true; the "
+            "views are compiled with --compile true."
+        )
     if accelerator.is_main_process:
         _open_repositories(args, starts)
     args, data = open_training_data(
@@ -89,6 +101,13 @@ def setup(
     args, monitor_data = open_monitor_data(args, data, main_process_first)
     _check_keep_best(args, data, monitor_data)
     model, new = _create_model(args, data, accelerator, starts, own)
+    average, twin, sharded = None, None, shards_model(accelerator)
+    if args.ema_decay is not None:  # torch follows no sharded tensors together with others
+        average = ModelEmaV3(model, decay=args.ema_decay, foreach=not sharded)
+    if sharded:
+        twin = without_weights(model if average is None else average.module)
+        for each in [model] if average is None else [model, average.module]:
+            shard(each, accelerator.device)
     probe = None
     if args.online_probe:
         probe = create_probe(data.train, data.held_out, model.num_features).to(accelerator.device)
@@ -109,7 +128,7 @@ def setup(
     run = Run(
         args, accelerator, model, model, optimizer, data, views, paired,
         _create_monitor(args, data, monitor_data, model.config.pretrained_cfg or {}), probe,
-        None if args.ema_decay is None else ModelEmaV3(model, decay=args.ema_decay), started,
+        average, twin, started,
         starts={setting: start.facts for setting, start in starts.items()} | given,
         loss_name=name_of_loss(own.loss),
         terms=try_loss(own.loss, model, accelerator, data.batches.rows_per_process)
@@ -124,7 +143,13 @@ def setup(
         accelerator.print(sentence)
     if _compiles_model(args, accelerator, run.total_steps - run.step):
         model.compile_branches()
-    run.wrapped, run.optimizer = accelerator.prepare(model, optimizer)
+    if twin is None:
+        run.wrapped, run.optimizer = accelerator.prepare(model, optimizer)
+    else:
+        if accelerator.native_amp:
+            forward: Any = convert_outputs_to_fp32(accelerator.autocast()(model.forward))
+            model.forward = forward  # as accelerate prepares other models
+        run.optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
     return run
 
 
@@ -142,8 +167,9 @@ def _create_model(
         model = adopt_model(own.model, args, sound=data.sound)
     new = load_expanders(model, starts)
     model.loss = own.loss
-    # convolutions are faster in this layout, on CPU too; attention does not mind
-    model.to(accelerator.device, memory_format=torch.channels_last)  # pyright: ignore
+    # convolutions are faster in this layout, on CPU too; attention does not mind, and FSDP refuses
+    layout = torch.contiguous_format if shards_model(accelerator) else torch.channels_last
+    model.to(accelerator.device, memory_format=layout)  # pyright: ignore
     _check_micro_batches(model, data.batches)
     if accelerator.is_main_process:
         check_exportable(model, column=data.pairs.column if data.pairs else None)
@@ -277,7 +303,7 @@ def _compiles_model(args: PretrainingArguments, accelerator: Accelerator, steps_
 
     Either all processes compile or none.
     """
-    if args.gradient_checkpointing:  # with compile_model the settings are refused
+    if args.gradient_checkpointing or shards_model(accelerator):  # else the settings are refused
         return False
     if args.compile_model is None:
         on_gpu = accelerator.device.type == "cuda"

@@ -12,7 +12,13 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from vicreg_hf.data.batches import training_views
 from vicreg_hf.modeling_vicreg import VICRegOutput
-from vicreg_hf.runtime.distributed import Vote, shapes_compared, sum_over_processes
+from vicreg_hf.runtime.distributed import (
+    Vote,
+    norms_of,
+    own_part,
+    shapes_compared,
+    sum_over_processes,
+)
 from vicreg_hf.runtime.randomness import Stream, derive_seed
 from vicreg_hf.training.gradcache import backward_in_chunks
 from vicreg_hf.training.run import Run
@@ -76,7 +82,7 @@ def take_gradients(run: Run, views: tuple[Any, ...]) -> Step:
     if run.accelerator.scaler is not None:
         run.accelerator.unscale_gradients(run.optimizer)
     grads = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
-    norms = torch.stack(torch._foreach_norm(list(grads.values())))
+    norms = norms_of([own_part(grad) for grad in grads.values()], sharded=run.twin is not None)
     norm = torch.linalg.vector_norm(norms)
     if run.args.max_grad_norm is not None:
         clip_grads_with_norm_(run.model.parameters(), run.args.max_grad_norm, norm)
@@ -103,8 +109,15 @@ def representations(run: Run, step: Step, views: tuple[Any, ...]) -> Tensor:
         assert step.output.pooler_output is not None
         return step.output.pooler_output
     size = run.batches.micro_batch_size // run.accelerator.num_processes
+    average: Any = run.average.module
+
+    def encode(x: Tensor) -> Tensor:
+        if run.twin is None:
+            return run.published.encoder(x)
+        return average(x, return_features=False).pooler_output  # which makes its weights whole
+
     with run.accelerator.autocast():
-        return torch.cat([run.published.encoder(chunk) for chunk in views[0].split(size)])
+        return torch.cat([encode(chunk) for chunk in views[0].split(size)])
 
 
 def loss_and_terms(run: Run, step: Step) -> dict[str, float]:

@@ -11,10 +11,12 @@ from typing import Any, cast
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from vicreg_hf.modeling_vicreg import VICRegModel
 from vicreg_hf.runtime.checks import check_number
+from vicreg_hf.runtime.distributed import norms_of, own_part
 from vicreg_hf.training.building.parameter_groups import (
     check_optimizer_args,
     layer_groups,
@@ -88,8 +90,10 @@ class LARS(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            on_cuda = all(p.is_cuda for p in params)
-            if on_cuda if group["foreach"] is None else group["foreach"]:
+            together = group["foreach"]
+            if together is None:
+                together = all(p.is_cuda for p in params)
+            if together or any(isinstance(p, DTensor) for p in params):
                 self._update_together([p for p in params if p.ndim > 1], group, adapt=True)
                 self._update_together([p for p in params if p.ndim <= 1], group, adapt=False)
                 continue
@@ -112,7 +116,9 @@ class LARS(Optimizer):
     def _update_together(self, params: list[Tensor], group: dict[str, Any], *, adapt: bool) -> None:
         if not params:
             return
+        sharded = isinstance(params[0], DTensor)
         lists: Any = [params, [p.grad for p in params], [self._buffer(p) for p in params]]
+        lists = [[own_part(x) for x in tensors] for tensors in lists]
         alike: Any = self._group_tensors_by_device_and_dtype(lists).values()
         for (some, updates, buffers), _ in alike:
             dtype = _norm_dtype(some[0])
@@ -120,8 +126,7 @@ class LARS(Optimizer):
             if adapt:
                 updates = torch._foreach_add(updates, some, alpha=group["weight_decay"])
                 weight_norms, update_norms = (
-                    torch.stack(torch._foreach_norm(tensors, dtype=dtype))
-                    for tensors in (some, updates)
+                    norms_of(tensors, sharded=sharded, dtype=dtype) for tensors in (some, updates)
                 )
                 ratios = _trust_ratio(weight_norms, update_norms, group).unbind()
                 torch._foreach_addcmul_(buffers, updates, ratios)
@@ -183,10 +188,16 @@ def create_optimizer(
             `lr_scale` of each group. None makes no such groups.
 
     Raises:
-        ValueError: a name timm does not have, arguments that the optimiser has not, or settings
-            that no checkpoint can hold.
+        ValueError: a name timm does not have, arguments that the optimiser has not, settings that
+            no checkpoint can hold, or another optimiser than LARS and `FUSED` for a sharded model.
     """
     kind = _class_of(name)
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    if sharded and kind not in (LARS, *FUSED):
+        raise ValueError(
+            "optimizer must be lars or torch's adam, adamw or sgd where FSDP shards the model, got "
+            f"{name!r}; choose one of these."
+        )
     given = check_optimizer_args(name, kind, optimizer_args or {})
     settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     params: Any = model
@@ -206,7 +217,8 @@ def create_optimizer(
         optimizer = made(LARS, name, given, params=params, **settings)
     else:
         devices = {p.device.type for p in model.parameters() if p.requires_grad}
-        if kind in FUSED and devices <= {"cpu", "cuda"} and not given.keys() & {"foreach", "fused"}:
+        fused = kind in FUSED and not (kind is SGD and sharded)  # torch has none for both
+        if fused and devices <= {"cpu", "cuda"} and not given.keys() & {"foreach", "fused"}:
             settings["fused"] = True
         optimizer = made(create_optimizer_v2, name, given, model_or_params=params, opt=name,
                          **settings)  # fmt: skip
