@@ -192,9 +192,10 @@ class VICRegModel(PreTrainedModel):
         source, given = place, kwargs.get("state_dict")
         if isinstance(place, Path) and len(paths_of_parts(place, MODEL)) > 1:
             if kwargs.get("config") is None:
-                config, kwargs = VICRegConfig.from_pretrained(
+                found: Any = VICRegConfig.from_pretrained(
                     place, return_unused_kwargs=True, **kwargs
                 )
+                config, kwargs = found
                 kwargs["config"] = config
             kwargs["state_dict"] = read_tensors(place, MODEL) if given is None else given
             source = None
