@@ -93,6 +93,7 @@ def test_a_sharded_run_is_one_of_ddp_goes_on_exactly_and_is_published(
 
 WATCHING = """
 import sys
+import torch
 from vicreg_hf import Callback, pretrain
 from vicreg_hf.settings.command_line import parse_arguments
 
@@ -103,12 +104,20 @@ class Watching(Callback):
         if step.number == 6:
             print(*sorted(path.name for path in run.writer.folder.iterdir()))
 
-pretrain(parse_arguments(sys.argv[1:]), callbacks=[Watching()])
+class Alignment(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scales = torch.nn.Parameter(torch.ones(32), requires_grad=False)
+
+    def forward(self, z, z_prime):
+        return (self.scales * (z - z_prime)).square().mean()
+
+pretrain(parse_arguments(sys.argv[1:]), callbacks=[Watching()], loss=Alignment())
 """
 
 
 @pytest.mark.slow
-def test_any_checkpoint_of_a_sharded_run_counts_a_tenth_of_save_steps_later(
+def test_a_checkpoint_counts_a_tenth_of_save_steps_later_also_with_a_loss_of_ones_own(
     images: Path, tmp_path: Path
 ) -> None:
     script = tmp_path / "watching.py"
