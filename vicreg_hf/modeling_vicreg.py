@@ -189,12 +189,19 @@ class VICRegModel(PreTrainedModel):
                 place = directory_of(Path(place)) or Path(place)
             if revision is not None:
                 kwargs.setdefault("revision", revision)
-        source = place
+        source, given = place, kwargs.get("state_dict")
         if isinstance(place, Path) and len(paths_of_parts(place, MODEL)) > 1:
-            kwargs["state_dict"], source = read_tensors(place, MODEL), None
-            kwargs.setdefault("config", VICRegConfig.from_pretrained(place))
+            if kwargs.get("config") is None:
+                found: Any = VICRegConfig.from_pretrained(
+                    place, return_unused_kwargs=True, **kwargs
+                )
+                config, kwargs = found
+                kwargs["config"] = config
+            kwargs["state_dict"] = read_tensors(place, MODEL) if given is None else given
+            source = None
         loaded = super().from_pretrained(source, *model_args, **kwargs)
-        if isinstance(place, Path):  # a checkpoint has its moving average beside what is trained
+        # a checkpoint has its moving average beside what is trained
+        if isinstance(place, Path) and given is None:
             load_average(place, loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 

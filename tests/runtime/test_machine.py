@@ -18,30 +18,41 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "said", "may_shard"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP must be of version 2, got 1 from"),
-        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params must be false .*got true"),
+        (
+            FSDP2,
+            "a model must be whole in every process, got FSDP from .*`accelerate config`.$",
+            False,
+        ),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP must be of version 2, got 1 from", True),
+        (
+            FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"},
+            "fsdp_offload_params must be false .*got true",
+            True,
+        ),
         (
             FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
             "fsdp_activation_checkpointing must .*use --gradient_checkpointing true instead",
+            True,
         ),
-        ({"ACCELERATE_USE_DEEPSPEED": "1"}, "got DeepSpeed from accelerate's configuration"),
+        ({"ACCELERATE_USE_DEEPSPEED": "1"}, "got DeepSpeed from accelerate's configuration", True),
         (
             {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
             "gradient_accumulation_steps=4; set it",
+            False,
         ),
     ],
 )
 def test_what_would_change_the_gradient_or_cannot_shard_the_model_is_refused(
-    asked: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+    asked: dict[str, str], said: str, may_shard: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in asked.items():
         monkeypatch.setenv(name, value)
     threads = torch.get_num_threads()
     try:
         with pytest.raises(ValueError, match=said):
-            start_accelerator()
+            start_accelerator(may_shard=may_shard)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.set_num_threads(threads)

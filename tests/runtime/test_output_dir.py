@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gloo import GlooPool
 
 from vicreg_hf.runtime import output_dir
-from vicreg_hf.runtime.output_dir import claim
+from vicreg_hf.runtime.distributed import OtherProcessFailed, rank
+from vicreg_hf.runtime.output_dir import check_shared, claim
 
 
 @contextmanager
@@ -36,6 +38,28 @@ def forked(*claimed: Path) -> Iterator[None]:
         os.waitpid(child, 0)
         os.close(reading)
         os.close(writing)
+
+
+def look(*folders: Path) -> str:
+    """Each process looks into a folder of its own."""
+    try:
+        check_shared(folders[rank()])
+    except (ValueError, OtherProcessFailed) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_directory_that_processes_do_not_share_is_refused(gloo: GlooPool, tmp_path: Path) -> None:
+    own, other = tmp_path / "own", tmp_path / "other"
+    own.mkdir()
+    other.mkdir()
+    assert gloo.run(2, look, own, own) == ["", ""]
+    for second, why in ((other, "sees no file of the main process"), (tmp_path / "a", "cannot")):
+        first_said, second_said = gloo.run(2, look, own, second)
+        assert first_said.startswith("OtherProcessFailed")
+        assert second_said.startswith(f"ValueError: every process must write to the same {second}")
+        assert why in second_said
+    assert not [*own.iterdir(), *other.iterdir()]
 
 
 @pytest.fixture(autouse=True)

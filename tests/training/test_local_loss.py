@@ -11,6 +11,7 @@ import torch
 from gloo import GlooPool
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from warm import run_pretraining
 from workflow import (
@@ -27,6 +28,7 @@ from vicreg_hf import VICRegConfig, VICRegModel, backward_in_chunks, pretrain
 from vicreg_hf.models.batch_norm import SyncBatchNorm
 from vicreg_hf.runtime.distributed import rank, world_size
 from vicreg_hf.settings.command_line import parse_arguments
+from vicreg_hf.training.building.sharding import shard
 from vicreg_hf.training.setup import setup
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -60,13 +62,16 @@ def own(x: Tensor) -> Tensor:
     return x.chunk(world_size())[rank()]
 
 
-def step(*, chunk_size: int | None) -> dict[str, Tensor]:
+def step(*, chunk_size: int | None, sharded: bool = False) -> dict[str, Tensor]:
     """Terms and gradients of a batch of three views, and running statistics, in any process."""
     model = build()
     run: nn.Module = model
     if world_size() > 1:
         SyncBatchNorm.convert(model)
-        run = DistributedDataParallel(model)
+        if sharded:
+            shard(model, torch.device("cpu"))
+        else:
+            run = DistributedDataParallel(model)
     x, x_prime, places, small = map(own, batch())
     if chunk_size is None:
         output = run(x, x_prime, places, local_views=[small])
@@ -75,13 +80,16 @@ def step(*, chunk_size: int | None) -> dict[str, Tensor]:
         output = backward_in_chunks(
             model, x, x_prime, places, local_views=[small], chunk_size=chunk_size, wrapped=run
         )
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    grads = {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        for name, p in model.named_parameters() if p.grad is not None
+    }  # fmt: skip
     assert grads.keys() == dict(model.named_parameters()).keys()
     return output.scalars | grads | dict(model.named_buffers())
 
 
-def step_whole_and_in_chunks() -> list[dict[str, Tensor]]:
-    return [step(chunk_size=None), step(chunk_size=2)]
+def step_in_each_way() -> list[dict[str, Tensor]]:
+    return [step(chunk_size=None), step(chunk_size=2), step(chunk_size=2, sharded=True)]
 
 
 def assert_alike(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -100,8 +108,8 @@ def test_micro_batches_give_the_terms_and_gradients_of_the_whole_batch(chunk_siz
 
 def test_two_processes_give_the_terms_and_gradients_of_one(gloo: GlooPool) -> None:
     expected = step(chunk_size=None)
-    for both in gloo.run(2, step_whole_and_in_chunks):
-        for actual in both:
+    for ways in gloo.run(2, step_in_each_way):
+        for actual in ways:
             assert_alike(actual, expected)
 
 

@@ -81,9 +81,8 @@ class CheckpointWriter:
         self.folder, self.world_size = folder, world_size
         self.parts = world_size if sharded else 1
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._begun: Future[Listed] | None = None
-        self._begun_step = 0
-        self._begun_state: Mapping[str, Any] = {}
+        self._begun: tuple[Future[Listed], int, Mapping[str, Any]] | None = None
+        """What writes the latest checkpoint, its step and its state, until that is waited for."""
         self._copies: Files = {}
         self._verified: set[Path] = set()
         installed_versions()  # those in use, whatever is installed meanwhile
@@ -91,8 +90,10 @@ class CheckpointWriter:
     @property
     def failed(self) -> bool:
         """Whether a checkpoint could not be written; `wait` says why."""
-        begun = self._begun
-        return begun is not None and begun.done() and begun.exception() is not None
+        if self._begun is None:
+            return False
+        future, *_ = self._begun
+        return future.done() and future.exception() is not None
 
     def save(
         self,
@@ -121,16 +122,15 @@ class CheckpointWriter:
         for file, more in ((PROBE, probe), (AVERAGE, average)):
             if more:
                 files[file] = dict(more)
-        if self.parts > 1:
-            files = _own_parts(files, self.parts)
+        if self.parts == 1:
+            self._copies = _copy(files, self._copies)
+        else:
             with failing_together(CPU), self._explained(step):
                 if rank() == 0:
                     self._make_aside(step)
-        self._copies = _copy(files, self._copies)
-        self._begun_step, self._begun_state = step, state
-        self._begun = self._thread.submit(
-            self._write, step, model.config, self._copies, rest, state
-        )
+                self._copies = _copy(_own_parts(files, self.parts), self._copies)
+        future = self._thread.submit(self._write, step, model.config, self._copies, rest, state)
+        self._begun = future, step, state
 
     def wait(self) -> None:
         """Return when what was begun is on the disk.
@@ -143,17 +143,17 @@ class CheckpointWriter:
         begun, self._begun = self._begun, None
         if begun is None:
             return
+        future, step, state = begun
         if self.parts == 1:
-            begun.result()
+            future.result()
             return
-        step = self._begun_step
         try:
             with failing_together(CPU):
-                own = begun.result()
+                own = future.result()
             files = dict(gather_objects(list(own.items())))
             with failing_together(CPU), self._explained(step):
                 if rank() == 0:
-                    self._finish(step, self._begun_state, files)
+                    self._finish(step, state, files)
         except (CheckpointError, OtherProcessFailed):
             shutil.rmtree(self._aside(step), ignore_errors=True)
             raise

@@ -300,7 +300,14 @@ def _read_config(directory: Path, where: str) -> dict[str, Any]:
 
 def _read_weights(directory: Path, file: str, where: str) -> dict[str, Tensor]:
     """The weights in a file, as float32 where they are of another precision."""
-    if not all(path.is_file() for path in paths_of_parts(directory, file)):
+    parts = paths_of_parts(directory, file)
+    missing = [path.name for path in parts if not path.is_file()]
+    if missing and len(parts) > 1:
+        raise ValueError(
+            f"{where} must hold all {len(parts)} parts of its weights, and lacks "
+            f"{', '.join(missing)}; put it back, or choose another checkpoint."
+        )
+    if missing:
         found = sorted(entry.name for entry in directory.iterdir())
         got = "no weights"
         if f"{file}.index.json" in found:

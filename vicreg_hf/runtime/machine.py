@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import parse_flag_from_env
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,18 +46,25 @@ def local_processes(accelerator: Accelerator) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", str(accelerator.num_processes)))
 
 
-def start_accelerator() -> Accelerator:
+def start_accelerator(*, may_shard: bool = False) -> Accelerator:
     """Join the other processes, and give each on CPU its share of the cores.
+
+    Args:
+        may_shard: the caller can shard its model by FSDP2.
 
     Raises:
         ValueError: processes were started that accelerate does not count, or accelerate was asked
-            to spread the model over processes otherwise than by FSDP2, or to accumulate gradients.
+            to spread the model over processes otherwise than the caller can, or to accumulate
+            gradients.
     """
-    if sharded := [name for name, flag in SHARDED.items() if parse_flag_from_env(flag)]:
+    refused = SHARDED if may_shard else SHARDED | {"FSDP": FSDP}
+    if asked := [name for name, flag in refused.items() if parse_flag_from_env(flag)]:
+        way = " or sharded by FSDP2" if may_shard else ""
+        remedy = ", and micro_batch_size or FSDP2 where memory is short" if may_shard else ""
         raise ValueError(
-            f"a model must be whole in every process or sharded by FSDP2, got {sharded[0]} from "
+            f"a model must be whole in every process{way}, got {asked[0]} from "
             "accelerate's configuration; choose one of MULTI_GPU, MULTI_CPU or no distribution "
-            "with `accelerate config`, and micro_batch_size or FSDP2 where memory is short."
+            f"with `accelerate config`{remedy}."
         )
     _check_fsdp()
     accelerator = Accelerator()
@@ -111,8 +118,8 @@ def _check_fsdp() -> None:
             )
     # by default transformers would leave weights out in all processes but one
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # nothing to share out
-        os.environ[FSDP] = "false"
+    if PartialState(parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes == 1:
+        os.environ[FSDP] = "false"  # nothing to share out
 
 
 class _OwnBuffers(DistributedDataParallelKwargs):

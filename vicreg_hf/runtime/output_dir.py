@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
+from vicreg_hf.runtime.distributed import failing_together, gather_objects
 from vicreg_hf.runtime.files import writing
 
 LOCK = ".lock"
@@ -61,3 +64,26 @@ def set_aside(directory: Path, names: Iterable[str], say: Callable[[str], object
     for name in found:
         (directory / name).rename(place / name)
     say(f"What was in {directory} before is now in {place}: {', '.join(found)}.")
+
+
+def check_shared(directory: Path) -> None:
+    """Refuse a directory that is another one, or none, on some of the nodes of a run.
+
+    Every process must call this, once the main process has made the directory.
+
+    Raises:
+        ValueError: this process does not see there what the main process writes, or cannot write.
+        OtherProcessFailed: that is so in another process.
+    """
+    rule = f"every process must write to the same {directory}, and this one"
+    remedy = "choose an output_dir that all nodes share."
+    with ExitStack() as stack:
+        with failing_together(torch.device("cpu")):
+            try:
+                own = stack.enter_context(tempfile.NamedTemporaryFile(dir=directory))
+            except OSError as error:
+                raise ValueError(f"{rule} cannot ({error}); {remedy}") from error
+        main = Path(gather_objects([own.name])[0]).name
+        with failing_together(torch.device("cpu")):
+            if not (directory / main).exists():
+                raise ValueError(f"{rule} sees no file of the main process there; {remedy}")

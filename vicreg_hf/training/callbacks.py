@@ -143,8 +143,8 @@ class Callbacks:
 def _undone(run: Run) -> Iterator[None]:
     """Restore the global random generators, modes of modules, and gradients."""
     device = run.accelerator.device
-    modules = [*run.wrapped.modules(), *run.published.modules()]
-    modes = [(part, part.training) for part in modules]
+    models = [run.wrapped, run.published, *([] if run.average is None else [run.average.module])]
+    modes = [(part, part.training) for model in models for part in model.modules()]
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 - a callback may draw from it
     devices = [] if device.type == "cpu" else [device]
     try:

@@ -32,7 +32,9 @@ def finish_run(run: Run) -> tuple[Path, HubError | None]:
     """
     directory = run.output_dir / "encoder"
     fault: HubError | None = None
-    with run.whole_weights(), failing_together(run.accelerator.device):
+    with (
+        run.whole_weights(main_process_only=True), failing_together(run.accelerator.device),
+    ):  # fmt: skip
         if run.accelerator.is_main_process:
             second = _write(run, directory)
             try:

@@ -35,7 +35,7 @@ from vicreg_hf.runtime.distributed import (
     wait_for_all,
 )
 from vicreg_hf.runtime.liveness import watched
-from vicreg_hf.runtime.output_dir import claim
+from vicreg_hf.runtime.output_dir import check_shared, claim
 from vicreg_hf.runtime.signals import Signals, Stopped, StoppedWaiting, name_of
 from vicreg_hf.settings.pretraining import PretrainingArguments
 from vicreg_hf.training.building.own_parts import OwnParts
@@ -122,6 +122,8 @@ def pretrain(
                     shown = asdict(run.args)
                     shown |= {k: v["name"] for k, v in run.starts.items() if shown.get(k)}
                     run.trackers.start(run.log, shown, step=run.step)
+            if run.twin is not None:  # every process writes a part of each checkpoint
+                check_shared(run.writer.folder)
         # loading_errors, as any call of torch may report that a worker has died
         with (
             explained(args, run), watched(run.accelerator, run.timer), loading_errors(),
@@ -143,6 +145,8 @@ def fit(run: Run, signals: Signals) -> None:
     clock = Clock(args.num_views * args.batch_size)
     watch = CollapseWatch(args, run.batches.steps_per_epoch, run.log.rows())
     checks, callbacks = StepChecks(run), Callbacks(run)
+    ahead = args.save_steps // RUN_AHEAD
+    waits_at: int | None = run.step + ahead  # a checkpoint may have been begun at this step
     run.wrapped.train()
     with (
         _saved_if_stopped_waiting(run, signals),
@@ -190,12 +194,14 @@ def fit(run: Run, signals: Signals) -> None:
                 measure_end(run)
             if saves or stopping or ended:
                 save(run)
+                waits_at = run.step + ahead
                 callbacks.on_save()
             if ended:
                 break
             if logs or measures or saves or stopping:
                 clock.restart()
-            if run.step % args.save_steps == args.save_steps // RUN_AHEAD:
+            if waits_at is not None and run.step >= waits_at:
+                waits_at = None
                 wait_until_saved(run)
             if stopping and not last:
                 stop(run, signals)

@@ -252,7 +252,10 @@ def wait_until_saved(run: Run) -> None:
 
 
 def _main_process_fails_for_all(run: Run) -> AbstractContextManager[None]:
-    """Each process's writer waits for the others by itself where the model is sharded."""
+    """The context in which a failure of the main process is one of all processes.
+
+    Of a sharded model each process has a writer, and these see to it by themselves.
+    """
     return nullcontext() if run.twin is not None else failing_together(run.accelerator.device)
 
 

@@ -105,12 +105,17 @@ class Run:
     def _followed(self) -> VICRegModel:
         return self.model if self.average is None else cast(VICRegModel, self.average.module)
 
-    def whole_weights(self) -> AbstractContextManager[None]:
+    def whole_weights(self, *, main_process_only: bool = False) -> AbstractContextManager[None]:
         """The context in which `published` has its weights; every process must enter it.
 
         It is needed where FSDP shards the model, and else changes nothing.
+
+        Args:
+            main_process_only: other processes do not need them.
         """
-        return nullcontext() if self.twin is None else filled(self.twin, self._followed)
+        if self.twin is None:
+            return nullcontext()
+        return filled(self.twin, self._followed, main_process_only=main_process_only)
 
     @property
     def batches(self) -> GlobalBatches:

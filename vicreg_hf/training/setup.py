@@ -85,11 +85,12 @@ def setup(
     args, starts = resolve_starts(own.fill_in(args), before=before)
     check_architecture(str(args.architecture))
     transformers.utils.logging.disable_progress_bar()
-    accelerator = start_accelerator()
-    if shards_model(accelerator) and args.compile_model:
+    accelerator = start_accelerator(may_shard=True)
+    sharded = shards_model(accelerator)
+    if sharded and args.compile_model:
         raise ValueError(
-            "compile_model must be false or left out where FSDP shards the model, got true; the "
-            "views are compiled with --compile true."
+            "compile_model must be false or left out where FSDP shards the model, got true; "
+            "leave it out."
         )
     if accelerator.is_main_process:
         _open_repositories(args, starts)
@@ -101,8 +102,8 @@ def setup(
     args, monitor_data = open_monitor_data(args, data, main_process_first)
     _check_keep_best(args, data, monitor_data)
     model, new = _create_model(args, data, accelerator, starts, own)
-    average, twin, sharded = None, None, shards_model(accelerator)
-    if args.ema_decay is not None:  # torch follows no sharded tensors together with others
+    average, twin = None, None
+    if args.ema_decay is not None:  # timm's foreach update does not take DTensors
         average = ModelEmaV3(model, decay=args.ema_decay, foreach=not sharded)
     if sharded:
         twin = without_weights(model if average is None else average.module)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import assert_same_bits
 from gloo import GlooPool
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +19,7 @@ from workflow import small_files
 from vicreg_hf import VICRegConfig, VICRegModel
 from vicreg_hf.checkpoints.reading import CheckpointError, find_damage, load_checkpoint
 from vicreg_hf.checkpoints.writing import CheckpointWriter
+from vicreg_hf.hub.source import read_source
 from vicreg_hf.models.batch_norm import synchronize
 from vicreg_hf.runtime.distributed import OtherProcessFailed, norms_of, own_part, rank, world_size
 from vicreg_hf.training.building.optimizers import create_optimizer
@@ -30,19 +31,36 @@ ROWS = 12
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "blocks": ("test_vit", {"img_size": 32, "depth": 2}),
     "frozen": ("test_vit", {"img_size": 32, "depth": 2}),
+    "own loss": ("test_vit", {"img_size": 32, "depth": 2}),
     "nested blocks": ("test_efficientnet", {}),
 }
 State = dict[str, Tensor]
 
 
+class Alignment(nn.Module):
+    """A loss with a parameter that is not trained, and that has no rows to share out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(3.0), requires_grad=False)
+
+    def forward(self, z: Tensor, z_prime: Tensor) -> Tensor:
+        return self.scale * (z - z_prime).square().mean()
+
+
 def build(kind: str, *, seed: int = 0) -> VICRegModel:
-    """A model whose first dimensions neither two nor three divide throughout."""
+    """A model whose first dimensions neither two nor three divide throughout.
+
+    A third process has no rows of the last layer.
+    """
     torch.manual_seed(seed)
     name, args = KINDS[kind]
     # float64, and smooth activations: nothing that one rounding switches
-    config = VICRegConfig(architecture=name, model_args=args, expander_dims=[13, 7])
+    config = VICRegConfig(architecture=name, model_args=args, expander_dims=[13, 4])
     model = VICRegModel(config).double().train()
     synchronize(model)
+    if kind == "own loss":
+        model.loss = Alignment().double()
     if kind == "frozen":
         for parameter in model.backbone.get_submodule("patch_embed").parameters():
             parameter.requires_grad_(False)
@@ -110,20 +128,20 @@ def compare_with_ddp(kind: str, optimizer: str, chunk_size: int | None) -> dict[
 
 
 @pytest.mark.parametrize(
-    ("kind", "optimizer", "chunk_size"),
+    ("processes", "kind", "optimizer", "chunk_size"),
     [
-        ("blocks", "lars", None), ("blocks", "adamw", 2), ("frozen", "sgd", None),
-        ("nested blocks", "lars", None),
+        (3, "blocks", "lars", None), (2, "blocks", "adamw", 2), (2, "frozen", "sgd", None),
+        (2, "nested blocks", "lars", None), (2, "own loss", "sgd", None),
     ],
 )  # fmt: skip
-def test_two_processes_with_half_of_the_weights_each_train_as_with_all(
-    kind: str, optimizer: str, chunk_size: int | None, gloo: GlooPool
+def test_processes_with_a_part_of_the_weights_each_train_as_with_all(
+    processes: int, kind: str, optimizer: str, chunk_size: int | None, gloo: GlooPool
 ) -> None:
-    for result in gloo.run(2, compare_with_ddp, kind, optimizer, chunk_size):
+    for result in gloo.run(processes, compare_with_ddp, kind, optimizer, chunk_size):
         # Adam divides gradients that are 0 but for rounding, as of the bias of keys, by its eps
         torch.testing.assert_close(result["found"], result["expected"], rtol=1e-9, atol=1e-9)
         assert not result["whole"]
-        assert 0.4 < result["share"] < 0.6
+        assert 0.8 < result["share"] * processes < 1.2
         assert {"", "backbone.blocks.1"} < set(result["blocks"])
         assert not any(name.startswith("expander") for name in result["blocks"])
 
@@ -137,6 +155,11 @@ def fill() -> tuple[State, State, bool]:
     with filled(twin, model):
         found = {name: value.clone() for name, value in twin.state_dict().items()}
         assert twin(torch.zeros(1, 3, 32, 32, dtype=torch.float64)).pooler_output.isfinite().all()
+        for value in twin.state_dict().values():  # as where the best step is published
+            value.zero_()
+    assert_same_bits(whole(dict(model.state_dict())), expected)
+    with filled(twin, model, main_process_only=True):
+        assert any(p.is_meta for p in twin.parameters()) == (rank() > 0)
     return found, expected, all(p.is_meta for p in twin.parameters())
 
 
@@ -193,11 +216,19 @@ def test_parts_are_saved_and_loaded_exactly_on_any_number_of_processes(
     writer.wait()
     for state in gloo.run(2, load, tmp_path / "plain" / "step-1"):
         assert_same_bits(state, saved)
-    kept = VICRegModel.from_pretrained(path, dtype=torch.float64).state_dict()
+    loaded = VICRegModel.from_pretrained(path, dtype=torch.float64, sim_coeff=7.0)
+    assert loaded.config.sim_coeff == 7
+    kept = loaded.state_dict()
     assert_same_bits(kept, {name: saved[name] for name in kept})
+    own = {name: torch.ones_like(value) for name, value in kept.items()}
+    loaded = VICRegModel.from_pretrained(path, dtype=torch.float64, state_dict=own)
+    assert_same_bits(loaded.state_dict(), own)
     for name in ("model.2-of-2.safetensors", "average.1-of-2.safetensors"):
         (path / name).rename(tmp_path / name)
         assert find_damage(path) is not None
+        if name.startswith("average"):  # which is what a run starts from
+            with pytest.raises(ValueError, match=rf"all 2 parts of its weights, and lacks {name};"):
+                read_source(str(path))
         shutil.move(tmp_path / name, path / name)
 
 

@@ -217,7 +217,7 @@ def create_optimizer(
         optimizer = made(LARS, name, given, params=params, **settings)
     else:
         devices = {p.device.type for p in model.parameters() if p.requires_grad}
-        fused = kind in FUSED and not (kind is SGD and sharded)  # torch has none for both
+        fused = kind in FUSED and not (kind is SGD and sharded)  # torch's does not take DTensors
         if fused and devices <= {"cpu", "cuda"} and not given.keys() & {"foreach", "fused"}:
             settings["fused"] = True
         optimizer = made(create_optimizer_v2, name, given, model_or_params=params, opt=name,

@@ -14,20 +14,20 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from vicreg_hf.modeling_vicreg import VICRegModel
-from vicreg_hf.runtime.distributed import world_size
+from vicreg_hf.runtime.distributed import rank, world_size
 
 
 def shard(model: VICRegModel, device: torch.device) -> None:
-    """Leave each process its rows of every parameter, of those that the main process has.
+    """Keep in each process only its rows of the main process's parameters.
 
-    The blocks of an encoder become whole one after the other, and the rest of the model together.
-    Every process must call this.
+    The blocks of an encoder become whole one after the other, and the rest of the model together. A
+    loss of one's own keeps its parameters whole. Every process must call this.
 
     Args:
         device: that of the model, which holds no compiled parts.
@@ -35,27 +35,31 @@ def shard(model: VICRegModel, device: torch.device) -> None:
     Raises:
         ValueError: a parameter has no rows.
     """
-    single = [name for name, p in model.named_parameters() if p.ndim == 0]
-    if single:
-        raise ValueError(
-            f"parameters must have a dimension that FSDP can divide, got the number {single[0]}; "
-            "train this architecture without FSDP."
-        )
-    mesh = init_device_mesh(device.type, (world_size(),))
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):  # as DDP begins
             dist.broadcast(tensor, src=0)
+    loss, model.loss = model.loss, None
+    single = [name for name, p in model.named_parameters() if p.ndim == 0]
+    if single:
+        raise ValueError(
+            f"parameters must have a dimension that FSDP can divide, got {single[0]}, "
+            "which has no dimensions; train this architecture without FSDP."
+        )
+    mesh = init_device_mesh(device.type, (world_size(),))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    model.loss = loss
     # nothing here writes into what the model returns
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    warnings.filterwarnings(
+        "ignore", rf"FSDP2-wrapped module \(.*{VICRegModel.__name__}\) returned a view", UserWarning
+    )
 
 
 def _blocks(model: VICRegModel) -> list[nn.Module]:
     """The repeated parts of the encoders, inner ones first.
 
-    They are those in a list or sequence that holds others of their class, unless they are layers.
+    They are modules with children, in a list or sequence that holds others of their class.
     """
     found = []
     for branch in model.branches:
@@ -75,16 +79,23 @@ def without_weights(model: VICRegModel) -> VICRegModel:
 
 
 @contextmanager
-def filled(twin: VICRegModel, model: VICRegModel) -> Iterator[None]:
-    """Give a copy `without_weights` those of the sharded model, and its buffers, for a while.
+def filled(
+    twin: VICRegModel, model: VICRegModel, *, main_process_only: bool = False
+) -> Iterator[None]:
+    """Give a copy `without_weights` the weights of the sharded model, and its buffers, for a while.
 
     Every process must enter.
+
+    Args:
+        main_process_only: the copies of other processes stay as they are, and take no memory.
     """
-    state = {
-        name: value.full_tensor() if isinstance(value, DTensor) else value
-        for name, value in model.state_dict().items()
-    }
-    twin.load_state_dict(state, assign=True)
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value.clone()
+        if rank() == 0 or not main_process_only:
+            state[name] = whole
+    if state:
+        twin.load_state_dict(state, assign=True)
     del state
     try:
         yield
