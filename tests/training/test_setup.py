@@ -44,7 +44,11 @@ def test_beginners_get_a_line_of_advice_at_the_start_alone(
     (data / "test.parquet").unlink()
     large = ("--architecture=resnet18", "--knn_steps=9", "--image_size=32", "--batch_size=4")
     train(data, tmp_path / "run", *large, "--max_steps=1", "--max_bad_fraction=0")
-    lines = ("There are no held-out images", "48 images are few", "resnet18 is large for a CPU")
+    lines = (
+        "There are no held-out images",
+        "48 images are few to learn from: --config small-data-cpu ",
+        "resnet18 is large for a CPU",
+    )
     said = capsys.readouterr().out
     assert all(said.count(line) == 1 for line in lines)
     train(data, tmp_path / "run", *large, "--max_steps=2", "--max_bad_fraction=0")

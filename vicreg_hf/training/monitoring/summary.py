@@ -66,13 +66,15 @@ def advice(run: Run) -> list[str]:
             "--monitor_dataset_name."
         )
     pretrained = args.pretrained or args.init_from is not None
+    on_cpu = run.accelerator.device.type == "cpu"
     if images is not None and images < FEW and not pretrained:
+        recipe = "small-data-cpu" if on_cpu else "small-data"
         lines.append(
-            f"{images:,} images are few to learn from: --config small-data begins with weights "
-            "that have learned from ImageNet."
+            f"{images:,} images are few to learn from: --config {recipe} begins with weights that "
+            "have learned from ImageNet."
         )
     parameters = sum(p.numel() for p in run.model.encoder.parameters())
-    if run.accelerator.device.type == "cpu" and parameters > LARGE:
+    if on_cpu and parameters > LARGE:
         lines.append(
             f"{args.architecture} is large for a CPU: --config tiny-cpu trains a small network, "
             "and --max_steps 20 shows how long a step takes."
