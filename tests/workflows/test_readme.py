@@ -212,7 +212,7 @@ def test_an_encoder_is_published(
 
 STANDALONE = [
     block for block in blocks("python")
-    if not any(word in block for word in ("runs/r50", "NearestNeighbors"))
+    if not any(word in block for word in ("runs/r50", "NearestNeighbors", "../shared/"))
 ]  # fmt: skip
 (DETECTION,) = (block for block in blocks("python") if "COCOeval" in block)
 ON_A_RUN = "".join(b for b in blocks("python") if "runs/r50" in b and b != DETECTION)
@@ -231,7 +231,23 @@ def test_python_runs_as_shown(number: int, folder: Path, tmp_path: Path) -> None
     run_python(script.replace('"runs/', f'"{tmp_path}/'), tmp_path)
 
 
-BLOOD = ROOT.parent / "shared" / "data" / "bccd"
+DATA = ROOT.parent / "shared" / "data"
+BLOOD = DATA / "bccd"
+
+
+def test_images_are_cut_as_for_the_table_of_the_recipes(tmp_path: Path) -> None:
+    if not (BLOOD.is_dir() and (DATA / "camvid").is_dir()):
+        pytest.skip("needs ../shared/data/bccd and camvid, which are not here")
+    (script,) = (block for block in blocks("python") if "np.bincount" in block)
+    few = {
+        "../shared/data": DATA,
+        "split=split)": "split=f'{split}[:3]')",
+        'f"cells': f'f"{tmp_path}/cells',
+        'f"tiles': f'f"{tmp_path}/tiles',
+    }
+    run_python(replaced(script, few), tmp_path)
+    for kind in ("cells/train/0", "cells/test/0", "tiles/train/road", "tiles/test/sky"):
+        assert next((tmp_path / kind).glob("*.png")).stat().st_size > 100
 
 
 @pytest.mark.parametrize("data", ["boxes", pytest.param(BLOOD, marks=pytest.mark.slow)])
