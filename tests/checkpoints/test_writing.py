@@ -171,6 +171,23 @@ def test_a_step_that_is_saved_once_more_is_there_when_the_first_has_gone(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_step_that_cannot_be_saved_once_more_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rename = save(tmp_path, 1), Path.rename
+
+    def fail_for_new_ones(source: Path, target: Path) -> Path:
+        if source.name == ".step-1.partial":
+            raise OSError("no room for a name")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_new_ones)
+    with pytest.raises(CheckpointError, match=r"no room for a name. Earlier checkpoints are"):
+        save(tmp_path, 1)
+    assert newest_checkpoint(tmp_path) == (path, [])
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "optimizer.safetensors"])
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_names_the_path(
     name: str, tmp_path: Path

@@ -227,7 +227,12 @@ class CheckpointWriter:
         sync(aside)
         with suppress(FileNotFoundError):  # a run may stop where it has begun
             final.rename(replaced)
-        aside.rename(final)
+        try:
+            aside.rename(final)
+        except OSError:
+            with suppress(FileNotFoundError):
+                replaced.rename(final)
+            raise
         sync(self.folder)
         _remove(replaced)
         self._verified.add(final)
