@@ -113,6 +113,7 @@ def share_images(*, possible: bool = True) -> Shared:
     kept = images.clone()
     lines = Path("/proc/self/maps").read_text().splitlines()
     files = {" ".join(line.split()[3:5]) for line in lines if "/memfd:vicreg_hf" in line}
+    wait_for_all()  # until every process has copied the images, as the greeting overwrites some
     if rank() == 0:
         images.view(-1)[:5] = torch.frombuffer(bytearray(b"hello"), dtype=torch.uint8)
     wait_for_all()
