@@ -92,11 +92,13 @@ def test_a_run_starts_from_an_encoder_wherever_it_is(
 def test_another_expander_is_new_and_its_branch_adapts_to_the_images(
     places: dict[str, str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--expander_dims=16-16", '--model_args={"in_chans": 1}', "--weights=separate"]
+    asked = {"in_chans": 1, "output_stride": 16}
+    flags = ["--expander_dims=16-16", f"--model_args={json.dumps(asked)}", "--weights=separate"]
     run = begun(images, tmp_path, f"--init_from={places['output_dir']}", *flags)
     printed = capsys.readouterr().out
     assert "The expander, 16-16, is new: that of whole is 32-32." in printed
-    assert run.args.model_args == {"in_chans": 1}
+    assert run.args.model_args == asked
+    assert run.model.encoder.forward_features(torch.zeros(1, 1, 64, 64)).shape[2:] == (4, 4)
     assert run.model.prime is not None
     assert run.args.prime_init_from == places["output_dir"]
     source = read_source(places["output_dir"]).state["conv1.0.weight"]

@@ -21,8 +21,10 @@ from vicreg_hf.runtime.checks import one_line
 from vicreg_hf.settings.pretraining import PretrainingArguments
 
 INIT, PRIME, PRIME_AHEAD = "init_from", "prime_init_from", "prime_"
-ADAPTED = {"in_chans", "img_size", "dynamic_img_size"}
-"""Arguments of timm that may differ from the source's, as timm adapts the weights to them."""
+ADAPTED = {"in_chans", "img_size", "dynamic_img_size"} | {
+    "output_stride", "drop_rate", "drop_path_rate",
+}  # fmt: skip
+"""Arguments of timm that may differ from the source's: weights are adapted to them, or the same."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def _with_start(
     if others:
         raise ValueError(
             f"{ahead}model_args must be those of the encoder to start from, {own}, but for "
-            f"in_chans and img_size, got {others}; {remedy}"
+            f"{', '.join(sorted(ADAPTED))}, got {others}; {remedy}"
         )
     merged = {f"{ahead}architecture": start.architecture, f"{ahead}model_args": own | given or None}
     return replace(args, **merged)
