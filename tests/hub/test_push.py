@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from workflow import train
 
 from vicreg_hf.hub.api import push_files
 from vicreg_hf.hub.card import LOSS_PICTURE, RETRIEVAL_PICTURE, without_photographs
+from vicreg_hf.hub.push import encoder_files
 from vicreg_hf.publishing.publish import publish
 from vicreg_hf.search_pages.space import publish_space
 
@@ -69,7 +71,8 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             pixels = rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(file, exif=told, comment=b"MARKcomment")
-    (place / "train" / "MARKclass0" / "MARKbroken.jpg").write_bytes(b"<html>")
+    for name in ("MARKbroken.jpg", "MARKraw.cr2"):
+        (place / "train" / "MARKclass0" / name).write_bytes(b"<html>")
     return place
 
 
@@ -116,7 +119,8 @@ def test_a_run_pushes_neither_a_mark_nor_a_photograph_and_says_what_it_pushes(
     ]
     card = files["README.md"].decode()
     assert "retrievals" not in card
-    assert "left out (1 as the image cannot be decoded)" in card
+    assert "1 left out (1 as the image cannot be decoded); files left out beside them: " in card
+    assert "beside them: 1 as their endings are not those of images |" in card
     assert "license:" not in card
     assert RETRIEVAL_PICTURE in (run / "encoder" / "README.md").read_text()
     said = (run.parent / "said").read_text()
@@ -174,6 +178,19 @@ def test_features_are_pushed_without_the_names_of_files(
     assert marks_in(files, accepted="MARKclass") == set()
     ids = pq.read_table(io.BytesIO(next(v for k, v in files.items() if "train" in k)))["image_id"]
     assert all(each.isdigit() for each in ids.to_pylist())
+
+
+def test_what_configurations_tell_of_places_stays_here(tmp_path: Path) -> None:
+    """Releases of transformers note there from which directory something was loaded."""
+    kept = {"model_type": "vit", "text_config": {"hidden_size": 8}}
+    told = kept | {"_name_or_path": "/home/MARKuser", "text_config": {
+        "_name_or_path": "MARKfolder/encoder", "hidden_size": 8}}  # fmt: skip
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(json.dumps(told | {"name_or_path": "../MARKfolder"}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(kept))
+    files = encoder_files(tmp_path)
+    assert files.pop("preprocessor_config.json") == tmp_path / "preprocessor_config.json"
+    assert [json.loads(files[name]) for name in sorted(files)] == [kept, kept]
 
 
 @pytest.mark.parametrize("publish_images", [False, True])

@@ -40,8 +40,9 @@ from vicreg_hf.runtime.files import replacing, temporary_folder, writing
 from vicreg_hf.runtime.machine import start_accelerator
 from vicreg_hf.runtime.output_dir import claim
 from vicreg_hf.settings.extraction import ExtractionArguments
+from vicreg_hf.settings.searching import RECORD
 
-RECORD, BAD_IMAGES, CARD = "extraction.json", "bad_images.jsonl", "README.md"
+BAD_IMAGES, CARD = "bad_images.jsonl", "README.md"
 REMEDY = "What is finished is kept; free some space and start again."
 
 

@@ -86,7 +86,7 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
         steps=chosen_step(run), seconds=run.seconds,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
         results=card_results(run), pictures=pictures, choice=describe_choice(run),
-        starts=run.starts, left_out=run.inputs.bad.reasons,
+        starts=run.starts, left_out=run.inputs.bad.reasons, not_opened=run.inputs.left_out,
     )  # fmt: skip
     write_card(directory / CARD_FILE, model_card(run.published, record=record))
     if second is not None:
