@@ -7,6 +7,7 @@ The parts are shared out over the processes, and those that are whole are not ma
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ def _extract(args: ExtractionArguments) -> Path:
         splits = _open_splits(args, encoder)
     _check_record(args, encoder, splits, output_dir, write=main)
     if main:
+        if args.push_to_hub:
+            print(_describe(args, splits, [CARD, "data/*.parquet"], later=True), flush=True)
         for left in (output_dir / "data").glob(".*.partial"):  # by a process that was killed
             left.unlink()
     wait_for_all()
@@ -212,9 +215,19 @@ def _card(args: ExtractionArguments, splits: dict[str, ImageSplit], encoder: Enc
     )
 
 
-def _push(args: ExtractionArguments, splits: dict[str, ImageSplit], output_dir: Path) -> None:
-    repo_id, kind = str(args.hub_dataset_id), "dataset"
-    named = args.publish_names or not Path(args.dataset_name).exists()
+def _names_files(args: ExtractionArguments) -> bool:
+    """Whether the names of files are pushed."""
+    # where they were at the start, as a disk may be gone by now
+    record = read_record(Path(args.output_dir) / RECORD) or {}
+    return args.publish_names or not Path(record["dataset_name"]).is_absolute()
+
+
+def _describe(
+    args: ExtractionArguments, splits: dict[str, ImageSplit], files: Collection[str], *,
+    later: bool = False,
+) -> str:  # fmt: skip
+    """Say what is pushed; see `describe_push`."""
+    named = _names_files(args)
     classes = sorted({name for split in splits.values() for name in split.label_names})
     holds = ["features", *(["names of files"] if named else ["row numbers for names of files"])]
     holds += (
@@ -222,6 +235,13 @@ def _push(args: ExtractionArguments, splits: dict[str, ImageSplit], output_dir: 
     )
     shows = f"They hold no images, but {' and '.join(holds)}."
     shows += "" if named else " --publish_names true leaves the names of files."
+    return describe_push(
+        str(args.hub_dataset_id), files, shows=shows, licence="none", later=later,
+        repo_type="dataset",
+    )  # fmt: skip
+
+
+def _push(args: ExtractionArguments, splits: dict[str, ImageSplit], output_dir: Path) -> None:
     try:
         with temporary_folder() as folder:
             files = {
@@ -229,11 +249,12 @@ def _push(args: ExtractionArguments, splits: dict[str, ImageSplit], output_dir: 
                 if name == CARD or (name.startswith("data/") and name.endswith(".parquet"))
             }  # fmt: skip
             for name, file in files.items():
-                if not named and name != CARD:
+                if name != CARD and not _names_files(args):
                     files[name] = _without_names(file, folder / name)
-            print(describe_push(repo_id, files, shows=shows, licence="none", repo_type=kind))
+            print(_describe(args, splits, files))
             address = push_files(
-                files, repo_id, repo_type=kind, commit_message="Upload features",
+                files, str(args.hub_dataset_id), repo_type="dataset",
+                commit_message="Upload features",
                 removable=lambda name: name.startswith("data/"),
             )  # fmt: skip
     except HubError as error:
