@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     share_cores()  # before torch is imported
     from vicreg_hf.settings.command_line import script
     from vicreg_hf.settings.parser import FlagsParser
-    from vicreg_hf.settings.searching import SearchArguments
+    from vicreg_hf.settings.searching import check_search
 
     parser = FlagsParser(description=__doc__)
     parser.add_argument("--features", required=True, help="Directory that extract wrote.")
@@ -36,11 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--model", help="The encoder, if it is no longer where the features were extracted with it."
     )
-    read = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
-    if read["serve"] and find_spec("gradio") is None:
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if args.serve and find_spec("gradio") is None:
         sys.exit("error: serve needs the package gradio; pip install 'vicreg-hf[demo]'.")
     with script(ValueError):
-        args = SearchArguments(**read)
+        wrong, other = ("html", "query") if args.serve else ("port", "serve")
+        if getattr(args, wrong) is not None:
+            raise ValueError(f"{wrong} belongs to {other}; leave it out.")
+        check_search(args.features, args.query or [], k=args.k, html=args.html, port=args.port)
 
     from vicreg_hf.features.search import open_search
     from vicreg_hf.runtime.console import warn
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         search = open_search(args.features, split=args.split, model=args.model)
         if args.k > search.num_rows:
             warn(f"k is {args.k}, and only {search.num_rows} images are searched; all are named.")
-        found = search.find(args.query or [], args.k)
+        found = search.find(args.query, args.k)
         print("\n\n".join(map(str, found)))
         if args.html is not None:
             write_hits(Path(args.html), search, found, pictures_of(search))

@@ -32,7 +32,7 @@ from vicreg_hf.features.extract import read_record
 from vicreg_hf.features.parts import PartError, PartFile, features_of, part_files, read_table
 from vicreg_hf.runtime.checks import read_range
 from vicreg_hf.runtime.console import warn
-from vicreg_hf.settings.searching import RECORD, SearchArguments, check_features, check_queries
+from vicreg_hf.settings.searching import RECORD, check_features, check_queries, check_search
 
 ExactSearch = Callable[
     [NDArray[np.floating[Any]], int], tuple[NDArray[np.floating[Any]], NDArray[np.integer[Any]]]
@@ -261,7 +261,7 @@ def nearest_images(
         ValueError: no features there, another encoder than theirs, or a query that is no image.
     """
     paths = list(map(str, queries))
-    SearchArguments(str(features), query=paths, k=k)  # which refuses what cannot be
+    check_search(str(features), paths, k=k)
     return open_search(features, split=split, model=model).find(paths, k)
 
 

@@ -139,17 +139,17 @@ def encoder_files(directory: Path, *, include_expander: bool = False) -> dict[st
     if is_published(directory):
         return files_to_push(directory, include_expander=include_expander)
     found = visible_files(directory)
-    files = {name: file for name, file in found.items() if any(fnmatch(name, s) for s in STOCK)}
-    return {name: _without_places(f) if fnmatch(name, "*config.json") else f
-            for name, f in files.items()}  # fmt: skip
+    return {
+        name: _without_places(file) if name.endswith("config.json") else file
+        for name, file in found.items() if any(fnmatch(name, s) for s in STOCK)
+    }  # fmt: skip
 
 
 def _without_places(file: Path) -> Path | bytes:
     """The content of a configuration without what it tells of a machine, or a file that is so."""
     text = file.read_text(encoding="utf-8")
-    content = json.loads(text)
     kept = json.loads(text, object_hook=lambda o: {k: o[k] for k in o if k not in PLACES})
-    return file if kept == content else (json.dumps(kept, indent=2) + "\n").encode()
+    return file if kept == json.loads(text) else (json.dumps(kept, indent=2) + "\n").encode()
 
 
 def licence_of(card: str | None) -> str | None:

@@ -33,14 +33,7 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> None:
 
 
 def check_there(name: str, path: str) -> None:
-    """Make sure that a file or folder exists.
-
-    Args:
-        name: the setting that is named in the error.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Raise a ValueError where the file or folder that a setting names is not there."""
     if not os.path.exists(path):
         raise ValueError(f"{name} must be a file or folder that is there, got {path}.")
 

@@ -47,13 +47,8 @@ def counting_left_out() -> Iterator[Counter[str]]:
 
 
 def count_left_out(number: int, why: str) -> None:
-    """Note how many files are left out.
-
-    Args:
-        why: a clause that ends "left out, as", in words that name no file and no path.
-    """
-    counts = _LEFT_OUT.get()
-    if counts is not None:
+    """Note that files are left out, "as" what a clause says that names no file and no path."""
+    if (counts := _LEFT_OUT.get()) is not None:
         counts[why] += number
 
 
