@@ -214,7 +214,7 @@ def test_what_configurations_tell_of_places_stays_here(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(kept))
     files = encoder_files(tmp_path)
     assert files.pop("preprocessor_config.json") == tmp_path / "preprocessor_config.json"
-    assert [json.loads(files[name]) for name in sorted(files)] == [kept, kept]
+    assert [json.loads(bytes(files[name])) for name in sorted(files)] == [kept, kept]
 
 
 @pytest.mark.parametrize("publish_images", [False, True])
