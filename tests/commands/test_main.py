@@ -21,8 +21,22 @@ KINDS = {
     "pretrain": PretrainingArguments, "evaluate": EvaluationArguments,
     "extract": ExtractionArguments,
 }  # fmt: skip
-HELP = """
-import contextlib, io, json, sys
+REFUSED = {
+    "search --features absent --query new.jpg -k 0": "k must be positive, got 0",
+    "search --features absent --query new.jpg --port 80": "port belongs to serve",
+    "search --features absent --query new.jpg": "a directory that extract wrote, got absent",
+    "publish absent": "one of repo_id, for an encoder, and space, for a page, must be given",
+    "publish absent --repo_id a/b/c": "repo_id must be org/name",
+    "publish absent --repo_id a/b --license 'My own'": "license must be an identifier of the Hub",
+    "publish absent --repo_id a/b --revision ../b": "revision must be a branch",
+    "publish absent --repo_id a/b": "source must be a file or folder that is there, got absent",
+    "publish vicreg_hf --space a/b": "a directory that extract wrote, got vicreg_hf",
+    "export absent out": "source must be a file or folder that is there, got absent",
+    "convert absent.pth out": "checkpoint must be a file or folder that is there, got absent.pth",
+}
+"""Commands that cannot be, in a folder that holds this package, and what is said of them."""
+ASKED = """
+import contextlib, io, json, shlex, sys
 from vicreg_hf.commands.__main__ import COMMANDS, main
 shown = {}
 for name in COMMANDS:
@@ -30,6 +44,12 @@ for name in COMMANDS:
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
             main([name, *words])
         shown[" ".join([name, *words])] = out.getvalue()
+for line in json.loads(sys.argv[1]):
+    name, *words = shlex.split(line)
+    try:
+        main([name, *words])
+    except SystemExit as ended:
+        shown[line] = str(ended.code)
 assert "torch" not in sys.modules
 print(json.dumps(shown))
 """
@@ -37,10 +57,10 @@ print(json.dumps(shown))
 
 @pytest.fixture(scope="module")
 def helps() -> dict[str, str]:
-    """What each command shows; that no torch is imported for it is asserted on the way."""
+    """What commands show, or say of what they refuse; it is asserted that no torch is imported."""
     done = subprocess.run(
-        [sys.executable, "-c", HELP], env=environment(PYTHONPATH=str(ROOT)), check=True,
-        capture_output=True, text=True,
+        [sys.executable, "-c", ASKED, json.dumps([*REFUSED])], cwd=ROOT, check=True,
+        env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True,
     )  # fmt: skip
     return json.loads(done.stdout)
 
@@ -68,6 +88,14 @@ def test_help_shows_about_ten_flags_and_all_of_them_once_when_asked(
         assert [line for line in every.splitlines() if line in headings] == headings
         assert "(default: 256)" in every
         assert "None" not in every
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_what_the_words_alone_rule_out_is_refused_before_torch_is_imported(
+    line: str, helps: dict[str, str]
+) -> None:
+    assert helps[line].startswith("error: ")
+    assert REFUSED[line] in helps[line]
 
 
 def test_the_commands_are_the_modules_and_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

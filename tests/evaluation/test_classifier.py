@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from vicreg_hf.evaluation.classifier import check_savable
 from vicreg_hf.evaluation.evaluate import evaluate
 from vicreg_hf.features.encoders import timm_encoder
+from vicreg_hf.publishing.publish import publish
 
 pytestmark = pytest.mark.usefixtures("one_core", "own_cache")
 
@@ -42,6 +43,8 @@ def test_a_classifier_that_is_kept_is_the_one_that_was_measured(
     right = (logits.argmax(1).numpy() == labels_of(data, "test")).mean()
     accuracy = found["fine-tuning top-1 accuracy"]["value"]
     assert right == pytest.approx(accuracy, abs=1.01 / 120)
+    with pytest.raises(ValueError, match="holds a classifier, which would be lost; hf upload a/b "):
+        publish(kept, "a/b")
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def written(directory: Path, **changes: Any) -> Page:
 
 def write(path: Path, **given: Any) -> None:
     """Write the report of one encoder, whose parts are given beside what holds for the page."""
-    parts = ("measurements", "predictions", "train", "test", "baselines")
+    parts = ("measurements", "predictions", "train", "test", "baselines", "maps")
     own = {name: given.pop(name) for name in parts if name in given}
     given.setdefault("models", [Evaluated("vicreg-r18", **own)])
     write_report(path, **given)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,12 +17,16 @@ from extracting import extract
 from families import trained
 from hub import Hub, connected, running_hub
 from PIL import Image
-from workflow import train
+from workflow import flags_of, train, write_images
 
+from vicreg_hf import Callback, pretrain
+from vicreg_hf.features import extract as extraction
 from vicreg_hf.hub.api import push_files
 from vicreg_hf.hub.card import LOSS_PICTURE, RETRIEVAL_PICTURE, without_photographs
+from vicreg_hf.hub.push import encoder_files
 from vicreg_hf.publishing.publish import publish
 from vicreg_hf.search_pages.space import publish_space
+from vicreg_hf.settings.command_line import parse_arguments
 
 ACCEPTED = "cells"
 """The name of the data's folder, which a card tells; its parents' names are private. Features also
@@ -69,7 +75,8 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             pixels = rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(file, exif=told, comment=b"MARKcomment")
-    (place / "train" / "MARKclass0" / "MARKbroken.jpg").write_bytes(b"<html>")
+    for name in ("MARKbroken.jpg", "MARKraw.cr2"):
+        (place / "train" / "MARKclass0" / name).write_bytes(b"<html>")
     return place
 
 
@@ -116,7 +123,8 @@ def test_a_run_pushes_neither_a_mark_nor_a_photograph_and_says_what_it_pushes(
     ]
     card = files["README.md"].decode()
     assert "retrievals" not in card
-    assert "left out (1 as the image cannot be decoded)" in card
+    assert "1 left out (1 as the image cannot be decoded); files left out beside them: " in card
+    assert "beside them: 1 as their endings are not those of images |" in card
     assert "license:" not in card
     assert RETRIEVAL_PICTURE in (run / "encoder" / "README.md").read_text()
     said = (run.parent / "said").read_text()
@@ -148,6 +156,18 @@ def test_photographs_are_pushed_on_request_and_deleted_by_a_push_without(
     assert f"{RETRIEVAL_PICTURE} of an earlier push is deleted" in capsys.readouterr().out
 
 
+def test_a_card_tells_no_path_of_data_that_are_no_longer_there(tmp_path: Path) -> None:
+    class Unplug(Callback):
+        def on_step(self, *_: Any) -> None:
+            gone.rename(tmp_path / "gone")
+
+    gone, out = write_images(tmp_path / "MARKdisk" / ACCEPTED), tmp_path / "out"
+    pretrain(parse_arguments(flags_of(gone, out, "--max_steps=1")), callbacks=[Unplug()])
+    card = (out / "encoder" / "README.md").read_bytes()
+    assert f"the local data set `{ACCEPTED}`".encode() in card
+    assert marks_in({"README.md": card}) == set()
+
+
 def test_a_card_keeps_all_but_photographs() -> None:
     text = without_photographs(EDITED)
     assert "retrievals" not in text
@@ -158,22 +178,43 @@ def test_a_card_keeps_all_but_photographs() -> None:
 
 
 def test_features_are_pushed_without_the_names_of_files(
-    run: Path, marked: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    run: Path, marked: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     output = tmp_path / "features"
     (output / "data").mkdir(parents=True)
     for name in ("hits.html", "data/hits.html", "report.png"):
         (output / name).write_text("MARKreport")
     settings = {"push_to_hub": True, "hub_dataset_id": "org/feats", "max_bad_fraction": 0.5}
+    complete, aside = extraction.complete_parts, marked.parent / "unplugged"
+    monkeypatch.setattr(  # the disk of the data goes before the push
+        extraction, "complete_parts", lambda *a, **b: (complete(*a, **b), marked.rename(aside))
+    )
     extract(run, marked, output, **settings)
+    aside.rename(marked)
     files = hub.repositories["datasets/org/feats"].files()
     assert {name.partition("-")[0] for name in files} == {"README.md", "data/train", "data/test"}
     said = capsys.readouterr().out
-    assert "They hold no images, but features" in said
+    assert said.count("They hold no images, but features") == 2
+    at_the_start = f"At the end this is pushed to {hub.endpoint}/datasets/org/feats (public: "
+    assert said.index(at_the_start) < said.index("Pushing to ")
     assert "the classes MARKclass0, MARKclass1" in said
     assert marks_in(files, accepted="MARKclass") == set()
     ids = pq.read_table(io.BytesIO(next(v for k, v in files.items() if "train" in k)))["image_id"]
     assert all(each.isdigit() for each in ids.to_pylist())
+
+
+def test_what_configurations_tell_of_places_stays_here(tmp_path: Path) -> None:
+    """Releases of transformers note there from which directory something was loaded."""
+    kept = {"model_type": "vit", "text_config": {"hidden_size": 8}}
+    told = kept | {"_name_or_path": "/home/MARKuser", "text_config": {
+        "_name_or_path": "MARKfolder/encoder", "hidden_size": 8}}  # fmt: skip
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(json.dumps(told | {"name_or_path": "../MARKfolder"}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(kept))
+    files = encoder_files(tmp_path)
+    assert files.pop("preprocessor_config.json") == tmp_path / "preprocessor_config.json"
+    assert [json.loads(bytes(files[name])) for name in sorted(files)] == [kept, kept]
 
 
 @pytest.mark.parametrize("publish_images", [False, True])

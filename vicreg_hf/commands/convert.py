@@ -12,6 +12,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: an error (1), or flags that do not exist (2).
     """
+    from vicreg_hf.runtime.checks import check_there
     from vicreg_hf.settings.command_line import script
     from vicreg_hf.settings.parser import FlagsParser
 
@@ -20,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("directory", help="The directory to write the encoder to.")
     parser.add_argument("--architecture", help="timm name; found by the shapes if absent.")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    with script(ValueError):
+        check_there("checkpoint", args.checkpoint)
 
     from safetensors import SafetensorError
 

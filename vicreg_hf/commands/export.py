@@ -12,6 +12,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: an error (1), or flags that do not exist (2).
     """
+    from vicreg_hf.runtime.checks import check_there
     from vicreg_hf.settings.command_line import script
     from vicreg_hf.settings.parser import FlagsParser
 
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--include_expander", action="store_true", help="Write the expander too.")
     parser.add_argument("--onnx", action="store_true", help="Write onnx/model.onnx too.")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    with script(ValueError):
+        check_there("source", args.source)
 
     from safetensors import SafetensorError
 

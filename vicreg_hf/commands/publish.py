@@ -14,8 +14,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     from transformers.hf_argparser import string_to_bool
 
+    from vicreg_hf.hub.api import check_licence, check_repo_id, check_revision
+    from vicreg_hf.runtime.checks import check_there
     from vicreg_hf.settings.command_line import script
     from vicreg_hf.settings.parser import FlagsParser
+    from vicreg_hf.settings.searching import check_features
 
     parser = FlagsParser(description=__doc__)
     parser.add_argument(
@@ -40,14 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="Publish pictures that show images of the data too (false unless true is given).",
     )  # fmt: skip
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-
-    from safetensors import SafetensorError
-    from yaml import YAMLError
-
-    from vicreg_hf.publishing.publish import publish
-    from vicreg_hf.search_pages.space import publish_space
-
-    with script(ValueError, OSError, RuntimeError, SafetensorError, YAMLError):
+    with script(ValueError):
         if (args.repo_id is None) == (args.space is None):
             given = f"both {args.repo_id} and {args.space}" if args.space else "none"
             raise ValueError(
@@ -58,6 +54,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         if wrong := [name for name in not_its_own if getattr(args, name)]:
             other = "repo_id" if args.space else "space"
             raise ValueError(f"{wrong[0]} belongs to {other}; leave it out.")
+        check_repo_id(args.space or args.repo_id, "space" if args.space else "repo_id")
+        if args.revision is not None:
+            check_revision(args.revision)
+        if args.license is not None:
+            check_licence(args.license)
+        check_there("source", args.source)
+        if args.space:
+            check_features(args.source)
+
+    from safetensors import SafetensorError
+    from yaml import YAMLError
+
+    from vicreg_hf.publishing.publish import publish
+    from vicreg_hf.search_pages.space import publish_space
+
+    with script(ValueError, OSError, RuntimeError, SafetensorError, YAMLError):
         common = {"license": args.license, "publish_images": args.publish_images}
         if args.space:
             address = publish_space(

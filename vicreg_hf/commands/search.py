@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from vicreg_hf.runtime.sharing import share_cores
 
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     share_cores()  # before torch is imported
     from vicreg_hf.settings.command_line import script
     from vicreg_hf.settings.parser import FlagsParser
+    from vicreg_hf.settings.searching import check_search
 
     parser = FlagsParser(description=__doc__)
     parser.add_argument("--features", required=True, help="Directory that extract wrote.")
@@ -37,30 +39,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.serve and find_spec("gradio") is None:
         sys.exit("error: serve needs the package gradio; pip install 'vicreg-hf[demo]'.")
-
-    from vicreg_hf.features.search import check_k, open_search
-    from vicreg_hf.runtime.console import warn
-    from vicreg_hf.search_pages.hits import check_page, pictures_of, write_hits
-    from vicreg_hf.search_pages.serve import check_port, serve
-
-    with script(ValueError, OSError, RuntimeError):
-        check_k(args.k)
+    with script(ValueError):
         wrong, other = ("html", "query") if args.serve else ("port", "serve")
         if getattr(args, wrong) is not None:
             raise ValueError(f"{wrong} belongs to {other}; leave it out.")
+        check_search(args.features, args.query or [], k=args.k, html=args.html, port=args.port)
+
+    from vicreg_hf.features.search import open_search
+    from vicreg_hf.runtime.console import warn
+    from vicreg_hf.search_pages.hits import pictures_of, write_hits
+    from vicreg_hf.search_pages.serve import serve
+
+    with script(ValueError, OSError, RuntimeError):
         if args.serve:
-            check_port(args.port)
             serve(args.features, k=args.k, split=args.split, model=args.model, port=args.port)
             return
-        path = None if args.html is None else check_page(args.html)
         search = open_search(args.features, split=args.split, model=args.model)
         if args.k > search.num_rows:
             warn(f"k is {args.k}, and only {search.num_rows} images are searched; all are named.")
         found = search.find(args.query, args.k)
         print("\n\n".join(map(str, found)))
-        if path is not None:
-            write_hits(path, search, found, pictures_of(search))
-            print(f"\nWritten: {path}")
+        if args.html is not None:
+            write_hits(Path(args.html), search, found, pictures_of(search))
+            print(f"\nWritten: {args.html}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ The parts are shared out over the processes, and those that are whole are not ma
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,13 @@ from vicreg_hf.hub.record import impersonal
 from vicreg_hf.runtime.checks import read_range
 from vicreg_hf.runtime.console import optional
 from vicreg_hf.runtime.distributed import main_process_first, wait_for_all
-from vicreg_hf.runtime.files import replacing, temporary_folder, writing
+from vicreg_hf.runtime.files import local_path, replacing, temporary_folder, writing
 from vicreg_hf.runtime.machine import start_accelerator
 from vicreg_hf.runtime.output_dir import claim
 from vicreg_hf.settings.extraction import ExtractionArguments
+from vicreg_hf.settings.searching import RECORD
 
-RECORD, BAD_IMAGES, CARD = "extraction.json", "bad_images.jsonl", "README.md"
+BAD_IMAGES, CARD = "bad_images.jsonl", "README.md"
 REMEDY = "What is finished is kept; free some space and start again."
 
 
@@ -67,11 +70,11 @@ def _extract(args: ExtractionArguments) -> Path:
     accelerator = start_accelerator()
     datasets.disable_progress_bars()  # one is enough
     output_dir = Path(args.output_dir)
-    main = accelerator.is_main_process
+    main, repo_id = accelerator.is_main_process, str(args.hub_dataset_id)
+    # now, as the disk of the data may be gone before the push
+    named = args.publish_names or local_path(args.dataset_name) is None
     if args.push_to_hub and main:
-        open_repository(
-            str(args.hub_dataset_id), private=args.hub_private or None, repo_type="dataset"
-        )
+        open_repository(repo_id, private=args.hub_private or None, repo_type="dataset")
     encoder = open_encoder(args.model, args.revision)
     encoder.module.to(accelerator.device)
     if args.features == "map":
@@ -79,7 +82,13 @@ def _extract(args: ExtractionArguments) -> Path:
     with main_process_first():
         splits = _open_splits(args, encoder)
     _check_record(args, encoder, splits, output_dir, write=main)
+    describe = partial(
+        describe_push, repo_id, shows=_shows(splits, named=named), licence="none",
+        repo_type="dataset",
+    )  # fmt: skip
     if main:
+        if args.push_to_hub:
+            print(describe(files=[CARD, "data/*.parquet"], later=True), flush=True)
         for left in (output_dir / "data").glob(".*.partial"):  # by a process that was killed
             left.unlink()
     wait_for_all()
@@ -96,7 +105,7 @@ def _extract(args: ExtractionArguments) -> Path:
         with optional(f"{card} is left out"), replacing(card) as aside:
             aside.write_text(_card(args, splits, encoder), encoding="utf-8")
         if args.push_to_hub:
-            _push(args, splits, output_dir)
+            _push(describe, repo_id, output_dir, named=named)
     wait_for_all()
     accelerator.end_training()
     return output_dir
@@ -211,16 +220,19 @@ def _card(args: ExtractionArguments, splits: dict[str, ImageSplit], encoder: Enc
     )
 
 
-def _push(args: ExtractionArguments, splits: dict[str, ImageSplit], output_dir: Path) -> None:
-    repo_id, kind = str(args.hub_dataset_id), "dataset"
-    named = args.publish_names or not Path(args.dataset_name).exists()
+def _shows(splits: dict[str, ImageSplit], *, named: bool) -> str:
+    """Sentences on what of the data is pushed; named is whether the names of files are."""
     classes = sorted({name for split in splits.values() for name in split.label_names})
     holds = ["features", *(["names of files"] if named else ["row numbers for names of files"])]
     holds += (
         [f"the classes {', '.join(classes[:20])}{', ...' * (len(classes) > 20)}"] if classes else []
     )
     shows = f"They hold no images, but {' and '.join(holds)}."
-    shows += "" if named else " --publish_names true leaves the names of files."
+    return shows + ("" if named else " --publish_names true leaves the names of files.")
+
+
+def _push(describe: Callable[..., str], repo_id: str, output_dir: Path, *, named: bool) -> None:
+    """Push features, after they are described as `describe_push` does."""
     try:
         with temporary_folder() as folder:
             files = {
@@ -230,9 +242,9 @@ def _push(args: ExtractionArguments, splits: dict[str, ImageSplit], output_dir: 
             for name, file in files.items():
                 if not named and name != CARD:
                     files[name] = _without_names(file, folder / name)
-            print(describe_push(repo_id, files, shows=shows, licence="none", repo_type=kind))
+            print(describe(files=files))
             address = push_files(
-                files, repo_id, repo_type=kind, commit_message="Upload features",
+                files, repo_id, repo_type="dataset", commit_message="Upload features",
                 removable=lambda name: name.startswith("data/"),
             )  # fmt: skip
     except HubError as error:

@@ -28,10 +28,11 @@ from vicreg_hf.data.columns.base import BadImage
 from vicreg_hf.data.splits import ImageSplit, image_split
 from vicreg_hf.features.encode import encode_with
 from vicreg_hf.features.encoders import Encoder, open_encoder
-from vicreg_hf.features.extract import RECORD, read_record
+from vicreg_hf.features.extract import read_record
 from vicreg_hf.features.parts import PartError, PartFile, features_of, part_files, read_table
 from vicreg_hf.runtime.checks import read_range
 from vicreg_hf.runtime.console import warn
+from vicreg_hf.settings.searching import RECORD, check_features, check_queries, check_search
 
 ExactSearch = Callable[
     [NDArray[np.floating[Any]], int], tuple[NDArray[np.floating[Any]], NDArray[np.integer[Any]]]
@@ -160,10 +161,7 @@ class Search:
         Raises:
             ValueError: a file is not there.
         """
-        absent = [path for path in paths if not Path(path).is_file()]
-        if absent:
-            what = "a folder; give its files" if Path(absent[0]).is_dir() else "none"
-            raise ValueError(f"query must be files of images, got {absent[0]!r}, which is {what}.")
+        check_queries(paths)
         kind = datasets.Image() if self.encoder.sound is None else datasets.Audio(decode=False)
         features = datasets.Features({"query": kind})
         table = datasets.Dataset.from_dict({"query": list(paths)}, features=features)
@@ -230,9 +228,8 @@ def open_search(
         ValueError: no features there, or another encoder than theirs.
     """
     directory = Path(features)
-    record = read_record(directory / RECORD)
-    if record is None:
-        raise ValueError(f"features must be a directory that extract wrote, got {directory}.")
+    check_features(directory)
+    record = read_record(directory / RECORD) or {}
     if record.get("features") == "map":
         raise ValueError(
             f"search compares pooled features, and {directory} holds feature maps; extract without "
@@ -263,19 +260,9 @@ def nearest_images(
     Raises:
         ValueError: no features there, another encoder than theirs, or a query that is no image.
     """
-    check_k(k)
-    return open_search(features, split=split, model=model).find(list(map(str, queries)), k)
-
-
-def check_k(k: int) -> int:
-    """Return the number of neighbours.
-
-    Raises:
-        ValueError: it is below 1.
-    """
-    if k < 1:
-        raise ValueError(f"k must be positive, got {k}.")
-    return k
+    paths = list(map(str, queries))
+    check_search(str(features), paths, k=k)
+    return open_search(features, split=split, model=model).find(paths, k)
 
 
 def _files(directory: Path, split: str | None) -> list[PartFile]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -43,6 +44,8 @@ STOCK = (
     "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template.jinja",
 )  # fmt: skip
 """Files of transformers' own encoders and tokenizers; others in their directory stay there."""
+PLACES = {"_name_or_path", "name_or_path"}
+"""Fields in which releases of transformers note from which directory something was loaded."""
 
 
 def push_model(
@@ -136,7 +139,17 @@ def encoder_files(directory: Path, *, include_expander: bool = False) -> dict[st
     if is_published(directory):
         return files_to_push(directory, include_expander=include_expander)
     found = visible_files(directory)
-    return {name: file for name, file in found.items() if any(fnmatch(name, s) for s in STOCK)}
+    return {
+        name: _without_places(file) if name.endswith("config.json") else file
+        for name, file in found.items() if any(fnmatch(name, s) for s in STOCK)
+    }  # fmt: skip
+
+
+def _without_places(file: Path) -> Path | bytes:
+    """The content of a configuration without what it tells of a machine, or a file that is so."""
+    text = file.read_text(encoding="utf-8")
+    kept = json.loads(text, object_hook=lambda o: {k: o[k] for k in o if k not in PLACES})
+    return file if kept == json.loads(text) else (json.dumps(kept, indent=2) + "\n").encode()
 
 
 def licence_of(card: str | None) -> str | None:
@@ -194,8 +207,8 @@ def _shown(files: Collection[str], withheld: Collection[str]) -> str:
     if not withheld:
         return "None of them shows images of the data."
     return (
-        f"None of them shows images of the data: {', '.join(sorted(withheld))} stays here; "
-        "--publish_images true changes that."
+        f"None of them shows images of the data: {', '.join(sorted(withheld))} "
+        f"{'stays' if len(withheld) == 1 else 'stay'} here; --publish_images true changes that."
     )
 
 

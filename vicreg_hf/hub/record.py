@@ -76,6 +76,8 @@ class TrainingRecord:
     """Qualified name of a loss in place of VICReg's."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """How many images were found that could not be used, by the reason."""
+    not_opened: Mapping[str, int] = field(default_factory=dict)
+    """How many files beside those images were left out when the data were opened, likewise."""
 
     @property
     def verdict(self) -> str | None:
@@ -104,13 +106,16 @@ class TrainingRecord:
     def usage(self) -> str:
         """A phrase on how many images were used, and how many were left out and why."""
         number = sum(self.left_out.values())
-        reasons = ", ".join(f"{count:,} as {why}" for why, count in self.left_out.items())
         seen = self.steps * self.args["batch_size"]
         if self.images is not None and seen >= self.images:
             used = f"{self.images - number:,} were used" if number else "all were used"
         else:
             used = f"{seen:,} were seen"
-        return f"{used}, {number:,} left out ({reasons})" if number else used
+        if number:
+            used += f", {number:,} left out ({_reasons(self.left_out)})"
+        if self.not_opened:
+            used += f"; files left out beside them: {_reasons(self.not_opened)}"
+        return used
 
     @property
     def views(self) -> int:
@@ -133,6 +138,10 @@ class TrainingRecord:
     def software(self) -> str:
         versions = software("vicreg_hf", "torch", "timm", "transformers")
         return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} as {why}" for why, count in counts.items())
 
 
 def starting_terms(

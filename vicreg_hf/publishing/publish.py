@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import tempfile
@@ -81,6 +82,12 @@ def publish(
         check_licence(license)
     second = Path(source) / PRIME_DIRECTORY
     first, model = _open(source, include_expander)
+    config = json.loads((first / CONFIG_FILE).read_text(encoding="utf-8"))
+    if "ImageClassification" in str(config.get("architectures")):
+        raise ValueError(
+            f"what is published must be an encoder, and {first} holds a classifier, which would be "
+            f"lost; hf upload {repo_id} {first} pushes it as it is, with the names of the classes."
+        )
     with temporary_folder() as folder:
         # verified before repositories are made, which would stay empty if this failed
         if is_published(first):

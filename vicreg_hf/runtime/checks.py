@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,6 +30,12 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> None:
     if not (is_number(value) and 0 <= value < math.inf and (value > 0 or not positive)):
         rule = "above 0" if positive else "of at least 0"
         raise ValueError(f"{name} must be a finite number {rule}, got {value!r}.")
+
+
+def check_there(name: str, path: str) -> None:
+    """Raise a ValueError where the file or folder that a setting names is not there."""
+    if not os.path.exists(path):
+        raise ValueError(f"{name} must be a file or folder that is there, got {path}.")
 
 
 def read_widths(name: str, given: Any) -> list[int]:

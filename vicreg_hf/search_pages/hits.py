@@ -16,20 +16,6 @@ from vicreg_hf.runtime.files import replacing
 from vicreg_hf.search_pages.app import THUMBNAIL, Case, Hit, environment, note_on
 
 
-def check_page(path: str | Path) -> Path:
-    """Return the path of a page that is to be written.
-
-    Raises:
-        ValueError: its name is not that of a page, or its folder is not there.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
-        raise ValueError(f"html must be a file whose name ends with .html, got {path}.")
-    if not path.parent.is_dir():
-        raise ValueError(f"html must be in a folder that is there, got {path}; make it first.")
-    return path
-
-
 def pictures_of(search: Search) -> dict[str, ImageSplit]:
     """The images that were searched; none of them, with a warning, where they cannot be opened."""
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,27 +12,7 @@ from vicreg_hf.features.search import QueryError, Search, open_search
 from vicreg_hf.runtime.files import temporary_folder
 from vicreg_hf.search_pages.app import CSS, Case, UnusableError, launch, page
 from vicreg_hf.search_pages.hits import cases, describe, pictures_of
-
-HOST = "127.0.0.1"
-
-
-def check_port(port: int | None) -> None:
-    """Make sure that a port can be taken, before anything is loaded for the page.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if port is None:
-        return
-    try:
-        with socket.socket() as free:
-            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            free.bind((HOST, port))
-    except (OSError, OverflowError) as error:
-        raise ValueError(
-            f"port must be free, from 1024 to 65535, got {port} ({error}); without it one that is "
-            "free is taken."
-        ) from None
+from vicreg_hf.settings.searching import HOST
 
 
 def finder(search: Search, k: int) -> Callable[[str], Case]:

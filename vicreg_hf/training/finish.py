@@ -86,7 +86,7 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
         steps=chosen_step(run), seconds=run.seconds,
         hardware=hardware(run.accelerator.device, run.accelerator.num_processes),
         results=card_results(run), pictures=pictures, choice=describe_choice(run),
-        starts=run.starts, left_out=run.inputs.bad.reasons,
+        starts=run.starts, left_out=run.inputs.bad.reasons, not_opened=run.inputs.left_out,
     )  # fmt: skip
     write_card(directory / CARD_FILE, model_card(run.published, record=record))
     if second is not None:
@@ -103,7 +103,9 @@ def _write_cards(run: Run, directory: Path, second: Path | None) -> None:
 def _hub_id(dataset_name: str) -> str | None:
     """The data set's id on the Hub, if it is there and not here."""
     given = dataset_name == DEMO or dataset_name.startswith(GIVEN)
-    return None if given or os.path.exists(dataset_name) else dataset_name
+    # a path is one also where the disk that it was on is no longer there
+    local = os.path.exists(dataset_name) or impersonal(dataset_name) != dataset_name
+    return None if given or local else dataset_name
 
 
 def _described(dataset_name: str) -> str:

@@ -10,9 +10,11 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from pictures import write, zipped
 
 from vicreg_hf.data.opening.dataset import open_dataset
+from vicreg_hf.data.opening.listing import counting_left_out
 from vicreg_hf.data.splits import image_split
 
 NFD = unicodedata.normalize("NFD", "Bäume")
@@ -82,6 +84,27 @@ def test_one_line_tells_of_what_is_left_out(
     said = capsys.readouterr().err
     assert said.count("\n") == bool(warning)
     assert re.search(warning, said)
+
+
+def test_what_is_left_out_is_counted_by_the_reason(tmp_path: Path) -> None:
+    place = write(tmp_path / "split", [f"{s}/{n}" for s in ("train", "test") for n in KNOWN])
+    write(place, ["7.png", "8.png", "oak/9.cr2"])
+    zipped(write(tmp_path / "other", ["1.png"]), place / "more.zip")
+    with counting_left_out() as found:
+        assert {name: len(table) for name, table in open_dataset(str(place)).items()} == {
+            "train": 4, "test": 4,
+        }  # fmt: skip
+    assert found == {
+        "they are in no split": 2, "their endings are not those of images": 1,
+        "zips are not read where other files lie beside them": 1,
+    }  # fmt: skip
+    (write(tmp_path / "named", KNOWN) / "metadata.csv").write_text("file_name\noak/1.png\n")
+    Dataset.from_dict({"image": [1]}).to_parquet(write(tmp_path / "table", KNOWN) / "train.parquet")
+    for name, why in {"named": ("no metadata file lists them", 3),
+                      "table": ("tables or archives lie beside them", 4)}.items():  # fmt: skip
+        with counting_left_out() as found:
+            open_dataset(str(tmp_path / name))
+        assert list(found.items()) == [why]
 
 
 def test_links_to_a_folder_that_is_read_are_told_of(

@@ -68,6 +68,8 @@ def test_any_features_are_reported(tmp_path: Path, features: Tensor, said: str |
     assert ("Spectrum" in page.text) is (said is not None)
     assert (said or "") in page.text
     assert "nan" not in page.text
+    curve = re.search(r"Singular values of the centred features, (\d+) of them", page.html)
+    assert curve is None or int(curve[1]) > 1  # one point is no curve
 
 
 def test_map_marks_every_image_in_the_colour_of_its_class(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from browser import binary
 from reports import FACTS, HOSTILE, MEASUREMENTS, example, write
 from workflow import LIMIT
 
+from vicreg_hf.evaluation.report.maps import Maps
+
 FRAME = """<title></title>
 <iframe src="report.html" style="width: {width}px; height: 800px; border: 0"></iframe>
 <script>
@@ -43,6 +45,7 @@ const style = element => getComputedStyle(element);
     figures: all('figure > svg').length,
     flat: all('figure > svg').filter(
         s => s.getBoundingClientRect().height < 100 || s.getBBox().width < 100).length,
+    pairs: all('.pairs img').map(e => e.getBoundingClientRect().height),
     pwned: typeof window.pwned,
     page: style(document.body).backgroundColor,
     text: style(document.body).color,
@@ -73,6 +76,8 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     given["title"] = "z" * 150
     given["facts"] = FACTS | {"a" * 80: "b" * 80}
     given["measurements"] = [replace(MEASUREMENTS[0], name="c" * 90, settings={"d": "e" * 200})]
+    pictures, maps = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.rand(1, 4, 4, 8)
+    given["maps"] = Maps(pictures, maps, (pictures, pictures), (maps, maps))
     path = tmp_path_factory.mktemp("report") / "report.html"
     write(path, **given)
     return path
@@ -116,6 +121,7 @@ def test_the_page_fits_its_window_and_is_readable_on_light_and_dark(
     assert found["images"] > 60
     assert found["figures"] == 4
     assert found["broken"] == found["flat"] == 0
+    assert max(found["pairs"]) < 1.2 * min(found["pairs"])  # views are no smaller than the image
     assert found["pwned"] == "undefined"
     page = found["page"]
     assert (contrast("rgb(255, 255, 255)", page, page) > 15) is dark

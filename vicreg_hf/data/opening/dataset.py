@@ -21,6 +21,7 @@ from vicreg_hf.data.opening.demo import load_demo
 from vicreg_hf.data.opening.folders import IMAGES, SOUNDS, column_of_paths, tables_of_splits
 from vicreg_hf.data.opening.listing import (
     Listing,
+    count_left_out,
     describe_endings,
     list_folder,
     list_zip,
@@ -192,12 +193,14 @@ def _tables_of_files(place: str, files: list[str]) -> Splits:
     else:
         raise ValueError(f"there are neither images nor sounds in {place}.")
     if zips and among is files:
+        count_left_out(len(zips), "zips are not read where other files lie beside them")
         warn(
             f"{len(zips)} zips in {place} are not read, as there are other files beside them: "
             f"{zips[0]} is the first; unpack them, if these are not what was in them."
         )
     number, endings = describe_endings(file for file in among if not media.has(file))
     if number:
+        count_left_out(number, f"their endings are not those of {media.plural}")
         warn(
             f"{number} of {len(found) + number} files in {place} are left out, as their endings "
             f"are not those of {media.plural}: {endings}; rename them if they are {media.plural}."
@@ -227,6 +230,7 @@ def _tables_of_files(place: str, files: list[str]) -> Splits:
             f"{media.plural} that others name too, as {first}."
         )
     if missing:
+        count_left_out(len(missing), "no metadata file lists them")
         warn(
             f"{len(missing)} of {len(found)} {media.plural} in {place} are left out, as no "
             f"metadata file lists them: {missing[0]} is the first."

@@ -23,7 +23,7 @@ from datasets.table import table_cast
 from vicreg_hf.data.columns.finding import LABEL
 from vicreg_hf.data.columns.image_files import HEIF_SUFFIXES, SUFFIXES
 from vicreg_hf.data.columns.reading import zip_and_name
-from vicreg_hf.data.opening.listing import suffix_of
+from vicreg_hf.data.opening.listing import count_left_out, suffix_of
 
 SPLIT_OF = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 
@@ -178,6 +178,7 @@ def _divide_into_splits(
         split, within = known[each]
         splits[split][number] = within
     if outside := splits[None]:
+        count_left_out(len(outside), "they are in no split")
         warn(
             f"{len(outside)} files are in no split, as they are below no folder that is called "
             f"after one, and are left out: {files[min(outside)]} is the first; move them into a "

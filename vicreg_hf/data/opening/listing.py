@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 from vicreg_hf.data.columns.reading import IN_ZIP, ZIP, files_in_zip, zip_and_name
@@ -31,6 +33,23 @@ ARRAYS = frozenset({".npy", ".npz", ".dcm", ".mat", ".h5", ".hdf5", ".nii", ".ni
 """Endings of files of arrays, which are no images before one says what is in them."""
 SHOWN = 5
 """How many endings a sentence names."""
+_LEFT_OUT: ContextVar[Counter[str] | None] = ContextVar("left_out", default=None)
+
+
+@contextmanager
+def counting_left_out() -> Iterator[Counter[str]]:
+    """Count the files that are left out where data are opened in this block, by the reason."""
+    token = _LEFT_OUT.set(found := Counter())
+    try:
+        yield found
+    finally:
+        _LEFT_OUT.reset(token)
+
+
+def count_left_out(number: int, why: str) -> None:
+    """Note that files are left out, "as" what a clause says that names no file and no path."""
+    if (counts := _LEFT_OUT.get()) is not None:
+        counts[why] += number
 
 
 class Listing(NamedTuple):

@@ -23,7 +23,13 @@ from huggingface_hub import DatasetCard, metadata_load
 from vicreg_hf.data.opening.archives import check_archives
 from vicreg_hf.data.opening.class_names import restore_class_names
 from vicreg_hf.data.opening.folders import IMAGES
-from vicreg_hf.data.opening.listing import Listing, describe_endings, hold_arrays, suffix_of
+from vicreg_hf.data.opening.listing import (
+    Listing,
+    count_left_out,
+    describe_endings,
+    hold_arrays,
+    suffix_of,
+)
 from vicreg_hf.data.opening.slicing import Splits
 from vicreg_hf.data.opening.tars import load_dataset
 from vicreg_hf.runtime.console import is_main, warn
@@ -132,11 +138,13 @@ def _tell_unread(folder: Path, unread: list[str]) -> None:
     images = list(filter(IMAGES.has, unread))
     tables = [file for file in unread if suffix_of(file) in TABLE_BUILDERS]
     if images:
+        count_left_out(len(images), "tables or archives lie beside them")
         warn(
             f"{len(images)} images in {folder} are left out, as it holds tables or archives too: "
             f"{images[0]} is the first; move one or the other into a folder of its own."
         )
     if tables:
+        count_left_out(len(tables), "their names are not those of splits")
         warn(
             f"{len(tables)} tables or archives in {folder} are left out, as their names are not "
             f"those of its splits: {tables[0]} is the first; move them into a folder of their own."

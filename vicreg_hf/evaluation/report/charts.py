@@ -32,6 +32,8 @@ MAX_NUMBERS = 2**25
 MAX_CORRELATED = 2048
 """Number of dimensions whose correlations are shown, at most."""
 MAX_MAPPED = 2000
+ROUNDING = 1e-7
+"""Singular values below this part of the largest are rounding errors of zero."""
 MIN_TSNE = 30
 """A map of fewer images is a PCA."""
 MAX_LEGEND = 20
@@ -100,11 +102,14 @@ def spectrum(gallery: Gallery, *, seed: int, prefix: str = "") -> dict[str, Any]
     singular = singular_values(x).flip(0)
     found["effective_rank"] = effective_rank(x).item()
     found["figures"] = [
-        _draw_singular(f"{prefix}spectrum", singular[: min(len(x) - 1, width)].numpy()),
         _draw_histogram(
             f"{prefix}std", std.numpy(), "standard deviation of a dimension", "dimensions"
-        ),
+        )
     ]
+    relative = singular[: min(len(x) - 1, width)] / singular[0]
+    relative = relative[relative > ROUNDING]
+    if len(relative) > 1:  # one point is no curve
+        found["figures"].insert(0, _draw_singular(f"{prefix}spectrum", relative.numpy()))
     varying = sample(std.nonzero().flatten().numpy(), MAX_CORRELATED, seed)
     if len(varying) > 1:
         unit = torch.nn.functional.normalize(x[:, torch.from_numpy(varying)], dim=0, eps=0)
@@ -121,20 +126,18 @@ def spectrum(gallery: Gallery, *, seed: int, prefix: str = "") -> dict[str, Any]
     return found
 
 
-def _draw_singular(name: str, singular: NDArray[np.float64]) -> Markup:
+def _draw_singular(name: str, relative: NDArray[np.float64]) -> Markup:
     figure, axes = _figure()
-    relative = singular / singular[0]
-    # smaller values are rounding errors of zero
-    shown = np.where(relative > 1e-7, relative, np.nan)
-    axes.semilogy(np.arange(1, len(shown) + 1), shown, ".-", color=ACCENT, lw=1.3, markersize=2)
-    if np.nanmin(shown) > 0.02:  # too few powers of ten for an axis
+    ranks = np.arange(1, len(relative) + 1)
+    axes.semilogy(ranks, relative, ".-", color=ACCENT, lw=1.3, markersize=2)
+    if relative.min() > 0.02:  # too few powers of ten for an axis
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.minorticks_off()
     axes.set(xlabel="rank", ylabel="singular value / largest")
     return to_svg(
         figure, name,
-        f"Singular values of the centred features, {len(singular)} of them, on a logarithmic axis; "
+        f"Singular values of the centred features, {len(relative)} of them, on a logarithmic axis; "
         f"half way down the ranks the value is {relative[len(relative) // 2]:.2g} of the largest.",
     )  # fmt: skip
 

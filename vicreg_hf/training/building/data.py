@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from vicreg_hf.data.columns.texts import TextColumn
 from vicreg_hf.data.memory import MEMORY_BUDGET, common_side, load_in_memory
 from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.data.opening.items import ItemColumn, splits_given
+from vicreg_hf.data.opening.listing import counting_left_out
 from vicreg_hf.data.opening.slicing import add_parts
 from vicreg_hf.data.pairs import PairedSplit
 from vicreg_hf.data.sampler import GlobalBatches
@@ -46,6 +47,8 @@ class TrainingData:
     batches: GlobalBatches
     total_steps: int
     bad: BadImages
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many files were left out when the data were opened, by the reason."""
 
     @property
     def pairs(self) -> PairedSplit | None:
@@ -100,7 +103,8 @@ def open_training_data(
         ValueError: data that are not there, or settings that do not suit them.
         ImageError: hardly any image can be used.
     """
-    train, held_out, eval_split, pairs = _open_splits(args, main_first, dataset)
+    with counting_left_out() as left_out:
+        train, held_out, eval_split, pairs = _open_splits(args, main_first, dataset)
     batches = GlobalBatches(
         _num_images(train, args), args.batch_size, seed=args.seed, rank=rank,
         world_size=world_size, micro_batch_size=args.micro_batch_size,
@@ -125,7 +129,7 @@ def open_training_data(
             fit = train.read_or_replace([0])[0][0].numel() * len(train) <= MEMORY_BUDGET
             if agree(fit)[0]:
                 side = None  # the first images are alike, but not all
-    data = TrainingData(train, images, held_out, batches, total_steps, bad)
+    data = TrainingData(train, images, held_out, batches, total_steps, bad, left_out)
     workers = default_num_workers(local_processes)
     filled = _filled_in(
         args, data, eval_split=eval_split, own_side=side, num_workers=workers,
