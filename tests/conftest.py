@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from gloo import GlooPool
+from hub import Hub, connected, running_hub
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 from workflow import WHOLE, train, write_images
@@ -104,6 +105,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("prepared"))
         yield
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A Hub of a module's own, to which a writer is logged in."""
+    with running_hub() as hub, connected(hub, tmp_path_factory.mktemp("home")):
+        yield hub
 
 
 @pytest.fixture(scope="session")

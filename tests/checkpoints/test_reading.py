@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from checkpoints import Objects, fresh, save
+from hostile import plant
 from safetensors import SafetensorError
 
 from vicreg_hf.checkpoints.reading import (
@@ -122,29 +121,14 @@ def test_a_checkpoint_of_another_model_or_optimiser_is_refused(
 # Malice
 
 
-class Bomb:
-    """Unpickling it makes a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Path.touch, (self.marker,)
-
-
 @pytest.mark.parametrize("as_torch_file", [True, False])
 @pytest.mark.parametrize("name", sorted({*FILES, PROBE}))
 def test_a_pickle_in_place_of_a_file_is_never_run(
     name: str, as_torch_file: bool, tmp_path: Path
 ) -> None:
     marker = tmp_path / "marker"
-    pickle.loads(pickle.dumps(Bomb(marker)))
-    marker.unlink()  # it goes off where it is unpickled
     path = save(tmp_path, 1)
-    if as_torch_file:
-        torch.save(Bomb(marker), path / name)
-    else:
-        (path / name).write_bytes(pickle.dumps(Bomb(marker)))
+    plant(path / name, marker, as_torch_file=as_torch_file)
     content = (path / name).read_bytes()
     manifest = json.loads((path / MANIFEST).read_text())
     digest = hashlib.sha256(content).hexdigest()

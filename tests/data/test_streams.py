@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Image as ImageFeature
+from hostile import write_tar
 from pictures import PNG, photographs, png, table_of
 from torch import Tensor
 from warm import run_pretraining
@@ -33,15 +32,6 @@ from vicreg_hf.views.random_views import RandomViews
 from vicreg_hf.views.two_views import TwoViews
 
 COUNT = 24
-
-
-def write_tar(path: Path, files: dict[str, bytes], mode: Any = "w") -> Path:
-    with tarfile.open(path, mode) as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def files_of(count: int) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import datasets
 import numpy as np
@@ -30,6 +31,8 @@ SMALL = [
 """Settings with which a step takes milliseconds."""
 WHOLE = ["--max_steps=8", "--save_steps=3", "--knn_steps=3", "--online_probe=true"]
 """Settings of the fixture `whole_run`: two epochs, measured and saved in the middle of both."""
+FEW_NEIGHBOURS = {"QUERIES": 2, "NEIGHBOURS": 2}
+"""A small picture of neighbours, as that of cards takes longer to draw than these runs to train."""
 LIMIT = 900
 """Seconds after which a process counts as hung, also on a busy machine."""
 
@@ -79,12 +82,14 @@ def flags_of(data: Path, output_dir: Path, *more: str) -> list[str]:
     return [*SMALL, f"--dataset_name={data}", f"--output_dir={output_dir}", *more]
 
 
-def train(data: Path, output_dir: Path, *flags: str) -> list[dict[str, Any]]:
-    """Pretrain in this process; the lines of metrics.jsonl."""
+def train(data: Path, output_dir: Path, *flags: str, **own: Any) -> list[dict[str, Any]]:
+    """Pretrain in this process, with parts of one's own; the lines of metrics.jsonl."""
     from vicreg_hf import pretrain
     from vicreg_hf.settings.command_line import parse_arguments
+    from vicreg_hf.training.monitoring import pictures
 
-    pretrain(parse_arguments(flags_of(data, output_dir, *flags)))
+    with patch.multiple(pictures, **FEW_NEIGHBOURS):
+        pretrain(parse_arguments(flags_of(data, output_dir, *flags)), **own)
     return metrics(output_dir)
 
 

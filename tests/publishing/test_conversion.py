@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hostile import Bomb
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -183,19 +183,9 @@ def test_a_checkpoint_of_solo_learn_is_read_without_its_settings(tmp_path: Path)
     same_features(VICRegModel.from_pretrained(tmp_path / "out").encoder, reference)
 
 
-class Malicious:
-    """Pickled, it makes a directory when it is read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize("kind", ["beside", "instead", "legacy"])
 def test_nothing_in_a_checkpoint_is_executed(kind: str, tmp_path: Path) -> None:
-    trap = Malicious(tmp_path / "executed")
+    trap = Bomb(tmp_path / "executed")
     content = {"state_dict": {"conv1.weight": torch.zeros(3)}, "hyper_parameters": trap}
     if kind == "instead":
         content = {"state_dict": {"conv1.weight": trap}}

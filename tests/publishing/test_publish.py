@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from families import same_state, trained
-from hub import Hub, connected, running_hub
+from hub import Hub
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -23,12 +22,6 @@ from vicreg_hf.hub.source import find_encoder
 from vicreg_hf.publishing.publish import export_encoders, export_source, publish
 
 BY_HAND = b"---\nlicense: mit\n---\nMine."
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with running_hub() as hub, connected(hub, tmp_path_factory.mktemp("home")):
-        yield hub
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +158,6 @@ def test_a_run_is_exported_without_a_push(output_dir: Path, tmp_path: Path) -> N
         export_source(checkpoint, checkpoint)
     assert export_source(checkpoint, tmp_path / "own", include_expander=True) == [tmp_path / "own"]
     assert same_state(VICRegModel.from_pretrained(tmp_path / "own"), trained())
-    assert export_source(tmp_path / "own", tmp_path / "own", onnx=True) == [
-        tmp_path / "own" / "onnx" / "model.onnx"
-    ]
     with pytest.raises(ValueError, match=r"^include_expander needs an expander"):
         export_source(out, tmp_path / "none", include_expander=True)
     assert not (tmp_path / "none").exists()

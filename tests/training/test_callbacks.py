@@ -10,24 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from workflow import flags_of, metrics, write_images
+from workflow import WHOLE, assert_same_run, flags_of, metrics, train
 
 from vicreg_hf import Callback, pretrain
 from vicreg_hf.settings.command_line import parse_arguments
 
-STEPS = ["--max_steps=6", "--save_steps=4", "--seed=3"]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output_dir = tmp_path_factory.mktemp("undisturbed")
-    pretrain(parse_arguments(flags_of(images, output_dir, *STEPS)))
-    return output_dir
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 class Disturbing(Callback):
@@ -64,39 +52,34 @@ def weights(output_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_callback_that_fails_leaves_a_run_that_goes_on_as_if_undisturbed(
-    images: Path, undisturbed: Path, tmp_path: Path
+    images: Path, whole_run: Path, tmp_path: Path
 ) -> None:
-    args = parse_arguments(flags_of(images, tmp_path, *STEPS))
-    failing, seeing = Disturbing(fails_at=3), Disturbing()
+    failing, seeing = Disturbing(fails_at=4), Disturbing()
     with pytest.raises(KeyError, match="my own fault"):
-        pretrain(args, callbacks=[failing])
-    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-3"]
-    pretrain(args, callbacks=[seeing])
-    assert failing.told == [1, 2, 3]
-    assert seeing.told == [4, ("step-4", True), 5, 6, ("step-6", True), True]
-    expected = weights(undisturbed)
+        train(images, tmp_path, *WHOLE, callbacks=[failing])
+    assert {path.name for path in (tmp_path / "checkpoints").glob("step-*")} == {"step-3", "step-4"}
+    train(images, tmp_path, *WHOLE, callbacks=[seeing])
+    assert failing.told == [1, 2, 3, ("step-3", True), 4]
+    assert seeing.told == [5, 6, ("step-6", True), 7, 8, ("step-8", True), True]
+    assert_same_run(tmp_path, whole_run)
+    expected = weights(whole_run)
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path).items())
-    assert [row.get("loss") for row in metrics(tmp_path)] == [
-        row.get("loss") for row in metrics(undisturbed)
-    ]
 
 
 def test_a_run_that_a_callback_ends_is_done_and_stays_so_until_it_is_given_more_steps(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = flags_of(images, tmp_path, *STEPS)
-    ending = Disturbing(ends_at=3)
-    pretrain(parse_arguments(flags), callbacks=[ending])
-    assert ending.told == [1, 2, 3, ("step-3", True), True]
+    ending = Disturbing(ends_at=2)
+    train(images, tmp_path, "--max_steps=3", callbacks=[ending])
+    assert ending.told == [1, 2, ("step-2", True), True]
     card = (tmp_path / "encoder/README.md").read_text()
-    assert "| steps | 3 of 16 images" in card
+    assert "| steps | 2 of 16 images" in card
     assert metrics(tmp_path)[-1]["knn"] >= 0  # as at the end of every run
     before = weights(tmp_path)
-    pretrain(parse_arguments(flags))
-    assert "The run was ended after step 3: all is seen." in capsys.readouterr().out
+    train(images, tmp_path, "--max_steps=3")
+    assert "The run was ended after step 2: all is seen." in capsys.readouterr().out
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path).items())
-    pretrain(parse_arguments([*flags, "--max_steps=7"]))
-    assert metrics(tmp_path)[-1]["step"] == 7
+    assert train(images, tmp_path, "--max_steps=4")[-1]["step"] == 4
 
 
 @pytest.mark.parametrize("callbacks", [[Disturbing], [print], Disturbing])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub import DROP, READER, WRITER, Hub, connected, running_hub
+from hub import DROP, READER, WRITER, Hub
 from huggingface_hub import ModelCard
 from workflow import SMALL, metrics, train, write_images
 
@@ -19,12 +18,6 @@ from vicreg_hf.hub.api import HubError
 from vicreg_hf.hub.card import PICTURES
 from vicreg_hf.publishing.publish import publish
 from vicreg_hf.settings.command_line import parse_arguments
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    with running_hub() as hub, connected(hub, tmp_path_factory.mktemp("home")):
-        yield hub
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from warm import run_pretraining
 from workflow import (
     assert_same_run,
     flags_of,
     interrupt,
     metrics,
     train,
-    without,
     write_images,
 )
 
@@ -35,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_core")
 
 IMAGES = 8
 LOCAL = ["--local_weight=0.25", "--local_matches=3", "--local_expander_dims=16-16"]
-FLAGS = [*LOCAL, "--image_size=64", "--max_steps=4", "--save_steps=2"]
+FLAGS = [*LOCAL, "--image_size=64", "--max_steps=2", "--save_steps=1"]
 """A run whose maps are of 2 x 2 cells."""
 
 
@@ -132,7 +130,7 @@ def test_a_run_logs_its_parts_and_resumes_to_the_same_bits_with_other_workers(
     train(files, run, *flags, "--num_workers=1")
     assert_same_run(run, tmp_path / "whole")
     first, last = (
-        load_file(run / "checkpoints" / f"step-{number}" / "model.safetensors") for number in (2, 4)
+        load_file(run / "checkpoints" / f"step-{number}" / "model.safetensors") for number in (1, 2)
     )
     name = "local_expander.0.weight"
     assert not torch.equal(first[name], last[name])
@@ -210,15 +208,3 @@ def test_a_model_that_is_given_brings_its_local_loss(files: Path, tmp_path: Path
     ])  # fmt: skip
     pretrain(args, model=build().float())
     assert metrics(tmp_path / "run")[-1]["local_location"] > 0
-
-
-@pytest.mark.slow
-def test_two_processes_of_a_run_log_the_same_as_one(files: Path, tmp_path: Path) -> None:
-    flags = [*FLAGS, "--max_steps=1", "--num_workers=1"]
-    for number in (1, 2):
-        given = flags_of(files, tmp_path / str(number), *flags)
-        result = run_pretraining(*given, processes=number)
-        assert result.returncode == 0, result.stderr
-    one, two = (without({"knn"}, tmp_path / str(number)) for number in (1, 2))
-    for name in ("loss", "local_location", "local_feature", "grad_norm"):
-        assert two[1][name] == pytest.approx(one[1][name], rel=1e-4), name

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import yaml
 from safetensors.torch import load_file
 from workflow import (
     SMALL,
@@ -20,6 +21,7 @@ from workflow import (
     write_images,
 )
 
+from vicreg_hf import pretrain
 from vicreg_hf.checkpoints.reading import (
     MANIFEST,
     CheckpointError,
@@ -35,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_core")
 
 RANDOM = ["--optimizer=adamw", "--base_lr=1e-2", "--micro_batch_size=8", "--image_size=32",
           '--model_args={"drop_rate": 0.3, "drop_path_rate": 0.3}',
-          "--max_steps=6", "--save_steps=3"]  # fmt: skip
+          "--max_steps=4", "--save_steps=2"]  # fmt: skip
 """A run with micro-batches and dropout."""
 
 
@@ -60,12 +62,16 @@ def begin_and_be_killed(images: Path, output_dir: Path, *flags: str) -> None:
 # Going on
 
 
-def test_a_resumed_run_ends_with_the_same_bits(
-    images: Path, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_config_yaml_goes_on_with_a_run_that_was_killed_to_the_same_bits(
+    whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = interrupt(whole_run, tmp_path / "run")
-    train(images, run, *WHOLE)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert (settings["image_size"], settings["augmentation"]) == (32, "cifar")
+    assert (settings["eval_split"], settings["image_column"]) == ("test", "picture")
+    pretrain(parse_arguments([f"--config={run / 'config.yaml'}", f"--output_dir={run}"]))
     printed = capsys.readouterr().out
+    assert "settings have changed" not in printed
     assert "step-8 is damaged (model.safetensors has another size)" in printed
     assert f"Resuming from {run / 'checkpoints' / 'step-6'}." in printed  # in mid-epoch
     assert "but for rounding" not in printed

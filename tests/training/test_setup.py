@@ -8,6 +8,7 @@ import pytest
 from workflow import SMALL, train, write_images
 
 from vicreg_hf.settings.command_line import parse_arguments
+from vicreg_hf.training.monitoring.summary import advice
 from vicreg_hf.training.setup import setup
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -42,14 +43,17 @@ def test_beginners_get_a_line_of_advice_at_the_start_alone(
 ) -> None:
     data = write_images(tmp_path / "own", rows=48)
     (data / "test.parquet").unlink()
-    large = ("--architecture=resnet18", "--knn_steps=9", "--image_size=32", "--batch_size=4")
-    train(data, tmp_path / "run", *large, "--max_steps=1", "--max_bad_fraction=0")
+    train(data, tmp_path / "run", "--max_steps=1")
+    own = [f"--dataset_name={data}", f"--output_dir={tmp_path / 'large'}"]
+    large = advice(setup(parse_arguments([*SMALL, *own, "--architecture=resnet18"])))
     lines = (
         "There are no held-out images",
         "48 images are few to learn from: --config small-data-cpu ",
         "resnet18 is large for a CPU",
     )
+    for found, line in zip(large, lines, strict=True):
+        assert found.startswith(line)
     said = capsys.readouterr().out
-    assert all(said.count(line) == 1 for line in lines)
-    train(data, tmp_path / "run", *large, "--max_steps=2", "--max_bad_fraction=0")
+    assert [said.count(line) for line in lines] == [1, 1, 0]
+    train(data, tmp_path / "run", "--max_steps=2")
     assert not any(line in capsys.readouterr().out for line in lines)

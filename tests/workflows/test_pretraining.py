@@ -7,7 +7,6 @@ later ones differ where rounding puts a ReLU on its other side.
 from __future__ import annotations
 
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,14 @@ import yaml
 from gloo import GlooPool
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
-from warm import Script, run_pretraining, run_script, wait_for
-from workflow import WHOLE, assert_same_run, flags_of, metrics, train, without, write_images
+from warm import run_pretraining, run_script
+from workflow import flags_of, metrics, train, write_images
 
 from vicreg_hf import PretrainingArguments, TwoViews, VICRegConfig, VICRegModel, pretrain
 from vicreg_hf.data.batches import training_views
 from vicreg_hf.data.sampler import GlobalBatches
 from vicreg_hf.models.batch_norm import SyncBatchNorm
 from vicreg_hf.runtime.distributed import rank, world_size
-from vicreg_hf.settings.command_line import parse_arguments
 from vicreg_hf.training.building.optimizers import create_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -65,15 +63,6 @@ def test_run_leaves_what_the_readme_promises(whole_run: Path, printed: str) -> N
         assert torch.equal(value, trained[name]), name
 
 
-def test_config_yaml_repeats_the_run(whole_run: Path, tmp_path: Path) -> None:
-    config = whole_run / "config.yaml"
-    settings = yaml.safe_load(config.read_text())
-    assert (settings["image_size"], settings["augmentation"]) == (32, "cifar")
-    assert (settings["eval_split"], settings["image_column"]) == ("test", "picture")
-    pretrain(parse_arguments(["--config", str(config), f"--output_dir={tmp_path}"]))
-    assert without(set(), tmp_path) == without(set(), whole_run)
-
-
 USING = """
 import numpy, timm, torch, transformers
 from PIL import Image
@@ -98,19 +87,6 @@ def test_three_printed_lines_load_the_encoder_without_vicreg_hf(
     result = run_script(str(tmp_path / "script.py"), str(whole_run / "encoder"))
     assert result.returncode == 0, result.stderr
     assert result.stdout == "TimmWrapperModel (1, 3, 32, 32)\n"
-
-
-def test_killed_run_goes_on_to_the_same_weights(
-    images: Path, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    process = Script(["scripts/pretrain.py", *flags_of(images, tmp_path, *WHOLE)])
-    wait_for(process, (tmp_path / "checkpoints" / "step-3").is_dir)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "encoder").exists()
-    train(images, tmp_path, *WHOLE)
-    assert "Resuming from" in capsys.readouterr().out
-    assert_same_run(tmp_path, whole_run)
 
 
 def test_micro_batches_leave_the_first_step_as_it_is(images: Path, tmp_path: Path) -> None:

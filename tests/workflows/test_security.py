@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import pickle
 import shutil
 import tarfile
 import zipfile
@@ -21,6 +20,7 @@ import torch
 from datasets import load_from_disk
 from extracting import extract
 from families import trained
+from hostile import plant, write_tar
 from hub import WRITER, connected, running_hub
 from PIL import Image
 from workflow import train, write_images
@@ -31,25 +31,6 @@ from vicreg_hf.data.opening.dataset import open_dataset
 from vicreg_hf.hub.source import find_encoder
 from vicreg_hf.publishing.loading import load_model
 from vicreg_hf.settings.command_line import parse_arguments
-
-
-class Bomb:
-    """Unpickling it makes a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Path.touch, (self.marker,)
-
-
-def plant(file: Path, marker: Path, *, as_torch_file: bool = False) -> None:
-    """Put a bomb where something harmless is expected, pickled alone or in a file of torch."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if as_torch_file:
-        torch.save(Bomb(marker), file)
-    else:
-        file.write_bytes(pickle.dumps(Bomb(marker), protocol=2))  # torch's own
 
 
 def test_the_bomb_goes_off_where_it_is_unpickled(tmp_path: Path) -> None:
@@ -96,14 +77,6 @@ def test_a_pickle_is_no_data_set(name: str, marker: Path, tmp_path: Path) -> Non
     for source in (tmp_path / "data", tmp_path / "data" / name):
         with pytest.raises(ValueError, match="dataset_name must be"):
             open_dataset(str(source))
-
-
-def write_tar(path: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as file:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            file.addfile(entry, io.BytesIO(content))
 
 
 @pytest.mark.parametrize("streaming", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -160,18 +161,18 @@ def test_processes_hold_the_same_probe_which_is_that_of_one(gloo: GlooPool) -> N
 
 
 def test_it_is_switched_on_and_off_between_sessions(
-    images: Path, otherwise: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    images: Path, otherwise: Path, whole_run: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    checkpoints = run / "checkpoints"
     sessions: list[tuple[Path, str, str | None]] = [
         (images, "false", None),
-        (images, "true", f"{checkpoints / 'step-1'} holds none."),
-        (otherwise, "true", f"that of {checkpoints / 'step-2'} is of other labels."),
-        (images, "false", None),
+        (images, "true", f"{checkpoints / 'step-9'} holds none."),
+        (otherwise, "true", f"that of {checkpoints / 'step-10'} is of other labels."),
     ]
-    for step, (data, probe, anew) in enumerate(sessions, 1):
-        flags = [f"--max_steps={step}", "--warmup_epochs=0", f"--online_probe={probe}"]
-        train(data, run, *flags)
+    for step, (data, probe, anew) in enumerate(sessions, 9):
+        train(data, run, *WHOLE, f"--max_steps={step}", f"--online_probe={probe}")
         printed = capsys.readouterr().out
         assert "online_probe was" not in printed
         assert ("The online probe starts anew" in printed) == (anew is not None)
