@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from warm import run_pretraining
 from workflow import (
     assert_same_run,
     flags_of,
     interrupt,
     metrics,
     train,
+    without,
     write_images,
 )
 
@@ -208,3 +210,15 @@ def test_a_model_that_is_given_brings_its_local_loss(files: Path, tmp_path: Path
     ])  # fmt: skip
     pretrain(args, model=build().float())
     assert metrics(tmp_path / "run")[-1]["local_location"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_run_log_the_same_as_one(files: Path, tmp_path: Path) -> None:
+    flags = [*FLAGS, "--max_steps=1", "--num_workers=1"]
+    for number in (1, 2):
+        given = flags_of(files, tmp_path / str(number), *flags)
+        result = run_pretraining(*given, processes=number)
+        assert result.returncode == 0, result.stderr
+    one, two = (without({"knn"}, tmp_path / str(number)) for number in (1, 2))
+    for name in ("loss", "local_location", "local_feature", "grad_norm"):
+        assert two[1][name] == pytest.approx(one[1][name], rel=1e-4), name

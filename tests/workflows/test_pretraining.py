@@ -7,6 +7,7 @@ later ones differ where rounding puts a ReLU on its other side.
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import yaml
 from gloo import GlooPool
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
-from warm import run_pretraining, run_script
-from workflow import flags_of, metrics, train, write_images
+from warm import Script, run_pretraining, run_script, wait_for
+from workflow import WHOLE, assert_same_run, flags_of, metrics, train, write_images
 
 from vicreg_hf import PretrainingArguments, TwoViews, VICRegConfig, VICRegModel, pretrain
 from vicreg_hf.data.batches import training_views
@@ -87,6 +88,19 @@ def test_three_printed_lines_load_the_encoder_without_vicreg_hf(
     result = run_script(str(tmp_path / "script.py"), str(whole_run / "encoder"))
     assert result.returncode == 0, result.stderr
     assert result.stdout == "TimmWrapperModel (1, 3, 32, 32)\n"
+
+
+def test_killed_run_goes_on_to_the_same_weights(
+    images: Path, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = Script(["scripts/pretrain.py", *flags_of(images, tmp_path, *WHOLE)])
+    wait_for(process, (tmp_path / "checkpoints" / "step-3").is_dir)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "encoder").exists()
+    train(images, tmp_path, *WHOLE)
+    assert "Resuming from" in capsys.readouterr().out
+    assert_same_run(tmp_path, whole_run)
 
 
 def test_micro_batches_leave_the_first_step_as_it_is(images: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_two_processes_begin_as_one(whole: dict[int, Path]) -> None:
     assert manifest["state"]["settings"]["batch_size"] == 16
 
 
-@pytest.mark.parametrize(("before", "then"), [(2, 2), (2, 1)])
+@pytest.mark.parametrize(("before", "then"), [(2, 2), (2, 1), (1, 2)])
 def test_a_run_goes_on_on_as_many_processes_exactly_and_else_to_rounding(
     before: int, then: int, files: Path, whole: dict[int, Path], tmp_path: Path
 ) -> None:

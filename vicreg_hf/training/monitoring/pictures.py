@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -235,32 +236,30 @@ def draw_retrievals(queries: Shown, bank: Shown, path: Path) -> bool:
     most = min(NEIGHBOURS, len(bank.images))
     similarities, nearest = most_similar(bank.features, queries.features, most)
     count, columns, marked = len(queries.images), most + 1, False
-    figure = Figure(figsize=(columns, count * 1.25 + 0.2), layout="constrained")
-    grid = figure.subplots(count, columns, squeeze=False)
-    for row, (line, near, close) in enumerate(
-        zip(grid, nearest.tolist(), similarities.tolist(), strict=True)
-    ):
+    axes = _board(count, columns)
+    for row, (near, close) in enumerate(zip(nearest.tolist(), similarities.tolist(), strict=True)):
         own = queries.classes[row]
-        _show(line[0], queries.images[row], own or "", INK)
-        for axes, index, similarity in zip(line[1:], near, close, strict=True):
+        _show(axes, row, 0, queries.images[row], own or "", INK)
+        for column, (index, similarity) in enumerate(zip(near, close, strict=True), 1):
             other = bank.classes[index]
             marked |= own is not None and other is not None
-            _show(axes, bank.images[index], *below_neighbour(similarity, own, other))
-    grid[0][0].set_title("image", fontsize=9)
-    grid[0][1].set_title("nearest", fontsize=9, loc="left")
-    _save(figure, path)
+            below = below_neighbour(similarity, own, other)
+            _show(axes, row, column, bank.images[index], *below)
+    top = axes.get_ylim()[1] - 0.16
+    axes.text(0.5, top, "image", fontsize=9, ha="center")
+    axes.text(1.04, top, "nearest", fontsize=9)
+    _save(axes.figure, path)
     return marked
 
 
 def draw_maps(images: Tensor, maps: Tensor, path: Path) -> None:
     """Draw images (N, C, S, S) uint8 above the principal components of their maps (N, h, w, F)."""
     colours = colours_of_maps(maps, (images.shape[2], images.shape[3]))
-    figure = Figure(figsize=(len(images) * 1.25, 2.6), layout="constrained")
-    grid = figure.subplots(2, len(images), squeeze=False)
+    axes = _board(2, len(images))
     for column, pair in enumerate(zip(images, colours, strict=True)):
-        for axes, shown in zip(grid[:, column], pair, strict=True):
-            _show(axes, shown, "", PLAIN)
-    _save(figure, path)
+        for row, shown in enumerate(pair):
+            _show(axes, row, column, shown, "", PLAIN)
+    _save(axes.figure, path)
 
 
 def below_neighbour(similarity: float, own: str | None, other: str | None) -> tuple[str, str]:
@@ -270,14 +269,27 @@ def below_neighbour(similarity: float, own: str | None, other: str | None) -> tu
     return (f"{similarity:.2f} ✓", RIGHT) if own == other else (f"{similarity:.2f} ✗", WRONG)
 
 
-def _show(axes: Axes, image: Tensor, below: str, colour: str) -> None:
+def _board(rows: int, columns: int) -> Axes:
+    """Axes in inches with room for pictures in rows, from the top, and for a line above them.
+
+    One for all, as dozens of axes with a layout of their own take matplotlib seconds.
+    """
+    size = (columns * 1.0, rows * 1.25 + 0.2)
+    axes = Figure(figsize=size).add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, size[0]), ylim=(0, size[1]), autoscale_on=False)
+    axes.axis("off")
+    return axes
+
+
+def _show(axes: Axes, row: int, column: int, image: Tensor, below: str, colour: str) -> None:
     """Show an image (C, S, S) uint8 in a frame, with a line of text that is no formula."""
-    axes.imshow(picture_of(image))
-    axes.set(xticks=[], yticks=[])
+    side, left = 0.92, column + 0.04
+    low = axes.get_ylim()[1] - 0.22 - side - 1.25 * row
+    axes.imshow(picture_of(image), extent=(left, left + side, low, low + side), aspect="auto")
+    axes.add_patch(Rectangle((left, low), side, side, fill=False, edgecolor=colour, linewidth=0.8))
     short = below if len(below) <= 14 else f"{below[:13]}…"
-    axes.set_xlabel(short, fontsize=8, labelpad=2, parse_math=False)
-    for side in axes.spines.values():
-        side.set_color(colour)
+    text = {"ha": "center", "va": "top", "fontsize": 8, "parse_math": False}
+    axes.text(left + side / 2, low - 0.03, short, **text)
 
 
 def _save(figure: Figure, path: Path) -> None:
