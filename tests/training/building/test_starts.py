@@ -91,7 +91,8 @@ def test_another_expander_is_new_and_its_branch_adapts_to_the_images(
     printed = capsys.readouterr().out
     assert "The expander, 16-16, is new: that of whole is 32-32." in printed
     assert run.args.model_args == asked
-    assert run.model.encoder.forward_features(torch.zeros(1, 1, 64, 64)).shape[2:] == (4, 4)
+    encoder: Any = run.model.encoder
+    assert encoder.forward_features(torch.zeros(1, 1, 64, 64)).shape[2:] == (4, 4)
     assert run.model.prime is not None
     assert run.args.prime_init_from == places["output_dir"]
     source = read_source(places["output_dir"]).state["conv1.0.weight"]

@@ -235,31 +235,30 @@ def draw_retrievals(queries: Shown, bank: Shown, path: Path) -> bool:
     """
     most = min(NEIGHBOURS, len(bank.images))
     similarities, nearest = most_similar(bank.features, queries.features, most)
-    count, columns, marked = len(queries.images), most + 1, False
-    axes = _board(count, columns)
+    count, marked = len(queries.images), False
+    height = 0.2 + 1.25 * count
+    figure, axes = _board(most + 1, height)
+    axes.text(0.5, height - 0.16, "image", fontsize=9, ha="center")
+    axes.text(1.04, height - 0.16, "nearest", fontsize=9)
     for row, (near, close) in enumerate(zip(nearest.tolist(), similarities.tolist(), strict=True)):
-        own = queries.classes[row]
-        _show(axes, row, 0, queries.images[row], own or "", INK)
-        for column, (index, similarity) in enumerate(zip(near, close, strict=True), 1):
+        own, top = queries.classes[row], height - 0.22 - 1.25 * row
+        _show(axes, 0, top, queries.images[row], own or "", INK)
+        for left, (index, similarity) in enumerate(zip(near, close, strict=True), 1):
             other = bank.classes[index]
             marked |= own is not None and other is not None
-            below = below_neighbour(similarity, own, other)
-            _show(axes, row, column, bank.images[index], *below)
-    top = axes.get_ylim()[1] - 0.16
-    axes.text(0.5, top, "image", fontsize=9, ha="center")
-    axes.text(1.04, top, "nearest", fontsize=9)
-    _save(axes.figure, path)
+            _show(axes, left, top, bank.images[index], *below_neighbour(similarity, own, other))
+    _save(figure, path)
     return marked
 
 
 def draw_maps(images: Tensor, maps: Tensor, path: Path) -> None:
     """Draw images (N, C, S, S) uint8 above the principal components of their maps (N, h, w, F)."""
     colours = colours_of_maps(maps, (images.shape[2], images.shape[3]))
-    axes = _board(2, len(images))
-    for column, pair in enumerate(zip(images, colours, strict=True)):
-        for row, shown in enumerate(pair):
-            _show(axes, row, column, shown, "", PLAIN)
-    _save(axes.figure, path)
+    figure, axes = _board(len(images), 2.04)
+    for top, pictures in ((2, images), (1, colours)):
+        for left, shown in enumerate(pictures):
+            _show(axes, left, top, shown, "", PLAIN)
+    _save(figure, path)
 
 
 def below_neighbour(similarity: float, own: str | None, other: str | None) -> tuple[str, str]:
@@ -269,23 +268,23 @@ def below_neighbour(similarity: float, own: str | None, other: str | None) -> tu
     return (f"{similarity:.2f} ✓", RIGHT) if own == other else (f"{similarity:.2f} ✗", WRONG)
 
 
-def _board(rows: int, columns: int) -> Axes:
-    """Axes in inches with room for pictures in rows, from the top, and for a line above them.
+def _board(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure and its axes, both in inches.
 
-    One for all, as dozens of axes with a layout of their own take matplotlib seconds.
+    They are one pair for all pictures, as dozens of axes with a layout take matplotlib seconds.
     """
-    size = (columns * 1.0, rows * 1.25 + 0.2)
-    axes = Figure(figsize=size).add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, size[0]), ylim=(0, size[1]), autoscale_on=False)
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(0, height), autoscale_on=False)
     axes.axis("off")
-    return axes
+    return figure, axes
 
 
-def _show(axes: Axes, row: int, column: int, image: Tensor, below: str, colour: str) -> None:
+def _show(axes: Axes, left: float, top: float, image: Tensor, below: str, colour: str) -> None:
     """Show an image (C, S, S) uint8 in a frame, with a line of text that is no formula."""
-    side, left = 0.92, column + 0.04
-    low = axes.get_ylim()[1] - 0.22 - side - 1.25 * row
-    axes.imshow(picture_of(image), extent=(left, left + side, low, low + side), aspect="auto")
+    side, left = 0.92, left + 0.04
+    low = top - side
+    axes.imshow(picture_of(image), extent=(left, left + side, low, top), aspect="auto")
     axes.add_patch(Rectangle((left, low), side, side, fill=False, edgecolor=colour, linewidth=0.8))
     short = below if len(below) <= 14 else f"{below[:13]}…"
     text = {"ha": "center", "va": "top", "fontsize": 8, "parse_math": False}
