@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from vicreg_hf.evaluation.dense import head
@@ -12,6 +15,7 @@ from vicreg_hf.evaluation.dense.head import (
     LinearHead,
     PixelSample,
     enlarge_at,
+    product_at,
     train_head,
 )
 from vicreg_hf.metrics.segmentation import VOID
@@ -38,9 +42,10 @@ def scenes(images: int = 24) -> tuple[FeatureMaps, PixelSample]:
     return FeatureMaps(noise.flatten(1).half(), SIZE), PixelSample(places, classes)
 
 
-def test_values_between_positions_are_those_of_interpolate() -> None:
+@pytest.mark.parametrize("enlarge", [enlarge_at, product_at])
+def test_values_between_positions_are_those_of_interpolate(enlarge: Callable[..., Tensor]) -> None:
     x = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0)).double()
-    found = enlarge_at(x, centres().expand(2, -1, -1), SIZE)
+    found = enlarge(x, centres().expand(2, -1, -1), SIZE)
     large = F.interpolate(
         x.transpose(1, 2).unflatten(2, SIZE), PIXELS, mode="bilinear", align_corners=False
     )
