@@ -21,8 +21,8 @@ from vicreg_hf.runtime.checks import one_line
 from vicreg_hf.settings.pretraining import PretrainingArguments
 
 INIT, PRIME, PRIME_AHEAD = "init_from", "prime_init_from", "prime_"
-ADAPTED = {"in_chans", "img_size", "dynamic_img_size"} | {
-    "output_stride", "drop_rate", "drop_path_rate",
+ADAPTED = {
+    "in_chans", "img_size", "dynamic_img_size", "output_stride", "drop_rate", "drop_path_rate",
 }  # fmt: skip
 """Arguments of timm that may differ from the source's: weights are adapted to them, or the same."""
 
