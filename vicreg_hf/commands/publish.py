@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -14,11 +15,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     from transformers.hf_argparser import string_to_bool
 
-    from vicreg_hf.hub.api import check_licence, check_repo_id, check_revision
-    from vicreg_hf.runtime.checks import check_there
     from vicreg_hf.settings.command_line import script
     from vicreg_hf.settings.parser import FlagsParser
-    from vicreg_hf.settings.searching import check_features
 
     parser = FlagsParser(description=__doc__)
     parser.add_argument(
@@ -44,24 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     with script(ValueError):
-        if (args.repo_id is None) == (args.space is None):
-            given = f"both {args.repo_id} and {args.space}" if args.space else "none"
-            raise ValueError(
-                "one of repo_id, for an encoder, and space, for a page, must be given, got "
-                f"{given}."
-            )
-        not_its_own = ("include_expander", "onnx", "revision") if args.space else ("model",)
-        if wrong := [name for name in not_its_own if getattr(args, name)]:
-            other = "repo_id" if args.space else "space"
-            raise ValueError(f"{wrong[0]} belongs to {other}; leave it out.")
-        check_repo_id(args.space or args.repo_id, "space" if args.space else "repo_id")
-        if args.revision is not None:
-            check_revision(args.revision)
-        if args.license is not None:
-            check_licence(args.license)
-        check_there("source", args.source)
-        if args.space:
-            check_features(args.source)
+        _check(args)
 
     from safetensors import SafetensorError
     from yaml import YAMLError
@@ -81,6 +62,35 @@ def main(argv: Sequence[str] | None = None) -> None:
                 include_expander=args.include_expander, onnx=args.onnx, **common,
             )  # fmt: skip
         print(f"Published: {address}")
+
+
+def _check(args: Any) -> None:
+    """Refuse what cannot be published, before anything is imported that takes seconds.
+
+    Raises:
+        ValueError: a flag contradicts another, has another form, or names nothing that is there.
+    """
+    from vicreg_hf.hub.api import check_licence, check_repo_id, check_revision
+    from vicreg_hf.runtime.checks import check_there
+    from vicreg_hf.settings.searching import check_features
+
+    if (args.repo_id is None) == (args.space is None):
+        given = f"both {args.repo_id} and {args.space}" if args.space else "none"
+        raise ValueError(
+            f"one of repo_id, for an encoder, and space, for a page, must be given, got {given}."
+        )
+    not_its_own = ("include_expander", "onnx", "revision") if args.space else ("model",)
+    if wrong := [name for name in not_its_own if getattr(args, name)]:
+        other = "repo_id" if args.space else "space"
+        raise ValueError(f"{wrong[0]} belongs to {other}; leave it out.")
+    check_repo_id(args.space or args.repo_id, "space" if args.space else "repo_id")
+    if args.revision is not None:
+        check_revision(args.revision)
+    if args.license is not None:
+        check_licence(args.license)
+    check_there("source", args.source)
+    if args.space:
+        check_features(args.source)
 
 
 if __name__ == "__main__":
